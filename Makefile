@@ -1,0 +1,39 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+BIN    := .venv/bin
+REPO   := model_repository
+STAMP  := .venv/.installed
+
+.PHONY: help install models demo test check bench clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## a local virtual environment with everything
+
+models: $(STAMP)  ## fetch and check the backbone, build the model repository (skips what is there)
+	$(BIN)/semwatch-train build --repository $(REPO)
+
+demo: models  ## a synthetic lot through the whole line, results on screen
+	$(BIN)/semwatch demo
+
+test: models  ## all tests
+	$(BIN)/python -m pytest tests
+
+check: models  ## what CI runs, and the linters: ruff, mypy, import contracts, tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests
+
+bench: models  ## benchmarks: tables with ratios against a floor or a peer of the same run
+	$(BIN)/python -m pytest tests/benchmarks -s -o python_files='bench_*.py'
+
+clean:  ## remove what was built here
+	rm -rf .venv .cache demo $(REPO)/*/[0-9]*

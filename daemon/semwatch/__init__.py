@@ -1,0 +1,1 @@
+"""semwatch: streaming edge inference for SEM defect review."""

@@ -1,0 +1,139 @@
+"""The nouns of the line: micrograph, score map, defect, verdict, review. All frozen, all plain data.
+
+Frames: *micrograph frame* = pixels of the page as read, origin top left. *Field frame* = the part of the page inside
+``Micrograph.field_xyxy`` (the page without its info bars). Boxes are integer, half-open ``(x0, y0, x1, y1)``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Box = tuple[int, int, int, int]
+"""Half-open pixel box ``(x0, y0, x1, y1)``."""
+
+VerdictKind = Literal["known", "unknown", "non-decidable", "defect-free"]
+
+DEFECT_FREE = "defect-free"
+"""Label of the class that every head carries beside its defect classes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Micrograph:
+    """One page of an image file, as the detector wants it."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W) gray, C-contiguous."""
+    field_xyxy: Box
+    """The field of view: the page without vendor info bars."""
+    page: int
+    """0-based page in its file."""
+    pixel_nm: float | None
+    """Edge of one pixel in nanometres, where the vendor's tags say it."""
+    vendor: str | None
+    """Whose tags were found: ``"FEI"``, ``"Zeiss"``; None where there are none."""
+
+    @property
+    def field(self) -> NDArray[np.uint8]:
+        """The field of view, a view of shape (y1 - y0, x1 - x0) on ``pixels``."""
+        x0, y0, x1, y1 = self.field_xyxy
+        return self.pixels[y0:y1, x0:x1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreMap:
+    """The detector's answer for one field."""
+
+    values: NDArray[np.float32]
+    """(h, w) cosine distance at the token grid, range [0, 2]; covers the whole field."""
+    raw_score: float
+    """Image score before any per-image normalisation; comparable between images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """One class as seen from a defect."""
+
+    label: str
+    probability: float
+    """The head's softmax probability, range [0, 1]."""
+    p_value: float
+    """Conformal p-value on frozen features, range (0, 1]: how ordinary this defect would be as a member."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the line says of one defect."""
+
+    kind: VerdictKind
+    label: str | None
+    """Class name for ``known`` and ``defect-free``; None otherwise."""
+    confidence: float
+    """Range [0, 1]; how it is made depends on the kind, see ``classification.decide``."""
+    nearest: tuple[Neighbour, ...]
+    """The two nearest classes, nearest first (one where the head knows only one)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Defect:
+    """One defect of one page."""
+
+    defect_id: int
+    """1-based within its page."""
+    box_xyxy: Box
+    """Micrograph frame."""
+    area_px: int
+    area_nm2: float | None
+    peak_score: float
+    """Largest score-map value inside the defect."""
+    crop_xyxy: Box
+    """Square window of the crop, micrograph frame; may reach outside the field, where the image is reflected."""
+    crop: NDArray[np.uint8]
+    """(S, S) gray, the window resized for the encoder."""
+    soft_mask: NDArray[np.float32]
+    """(t, t) in [0, 1] at the encoder's token grid, aligned with the crop."""
+    features: NDArray[np.float32]
+    """(D,) what the encoder says of crop and soft mask."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageReview:
+    """Everything said of one page."""
+
+    micrograph: Micrograph
+    score_map: ScoreMap
+    gate_threshold: float
+    """The page is searched for defects only if ``score_map.raw_score`` lies above it."""
+    mask: NDArray[np.bool_]
+    """(g, g) defect mask over the field at the working grid; all False where the gate stayed shut."""
+    defects: tuple[Defect, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Review:
+    """Everything said of one image file."""
+
+    source: str
+    """Name of the drop folder (the tool) the file came from."""
+    path: str
+    """POSIX path relative to the drop folder."""
+    sha256: str
+    """Of the file's content, hexadecimal."""
+    reviewed_utc: str
+    """ISO 8601 with seconds and ``Z``."""
+    recipe_name: str
+    recipe_id: str
+    """Content hash of the recipe."""
+    model_versions: Mapping[str, int]
+    """Version that answered, by model: detector, encoder, head. Models that were not asked are absent."""
+    pages: tuple[PageReview, ...]
+    timings_ms: Mapping[str, float]
+    """Milliseconds by stage, in the order of the line."""
+
+    @property
+    def n_defects(self) -> int:
+        """Number of defects over all pages."""
+        return sum(len(page.defects) for page in self.pages)

@@ -1,0 +1,36 @@
+"""The error tree. An error's class says what the caller does next.
+
+    SemwatchError
+    ├── ConfigError          settings or recipe are wrong: stop, the message says what to fix
+    ├── ModelMismatch        model repository and daemon do not fit each other: stop, the message says what to fix
+    ├── ImageError           this file cannot be reviewed: quarantine it with the reason, go on with the next
+    ├── ServiceUnavailable   Redis, the models or the disk are away: back off, keep the same file, lose nothing
+    └── PublishError         a new model version could not be published: keep the old one
+
+Drivers' errors are translated where the driver is used; anything that is not in this tree is a bug and may crash the
+daemon: the ledger brings the work back.
+"""
+
+
+class SemwatchError(Exception):
+    """Root of every error that semwatch raises on purpose."""
+
+
+class ConfigError(SemwatchError):
+    """Settings or recipe are wrong; the message names file, line and remedy."""
+
+
+class ModelMismatch(SemwatchError):
+    """The model repository does not fit this daemon or itself; the message names the model and the remedy."""
+
+
+class ImageError(SemwatchError):
+    """This file cannot be reviewed: it goes to quarantine with this message as the reason."""
+
+
+class ServiceUnavailable(SemwatchError):
+    """A service that the line needs is away for now: wait and try the same file again."""
+
+
+class PublishError(SemwatchError):
+    """A model version could not be published; what served before goes on serving."""

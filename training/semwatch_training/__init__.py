@@ -1,0 +1,1 @@
+"""The learning side of semwatch: everything that needs torch."""
