@@ -1,0 +1,639 @@
+"""Site settings and recipes: YAML files in, validated frozen models out; nothing else knows their keys.
+
+A *site* says what this machine watches and where things live. A *recipe* says how a layer is judged; its content hash
+is its identity. One ``ConfigError`` names every problem of a file with its line; what concerns several settings
+together is looked at once each is right by itself.
+
+The YAML read here has no surprises: plain values follow YAML 1.2 (``yes`` and ``on`` are text, ``1e-3`` is a number,
+keys are always text), a key may stand once, tags and merge keys are refused, ``~`` and ``$NAME`` are never expanded.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Literal, TypeVar, get_args
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from semwatch.errors import ConfigError
+
+EXAMPLES = Path(__file__).with_name("examples")
+"""Folder of the commented examples, valid as they stand: ``site.yaml``, ``recipe.yaml``."""
+
+BLANK = object()
+"""A key without a value: a section of defaults, elsewhere a fault. ``null`` is None."""
+
+MAX_BYTES = 1_000_000
+MAX_VALUES = 20_000
+"""Values in one file, an alias counted each time it is used: an alias bomb stops here."""
+MAX_DEPTH = 8
+MAX_FAULTS = 100
+"""Problems told of one file."""
+MAX_ECHO = 40
+"""Characters of a wrong key or value that a message repeats."""
+
+At = tuple[str | int, ...]
+"""Where a setting stands: keys and list positions from the root."""
+Faults = Iterator[tuple[At, PydanticCustomError]]
+T = TypeVar("T")
+M = TypeVar("M", bound="_Settings")
+
+
+def load_site(path: Path) -> "Site":
+    """Read the site settings; relative paths in it start at the file's folder and come back absolute.
+
+    Raises:
+        ConfigError: with every problem found, one a line, as ``file:line: key: remedy``.
+    """
+    return _load(path, Site)
+
+
+def load_recipe(path: Path) -> "Recipe":
+    """Read a recipe.
+
+    Raises:
+        ConfigError: with every problem found, one a line, as ``file:line: key: remedy``.
+    """
+    return _load(path, Recipe)
+
+
+def _refusal(text: str, **values: object) -> PydanticCustomError:
+    return PydanticCustomError("refused", text, values)
+
+
+def _absolute(value: object, info: ValidationInfo) -> Path:
+    if value is None or value is BLANK:
+        raise _refusal("is empty: give a path")
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise _refusal("must be a path of printable characters: put it in quotes")
+    if value.startswith("~") or re.search(r"\$\{|(^|/)\$", value):
+        raise _refusal("'~' and '$NAME' are not expanded: write the whole path")
+    folder = (info.context or {}).get("folder")
+    return Path(value) if folder is None else Path(os.path.normpath(Path(folder).absolute() / value))
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", value):
+        raise _refusal(
+            "must be 1 to 64 of the characters A-Z a-z 0-9 _ . - and start with a letter, a digit or _ "
+            "(it becomes part of file and metric names)"
+        )
+    return value
+
+
+def _suffix(value: str) -> str:
+    if not re.fullmatch(r"\.[^\s/\\*?]+", value):
+        raise _refusal("must be the end of a file name with its dot, such as .tif")
+    return value
+
+
+def _label(value: str) -> str:
+    if value in ("unknown", "non-decidable"):
+        raise _refusal("is a verdict, not a class: give its code as {key}", key=value.replace("-", "_") + "_code")
+    if not value.isprintable() or value.strip() != value or not 1 <= len(value) <= 64:
+        raise _refusal("must be a class name of 1 to 64 printable characters without spaces around it")
+    return value
+
+
+def _redis_url(value: str) -> str:
+    # Whatever is wrong, the address is never repeated in the message: it may hold a password.
+    if "@" in value or {"password", "username"} & parse_qs(value.partition("?")[2]).keys():
+        raise _refusal("holds a user or a password: take it out, use username and password_file")
+    try:
+        parts = urlsplit(value)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise _refusal("is not an address: write it as redis://host:6379/0") from None
+    if not (parts.path.strip("/") if parts.scheme == "unix" else parts.scheme in ("redis", "rediss") and host):
+        raise _refusal("must be redis://host:port/db, rediss://host:port/db (TLS) or unix:///path/of/socket")
+    return value
+
+
+def _at_least_one(value: tuple[T, ...]) -> tuple[T, ...]:
+    # Field(min_length=1) would count the items that are right, and so add a false problem to the true ones.
+    if not value:
+        raise _refusal("must have at least one item")
+    return value
+
+
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] < value[1] <= 100:
+        raise _refusal("must be two rising percentiles within 0 and 100, such as [1, 99.9]")
+    return value
+
+
+SitePath = Annotated[Path, BeforeValidator(_absolute)]
+Name = Annotated[str, AfterValidator(_name)]
+Suffix = Annotated[str, AfterValidator(_suffix)]
+ImageSuffix = Annotated[Suffix, AfterValidator(str.lower)]
+Label = Annotated[str, AfterValidator(_label)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+Percentiles = Annotated[tuple[float, float], AfterValidator(_rising)]
+Count = Annotated[int, Field(ge=1)]
+OrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Open = Annotated[float, Field(gt=0, lt=1)]
+"""A share or probability that is neither 0 nor 1."""
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blank_is_all_defaults(cls, value: object) -> object:
+        return {} if value is BLANK else value
+
+
+class Folder(_Settings):
+    """One drop folder: the images of one tool."""
+
+    path: SitePath
+    """The drop folder."""
+    source: Name
+    """Name of the tool that writes here; stands in results, records and metrics."""
+    recipe: SitePath
+    """Recipe for the images of this folder."""
+    completeness: Literal["rename", "marker", "steady"] = "steady"
+    """How a file shows that it is whole: renamed into place, marked by a second file, or steady in size and time."""
+    steady_s: Positive = 2.0
+    """Seconds without a change in size and time after which a file counts as steady."""
+    marker_suffixes: Annotated[tuple[Suffix, ...], AfterValidator(_at_least_one)] = (".done", ".trigger")
+    """With marker: x.tif is whole once x.tif.done or x.done stands beside it."""
+    recursive: bool = True
+    """Look into sub-folders too."""
+    polling: bool = False
+    """Poll instead of waiting for events; needed on SMB, NFS and SSHFS shares."""
+    suffixes: Annotated[tuple[ImageSuffix, ...], AfterValidator(_at_least_one)] = (
+        *(".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp"),
+        ".i01",  # KLARF's multi-page TIFF
+    )
+    """Ends of the names that are images, in upper or lower case."""
+
+
+class Models(_Settings):
+    """The models and what runs them."""
+
+    repository: SitePath
+    """Model repository: detector, encoder and head in Triton's layout."""
+    runtime: Literal["embedded"] = "embedded"
+    """What runs the models; embedded: ONNX Runtime inside the daemon."""
+    threads: Count | None = None
+    """CPU threads of one network; null: all the machine has."""
+
+
+class Redis(_Settings):
+    """The Redis server that takes the records."""
+
+    url: RedisUrl
+    """Address: redis://host:port/db, rediss://host:port/db (TLS) or unix:///path/of/socket; never a password."""
+    username: str | None = None
+    """ACL user; null: the server's default user."""
+    password_file: SitePath | None = None
+    """File that holds the password; null: none."""
+    ca_file: SitePath | None = None
+    """With rediss: PEM file of the authority to trust; null: the system's."""
+    prefix: Name = "semwatch"
+    """First part of every Redis key."""
+    max_unpublished: Count = 1000
+    """Files wait in the folder once this many records are unpublished."""
+    timeout_s: Positive = 5.0
+    """Seconds that one call to the server may take."""
+
+    @model_validator(mode="after")
+    def _ca_file_needs_tls(self) -> "Redis":
+        if self.ca_file and not self.url.startswith("rediss:"):
+            raise _refusal("ca_file works with rediss:// only: change the url or delete ca_file")
+        return self
+
+
+class Limits(_Settings):
+    """What the machine takes on."""
+
+    in_flight: Annotated[int, Field(ge=1, le=64)] = 2
+    """Files under review at the same time."""
+    min_free_mb: OrZero = 1024
+    """Files wait while the disk has less free space, in megabytes."""
+    max_image_mpx: Positive = 67.2
+    """Largest page in millions of pixels (8192 x 8192 fits); a larger one is quarantined."""
+    max_pages: Count = 64
+    """Most pages of one file; a file with more is quarantined."""
+    max_attempts: Count = 3
+    """Attempts at one file before it is quarantined."""
+    stop_timeout_s: Positive = 20.0
+    """Seconds that a stop waits for the files in flight."""
+
+
+class MetricsEndpoint(_Settings):
+    """Where Prometheus reads."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every network of the machine."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 9464
+    """TCP port to listen on."""
+
+
+class Site(_Settings):
+    """What this machine watches, where things live and what it may use."""
+
+    folders: Annotated[tuple[Folder, ...], AfterValidator(_at_least_one)]
+    """The drop folders."""
+    results_dir: SitePath
+    """Folder of the results."""
+    state_dir: SitePath
+    """Folder of ledger.sqlite and audit.jsonl, on a local disk."""
+    models: Models
+    """The models and what runs them."""
+    redis: Redis | None = None
+    """The Redis server that takes the records; null: none."""
+    limits: Limits = Limits()
+    """What the machine takes on."""
+    reconcile_s: Positive = 30.0
+    """Seconds between full scans of the drop folders."""
+    poll_s: Positive = 2.0
+    """Seconds between looks at a polled folder."""
+    metrics: MetricsEndpoint | None = None
+    """Where Prometheus reads; null: nowhere."""
+
+    @model_validator(mode="after")
+    def _folders_keep_apart(self) -> "Site":
+        faults = [*_repeated_sources(self), *_nested_folders(self), *_outputs_in_folders(self)]
+        if faults:
+            details = [InitErrorDetails(type=fault, loc=at, input=None) for at, fault in faults]
+            raise ValidationError.from_exception_data("Site", details)
+        return self
+
+
+def _repeated_sources(site: Site) -> Faults:
+    seen: set[str] = set()
+    for i, folder in enumerate(site.folders):
+        if folder.source in seen:
+            yield ("folders", i, "source"), _refusal("is used by another folder too: give each folder its own source")
+        seen.add(folder.source)
+
+
+def _nested_folders(site: Site) -> Faults:
+    outer: Path | None = None
+    # Sorted by their parts, the folders inside a folder follow it directly.
+    for real, i in sorted((_real(folder.path), i) for i, folder in enumerate(site.folders)):
+        if outer and real.is_relative_to(outer):
+            text = "lies in the drop folder {outer}: a file belongs to one source, choose folders side by side"
+            yield ("folders", i, "path"), _refusal(text, outer=str(outer))
+        else:
+            outer = real
+
+
+def _outputs_in_folders(site: Site) -> Faults:
+    drops = [_real(folder.path) for folder in site.folders]
+    for key, output in (("results_dir", _real(site.results_dir)), ("state_dir", _real(site.state_dir))):
+        around = next((drop for drop in drops if output.is_relative_to(drop)), None)
+        if around:
+            text = "lies in the drop folder {around}: choose a folder outside, or output is read as input"
+            yield (key,), _refusal(text, around=str(around))
+
+
+def _real(path: Path) -> Path:
+    # Unlike Path.resolve, realpath takes a ring of links as it is.
+    return Path(os.path.realpath(path))
+
+
+class Pins(_Settings):
+    """Model versions to stay with."""
+
+    detector: Count | None = None
+    """Version of the detector; null: the newest."""
+    encoder: Count | None = None
+    """Version of the encoder; null: the newest."""
+    head: Count | None = None
+    """Version of the head; null: the newest."""
+
+
+class Gate(_Settings):
+    """Which pages are searched for defects at all."""
+
+    false_alarm_rate: Open = 0.05
+    """Share of defect-free images that may pass the gate."""
+    threshold: Annotated[float, Field(ge=0)] | None = None
+    """Raw image score above which the gate opens; null: the detector's, for the false alarm rate."""
+
+
+class Binarization(_Settings):
+    """From the score map to the defect mask."""
+
+    method: Literal["plateau", "fixed", "otsu", "literal"] = "plateau"
+    """plateau: the longest stable count of defects; to compare with: literal (as printed), otsu, fixed (0.5)."""
+    grid_px: Annotated[int, Field(ge=16, le=1024)] = 112
+    """Edge of the grid that thresholds are tried on."""
+    n_thresholds: Annotated[int, Field(ge=2, le=1024)] = 64
+    """Thresholds tried, evenly spaced."""
+    percentiles: Percentiles = (1.0, 99.9)
+    """Percentiles of the score map between which the thresholds lie."""
+    # Not Literal[0, 1]: that takes false for 0.
+    epsilon: Annotated[int, Field(ge=0, le=1)] = 0
+    """Change in the number of defects that still counts as the same: 0 or 1."""
+    min_plateau: Count = 4
+    """Shortest run of thresholds that is believed."""
+    max_mask_fraction: Share = 0.3
+    """Largest share of the field that a mask may cover."""
+    max_defects: Count = 8
+    """Most defects kept of one page."""
+    merge_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Boxes closer than this share of the field become one."""
+
+    @model_validator(mode="after")
+    def _plateau_fits_the_sweep(self) -> "Binarization":
+        if self.min_plateau > self.n_thresholds:
+            raise _refusal("min_plateau is larger than n_thresholds: no plateau could be found, make it smaller")
+        return self
+
+
+class Crop(_Settings):
+    """The square window cut around a defect."""
+
+    context: Annotated[float, Field(ge=1)] = 2.0
+    """Edge of the window, in edges of the defect's box."""
+    min_side_fraction: Share = 0.1
+    """Smallest edge of the window, as a share of the field."""
+
+
+class UnknownRule(_Settings):
+    """When a defect is called unknown, when non-decidable."""
+
+    significance: Open = 0.05
+    """Unknown: no class has a p-value above this. It is the share of known defects that are called unknown."""
+    decide_confidence: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Non-decidable: several classes fit, and the head gives none of them this probability."""
+
+
+class KnownClass(_Settings):
+    """One line of the fab's class table."""
+
+    code: int
+    """Class number in the fab's table and in KLARF files."""
+    doi: bool = True
+    """Defect of interest; false: nuisance."""
+
+
+class Recipe(_Settings):
+    """How the images of one layer and step are judged."""
+
+    name: Name = "default"
+    """Name of the recipe."""
+    version: OrZero = 1
+    """The engineer's own count; the identity is the content."""
+    pins: Pins = Pins()
+    """Model versions to stay with."""
+    gate: Gate = Gate()
+    """Which pages are searched for defects at all."""
+    binarization: Binarization = Binarization()
+    """From the score map to the defect mask."""
+    crop: Crop = Crop()
+    """The square window cut around a defect."""
+    unknown: UnknownRule = UnknownRule()
+    """When a defect is called unknown, when non-decidable."""
+    # A read-only view, so that nothing changes the identity of a recipe in use.
+    classes: Annotated[
+        Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(dict[str, KnownClass])
+    ] = Field(default_factory=dict, validate_default=True)
+    """The fab's class table: label of the head to code. Labels that are not here have no code."""
+    unknown_code: int | None = None
+    """Code of an unknown defect; null: none."""
+    non_decidable_code: int | None = None
+    """Code of a non-decidable defect; null: none."""
+
+    @property
+    def id(self) -> str:
+        """Identity of the recipe: 16 hexadecimal digits over every value, defaults included.
+
+        Comments, order and spacing do not change it, nor does writing out a default; any other value does.
+        """
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What is known of a file beside its values."""
+
+    path: Path
+    lines: dict[At, int]
+    faults: list[tuple[int, str]]
+
+    def fault(self, at: At, text: str) -> None:
+        """Note a problem on the line of the nearest place that the file shows."""
+        line = next((self.lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in self.lines), 1)
+        where = _dotted(at)
+        self.faults.append((line, f"{where}: {text}" if where else text))
+
+    def report(self) -> str:
+        """Write the problems out, one a line, in the order of the file."""
+        told = [f"{self.path}:{line}: {text}" for line, text in sorted(self.faults, key=lambda fault: fault[0])]
+        if len(told) == 1:
+            return told[0]
+        more = [f"... and {len(told) - MAX_FAULTS} more"] if len(told) > MAX_FAULTS else []
+        return "\n  ".join([f"{self.path} has {len(told)} problems:", *told[:MAX_FAULTS], *more])
+
+
+def _load(path: Path, model: type[M]) -> M:
+    example = EXAMPLES / f"{model.__name__.lower()}.yaml"
+    root = _compose(path, _read(path, example))
+    file = _File(path, {}, [])
+    data = _plain(root, (), root.start_mark.line + 1, file) if root else BLANK
+    if data is BLANK:  # an empty recipe is more likely a copy that went wrong than a wish for all defaults
+        raise ConfigError(f"{path}: is empty; start from the commented example: cp {example} {path}")
+    try:
+        settings = model.model_validate(data, context={"folder": path.parent})
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            at = tuple(part for part in detail["loc"] if part != "[key]")
+            file.fault(at, _remedy(detail, at, model))
+    else:
+        if not file.faults:
+            return settings
+    # Raised outside the handler: a wrong value, perhaps a password, must not show up as the cause.
+    raise ConfigError(file.report())
+
+
+def _read(path: Path, example: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: is not a file; give the path of the YAML file")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; start from the commented example: cp {example} {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its owner and mode") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path}: is larger than {MAX_BYTES} bytes; is this the right file?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: is not UTF-8 text; save the file as UTF-8") from None
+
+
+def _compose(path: Path, text: str) -> yaml.Node | None:
+    # BaseLoader makes nodes of text: no value is constructed, no tag is acted on, an alias is the node it names.
+    try:
+        root: yaml.Node | None = yaml.compose(text, Loader=yaml.BaseLoader)
+        return root
+    except yaml.reader.ReaderError as error:
+        line, what = text.count("\n", 0, error.position) + 1, "has a control character; delete it"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, what = (mark.line + 1 if mark else 1), f"is not YAML ({error.problem}); {_syntax_remedy(error.problem)}"
+    except (ValueError, OverflowError):  # the scanner's chr() on "\\UFFFFFFFF"
+        line, what = 1, "has an escape (\\U...) of no character; take it out"
+    except RecursionError:
+        line, what = 1, "is nested too deeply; start from the commented example"
+    raise ConfigError(f"{path}:{line}: {what}")
+
+
+def _syntax_remedy(problem: str | None) -> str:
+    if "\\t" in (problem or ""):
+        return "indent with spaces, not tabs"
+    if "another document" in (problem or ""):
+        return "keep one document in the file: delete the '---' between them"
+    return "check the indentation here and above, and put text with a colon, a # or a * in quotes"
+
+
+def _plain(node: yaml.Node, at: At, line: int, file: _File) -> object:
+    """Turn a node into text, numbers, tuples and dicts; note lines and faults on the way."""
+    file.lines[at] = line
+    if len(file.lines) > MAX_VALUES or len(at) > MAX_DEPTH:
+        raise ConfigError(f"{file.path}:{line}: too many or too deep values; write them out without aliases (*name)")
+    if node.tag not in _TAGS:
+        file.fault(at, "has a YAML tag (!...): take the tag out")
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, at, file)
+    if isinstance(node, yaml.SequenceNode):
+        return tuple(_plain(item, (*at, i), item.start_mark.line + 1, file) for i, item in enumerate(node.value))
+    quoted = isinstance(node, yaml.ScalarNode) and node.style
+    return node.value if quoted else _scalar(node.value)
+
+
+def _mapping(node: yaml.MappingNode, at: At, file: _File) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for key_node, value_node in node.value:
+        key, line = key_node.value, key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            file.fault(at, f"has a key on line {line} that is not text: write 'key: value' lines")
+        elif key == "<<":
+            file.fault(at, f"has a merge key (<<) on line {line}: write the settings out")
+        elif key in values:
+            text = f"{_dotted((*at, key))}: stands twice, first on line {file.lines[*at, key]}: keep one of them"
+            file.faults.append((line, text))
+        else:
+            values[key] = _plain(value_node, (*at, key), line, file)
+    return values
+
+
+def _scalar(text: str) -> object:
+    if text in _WORDS:
+        return _WORDS[text]
+    # Longer digits are no setting of ours, and int() refuses thousands of them.
+    if re.fullmatch(r"[-+]?[0-9]{1,18}", text):
+        return int(text)
+    if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
+        return float(text)
+    return text
+
+
+_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+_WORDS: Mapping[str, object] = {
+    "": BLANK,
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("~", "null", "Null", "NULL"), None),
+}
+_MUST = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text: put it in quotes",
+    "tuple_type": "must be a list such as [a, b]",
+    "model_type": "must be a block of 'key: value' lines",
+    "mapping_type": "must be a block of 'key: value' lines",
+}
+
+
+def _remedy(detail: ErrorDetails, at: At, model: type[BaseModel]) -> str:
+    """Say in plain words what a setting must be; repeats a wrong value only where it cannot be a secret."""
+    inner, field = _descend(model, at)
+    kind, value = detail["type"], detail["input"]
+    if kind == "refused":
+        return detail["msg"]
+    if kind == "extra_forbidden":
+        return _unknown_key(str(at[-1]), list(inner.model_fields))
+    if kind == "missing":
+        text = "is missing: add it"
+    elif value is None or value is BLANK:
+        text = "is empty: give a value" + ("" if field and field.is_required() else " or delete the key")
+    else:
+        text = _MUST.get(kind) or re.sub(r"^\w+ should", "must", detail["msg"]).partition(" after validation")[0]
+        text += f", not {json.dumps(value)[:MAX_ECHO]}" if isinstance(value, str | int | float) else ""
+    return f"{text}. {field.description}" if field and field.description else text
+
+
+def _unknown_key(key: str, keys: list[str]) -> str:
+    nearest = difflib.get_close_matches(key.lower()[:MAX_ECHO], keys, n=1)
+    return (
+        f"unknown key; did you mean {nearest[0]}?" if nearest else f"unknown key; the keys here are {', '.join(keys)}"
+    )
+
+
+def _descend(model: type[BaseModel], at: At) -> tuple[type[BaseModel], FieldInfo | None]:
+    """Find the innermost model on the way, and the last field; list positions and class labels are neither."""
+    field = None
+    for part in at:
+        if part in model.model_fields:
+            field = model.model_fields[str(part)]
+            model = _model_in(field.annotation) or model
+    return model, field
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
+
+
+def _dotted(at: At) -> str:
+    text = ""
+    for part in at:
+        key = str(part)[:MAX_ECHO]
+        text += f"[{part}]" if isinstance(part, int) else f".{key if key.isprintable() else ascii(key)}"
+    return text.removeprefix(".")

@@ -1,0 +1,188 @@
+"""The model repository: Triton's folder layout, with what the daemon must know of a model in a ``meta.json`` beside it.
+
+    <repository>/<model>/config.pbtxt        for Triton; the embedded runtime does not read it
+    <repository>/<model>/<version>/model.onnx
+    <repository>/<model>/<version>/meta.json  see ``Meta``
+
+Versions are whole numbers counted from 1. A version folder appears by one rename, complete, and is never changed again:
+labels, calibration and weights of one version cannot come apart. The model repository is code: only the learning side
+writes here, and every load checks the weights against the hash in ``meta.json``.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from semwatch.errors import ModelMismatch, PublishError
+
+MODELS = ("detector", "encoder", "head")
+WEIGHTS = "model.onnx"
+META = "meta.json"
+
+DType = Literal["uint8", "float32"]
+
+
+class Tensor(BaseModel):
+    """Name-less signature of one input or output; the batch axis is not in ``shape``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+class Meta(BaseModel):
+    """Everything that travels with one version of one model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    model: Literal["detector", "encoder", "head"]
+    created_utc: str
+    weights_sha256: str = ""
+    """Of ``model.onnx``; filled in by ``publish``."""
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    normal_scores: tuple[float, ...] = ()
+    """Detector: raw scores of held-out normal images, what the gate's conformal threshold is computed from."""
+    labels: tuple[str, ...] = ()
+    """Head: class names in the order of its outputs."""
+    encoder_sha256: str = ""
+    """Head: the encoder's weights whose features it was trained on."""
+    provenance: Mapping[str, str | float | int] = {}
+    """How it was made: form, seed, data, command, metrics. Nobody computes with it."""
+
+
+def versions(repository: Path, model: str) -> list[int]:
+    """Published versions of a model, ascending; empty where there are none."""
+    folder = repository / model
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and (entry / META).is_file())
+
+
+def latest(repository: Path, model: str) -> int:
+    """The newest version of a model.
+
+    Raises:
+        ModelMismatch: there is none.
+    """
+    found = versions(repository, model)
+    if not found:
+        raise ModelMismatch(
+            f"no {model} in the model repository {repository}; build it with "
+            f"`semwatch-train build --repository {repository}` or copy one there"
+        )
+    return found[-1]
+
+
+def read_meta(repository: Path, model: str, version: int) -> Meta:
+    """Read what travels with a version.
+
+    Raises:
+        ModelMismatch: the version is absent, incomplete or from another release.
+    """
+    path = repository / model / str(version) / META
+    try:
+        meta = Meta.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelMismatch(f"{model} version {version} is not in the model repository {repository}") from error
+    except (OSError, ValidationError) as error:
+        raise ModelMismatch(f"{path} cannot be used: {error}") from error
+    if meta.model != model:
+        raise ModelMismatch(f"{path} describes a {meta.model}, not a {model}")
+    return meta
+
+
+def weights_path(repository: Path, model: str, version: int, meta: Meta) -> Path:
+    """Path of a version's weights, after checking them against their hash.
+
+    Raises:
+        ModelMismatch: the file is absent or not the one that was published.
+    """
+    path = repository / model / str(version) / WEIGHTS
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise ModelMismatch(f"cannot read the weights {path}: {error}") from error
+    if found != meta.weights_sha256:
+        raise ModelMismatch(f"{path} is not the file that was published (sha256 differs); publish the version again")
+    return path
+
+
+def publish(repository: Path, meta: Meta, weights: Path) -> int:
+    """Place a new version, whole, by one rename; the weights file is copied in.
+
+    Returns:
+        The new version number, one above the newest.
+
+    Raises:
+        PublishError: the disk refused, or another publisher took the number.
+    """
+    folder = repository / meta.model
+    staging: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+        shutil.copyfile(weights, staging / WEIGHTS)
+        whole = meta.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS)})
+        (staging / META).write_text(whole.model_dump_json(indent=1) + "\n")
+        staging.chmod(0o755)
+        for entry in (staging / WEIGHTS, staging / META, staging):
+            _fsync(entry)
+        found = versions(repository, meta.model)
+        version = found[-1] + 1 if found else 1
+        staging.rename(folder / str(version))
+        _fsync(folder)
+        _write_config(folder / "config.pbtxt", meta)
+    except OSError as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise PublishError(f"cannot publish a {meta.model} into {repository}: {error}") from error
+    return version
+
+
+def config_pbtxt(meta: Meta) -> str:
+    """Triton's model configuration, from the same signature the daemon checks."""
+    names = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
+
+    def block(kind: str, tensors: Mapping[str, Tensor]) -> str:
+        rows = [
+            f'  {{ name: "{name}" data_type: {names[t.dtype]} dims: [ {", ".join(map(str, t.shape))} ] }}'
+            for name, t in tensors.items()
+        ]
+        return f"{kind} [\n" + ",\n".join(rows) + "\n]\n"
+
+    return (
+        f'name: "{meta.model}"\nbackend: "onnxruntime"\nmax_batch_size: 16\n'
+        + block("input", meta.inputs)
+        + block("output", meta.outputs)
+        + "dynamic_batching { }\nversion_policy: { latest { num_versions: 1 } }\n"
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Content hash of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_config(path: Path, meta: Meta) -> None:
+    partial = path.with_name(".config.pbtxt.partial")
+    partial.write_text(config_pbtxt(meta))
+    _fsync(partial)
+    partial.replace(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

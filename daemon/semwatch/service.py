@@ -1,0 +1,417 @@
+"""The daemon's life: start, the loop, stop.
+
+Start order: ledger (locks out a second daemon), models, metrics, folders; then READY. The loop, in one thread, hands
+files to workers, delivers the outbox and the audit log, and tells systemd that it is alive. A worker reviews one file
+from its bytes to the ledger's commit in straight code. Stop order: take no more files, let those in flight finish
+within the bound, deliver what the outbox holds, close folders, models and ledger. A second signal leaves at once: the
+ledger brings the work back.
+
+Crash safety: the result is on disk, whole, before the ledger says DONE; outbox records and the audit line are in the
+same transaction as DONE; deliveries are repeated until confirmed and are idempotent at the other end (stream id,
+audit seq).
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+
+from semwatch import incoming, micrograph, pipeline, results, unknowns
+from semwatch.audit import AuditLog
+from semwatch.config import Pins, Recipe, Site, load_recipe
+from semwatch.defects import Review
+from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.incoming import Arrival, Incoming
+from semwatch.inference import Embedded
+from semwatch.ledger import Claim, Ledger, OutboxItem
+from semwatch.metrics import Metrics
+from semwatch.notify import Notifier, watchdog_interval_s
+from semwatch.unknowns import Publisher
+
+log = logging.getLogger(__name__)
+
+LEDGER, AUDIT = "ledger.sqlite", "audit.jsonl"
+TICK_S = 0.5
+DELIVERY_BATCH = 100
+MAX_BACKOFF_S = 30.0
+
+
+class Service:
+    """Everything a running daemon holds open.
+
+    Args:
+        site: validated settings.
+        environ: for systemd's NOTIFY_SOCKET and WATCHDOG_USEC.
+
+    Raises:
+        ConfigError, ModelMismatch: at construction, saying what to fix.
+    """
+
+    def __init__(self, site: Site, *, environ: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.site = site
+        self.recipes = {folder.source: load_recipe(folder.recipe) for folder in site.folders}
+        self._notifier = Notifier(environ)
+        self._beat_s = watchdog_interval_s(environ) or TICK_S
+        self._stop = threading.Event()
+        self._open = ExitStack()
+        try:
+            self._start()
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _start(self) -> None:
+        site, keep = self.site, self._open
+        site.state_dir.mkdir(parents=True, exist_ok=True)
+        site.results_dir.mkdir(parents=True, exist_ok=True)
+        self.ledger = keep.enter_context(Ledger(site.state_dir / LEDGER))
+        self._audit = keep.enter_context(AuditLog(site.state_dir / AUDIT))
+        self._models = load_models(site.models.repository, self.recipes.values(), threads=site.models.threads)
+        for recipe in self.recipes.values():
+            pipeline.gate_threshold(recipe, self._models[recipe.pins])  # refuses now rather than at the first file
+        self._publisher = connect_publisher(site)
+        self.metrics = Metrics(self.recipes)
+        keep.callback(self.metrics.close)
+        if site.metrics is not None:
+            self.metrics.serve(site.metrics.host, site.metrics.port)
+        folders = [incoming.Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
+        self._incoming = keep.enter_context(
+            Incoming(folders, self.ledger.is_settled, reconcile_s=site.reconcile_s, poll_s=site.poll_s)
+        )
+        self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
+        keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
+        self._working: dict[Future[None], Arrival] = {}
+        self._lots_to_write: set[Path] = set()
+        self._lots_lock = threading.Lock()
+        self._away = _Backoff()
+        self._publishing = _Backoff()
+
+    def stop(self) -> None:
+        """Ask the loop to end; callable from a signal handler."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Work until ``stop``; returns when everything is closed.
+
+        An exception that is not in the error tree is a bug: it ends the daemon, and the ledger counts the attempt.
+        """
+        self._notifier.ready()
+        log.info("ready: %d folders, models %s", len(self.recipes), self._versions())
+        try:
+            while not self._stop.is_set():
+                self._beat()
+                self._take_files()
+                self._reap()
+                self._deliver()
+        finally:
+            self._shut_down()
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def _take_files(self) -> None:
+        reason = self._reason_to_wait()
+        # Work that once failed or killed the process is tried alone: it must not cost its neighbours an attempt.
+        limit = 1 if self._has_retries() else self.site.limits.in_flight
+        free = limit - len(self._working)
+        if reason or free <= 0:
+            wait(self._working, timeout=min(self._beat_s, TICK_S), return_when=FIRST_COMPLETED)
+            if not self._working:
+                self._stop.wait(min(self._beat_s, TICK_S))
+            return
+        timeout_s = min(self._beat_s, TICK_S) if not self._working else 0.02
+        for arrival in self._incoming.arrivals(timeout_s, limit=free):
+            self._working[self._pool.submit(self._process, arrival)] = arrival
+
+    def _reap(self) -> None:
+        for future in [future for future in self._working if future.done()]:
+            arrival = self._working.pop(future)
+            try:
+                future.result()
+            except ServiceUnavailable as error:
+                self._away.failed()
+                self.metrics.errors.labels(service="line").inc()
+                log.warning("%s waits in its folder: %s", arrival.path, error)
+            else:
+                self._away.worked()
+            finally:
+                self._incoming.release(arrival)
+        if not self._working:
+            self._write_lots()
+
+    def _reason_to_wait(self) -> str | None:
+        """Why no file is taken now; files wait in the folder, which is the buffer."""
+        if self._away.is_waiting():
+            return "a service is away"
+        free_mb = shutil.disk_usage(self.site.results_dir).free / 1e6
+        if free_mb < self.site.limits.min_free_mb:
+            return f"disk nearly full, {free_mb:.0f} MB free"
+        redis = self.site.redis
+        if redis is not None and self.ledger.n_unpublished() >= redis.max_unpublished:
+            return "Redis away"
+        return None
+
+    def _has_retries(self) -> bool:
+        return any(work.attempts for work in self.ledger.listing("SEEN", limit=10))
+
+    def _deliver(self) -> None:
+        """Hand the outbox to Redis and the audit lines to their file."""
+        deliver_audit(self.ledger, self._audit)
+        if self._publisher is None or self._publishing.is_waiting():
+            return
+        try:
+            publish_outbox(self.ledger, self._publisher)
+        except ServiceUnavailable as error:
+            if self._publishing.failed():
+                log.warning("records wait in the outbox: %s", error)
+            self.metrics.errors.labels(service="redis").inc()
+        else:
+            self._publishing.worked()
+
+    def _beat(self) -> None:
+        """Tell systemd and Prometheus how it stands; from the loop that does the work, so a hang shows."""
+        n_waiting, oldest_s = self._incoming.waiting()
+        reason = self._reason_to_wait()
+        self._notifier.watchdog()
+        self._notifier.status(
+            f"{n_waiting} waiting, {len(self._working)} in review" + (f"; paused: {reason}" if reason else "")
+        )
+        self.metrics.in_flight.set(len(self._working))
+        self.metrics.waiting_files.set(n_waiting)
+        self.metrics.oldest_waiting_seconds.set(oldest_s)
+        self.metrics.unpublished_records.set(self.ledger.n_unpublished())
+        self.metrics.disk_free_bytes.set(shutil.disk_usage(self.site.results_dir).free)
+
+    def _shut_down(self) -> None:
+        self._notifier.stopping()
+        wait(self._working, timeout=self.site.limits.stop_timeout_s)
+        try:
+            for future in self._working:
+                if future.done() and (error := future.exception()):
+                    log.error("a review failed while stopping: %s", error)
+            self._write_lots()
+            self._deliver()
+        except ServiceUnavailable as error:
+            log.warning("left for the next start: %s", error)
+        finally:
+            self._open.close()
+        log.info("stopped")
+
+    # --- one file, in a worker thread ------------------------------------------------------------------------------
+
+    def _process(self, arrival: Arrival) -> None:
+        start = time.perf_counter()
+        try:
+            data = micrograph.read_file(arrival.file)
+        except FileNotFoundError:
+            return  # taken away again by the tool; nothing was promised
+        except ImageError as error:
+            self._refuse_unread(arrival, str(error))
+            return
+        if len(data) != arrival.size:
+            return  # still growing; it comes again
+        claim = self._claim(arrival, hashlib.sha256(data).hexdigest())
+        if not claim.is_mine:
+            self._note_not_mine(claim)
+            return
+        if claim.attempts >= self.site.limits.max_attempts:
+            self._quarantine(
+                claim, f"gave up after {claim.attempts} attempts that failed or ended the process", len(data)
+            )
+            return
+        try:
+            self._review(claim, data, start)
+        except ImageError as error:
+            self._quarantine(claim, str(error), len(data))
+        except ServiceUnavailable as error:
+            self.ledger.give_back(claim, str(error))
+            raise
+
+    def _claim(self, arrival: Arrival, sha256: str) -> Claim:
+        return self.ledger.claim(
+            arrival.source,
+            arrival.path,
+            sha256=sha256,
+            size=arrival.size,
+            mtime_ns=arrival.mtime_ns,
+            now_utc=utc_now(),
+        )
+
+    def _review(self, claim: Claim, data: bytes, start: float) -> None:
+        recipe, limits = self.recipes[claim.source], self.site.limits
+        review = pipeline.review(
+            data,
+            source=claim.source,
+            path=claim.path,
+            sha256=claim.sha256,
+            recipe=recipe,
+            models=self._models[recipe.pins],
+            reviewed_utc=utc_now(),
+            max_pixels=int(limits.max_image_mpx * 1_000_000),
+            max_pages=limits.max_pages,
+        )
+        paths = results.write(review, results_dir=self.site.results_dir, **codes(recipe))
+        items = outbox_items(review, self.site.redis.prefix) if self.site.redis is not None else []
+        self.ledger.finish(claim, outbox=items, audit=audit_entry(review, paths.json), now_utc=review.reviewed_utc)
+        with self._lots_lock:
+            self._lots_to_write.add(paths.json.parent)
+        self.metrics.observe(review)
+        stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
+        log.info(
+            "%s/%s: %d defects, %.0f ms (%s), models %s",
+            claim.source, claim.path, review.n_defects, (time.perf_counter() - start) * 1000, stages,
+            dict(review.model_versions),
+        )  # fmt: skip
+
+    def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
+        now_utc = utc_now()
+        results.write_reason(
+            results_dir=self.site.results_dir,
+            source=claim.source,
+            path=claim.path,
+            sha256=claim.sha256,
+            reason=reason,
+            attempts=claim.attempts + 1,
+            size=size,
+            quarantined_utc=now_utc,
+        )
+        audit = {
+            "event": "quarantined",
+            "source": claim.source,
+            "path": claim.path,
+            "sha256": claim.sha256,
+            "reason": reason,
+        }
+        self.ledger.quarantine(claim, reason, audit=audit, now_utc=now_utc)
+        self.metrics.quarantined.labels(source=claim.source).inc()
+        log.warning("%s/%s quarantined: %s", claim.source, claim.path, reason)
+
+    def _refuse_unread(self, arrival: Arrival, reason: str) -> None:
+        """Quarantine a file that is not even read: its identity is its size and name."""
+        stand_in = hashlib.sha256(
+            f"{arrival.path}\0{arrival.size}\0{arrival.mtime_ns}".encode(errors="surrogateescape")
+        )
+        claim = self._claim(arrival, stand_in.hexdigest())
+        if claim.is_mine:
+            self._quarantine(claim, reason, arrival.size)
+
+    def _note_not_mine(self, claim: Claim) -> None:
+        if claim.outcome == "duplicate":
+            self.metrics.duplicates.labels(source=claim.source).inc()
+            log.info("%s/%s has the content of %s: not reviewed again", claim.source, claim.path, claim.original)
+
+    def _write_lots(self) -> None:
+        with self._lots_lock:
+            lots, self._lots_to_write = self._lots_to_write, set()
+        for lot in lots:
+            results.write_lot_csv(lot)
+
+    def _versions(self) -> dict[str, int]:
+        versions: dict[str, int] = {}
+        for models in self._models.values():
+            versions |= models.versions()
+        return versions
+
+
+class _Backoff:
+    """How long to leave a service alone: 0.5, 1, 2 ... 30 s after failures in a row."""
+
+    def __init__(self) -> None:
+        self._n_failures, self._until = 0, 0.0
+
+    def failed(self) -> bool:
+        """Note a failure; True for the first in a row."""
+        self._n_failures += 1
+        self._until = time.monotonic() + min(MAX_BACKOFF_S, 0.25 * 2**self._n_failures)
+        return self._n_failures == 1
+
+    def worked(self) -> None:
+        self._n_failures, self._until = 0, 0.0
+
+    def is_waiting(self) -> bool:
+        return time.monotonic() < self._until
+
+
+def load_models(repository: Path, recipes: Iterable[Recipe], *, threads: int | None) -> dict[Pins, Embedded]:
+    """One set of networks per distinct pins: recipes that pin nothing share one."""
+    distinct = dict.fromkeys(recipe.pins for recipe in recipes)
+    return {pins: Embedded(repository, pins=pins.model_dump(), threads=threads) for pins in distinct}
+
+
+def connect_publisher(site: Site) -> Publisher | None:
+    """The producer's end of the streams; None where the site has no Redis."""
+    redis = site.redis
+    if redis is None:
+        return None
+    client = unknowns.connect(
+        redis.url,
+        username=redis.username,
+        password_file=redis.password_file,
+        ca_file=redis.ca_file,
+        timeout_s=redis.timeout_s,
+    )
+    return Publisher(client, prefix=redis.prefix)
+
+
+def outbox_items(review: Review, prefix: str) -> list[OutboxItem]:
+    """What one review owes the streams: its summary, and every defect that no single class explains."""
+    summary = unknowns.result_summary(review)
+    items = [OutboxItem(f"{prefix}:results", unknowns.result_id(review), unknowns.pack(summary))]
+    for record in unknowns.records(review):
+        items.append(OutboxItem(f"{prefix}:unknowns", record.id, unknowns.pack(unknowns.encode(record))))
+    return items
+
+
+def publish_outbox(ledger: Ledger, publisher: Publisher) -> None:
+    """Publish what the outbox holds, a batch at a time, and mark it published.
+
+    Raises:
+        ServiceUnavailable: Redis is away; nothing is lost, nothing is published twice under one id.
+    """
+    while batch := ledger.unpublished(DELIVERY_BATCH):
+        publisher.publish([(item.stream, item.id, item.payload) for _, item in batch])
+        ledger.mark_published([seq for seq, _ in batch])
+
+
+def deliver_audit(ledger: Ledger, audit: AuditLog) -> None:
+    """Append the ledger's audit lines to the audit log; a line is there exactly once, whatever crashed between."""
+    while lines := ledger.audit_after(audit.last_seq, DELIVERY_BATCH):
+        audit.append([(seq, json.loads(text)) for seq, text in lines])
+        ledger.forget_audit(audit.last_seq)
+
+
+def audit_entry(review: Review, result: Path) -> dict[str, object]:
+    """The audit line of one review: what was judged, by which recipe and models, and what came out."""
+    kinds = [defect.verdict.kind for page in review.pages for defect in page.defects]
+    return {
+        "event": "reviewed",
+        "utc": review.reviewed_utc,
+        "source": review.source,
+        "path": review.path,
+        "sha256": review.sha256,
+        "recipe": review.recipe_id,
+        "models": dict(review.model_versions),
+        "verdicts": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "result": result.name,
+    }
+
+
+def codes(recipe: Recipe) -> dict[str, object]:
+    """The fab's class codes, as ``results.write`` takes them."""
+    return {
+        "class_codes": {label: known.code for label, known in recipe.classes.items()},
+        "unknown_code": recipe.unknown_code,
+        "non_decidable_code": recipe.non_decidable_code,
+    }
+
+
+def utc_now() -> str:
+    """ISO 8601, seconds, Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

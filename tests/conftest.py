@@ -1,0 +1,34 @@
+"""Fixtures: the real model repository that `make models` builds, and a tiny one for tests of the plumbing."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The model repository with the real backbone."""
+    folder = Path(os.environ.get("SEMWATCH_REPOSITORY", ROOT / "model_repository"))
+    if not (folder / "head").is_dir() or not any((folder / "head").glob("[0-9]*")):
+        pytest.fail(f"no models in {folder}: run `make models` first")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Public images beside the checkout; tests that need them skip where they are absent."""
+    folder = Path(os.environ.get("SEMWATCH_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no public images in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, real formats, a few milliseconds an image."""
+    from tiny_models import publish_all
+
+    return publish_all(tmp_path_factory.mktemp("models"))

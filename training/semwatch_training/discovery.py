@@ -1,0 +1,192 @@
+"""Heads over cached features, and the calibration of the unknown rule.
+
+A head gives two answers per class: a logit (trained) and a conformal p-value (measured). The p-value compares a
+defect's distance to the class, on frozen features only, with the distances of calibration members the head was not
+fitted on; the share of members at least as far away is the p-value. So "at most 5 % of true members are called
+unknown" is a property of the construction, as long as calibration and stream come from the same process.
+
+Source: class-conditional split conformal prediction; Mahalanobis distance on unit-length features (Mahalanobis++).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sklearn.cluster import KMeans
+from sklearn.covariance import ledoit_wolf
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from semwatch.errors import ConfigError
+
+MIN_PER_CLASS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFit:
+    """How a head is fitted."""
+
+    frozen_width: int
+    """Leading features that the p-values may read."""
+    components: int = 96
+    """Principal directions kept before whitening."""
+    prototypes: int = 3
+    """Centres per class at most: one name may cover several looks."""
+    calibration_share: float = 0.4
+    inverse_regularisation: float = 10.0
+    seed: int = 0
+
+
+class Head(nn.Module):
+    """K classes over D features: ``forward(features) -> (logits, p_values)``."""
+
+    def __init__(self, state: "dict[str, Tensor]", labels: Sequence[str], frozen_width: int) -> None:
+        super().__init__()
+        self.labels, self.frozen_width = tuple(labels), frozen_width
+        for name, value in state.items():
+            self.register_buffer(name, value)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge features (B, D).
+
+        Returns:
+            Logits (B, K) and p-values (B, K) in (0, 1].
+        """
+        buffer = {name: cast(Tensor, value) for name, value in self.named_buffers()}
+        standard = (features - buffer["feature_mean"]) / buffer["feature_std"]
+        logits = standard @ buffer["weight"].T + buffer["bias"]
+        distance = class_distances(features[:, : self.frozen_width], buffer)
+        # Padding is -inf, which is never as far away as a defect.
+        at_least_as_far = (buffer["calibration"][None] >= distance[..., None]).float().sum(dim=-1)
+        return logits, (1 + at_least_as_far) / (1 + buffer["n_calibration"])
+
+
+def class_distances(frozen: Tensor, buffer: "dict[str, Tensor]") -> Tensor:
+    """Squared whitened distance of features (B, F) to each class's nearest prototype: (B, K)."""
+    whitened = (frozen - buffer["frozen_mean"]) @ buffer["whitening"]
+    to_prototypes = (whitened[:, None, None] - buffer["prototypes"][None]).square().sum(dim=-1)
+    return to_prototypes.amin(dim=-1)
+
+
+def fit_head(features: NDArray[np.float32], labels: Sequence[str], fit: HeadFit) -> Head:
+    """Fit a head on cached features.
+
+    Logits: multinomial logistic regression on standardised features, all samples. P-values: within-class whitening
+    (Ledoit-Wolf) of the leading principal directions and up to ``prototypes`` centres per class on one part of the
+    samples, distances of the other part as calibration.
+
+    Args:
+        features: (n, D).
+        labels: n class names.
+        fit: how.
+
+    Raises:
+        ConfigError: fewer than two classes, or a class with fewer than 8 samples.
+    """
+    names = sorted(set(labels))
+    y = np.array([names.index(label) for label in labels])
+    counts = np.bincount(y, minlength=len(names))
+    if len(names) < 2 or counts.min() < MIN_PER_CLASS:
+        rare = {name: int(n) for name, n in zip(names, counts, strict=True) if n < MIN_PER_CLASS}
+        raise ConfigError(
+            f"a head needs two classes or more, each with at least {MIN_PER_CLASS} samples; got {len(names)} classes, "
+            f"too few of {rare}"
+        )
+    state = _fit_logits(features, y, fit) | _fit_p_values(features[:, : fit.frozen_width], y, fit)
+    return Head(state, names, fit.frozen_width)
+
+
+def _fit_logits(features: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
+    mean, std = features.mean(axis=0), features.std(axis=0) + 1e-3
+    regression = LogisticRegression(
+        C=1 / fit.inverse_regularisation / len(y) * 100, max_iter=2000, class_weight="balanced", random_state=fit.seed
+    ).fit((features - mean) / std, y)
+    weight, bias = regression.coef_, regression.intercept_
+    if len(weight) == 1:  # two classes: scikit-learn gives one row
+        weight, bias = np.vstack((-weight, weight)) / 2, np.array((-bias[0], bias[0])) / 2
+    return {
+        "feature_mean": _tensor(mean),
+        "feature_std": _tensor(std),
+        "weight": _tensor(weight),
+        "bias": _tensor(bias),
+    }
+
+
+def _fit_p_values(frozen: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
+    rng = np.random.default_rng(fit.seed)
+    calibrates = np.zeros(len(y), bool)
+    for k in np.unique(y):
+        members = rng.permutation(np.flatnonzero(y == k))
+        calibrates[members[: max(1, int(fit.calibration_share * len(members)))]] = True
+    proper, y_proper = frozen[~calibrates].astype(np.float64), y[~calibrates]
+    mean = proper.mean(axis=0)
+    directions = np.linalg.svd(proper - mean, full_matrices=False)[2][: fit.components].T
+    projected = (proper - mean) @ directions
+    prototypes = _prototypes(projected, y_proper, fit)
+    nearest = np.square(projected[:, None] - prototypes[y_proper]).sum(axis=-1).argmin(axis=1)
+    covariance, _ = ledoit_wolf(projected - prototypes[y_proper, nearest], assume_centered=True)
+    whiten = np.linalg.cholesky(np.linalg.inv(covariance))
+    state = {
+        "frozen_mean": _tensor(mean),
+        "whitening": _tensor(directions @ whiten),
+        "prototypes": _tensor(prototypes @ whiten),
+    }
+    distance = class_distances(torch.from_numpy(frozen[calibrates]), state).numpy()
+    own = [np.sort(distance[y[calibrates] == k, k]) for k in range(len(prototypes))]
+    calibration = np.full((len(own), max(map(len, own))), -np.inf, np.float32)
+    for row, distances in zip(calibration, own, strict=True):
+        row[: len(distances)] = distances
+    return state | {"calibration": _tensor(calibration), "n_calibration": _tensor(np.array([len(d) for d in own]))}
+
+
+def _prototypes(projected: NDArray[np.float64], y: NDArray[np.intp], fit: HeadFit) -> NDArray[np.float64]:
+    """Up to P centres per class, (K, P, d); a class with few samples repeats its only centre."""
+    centres = []
+    for k in np.unique(y):
+        members = projected[y == k]
+        n = min(fit.prototypes, max(1, len(members) // MIN_PER_CLASS))
+        found = KMeans(n, n_init=4, random_state=fit.seed).fit(members).cluster_centers_
+        centres.append(np.vstack([found, np.repeat(found[:1], fit.prototypes - n, axis=0)]))
+    return np.stack(centres)
+
+
+def _tensor(values: NDArray[np.floating] | NDArray[np.integer]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def save_head(head: Head, path: Path, *, encoder_form: str, provenance: dict[str, str | float | int]) -> None:
+    """Write a head as safetensors (fp16, calibration in fp32) with labels, encoder form, provenance."""
+    exact = ("calibration", "n_calibration", "feature_mean", "feature_std", "frozen_mean")
+    state = {name: (value if name in exact else value.half()).contiguous() for name, value in head.state_dict().items()}
+    header = {
+        "labels": json.dumps(head.labels),
+        "frozen_width": str(head.frozen_width),
+        "encoder_form": encoder_form,
+        "provenance": json.dumps(provenance),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, metadata=header)
+
+
+def load_head(path: Path) -> tuple[Head, str, dict[str, str | float | int]]:
+    """Read what ``save_head`` wrote: the head in fp32, the form of the encoder it belongs to, its provenance.
+
+    Raises:
+        ConfigError: the file is absent or holds no head.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no head at {path}; fit one with `semwatch-train head`")
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+        if "labels" not in header:
+            raise ConfigError(f"{path} holds no head; give the file that `semwatch-train head` wrote")
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
+    head = Head(state, json.loads(header["labels"]), int(header["frozen_width"]))
+    return head.eval(), header["encoder_form"], json.loads(header["provenance"])

@@ -1,0 +1,172 @@
+"""Torch to the model repository: ONNX with normalisation inside, parity checked before anything is published."""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from semwatch import model_repository
+from semwatch.errors import PublishError
+from semwatch.model_repository import Meta, Tensor
+from semwatch_training.discovery import Head
+from semwatch_training.ni_detector import DetectorGraph
+from semwatch_training.smg_vit import EncoderGraph
+
+OPSET = 20
+MAX_RELATIVE_DIFFERENCE = 1e-3
+
+Arrays = dict[str, NDArray[Any]]
+Provenance = Mapping[str, str | float | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Largest difference between ONNX Runtime and torch, relative to the largest torch value, by output."""
+
+    relative: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The worst output's difference."""
+        return max(self.relative.values())
+
+
+def publish_detector(
+    graph: DetectorGraph,
+    repository: Path,
+    *,
+    normal_scores: Sequence[float],
+    provenance: Provenance,
+) -> int:
+    """Export and publish a detector with the raw scores of its held-out normal images; returns the version."""
+    form = graph.detector.form
+    side = form.input_px // graph.trunk.shape.patch
+    meta = Meta(
+        model="detector",
+        created_utc=utc_now(),
+        inputs={"image": Tensor(dtype="uint8", shape=(form.input_px, form.input_px))},
+        outputs={
+            "score_map": Tensor(dtype="float32", shape=(side, side)),
+            "raw_score": Tensor(dtype="float32", shape=()),
+        },
+        normal_scores=tuple(sorted(round(score, 7) for score in normal_scores)),
+        provenance={**flat(asdict(form)), **provenance},
+    )
+    return _publish(graph.eval(), meta, repository)
+
+
+def publish_encoder(graph: EncoderGraph, repository: Path, *, provenance: Provenance) -> int:
+    """Export and publish an encoder; returns the version."""
+    form, trunk = graph.vit.form, graph.vit.trunk.shape
+    side = form.input_px // trunk.patch
+    meta = Meta(
+        model="encoder",
+        created_utc=utc_now(),
+        inputs={
+            "crop": Tensor(dtype="uint8", shape=(form.input_px, form.input_px)),
+            "soft_mask": Tensor(dtype="float32", shape=(side, side)),
+            "size": Tensor(dtype="float32", shape=(2,)),
+        },
+        outputs={"features": Tensor(dtype="float32", shape=(graph.frozen_width + trunk.width,))},
+        provenance={**flat(asdict(form)), **provenance},
+    )
+    return _publish(graph.eval(), meta, repository)
+
+
+def publish_head(head: Head, repository: Path, *, encoder_version: int, provenance: Provenance) -> int:
+    """Export and publish a head for the features of one encoder version; returns the version."""
+    encoder = model_repository.read_meta(repository, "encoder", encoder_version)
+    K = len(head.labels)
+    meta = Meta(
+        model="head",
+        created_utc=utc_now(),
+        inputs={"features": encoder.outputs["features"]},
+        outputs={"logits": Tensor(dtype="float32", shape=(K,)), "p_values": Tensor(dtype="float32", shape=(K,))},
+        labels=head.labels,
+        encoder_sha256=encoder.weights_sha256,
+        provenance=provenance,
+    )
+    return _publish(head.eval(), meta, repository)
+
+
+def to_onnx(graph: nn.Module, meta: Meta, path: Path) -> None:
+    """Write an ONNX file with a dynamic batch axis and the signature's own names."""
+    example = tuple(torch.from_numpy(array) for array in random_inputs(meta, batch=2, seed=0).values())
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own insides; parity is what we go by
+        program = torch.onnx.export(
+            graph,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(meta.inputs),
+            output_names=list(meta.outputs),
+            dynamic_shapes=tuple({0: batch} for _ in example),
+            external_data=False,
+            verbose=False,
+        )
+    if program is None:
+        raise PublishError(f"torch gave no ONNX program for the {meta.model}")
+    program.save(str(path))
+
+
+def parity(graph: nn.Module, meta: Meta, path: Path, batches: Sequence[Arrays]) -> Parity:
+    """Compare an ONNX file with the module it was made from."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = dict.fromkeys(meta.outputs, 0.0)
+    for inputs in batches:
+        with torch.no_grad():
+            answer = graph(*(torch.from_numpy(inputs[name]) for name in meta.inputs))
+        references = answer if isinstance(answer, tuple) else (answer,)
+        values = session.run(list(meta.outputs), inputs)
+        for name, reference, value in zip(meta.outputs, references, values, strict=True):
+            expected = reference.numpy()
+            difference = np.abs(expected - value).max() / max(np.abs(expected).max(), 1e-12)
+            worst[name] = max(worst[name], float(difference))
+    return Parity(worst)
+
+
+def random_inputs(meta: Meta, *, batch: int, seed: int) -> Arrays:
+    """Inputs of the right names, shapes and dtypes: uint8 noise, float32 in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (
+            rng.integers(0, 256, (batch, *tensor.shape), dtype=np.uint8)
+            if tensor.dtype == "uint8"
+            else rng.random((batch, *tensor.shape), dtype=np.float32)
+        )
+        for name, tensor in meta.inputs.items()
+    }
+
+
+def _publish(graph: nn.Module, meta: Meta, repository: Path) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / model_repository.WEIGHTS
+        to_onnx(graph, meta, path)
+        # Another batch size than the one traced: a batch axis frozen by mistake shows here.
+        found = parity(graph, meta, path, [random_inputs(meta, batch=batch, seed=batch) for batch in (1, 3)])
+        if not found.worst < MAX_RELATIVE_DIFFERENCE:
+            raise PublishError(f"the exported {meta.model} differs from its torch original: {dict(found.relative)}")
+        return model_repository.publish(repository, meta, path)
+
+
+def flat(form: Mapping[str, Any]) -> dict[str, str | float | int]:
+    """A form's fields as plain provenance values."""
+    return {key: value if isinstance(value, str | float | int) else str(value) for key, value in form.items()}
+
+
+def utc_now() -> str:
+    """ISO 8601, seconds, Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,135 @@
+"""Labelled crops for heads: the daemon's own search over synthetic images, matched with the ground truth.
+
+A head must see what the daemon will show it, so crops come out of ``pipeline.search`` and not out of the true masks.
+What the search finds where nothing is wrong becomes the defect-free class.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score
+
+from semwatch.classification import decide
+from semwatch.config import Recipe
+from semwatch.defects import DEFECT_FREE, Micrograph
+from semwatch.inference import Embedded
+from semwatch.pipeline import Candidate, search
+from semwatch_training.discovery import HeadFit, fit_head
+from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
+
+MIN_OVERLAP = 0.25
+"""Share of the smaller of region and truth that must be common for the region to be that defect."""
+SIDES_PX = (512, 768, 1024)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Crops:
+    """Encoded crops with their labels, and which image each came from."""
+
+    features: NDArray[np.float32]
+    """(n, D)."""
+    labels: tuple[str, ...]
+    image_idx: NDArray[np.intp]
+    """(n,) so that a split can keep an image's crops together."""
+    n_planted: dict[str, int]
+    n_found: dict[str, int]
+
+
+def collect(
+    models: Embedded, recipe: Recipe, *, n_images: int, first_seed: int, progress: Callable[[str, int, int], None]
+) -> Crops:
+    """Search n synthetic images, one in eight defect-free, and encode what is found.
+
+    The gate is open (threshold 0): the head must know the false alarms that a shut gate would hide.
+    """
+    recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})
+    features, labels, image_idx = [], [], []
+    planted: dict[str, int] = {}
+    found: dict[str, int] = {}
+    for index, image in enumerate(synthetic_images(n_images, first_seed=first_seed)):
+        for label in image.labels:
+            planted[label] = planted.get(label, 0) + 1
+        height, width = image.pixels.shape
+        page = Micrograph(image.pixels, (0, 0, width, height), 0, image.pixel_nm, None)
+        candidates = search(page, recipe, models).candidates
+        for candidate, label in zip(candidates, match(candidates, image), strict=True):
+            features.append(encode(candidate, models))
+            labels.append(label)
+            image_idx.append(index)
+            found[label] = found.get(label, 0) + 1
+        progress("crops", index + 1, n_images)
+    return Crops(np.stack(features), tuple(labels), np.array(image_idx), planted, found)
+
+
+def synthetic_images(n: int, *, first_seed: int) -> Iterator[SyntheticMicrograph]:
+    """Yield n images: every stage's types in turn, one in eight without a defect."""
+    kinds = [(stage, label) for stage in STAGES for label in DEFECT_TYPES[stage]]
+    rng = np.random.default_rng(first_seed)
+    for index in range(n):
+        stage, label = kinds[index % len(kinds)]
+        side = int(rng.choice(SIDES_PX))
+        defects = () if index % 8 == 7 else (label,)
+        yield render(stage, seed=first_seed + index, size_hw=(side, side), defects=defects)
+
+
+def match(candidates: tuple[Candidate, ...], image: SyntheticMicrograph) -> list[str]:
+    """Label each candidate with the true defect it overlaps most, or as defect-free."""
+    height, width = image.pixels.shape
+    labels = []
+    for candidate in candidates:
+        region = cv2.resize(candidate.region.mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+        best, name = 0.0, DEFECT_FREE
+        for truth, label in zip(image.masks, image.labels, strict=True):
+            common = np.count_nonzero(truth & (region > 0))
+            share = common / max(1, min(np.count_nonzero(truth), np.count_nonzero(region)))
+            if share >= MIN_OVERLAP and share > best:
+                best, name = share, label
+        labels.append(name)
+    return labels
+
+
+def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:
+    """Features (D,) of one candidate."""
+    inputs = {
+        "crop": candidate.crop[np.newaxis],
+        "soft_mask": candidate.soft_mask[np.newaxis],
+        "size": candidate.size[np.newaxis],
+    }
+    return models.infer("encoder", inputs).outputs["features"][0]
+
+
+def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[str, float | int]:
+    """Fit on three quarters of the images and judge the crops of the rest.
+
+    Returns:
+        Accuracy of the logits alone, macro-F1, and what the unknown rule at significance 0.05 does to true members:
+        share called unknown, share decided (one class fits, or the head is sure), accuracy of the decided.
+    """
+    rng = np.random.default_rng(fit.seed)
+    images = np.unique(crops.image_idx)
+    held_out = np.isin(crops.image_idx, rng.choice(images, int(share * len(images)), replace=False))
+    labels = np.array(crops.labels)
+    head = fit_head(crops.features[~held_out], labels[~held_out].tolist(), fit)
+    with torch.no_grad():
+        logits, p_values = (x.numpy() for x in head(torch.from_numpy(crops.features[held_out])))
+    truth = labels[held_out]
+    named = np.array(head.labels)[logits.argmax(axis=1)]
+    verdicts = [
+        decide(row, p, head.labels, significance=0.05, decide_confidence=0.8)
+        for row, p in zip(logits, p_values, strict=True)
+    ]
+    decided = np.array([verdict.label is not None for verdict in verdicts])
+    right = np.array([verdict.label == true for verdict, true in zip(verdicts, truth, strict=True)])
+    return {
+        "n_crops": len(labels),
+        "n_held_out": int(held_out.sum()),
+        "accuracy": round(float((named == truth).mean()), 4),
+        "macro_f1": round(float(f1_score(truth, named, average="macro")), 4),
+        "unknown_share": round(float(np.mean([verdict.kind == "unknown" for verdict in verdicts])), 4),
+        "decided_share": round(float(decided.mean()), 4),
+        "decided_accuracy": round(float(right[decided].mean()) if decided.any() else 0.0, 4),
+    }

@@ -1,0 +1,271 @@
+"""Self-normal-information-guided detection: NI-Extractor, bottleneck, NIG-Decoder, score map and losses.
+
+A handful of tokens collects what is normal in *this* image; a decoder may rebuild the image's features from those
+tokens alone; what it cannot rebuild is the defect. No support set. The trunk is frozen and stays outside: everything
+here works on its features, so training runs on cached ones.
+
+Source: IC-DefectNCD section 3.2 and its parent INP-Former, whose code settles what the paper leaves open. The paper's
+literal variants are fields of ``DetectorForm``, so that both can be measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD, Mlp, VisionTransformer
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorForm:
+    """What a detector is made of; stored beside its weights.
+
+    ``attention="literal"`` is the paper's un-normalised ReLU(Q K^T) (eq. of section 3.2); ``"parent"`` normalises q
+    and k per head and learns a scale. ``fusion="sum"`` is the paper's F = sum of layers; ``"mean"`` is the parent's,
+    and the only one that leaves the bottleneck (which has no norm) at the features' own scale.
+    ``targets="layerwise"`` is the paper's mean over L layers; ``"grouped"`` the parent's two groups of layers (loose
+    reconstruction).
+    """
+
+    trunk: str = "dinov2_vits14"
+    width: int = 384
+    heads: int = 6
+    layers: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9)
+    n_normal_tokens: int = 6
+    input_px: int = 448
+    attention: Literal["parent", "literal"] = "parent"
+    fusion: Literal["mean", "sum"] = "mean"
+    targets: Literal["grouped", "layerwise"] = "grouped"
+    top_fraction: float = 0.01
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Positions in ``layers`` that share one reconstruction target."""
+        L = len(self.layers)
+        if self.targets == "layerwise":
+            return tuple((index,) for index in range(L))
+        return tuple(range(L // 2)), tuple(range(L // 2, L))
+
+
+class NormalExtractor(nn.Module):
+    """One cross-attention block whose M learnable queries gather an image's normal information."""
+
+    def __init__(self, form: DetectorForm) -> None:
+        super().__init__()
+        C = form.width
+        self.heads = form.heads
+        self.queries = nn.Parameter(torch.randn(1, form.n_normal_tokens, C))
+        self.norm1 = nn.LayerNorm(C, eps=1e-8)  # shared by query and key side, as in the parent
+        self.to_q = nn.Linear(C, C)
+        self.to_kv = nn.Linear(C, 2 * C)
+        self.proj = nn.Linear(C, C)
+        self.norm2 = nn.LayerNorm(C, eps=1e-8)
+        self.mlp = Mlp(C, 4 * C)
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """Gather fused features (B, N, C) into normal tokens (B, M, C)."""
+        queries = self.queries.expand(fused.shape[0], -1, -1)
+        keys, values = self.to_kv(self.norm1(fused)).chunk(2, dim=-1)
+        q, k, v = (split_heads(x, self.heads) for x in (self.to_q(self.norm1(queries)), keys, values))
+        gathered = merge_heads(functional.scaled_dot_product_attention(q, k, v))
+        tokens = queries + self.proj(gathered)  # residual from the query; the paper's F_normal is F_init here
+        return cast(Tensor, tokens + self.mlp(self.norm2(tokens)))
+
+
+class GuidedDecoderLayer(nn.Module):
+    """ReLU attention to the normal tokens, with no residual around it: what they do not hold cannot pass."""
+
+    def __init__(self, form: DetectorForm) -> None:
+        super().__init__()
+        C = form.width
+        self.heads, self.literal = form.heads, form.attention == "literal"
+        self.norm1 = nn.LayerNorm(C, eps=1e-8)
+        self.to_q = nn.Linear(C, C)
+        self.to_k = nn.Linear(C, C)
+        self.to_v = nn.Linear(C, C)
+        self.scale = nn.Parameter(torch.ones(form.heads, 1, 1))
+        self.proj = nn.Linear(C, C)
+        self.norm2 = nn.LayerNorm(C, eps=1e-8)
+        self.mlp = Mlp(C, 4 * C)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Rebuild x (B, N, C) from the normal tokens (B, M, C)."""
+        queries, tokens = self.norm1(x), self.norm1(tokens)
+        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(queries), self.to_k(tokens), self.to_v(tokens)))
+        if self.literal:
+            weights = functional.relu(q @ k.transpose(-2, -1))
+        else:
+            q, k = functional.normalize(q, dim=-1, eps=1e-6), functional.normalize(k, dim=-1, eps=1e-6)
+            weights = functional.relu(q @ k.transpose(-2, -1) * self.scale)
+        rebuilt = self.proj(merge_heads(weights @ v))
+        return cast(Tensor, rebuilt + self.mlp(self.norm2(rebuilt)))
+
+
+class NIDetector(nn.Module):
+    """NI-Extractor, bottleneck and NIG-Decoder over grouped trunk features."""
+
+    def __init__(self, form: DetectorForm) -> None:
+        super().__init__()
+        self.form = form
+        self.extractor = NormalExtractor(form)
+        self.bottleneck = Mlp(form.width, 4 * form.width)  # no residual, no norm: the parent's; the paper omits it
+        self.decoder = nn.ModuleList(GuidedDecoderLayer(form) for _ in form.layers)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.01, a=-0.03, b=0.03)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normal tokens (B, M, C) and the rebuilt features (B, G, N, C) of targets (B, G, N, C)."""
+        tokens = self.normal_tokens(targets)
+        return tokens, self.rebuild(targets, tokens)
+
+    def normal_tokens(self, targets: Tensor) -> Tensor:
+        """Gather targets (B, G, N, C) into normal tokens (B, M, C)."""
+        return cast(Tensor, self.extractor(self._fuse(targets)))
+
+    def rebuild(self, targets: Tensor, tokens: Tensor) -> Tensor:
+        """Rebuild targets (B, G, N, C) from normal tokens (B, M, C): (B, G, N, C).
+
+        Every feature is rebuilt by itself, so any subset of the N may be given.
+        """
+        x = self.bottleneck(self._fuse(targets))
+        outputs = []
+        for layer in self.decoder:
+            x = layer(x, tokens)
+            outputs.append(x)
+        outputs.reverse()  # the deepest decoder layer answers for the shallowest trunk layer
+        return group(outputs, self.form)
+
+    def _fuse(self, targets: Tensor) -> Tensor:
+        fused = targets.mean(dim=1)
+        return fused * len(self.form.layers) if self.form.fusion == "sum" else fused
+
+
+def group(layers: Sequence[Tensor], form: DetectorForm) -> Tensor:
+    """Average L feature maps (B, N, C) within each group of ``form``: (B, G, N, C).
+
+    Groups are equally long, so the mean over groups is the mean over layers: nothing else needs caching.
+    """
+    return torch.stack([torch.stack([layers[i] for i in members]).mean(dim=0) for members in form.groups], dim=1)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Turn (B, T, C) into (B, heads, T, C / heads)."""
+    B, T, C = x.shape
+    return x.reshape(B, T, heads, C // heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """Turn (B, heads, T, d) into (B, T, heads * d)."""
+    B, heads, T, d = x.shape
+    return x.transpose(1, 2).reshape(B, T, heads * d)
+
+
+def distances(targets: Tensor, rebuilt: Tensor) -> Tensor:
+    """Cosine distance per group and token: (B, G, N), range [0, 2]."""
+    return 1 - functional.cosine_similarity(targets, rebuilt, dim=-1, eps=1e-6)
+
+
+def matching_distances(targets: Tensor, tokens: Tensor) -> Tensor:
+    """Cosine distance of each fused feature to its nearest normal token: (B, N).
+
+    The paper's Table 4 baseline (direct NI matching), and the distance inside the NI loss.
+    """
+    fused = functional.normalize(targets.mean(dim=1), dim=-1, eps=1e-6)
+    tokens = functional.normalize(tokens, dim=-1, eps=1e-6)
+    return 1 - (fused @ tokens.transpose(1, 2)).amax(dim=-1)
+
+
+def reconstruction_loss(targets: Tensor, rebuilt: Tensor, *, gamma: float = 3.0, max_weight: float = 50.0) -> Tensor:
+    """Soft-mining cosine loss: hard tokens get more gradient, easy ones less; the value itself is not reweighted.
+
+    The parent multiplies gradients in a hook. ``w b + (1 - w) stopgrad(b)`` has the value of b and w times its
+    gradient, so it needs none. w = (d / mean d) ** gamma over the batch's map of a group, clipped for bf16.
+
+    Source: IC-DefectNCD section 3.2 (cg); INP-Former ``global_cosine_hm_adaptive`` flattens each image over N and C.
+    """
+    with torch.no_grad():
+        d = distances(targets, rebuilt)
+        weight = (d / d.mean(dim=(0, 2), keepdim=True).clamp_min(1e-6)).pow(gamma).clamp_max(max_weight).unsqueeze(-1)
+    mined = weight * rebuilt + (1 - weight) * rebuilt.detach()
+    return 1 - functional.cosine_similarity(targets.flatten(2), mined.flatten(2), dim=-1).mean()
+
+
+def normal_information_loss(
+    targets: Tensor, tokens: Tensor, defect_mask: Tensor | None = None, *, margin: float = 0.5
+) -> Tensor:
+    """Pull normal features to their nearest normal token; push pseudo-defect features beyond a margin.
+
+    Args:
+        targets: (B, G, N, C).
+        tokens: (B, M, C).
+        defect_mask: (B, N) bool, True where a pseudo-defect was planted; None for the parent's coherence loss.
+        margin: pseudo-defects farther than this cost nothing; unhinged, the term fights the reconstruction.
+
+    Source: IC-DefectNCD section 3.2, L_normal, read as 1 - cosine (as printed it is a similarity).
+    """
+    d = matching_distances(targets, tokens)
+    if defect_mask is None or not bool(defect_mask.any()):
+        return d.mean()
+    return d[~defect_mask].mean() + functional.relu(margin - d[defect_mask]).mean()
+
+
+def plant_pseudo_defects(
+    targets: Tensor, grid_hw: tuple[int, int], *, generator: torch.Generator, max_patches: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Replace 1 to ``max_patches`` random rectangles of tokens by tokens of other images of the batch.
+
+    Foreign tokens rather than zeros, whose cosine is undefined.
+
+    Returns:
+        The corrupted targets (B, G, N, C) and the mask (B, N), True where a token was replaced.
+    """
+    B, _, N, _ = targets.shape
+    h, w = grid_hw
+    mask = torch.zeros(B, h, w, dtype=torch.bool)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    for image in mask:
+        for _ in range(draw(1, max_patches + 1)):
+            height, width = draw(1, max(2, h // 4)), draw(1, max(2, w // 4))
+            top, left = draw(0, h - height + 1), draw(0, w - width + 1)
+            image[top : top + height, left : left + width] = True
+    flat = mask.reshape(B, N).to(targets.device)
+    foreign = targets.roll(1, dims=0)[:, :, torch.randperm(N, generator=generator).to(targets.device)]
+    return torch.where(flat[:, None, :, None], foreign, targets), flat
+
+
+class DetectorGraph(nn.Module):
+    """What is exported: uint8 gray in, token-grid score map and raw image score out, normalisation inside."""
+
+    def __init__(self, trunk: VisionTransformer, detector: NIDetector) -> None:
+        super().__init__()
+        self.trunk, self.detector = trunk, detector
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+
+    def features(self, image: Tensor) -> Tensor:
+        """Grouped trunk features (B, G, N, C) of uint8 gray images (B, S, S)."""
+        return group(self.trunk(normalise(image, self.mean, self.std), self.detector.form.layers), self.detector.form)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return score map (B, h, w), range [0, 2], and raw score (B,): the mean of its top 1 %."""
+        targets = self.features(image)
+        _, rebuilt = self.detector(targets)
+        score = distances(targets, rebuilt).mean(dim=1)
+        n_top = max(1, round(self.detector.form.top_fraction * score.shape[1]))
+        raw = score.topk(n_top, dim=1).values.mean(dim=1)
+        side = self.detector.form.input_px // self.trunk.shape.patch
+        return score.reshape(-1, side, side), raw
+
+
+def normalise(image: Tensor, mean: Tensor | nn.Module, std: Tensor | nn.Module) -> Tensor:
+    """Turn uint8 gray (B, S, S) into ImageNet-normalised (B, 3, S, S)."""
+    gray = image.float().div(255).unsqueeze(1)
+    return (gray - cast(Tensor, mean)) / cast(Tensor, std)
