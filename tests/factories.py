@@ -121,7 +121,8 @@ def make_score_map(truth: NDArray[np.uint8], *, seed: int = 0) -> ScoreMap:
     hot = cv2.GaussianBlur(np.minimum(1, hot * 3), (0, 0), 0.8)
     values = (0.1 + 0.02 * rng.standard_normal((TOKENS, TOKENS)) + 0.5 * hot).clip(0, 2).astype(np.float32)
     top = np.sort(values, axis=None)[-max(1, values.size // 100) :]
-    return ScoreMap(values, float(top.mean()))
+    score = float(top.mean())
+    return ScoreMap(values, max(score, 1.2 * GATE_THRESHOLD) if truth.any() else score)
 
 
 def draw_discs(

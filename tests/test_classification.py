@@ -19,7 +19,11 @@ def test_no_defect_asks_no_model(tiny_repository) -> None:
     with Embedded(tiny_repository) as models:
         models.infer = None  # type: ignore[assignment]
         features, verdicts, versions = classify(
-            np.zeros((0, 56, 56), np.uint8), np.zeros((0, 4, 4), np.float32), np.zeros((0, 2), np.float32), models, **RULE
+            np.zeros((0, 56, 56), np.uint8),
+            np.zeros((0, 4, 4), np.float32),
+            np.zeros((0, 2), np.float32),
+            models,
+            **RULE,
         )
     assert (features.shape, verdicts, versions) == ((0, 0), [], {})
 

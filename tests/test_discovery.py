@@ -52,7 +52,7 @@ def test_two_classes_give_two_logits() -> None:
 
 @pytest.mark.parametrize("significance", [0.05, 0.2])
 def test_conformal_promise_holds_on_fresh_members(significance: float) -> None:
-    """At most the stated share of true members does not fit its class; averaged over 20 fits, with 3 standard errors."""
+    """At most the stated share of true members does not fit its class; mean of 20 fits, 3 standard errors."""
     shares = []
     for seed in range(20):
         head = fit_head(*blobs(240, seed), FIT)

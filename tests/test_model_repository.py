@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 
@@ -61,7 +60,7 @@ def test_failed_publication_leaves_nothing_and_the_old_version_stays(tmp_path, w
     with pytest.raises(PublishError):
         model_repository.publish(tmp_path, meta(), tmp_path / "absent.onnx")
     assert model_repository.versions(tmp_path, "head") == [1]
-    assert sorted(os.listdir(tmp_path / "head")) == ["1", "config.pbtxt"]
+    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["1", "config.pbtxt"]
 
 
 def test_half_written_version_is_not_seen(tmp_path, weights) -> None:

@@ -1,6 +1,7 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_models import DETECTOR, detector_graph
 
 from semwatch_training.ni_detector import (
     DetectorForm,
@@ -12,6 +13,7 @@ from semwatch_training.ni_detector import (
     plant_pseudo_defects,
     reconstruction_loss,
 )
+from tiny_models import DETECTOR, detector_graph
 
 
 def test_score_map_and_raw_score_have_the_token_grid_and_finite_values_on_a_black_image() -> None:
@@ -69,7 +71,7 @@ def test_the_papers_literal_variants_run_and_learn(attention, fusion, targets, g
 def test_the_two_attentions_differ() -> None:
     torch.manual_seed(0)
     parent = NIDetector(DETECTOR)
-    literal = NIDetector(DetectorForm(**{**{f: getattr(DETECTOR, f) for f in DETECTOR.__slots__}, "attention": "literal"}))
+    literal = NIDetector(replace(DETECTOR, attention="literal"))
     literal.load_state_dict(parent.state_dict())
     features = torch.randn(1, 2, 64, 24)
     assert not torch.allclose(parent(features)[1], literal(features)[1])
@@ -108,7 +110,8 @@ def test_normal_loss_counts_distances_by_hand() -> None:
     assert torch.allclose(d, torch.tensor([[0.0, 0.0, 1.0, 1 - 0.5**0.5]]), atol=1e-5)
     mask = torch.tensor([[False, False, True, True]])
     # The pseudo-defect at distance 1 lies beyond the margin and costs nothing; the other costs what it lacks of 0.5.
-    assert normal_information_loss(targets, tokens, mask, margin=0.5).item() == pytest.approx((0.5 - 0.2929) / 2, abs=1e-4)
+    loss = normal_information_loss(targets, tokens, mask, margin=0.5).item()
+    assert loss == pytest.approx((0.5 - 0.2929) / 2, abs=1e-4)
 
 
 def test_planted_pseudo_defects_come_from_other_images_and_are_where_the_mask_says() -> None:

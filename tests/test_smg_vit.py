@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny_models import ENCODER, encoder_graph, trunk
 
 from semwatch_training.smg_vit import EncoderForm, SmgVit, pool
+from tiny_models import ENCODER, encoder_graph, trunk
 
 
 def test_all_zero_mask_weighs_every_token_alike() -> None:

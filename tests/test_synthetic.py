@@ -21,6 +21,8 @@ from semwatch_training.synthetic import (
     write_lot,
 )
 from semwatch_training.synthetic.rendering import VISIBLE
+from semwatch_training.synthetic.shapes import NoRoom, across
+from semwatch_training.synthetic.specimen import Specimen
 
 DATA = Path(os.environ.get("SEMWATCH_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
 LAYOUT = DATA / "EMSEC-IC-layout-SVG" / "dataset" / "labels" / "label0000.svg"
@@ -151,6 +153,27 @@ def test_particle_is_brighter_and_pinhole_darker_than_what_was_there() -> None:
         core = cv2.erode(struck.masks[0].astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
         extreme = (struck.ideal - clean.ideal)[core] * sign
         assert extreme.max() > 0.1
+
+
+@pytest.mark.parametrize("width_px", [12, 30, 58])
+def test_chord_goes_straight_across_a_line_of_any_width(width_px: int) -> None:
+    zeros = np.zeros((256, 256), np.float32)
+    lines = zeros.copy()
+    for x in range(0, 256, 64):
+        lines[:, x : x + width_px] = 1
+    specimen = Specimen({}, zeros, zeros, pitch=64.0)
+    for seed in range(20):
+        chord = across(specimen, lines, np.random.default_rng(seed))
+        assert chord.length_px == pytest.approx(width_px, abs=3)
+        assert (chord.middle[0] - width_px / 2) % 64 == pytest.approx(0, abs=2) or (
+            chord.middle[0] - width_px / 2
+        ) % 64 == pytest.approx(64, abs=2)
+
+
+def test_no_room_for_a_defect_is_said_so() -> None:
+    zeros = np.zeros((64, 64), np.float32)
+    with pytest.raises(NoRoom, match="another seed"):
+        across(Specimen({}, zeros, zeros, pitch=16.0), zeros, np.random.default_rng(0))
 
 
 # ---- refusals ----

@@ -7,8 +7,8 @@ from semwatch_training.vit import TRUNKS, TrunkShape, VisionTransformer, load_tr
 
 # Key layouts as the official checkpoint files have them (blocks.0 stands for every block).
 DINOV2 = {
-    "cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias",
-    "blocks.0.norm1.weight", "blocks.0.norm1.bias", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias",
+    "cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight",
+    "norm.bias", "blocks.0.norm1.weight", "blocks.0.norm1.bias", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias",
     "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias", "blocks.0.ls1.gamma", "blocks.0.norm2.weight",
     "blocks.0.norm2.bias", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias", "blocks.0.mlp.fc2.weight",
     "blocks.0.mlp.fc2.bias", "blocks.0.ls2.gamma",
@@ -19,7 +19,9 @@ DINOV3 = DINOV2 - {"pos_embed"} | {"storage_tokens", "rope_embed.periods", "bloc
 
 
 def small(shape: TrunkShape) -> TrunkShape:
-    return TrunkShape(64, 2, 2, shape.patch, shape.position_grid and 5, shape.n_registers, shape.swiglu, shape.antialias)
+    return TrunkShape(
+        64, 2, 2, shape.patch, shape.position_grid and 5, shape.n_registers, shape.swiglu, shape.antialias
+    )
 
 
 def first_block_keys(trunk: VisionTransformer) -> set[str]:

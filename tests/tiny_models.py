@@ -1,4 +1,4 @@
-"""A model repository of real formats and random weights: small enough to export in seconds and answer in milliseconds."""
+"""A model repository of real formats and random weights: exported in seconds, answering in milliseconds."""
 
 from pathlib import Path
 

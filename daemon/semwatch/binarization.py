@@ -10,7 +10,7 @@ The sweep runs on the working grid and not on the image: a map of 32 x 32 tokens
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import cv2
 import numpy as np
@@ -114,20 +114,6 @@ def saliency(
     return np.asarray(np.clip((scores - low) / (high - low), 0.0, 1.0), np.float32)
 
 
-def sweep_thresholds(n_thresholds: int = 64) -> NDArray[np.float32]:
-    """Return the (K,) midpoints of K equal steps of [0, 1], descending: neither 0 nor 1, exact in float32 for K = 64.
-
-    >>> sweep_thresholds(4).tolist()
-    [0.875, 0.625, 0.375, 0.125]
-    """
-    return ((np.arange(n_thresholds)[::-1] + 0.5) / n_thresholds).astype(np.float32)
-
-
-def mask_fractions(saliency: NDArray[np.float32], thresholds: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the (K,) shares of the grid at or above each threshold."""
-    return np.array([np.count_nonzero(saliency >= t) for t in thresholds], np.float64) / saliency.size
-
-
 def component_counts(
     saliency: NDArray[np.float32], thresholds: NDArray[np.float32], *, min_area_px: int
 ) -> NDArray[np.intp]:
@@ -147,6 +133,24 @@ def component_counts(
         _, labels = cv2.connectedComponents((saliency >= threshold).view(np.uint8), connectivity=8)
         counts[k] = np.count_nonzero(np.bincount(labels.ravel())[1:] >= min_area_px)
     return counts
+
+
+def sweep(
+    saliency: NDArray[np.float32], *, n_thresholds: int = 64, min_area_px: int, max_mask_fraction: float = 1.0
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.intp]]:
+    """Return descending thresholds, the share of the grid at or above each, and ``component_counts``; (k,) all three.
+
+    Thresholds are the midpoints of K equal steps of [0, 1]: never 0 or 1, and exact in float32 for K = 64. Those whose
+    mask covers more than ``max_mask_fraction`` are left out unlabelled, which halves the cost.
+
+    >>> sweep(np.float32([[0.3, 0, 1]]), n_thresholds=4, min_area_px=1)[0].tolist()
+    [0.875, 0.625, 0.375, 0.125]
+    """
+    thresholds = ((np.arange(n_thresholds)[::-1] + 0.5) / n_thresholds).astype(np.float32)
+    fractions = np.array([np.count_nonzero(saliency >= t) for t in thresholds], np.float64) / saliency.size
+    within = fractions <= max_mask_fraction
+    counts = component_counts(saliency, thresholds[within], min_area_px=min_area_px)
+    return thresholds[within], fractions[within], counts
 
 
 def plateau(
@@ -229,30 +233,22 @@ def binarize(
     """
     shown = saliency(score_map, percentiles=percentiles, grid_px=grid_px)
     min_area_px = math.ceil(min_area_fraction * shown.size)
-    threshold, counts = math.inf, np.zeros(0, np.intp)
-    if method == "fixed":
-        threshold = 0.5
-    elif method == "otsu":
-        threshold = _otsu_threshold(shown)
-    else:
-        thresholds = sweep_thresholds(n_thresholds)
-        fractions = mask_fractions(shown, thresholds)
-        lowest: int | None
-        if method == "literal":
-            counts = component_counts(shown, thresholds, min_area_px=1)
-            lowest = literal_plateau(counts, fractions, epsilon=epsilon)
-        else:
-            # No plateau lies beyond the cap: not labelling those masks saves more than half of the sweep.
-            n_swept = np.count_nonzero(fractions <= max_mask_fraction)
-            counts = component_counts(shown, thresholds[:n_swept], min_area_px=min_area_px)
-            lowest = plateau(
-                counts,
-                fractions[:n_swept],
-                epsilon=epsilon,
-                min_length=min_length,
-                max_mask_fraction=max_mask_fraction,
-            )
-        threshold = math.inf if lowest is None else float(thresholds[lowest])
+    counts = np.zeros(0, np.intp)
+    match method:
+        case "plateau":
+            limits = {"max_mask_fraction": max_mask_fraction}
+            thresholds, fractions, counts = sweep(shown, n_thresholds=n_thresholds, min_area_px=min_area_px, **limits)
+            lowest = plateau(counts, fractions, epsilon=epsilon, min_length=min_length, **limits)
+            threshold = math.inf if lowest is None else float(thresholds[lowest])
+        case "literal":
+            thresholds, fractions, counts = sweep(shown, n_thresholds=n_thresholds, min_area_px=1)
+            threshold = float(thresholds[literal_plateau(counts, fractions, epsilon=epsilon)])
+        case "fixed":
+            threshold = 0.5
+        case "otsu":
+            threshold = _otsu_threshold(shown)
+        case _:
+            assert_never(method)
     mask = clean_mask(
         shown >= threshold,
         min_area_px=min_area_px,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import DEFECT_FREE, Neighbour, Verdict
+from semwatch.defects import DEFECT_FREE, Neighbour, Verdict, VerdictKind
 from semwatch.inference import Embedded
 
 
@@ -101,7 +101,7 @@ def decide(
     best = order[0]
     if among[best] < decide_confidence:
         return Verdict("non-decidable", None, float(among[best]), nearest)
-    kind = "defect-free" if labels[best] == DEFECT_FREE else "known"
+    kind: VerdictKind = "defect-free" if labels[best] == DEFECT_FREE else "known"
     confidence = among[best] if fits.sum() > 1 else probability[best]
     return Verdict(kind, labels[best], float(confidence), nearest)
 

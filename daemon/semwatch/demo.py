@@ -92,7 +92,7 @@ def run_demo(*, lot: Path | None, folder: Path, repository: Path, n: int, seed: 
     verified = audit.verify(layout.folder / "state" / "audit.jsonl", expected_last_seq=len(reviews))
     console.print(f"results and overlays  {layout.results}")
     console.print(f"contact sheet         {sheet}")
-    console.print(f"Redis streams         {', '.join(f'{name} {depth}' for name, depth in depths.items())}")
+    console.print(f"Redis streams         {', '.join(f'{name} {depth.length}' for name, depth in depths.items())}")
     console.print(f"audit log             {'intact' if verified.ok else 'BROKEN'}, {verified.n_lines} lines")
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from semwatch import incoming, model_repository, pipeline
@@ -33,7 +34,7 @@ def status(site: Site) -> dict[str, object]:
     """Waiting files, rate, queue depths, model versions, disk left; None where something cannot be asked."""
     state: dict[str, object] = {
         "models": {
-            model: _or_none(lambda m=model: model_repository.latest(site.models.repository, m)) for model in MODELS
+            model: _or_none(partial(model_repository.latest, site.models.repository, model)) for model in MODELS
         },
         "disk_free_mb": round(shutil.disk_usage(_existing(site.results_dir)).free / 1e6),
         "redis": _or_none(lambda: _depths(site)),
@@ -114,7 +115,7 @@ def _depths(site: Site) -> str | None:
     publisher = connect_publisher(site)
     if publisher is None:
         return None
-    return ", ".join(f"{name} {depth}" for name, depth in publisher.depths().items())
+    return ", ".join(f"{name} {depth.length}" for name, depth in publisher.depths().items())
 
 
 def _waiting_ages(folder: Folder, ledger: Ledger) -> list[float]:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import onnxruntime
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from semwatch import model_repository
@@ -34,7 +34,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    session: onnxruntime.InferenceSession
+    session: ort.InferenceSession
     version: int
     meta: Meta
 
@@ -113,12 +113,12 @@ class Embedded:
         version = model_repository.latest(repository, model) if pin is None else pin
         meta = model_repository.read_meta(repository, model, version)
         path = model_repository.weights_path(repository, model, version, meta)
-        options = onnxruntime.SessionOptions()
+        options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ModelMismatch(f"{path} does not load: {error}") from error
         found = {tensor.name for tensor in session.get_inputs()}, {tensor.name for tensor in session.get_outputs()}

@@ -6,7 +6,7 @@ apart by colour-blind eyes too, and every box says its verdict in words.
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import cv2
 import imagecodecs
@@ -18,15 +18,15 @@ from semwatch.defects import Box, Defect, PageReview, Verdict, VerdictKind
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
-MAX_SIDE_PX, MIN_SIDE_PX = 1024, 512
+MAX_SIDE_PX, MIN_SIDE_PX = 1024, 640
 """Longest side of the micrograph in the picture: larger pages are averaged, smaller ones enlarged by whole pixels."""
-MIN_WIDTH_PX, STRIP_PX = 512, 50
+MIN_WIDTH_PX, STRIP_PX = 640, 50
 MAX_NAMED = 24
 """With more defects than this on a page, labels are bare numbers."""
 
 HEAT_FROM, HEAT_TO = 0.8, 2.0
 """Heat begins at this multiple of the gate threshold and is full at that one."""
-HEAT_ALPHA = 0.6
+HEAT_ALPHA = 0.45
 
 # Okabe and Ito's palette (BGR), the light ones: black text reads on all of them.
 COLOURS: dict[VerdictKind, Colour] = {
@@ -37,7 +37,7 @@ COLOURS: dict[VerdictKind, Colour] = {
 }
 BLACK, WHITE, GRAY, STRIP = (0, 0, 0), (255, 255, 255), (165, 165, 165), (28, 24, 22)
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
-TEXT_PX, PAD_PX, GAUGE_PX = 10, 3, 120
+TEXT_PX, PAD_PX, GAUGE_PX = 10, 3, 100
 
 
 def draw(page: PageReview, *, caption: str = "") -> Image:
@@ -51,7 +51,7 @@ def draw(page: PageReview, *, caption: str = "") -> Image:
         (H + STRIP_PX, W, 3) BGR; W and H are at most ``MAX_SIDE_PX``, W at least ``MIN_WIDTH_PX``.
     """
     gray, scale = _fit(page.micrograph.pixels)
-    picture = cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR)
+    picture = np.asarray(cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR), np.uint8)
     field = _scaled(page.micrograph.field_xyxy, scale, picture)
     _blend_heat(picture[field[1] : field[3], field[0] : field[2]], page)
     _outline_mask(picture[field[1] : field[3], field[0] : field[2]], page.mask)
@@ -70,11 +70,11 @@ def encode_png(picture: Image) -> bytes:
     H, W = picture.shape[:2]
     rows = np.empty((H, 1 + 3 * W), np.uint8)
     rows[:, 0] = 2  # filter type "up"
-    rgb = rows[:, 1:]
-    rgb[:] = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB).reshape(H, 3 * W)
-    rgb[1:] -= rgb[:-1].copy()
+    values = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB).reshape(H, 3 * W)
+    rows[0, 1:] = values[0]
+    np.subtract(values[1:], values[:-1], out=rows[1:, 1:])
     header = struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)
-    packed = bytes(imagecodecs.deflate_encode(rows, level=1))
+    packed = bytes(imagecodecs.deflate_encode(rows.tobytes(), level=1))
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
 
 
@@ -89,7 +89,8 @@ def _fit(pixels: Image) -> tuple[Image, float]:
     """Resize to the picture's size; the scale is the same for both axes."""
     H, W = pixels.shape
     longest = max(H, W)
-    scale = MAX_SIDE_PX / longest if longest > MAX_SIDE_PX else float(max(1, -(-MIN_SIDE_PX // longest)))
+    enlarged = min(-(-MIN_SIDE_PX // longest), MAX_SIDE_PX // longest)
+    scale = MAX_SIDE_PX / longest if longest > MAX_SIDE_PX else float(max(1, enlarged))
     if scale == 1:
         return pixels, scale
     size_wh = max(1, round(W * scale)), max(1, round(H * scale))
@@ -116,31 +117,26 @@ def _on_canvas(picture: Image) -> tuple[Image, int]:
     return canvas, offset
 
 
-def _blend_heat(field: Image, page: PageReview) -> None:
-    """Blend the heat in where it is hot: gray * (1 - alpha) + colour * alpha."""
-    low, high = HEAT_FROM * page.gate_threshold, HEAT_TO * page.gate_threshold
-    heat = (page.score_map.values - low) * (255 / max(high - low, 1e-9))
-    H, W = field.shape[:2]
-    h, w = heat.shape
-    # Cubic on the coarse grid, linear from there: smooth blobs at the price of the linear step.
-    heat = cv2.resize(np.clip(heat, 0, 255), (min(4 * w, W), min(4 * h, H)), interpolation=cv2.INTER_CUBIC)
-    level = np.clip(np.rint(heat), 0, 255).astype(np.uint8)
-    for x0, y0, x1, y1 in _hot_windows(level, (H, W)):
-        window = field[y0:y1, x0:x1]
-        hot = cv2.resize(level, (W, H), interpolation=cv2.INTER_LINEAR)[y0:y1, x0:x1]
-        faded = cv2.multiply(window, cv2.LUT(cv2.merge([hot, hot, hot]), _FADE), scale=1 / 255)
-        cv2.add(faded, cv2.LUT(cv2.merge([hot, hot, hot]), _GLOW), dst=window)
-
-
-def _hot_windows(level: Image, size_hw: tuple[int, int]) -> Iterator[Box]:
-    """Bound all that is hot, in the field's pixels."""
-    ys, xs = np.nonzero(level)
-    if len(ys) == 0:
+def _blend_heat(picture: Image, page: PageReview) -> None:
+    """Blend the heat into a field of gray where it is hot: gray * (1 - alpha) + colour * alpha."""
+    level = _heat_level(page, picture.shape[:2])
+    x0, y0, w, h = cv2.boundingRect(level)
+    if w == 0:
         return
-    (H, W), (h, w) = size_hw, level.shape
-    x0, x1 = (int(xs.min()) - 1) * W // w, -(-(int(xs.max()) + 2) * W // w)
-    y0, y1 = (int(ys.min()) - 1) * H // h, -(-(int(ys.max()) + 2) * H // h)
-    yield max(0, x0), max(0, y0), min(W, x1), min(H, y1)
+    window, hot = picture[y0 : y0 + h, x0 : x0 + w], level[y0 : y0 + h, x0 : x0 + w]
+    faded = cv2.multiply(window[..., 0], cv2.LUT(hot, _FADE), scale=1 / 255)
+    cv2.add(cv2.merge([faded, faded, faded]), cv2.applyColorMap(hot, _GLOW), dst=window)
+
+
+def _heat_level(page: PageReview, size_hw: tuple[int, ...]) -> Image:
+    """Resize the score map to ``size_hw``, 0 at ``HEAT_FROM`` gate thresholds and 255 at ``HEAT_TO``."""
+    low, high = HEAT_FROM * page.gate_threshold, HEAT_TO * page.gate_threshold
+    heat = np.clip((page.score_map.values - low) * (255 / max(high - low, 1e-9)), 0, 255)
+    (H, W), (h, w) = size_hw, heat.shape
+    # Cubic on the coarse grid, linear from there: smooth blobs at the price of the linear step.
+    heat = cv2.resize(heat, (min(4 * w, W), min(4 * h, H)), interpolation=cv2.INTER_CUBIC)
+    level = np.clip(np.rint(heat), 0, 255).astype(np.uint8)
+    return np.asarray(cv2.resize(level, (W, H), interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def _outline_mask(field: Image, mask: NDArray[np.bool_]) -> None:
@@ -149,7 +145,8 @@ def _outline_mask(field: Image, mask: NDArray[np.bool_]) -> None:
         return
     H, W = field.shape[:2]
     soft = cv2.resize(mask.astype(np.uint8) * 255, (W, H), interpolation=cv2.INTER_LINEAR)
-    contours, _ = cv2.findContours(cv2.compare(soft, 127, cv2.CMP_GT), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    _, smooth = cv2.threshold(soft, 127, 255, cv2.THRESH_BINARY)
+    contours, _ = cv2.findContours(smooth, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(field, contours, -1, BLACK, 3)
     cv2.drawContours(field, contours, -1, WHITE, 1)
 
@@ -163,7 +160,7 @@ def label_of(defect: Defect) -> str:
     if verdict.kind == "unknown":
         return f"{defect.defect_id} unknown"
     if verdict.kind == "non-decidable":
-        return f"{defect.defect_id} non-decidable {'|'.join(near.label for near in verdict.nearest)}"
+        return f"{defect.defect_id} non-decidable {' | '.join(near.label for near in verdict.nearest)}"
     return f"{defect.defect_id} {verdict.label} {verdict.confidence:.2f}"
 
 
@@ -228,7 +225,7 @@ def _counts(page: PageReview) -> dict[VerdictKind, int]:
 
 
 def _draw_gauge(strip: Image, score: float, gate: float) -> None:
-    """Draw the heat's colours from ``HEAT_FROM`` to ``HEAT_TO`` times the gate, a tick at the gate, a mark at the score."""
+    """Draw the heat's colours with a tick at the gate threshold and a mark at the image score."""
     x0, y0, y1 = 8, 8, 18
     level = np.linspace(0, 255, GAUGE_PX).astype(np.uint8)
     strip[y0:y1, x0 : x0 + GAUGE_PX] = _INFERNO[level]
@@ -290,11 +287,7 @@ def _shortened(text: str, width: int) -> str:
     return text[:n] + ".."
 
 
-def _inferno() -> Image:
-    return np.asarray(cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_INFERNO)[:, 0], np.uint8)
-
-
-_INFERNO = _inferno()
-_ALPHA = HEAT_ALPHA * np.minimum(1, np.arange(256)[:, None] / 128)  # half way up the colours are as strong as they get
-_FADE = np.repeat(np.rint(255 * (1 - _ALPHA)), 3, axis=1).astype(np.uint8)[None]
-_GLOW = np.rint(_INFERNO * _ALPHA).astype(np.uint8)[None]
+_INFERNO = np.asarray(cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_INFERNO), np.uint8).reshape(256, 3)
+_ALPHA = HEAT_ALPHA * np.minimum(1, np.arange(256)[:, None] / 128)  # half way up it is as opaque as it gets
+_FADE = np.rint(255 * (1 - _ALPHA)).astype(np.uint8)
+_GLOW = np.rint(_INFERNO * _ALPHA).astype(np.uint8)[:, None]

@@ -104,6 +104,7 @@ class Service:
         An exception that is not in the error tree is a bug: it ends the daemon, and the ledger counts the attempt.
         """
         self._notifier.ready()
+        self.metrics.ready.set(1)
         log.info("ready: %d folders, models %s", len(self.recipes), self._versions())
         try:
             while not self._stop.is_set():
@@ -159,7 +160,11 @@ class Service:
         return None
 
     def _has_retries(self) -> bool:
-        return any(work.attempts for work in self.ledger.listing("SEEN", limit=10))
+        places = {folder.source: folder.path for folder in self.site.folders}
+        return any(
+            work.attempts and work.source in places and (places[work.source] / work.path).exists()
+            for work in self.ledger.listing("SEEN", limit=10)
+        )
 
     def _deliver(self) -> None:
         """Hand the outbox to Redis and the audit lines to their file."""
@@ -191,6 +196,7 @@ class Service:
 
     def _shut_down(self) -> None:
         self._notifier.stopping()
+        self.metrics.ready.set(0)
         wait(self._working, timeout=self.site.limits.stop_timeout_s)
         try:
             for future in self._working:
@@ -210,10 +216,9 @@ class Service:
         start = time.perf_counter()
         try:
             data = micrograph.read_file(arrival.file)
-        except FileNotFoundError:
-            return  # taken away again by the tool; nothing was promised
         except ImageError as error:
-            self._refuse_unread(arrival, str(error))
+            if arrival.file.exists():  # else the tool took it away again; nothing was promised
+                self._refuse_unread(arrival, str(error))
             return
         if len(data) != arrival.size:
             return  # still growing; it comes again
@@ -258,7 +263,7 @@ class Service:
             max_pages=limits.max_pages,
         )
         paths = results.write(review, results_dir=self.site.results_dir, **codes(recipe))
-        items = outbox_items(review, self.site.redis.prefix) if self.site.redis is not None else []
+        items = [OutboxItem(*message) for message in unknowns.messages(review)] if self._publisher else []
         self.ledger.finish(claim, outbox=items, audit=audit_entry(review, paths.json), now_utc=review.reviewed_utc)
         with self._lots_lock:
             self._lots_to_write.add(paths.json.parent)
@@ -358,15 +363,6 @@ def connect_publisher(site: Site) -> Publisher | None:
         timeout_s=redis.timeout_s,
     )
     return Publisher(client, prefix=redis.prefix)
-
-
-def outbox_items(review: Review, prefix: str) -> list[OutboxItem]:
-    """What one review owes the streams: its summary, and every defect that no single class explains."""
-    summary = unknowns.result_summary(review)
-    items = [OutboxItem(f"{prefix}:results", unknowns.result_id(review), unknowns.pack(summary))]
-    for record in unknowns.records(review):
-        items.append(OutboxItem(f"{prefix}:unknowns", record.id, unknowns.pack(unknowns.encode(record))))
-    return items
 
 
 def publish_outbox(ledger: Ledger, publisher: Publisher) -> None:

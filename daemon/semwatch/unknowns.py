@@ -371,7 +371,6 @@ def connect(
             socket_timeout=attempt_s,
             socket_connect_timeout=attempt_s,
             retry=Retry(ConstantBackoff(0.05), 1),
-            health_check_interval=30,
             **options,
         )
     except (OSError, UnicodeDecodeError) as error:

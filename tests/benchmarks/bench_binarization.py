@@ -1,16 +1,17 @@
 """What the working grid costs and what it keeps: `pytest tests/benchmarks/bench_binarization.py -s`.
 
-Maps: ground-truth masks of real defects at 32 x 32 tokens plus correlated noise where the data is there, synthetic blobs
-and scratches, and pure noise. `SEMWATCH_MAPS=maps.npy` (N, 32, 32) puts the maps of a real detector in their place.
+Maps: ground-truth masks of real defects at 32 x 32 tokens plus correlated noise where the data is there, synthetic
+blobs and scratches, and pure noise. `SEMWATCH_MAPS=maps.npy` (N, 32, 32) puts a real detector's maps in their place.
 The peer of every figure is the sweep at 448 x 448 in the same run.
 """
 
+import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,9 +23,17 @@ from semwatch import binarization
 DATA = Path(os.environ.get("SEMWATCH_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 GRIDS = (32, 56, 112, 224, 448)
 PEER = 448
+CHOSEN = 112
 FIELD_HW = (1024, 1024)
 STEPS = ("gate", "saliency", "sweep", "plateau", "mask", "regions", "crops", "soft masks")
-Maps = dict[str, NDArray[np.float32]]
+METHODS: dict[str, dict[str, Any]] = {
+    "plateau": {},
+    "plateau, epsilon 1": {"epsilon": 1},
+    "literal": {"method": "literal"},
+    "literal, epsilon 1": {"method": "literal", "epsilon": 1},
+    "fixed": {"method": "fixed"},
+    "otsu": {"method": "otsu"},
+}
 
 
 def _noise(rng: np.random.Generator, *, sigma_tokens: float, level: float) -> NDArray[np.float32]:
@@ -60,23 +69,32 @@ def _real_masks(rng: np.random.Generator, n: int) -> list[NDArray[np.float32]]:
     return found
 
 
-def score_maps(seed: int = 0) -> Maps:
-    """Return the maps by kind: those of SEMWATCH_MAPS alone, or 100 of each kind made here."""
-    if path := os.environ.get("SEMWATCH_MAPS"):
-        return {"detector": np.load(path, allow_pickle=False).astype(np.float32)}
+def maps_with_truth(seed: int = 0) -> dict[str, tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    """Return 100 maps of each kind (N, 32, 32) with the mask (N, 32, 32) of tokens that are at least half defect."""
     rng = np.random.default_rng(seed)
+    coverages = {
+        "real masks": _real_masks(rng, 100),
+        "synthetic": [_blobs(rng) for _ in range(100)],
+        "pure noise": [np.zeros((32, 32), np.float32)] * 100,
+    }
 
     def noisy(coverage: NDArray[np.float32]) -> NDArray[np.float32]:
         spread = cv2.GaussianBlur(coverage, (0, 0), 0.7)  # a token's features see its neighbours
         noise = _noise(rng, sigma_tokens=rng.uniform(0.6, 2.0), level=rng.uniform(0.01, 0.06))
         return np.asarray(noise + rng.uniform(0.2, 0.6) * spread, np.float32)
 
-    maps = {
-        "real masks": [noisy(coverage) for coverage in _real_masks(rng, 100)],
-        "synthetic": [noisy(_blobs(rng)) for _ in range(100)],
-        "pure noise": [_noise(rng, sigma_tokens=rng.uniform(0.6, 2.0), level=0.03) for _ in range(100)],
+    return {
+        kind: (np.stack([noisy(c) for c in some]), np.stack([c >= min(0.5, c.max() or 1.0) for c in some]))
+        for kind, some in coverages.items()
+        if some
     }
-    return {kind: np.stack(some) for kind, some in maps.items() if some}
+
+
+def score_maps() -> dict[str, NDArray[np.float32]]:
+    """Return the maps by kind: those of SEMWATCH_MAPS alone, or those made here."""
+    if path := os.environ.get("SEMWATCH_MAPS"):
+        return {"detector": np.load(path, allow_pickle=False).astype(np.float32)}
+    return {kind: maps for kind, (maps, _) in maps_with_truth().items()}
 
 
 def iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
@@ -87,52 +105,118 @@ def iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep OpenCV to one thread for a while."""
+def opencv_threads(n: int) -> Iterator[None]:
+    """Let OpenCV use n threads for a while."""
     before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(n)
     try:
         yield
     finally:
         cv2.setNumThreads(before)
 
 
-def _timed(spent: dict[str, float], step: str, call: Callable[[], object]) -> object:
+@contextmanager
+def _clock(spent_ms: dict[str, float], step: str) -> Iterator[None]:
+    """Add the milliseconds of the block to those of its step."""
     start = time.perf_counter()
-    answer = call()
-    spent[step] += 1e3 * (time.perf_counter() - start)
-    return answer
+    yield
+    spent_ms[step] += 1e3 * (time.perf_counter() - start)
 
 
-def _line_by_steps(
-    score_map: NDArray[np.float32], field: NDArray[np.uint8], grid_px: int, spent: dict[str, float]
-) -> binarization.Binarization:
-    """Run the whole room on one map, its sweep capped as in ``binarize``, and add up the milliseconds by step."""
-    b = binarization
-    _timed(spent, "gate", lambda: b.gate(float(score_map.max()), threshold=-1.0))
-    shown = _timed(spent, "saliency", lambda: b.saliency(score_map, grid_px=grid_px))
-    thresholds, min_area_px = b.sweep_thresholds(), int(np.ceil(2e-4 * grid_px**2))
-    assert isinstance(shown, np.ndarray)
+def _whole_room(
+    score_map: NDArray[np.float32], field: NDArray[np.uint8], grid_px: int, spent_ms: dict[str, float]
+) -> NDArray[np.bool_]:
+    """Take one map through the room step by step, as ``binarize`` does, at most 4 crops; return its mask."""
+    min_area_px = math.ceil(2e-4 * grid_px**2)
+    with _clock(spent_ms, "gate"):
+        binarization.gate(float(score_map.max()), threshold=-1.0)
+    with _clock(spent_ms, "saliency"):
+        shown = binarization.saliency(score_map, grid_px=grid_px)
+    with _clock(spent_ms, "sweep"):
+        thresholds, fractions, counts = binarization.sweep(shown, min_area_px=min_area_px, max_mask_fraction=0.3)
+    with _clock(spent_ms, "plateau"):
+        lowest = binarization.plateau(counts, fractions)
+    with _clock(spent_ms, "mask"):
+        raw = shown >= (math.inf if lowest is None else thresholds[lowest])
+        mask = binarization.clean_mask(raw, min_area_px=min_area_px, max_hole_px=int(0.3 * raw.size), max_defects=16)
+    with _clock(spent_ms, "regions"):
+        found = binarization.regions(mask, score_map, size_hw=FIELD_HW, max_regions=4)
+    with _clock(spent_ms, "crops"):
+        windows = [binarization.crop_window(region.box_xyxy, size_hw=FIELD_HW) for region in found]
+        _ = [binarization.cut(field, window) for window in windows]
+    with _clock(spent_ms, "soft masks"):
+        for region, window in zip(found, windows, strict=True):
+            binarization.soft_mask(shown, region.mask, window, size_hw=FIELD_HW)
+    return mask
 
-    def sweep() -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        fractions = b.mask_fractions(shown, thresholds)
-        fractions = fractions[fractions <= 0.3]
-        return b.component_counts(shown, thresholds[: len(fractions)], min_area_px=min_area_px), fractions
 
-    counts, fractions = _timed(spent, "sweep", sweep)  # type: ignore[misc]
-    lowest = _timed(spent, "plateau", lambda: b.plateau(counts, fractions))
-    threshold = np.inf if lowest is None else float(thresholds[lowest])  # type: ignore[call-overload]
+def _micrograph() -> NDArray[np.uint8]:
+    return np.random.default_rng(1).integers(0, 256, FIELD_HW).astype(np.uint8)
 
-    def clean() -> NDArray[np.bool_]:
-        return b.clean_mask(
-            shown >= threshold, min_area_px=min_area_px, max_hole_px=int(0.3 * shown.size), max_defects=16
+
+def _milliseconds(maps: NDArray[np.float32], grid_px: int) -> dict[str, float]:
+    """Return the median milliseconds of each step and of the whole over the maps."""
+    field, rows = _micrograph(), []
+    for score_map in maps:
+        spent_ms = dict.fromkeys(STEPS, 0.0)
+        _whole_room(score_map, field, grid_px, spent_ms)
+        rows.append([*spent_ms.values(), sum(spent_ms.values())])
+    return dict(zip((*STEPS, "whole"), np.median(rows, axis=0).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_milliseconds_by_step_and_grid(n_threads: int) -> None:
+    maps = np.concatenate([some[:20] for some in score_maps().values()])
+    with opencv_threads(n_threads):
+        table = {grid_px: _milliseconds(maps, grid_px) for grid_px in GRIDS}
+        shown = binarization.saliency(maps[0], grid_px=PEER)
+        start = time.perf_counter()
+        binarization.sweep(shown, min_area_px=1)
+        full_sweep_ms = 1e3 * (time.perf_counter() - start)
+    print(
+        f"\nmedian ms per image, {len(maps)} maps, up to 4 crops of a 1024 x 1024 field, {n_threads} OpenCV thread(s)"
+    )
+    print(f"{'grid':>5}" + "".join(f"{step:>11}" for step in (*STEPS, "whole")) + f"{'/ 448':>9}")
+    for grid_px, ms in table.items():
+        ratio = ms["whole"] / table[PEER]["whole"]
+        print(f"{grid_px:>5}" + "".join(f"{value:>11.3f}" for value in ms.values()) + f"{ratio:>9.3f}")
+    print(f"all 64 thresholds at 448, no cap on the mask: {full_sweep_ms:.1f} ms for the sweep alone")
+    assert table[CHOSEN]["whole"] < 0.3 * table[PEER]["whole"]
+
+
+def test_masks_by_grid_against_the_448_sweep() -> None:
+    print(f"\n{'maps':<12}{'n':>5}{'grid':>6}{'mean IoU':>10}{'IoU > .8':>10}{'same n of regions':>19}{'empty':>7}")
+    overall: dict[int, list[float]] = {grid_px: [] for grid_px in GRIDS}
+    for kind, maps in score_maps().items():
+        peers = [binarization.binarize(score_map, grid_px=PEER).mask for score_map in maps]
+        n_peers = [_n_regions(mask, score_map) for mask, score_map in zip(peers, maps, strict=True)]
+        for grid_px in GRIDS:
+            masks = [binarization.binarize(score_map, grid_px=grid_px).mask for score_map in maps]
+            ious = np.array([iou(mask, peer) for mask, peer in zip(masks, peers, strict=True)])
+            same = np.mean([_n_regions(m, s) == n for m, s, n in zip(masks, maps, n_peers, strict=True)])
+            empty = sum(not mask.any() for mask in masks)
+            overall[grid_px] += ious.tolist()
+            row = f"{ious.mean():>10.3f}{(ious > 0.8).mean():>10.2f}{same:>19.2f}{empty:>7}"
+            print(f"{kind:<12}{len(maps):>5}{grid_px:>6}{row}")
+    for grid_px, values in overall.items():
+        print(
+            f"{'all':<12}{len(values):>5}{grid_px:>6}{np.mean(values):>10.3f}{np.mean(np.array(values) > 0.8):>10.2f}"
         )
+    assert np.mean(overall[CHOSEN]) > np.mean(overall[56])
 
-    mask = _timed(spent, "mask", clean)
-    assert isinstance(mask, np.ndarray)
-    found = _timed(spent, "regions", lambda: b.regions(mask, score_map, size_hw=FIELD_HW, max_regions=4))
-    windows = [b.crop_window(region.box_xyxy, size_hw=FIELD_HW) for region in found]  # type: ignore[attr-defined]
-    _timed(spent, "crops", lambda: [b.cut(field, window) for window in windows])
-    pairs = list(zip(found, windows, strict=True))  # type: ignore[call-overload]
-    _timed(spent, "soft masks", lambda: [b.soft_mask(shown, r.mask, w, size_hw=FIELD_HW) for r, w in pairs])
-    return b.Binarization(mask=mask, saliency=shown, threshold=threshold, counts=counts)
+
+def _n_regions(mask: NDArray[np.bool_], score_map: NDArray[np.float32]) -> int:
+    return len(binarization.regions(mask, score_map, size_hw=FIELD_HW))
+
+
+@pytest.mark.skipif("SEMWATCH_MAPS" in os.environ, reason="a detector's maps come without their truth")
+def test_methods_against_the_truth() -> None:
+    """IoU with the coverage that the maps were made of, which no method sees."""
+    print(f"\n{'maps':<12}{'method':<20}{'mean IoU':>9}{'empty':>7}{'over 30 %':>11}")
+    for kind, (maps, truths) in maps_with_truth().items():
+        for name, kwargs in METHODS.items():
+            masks = [binarization.binarize(score_map, **kwargs).mask for score_map in maps]
+            mean = np.mean([iou(m, t) for m, t in zip(masks, truths, strict=True)])
+            empty, large = sum(not m.any() for m in masks), sum(m.mean() > 0.3 for m in masks)
+            print(f"{kind:<12}{name:<20}{mean:>9.3f}{empty:>7}{large:>11}")
+            assert len(masks) == len(truths)

@@ -24,8 +24,6 @@ console = Console(stderr=True)
 
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
 REPOSITORY = Path("model_repository")
-RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
-REPOSITORY = Path("model_repository")
 CacheOption = Annotated[Path, typer.Option(help="Where the converted backbone and frozen features are kept.")]
 
 
@@ -161,7 +159,7 @@ def synth(
             stages=tuple(stage or STAGES),
             size_hw=(size, size),
             layout_svg=layout_svg,
-            progress=lambda done, total: progress("images", done, total),
+            on_image=lambda index, _: progress("images", index + 1, n),
         )
     console.print(f"{n} images in {out}")
 

@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -59,7 +58,7 @@ class Head(nn.Module):
         Returns:
             Logits (B, K) and p-values (B, K) in (0, 1].
         """
-        buffer = {name: cast(Tensor, value) for name, value in self.named_buffers()}
+        buffer = dict(self.named_buffers())
         standard = (features - buffer["feature_mean"]) / buffer["feature_std"]
         logits = standard @ buffer["weight"].T + buffer["bias"]
         distance = class_distances(features[:, : self.frozen_width], buffer)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -124,7 +124,7 @@ def to_onnx(graph: nn.Module, meta: Meta, path: Path) -> None:
 
 def parity(graph: nn.Module, meta: Meta, path: Path, batches: Sequence[Arrays]) -> Parity:
     """Compare an ONNX file with the module it was made from."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = dict.fromkeys(meta.outputs, 0.0)
     for inputs in batches:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 from semwatch.classification import decide
 from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
-from semwatch.inference import Embedded
+from semwatch.inference import Arrays, Embedded
 from semwatch.pipeline import Candidate, search
 from semwatch_training.discovery import HeadFit, fit_head
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
@@ -85,7 +85,7 @@ def match(candidates: tuple[Candidate, ...], image: SyntheticMicrograph) -> list
         best, name = 0.0, DEFECT_FREE
         for truth, label in zip(image.masks, image.labels, strict=True):
             common = np.count_nonzero(truth & (region > 0))
-            share = common / max(1, min(np.count_nonzero(truth), np.count_nonzero(region)))
+            share = common / max(1, min(int(truth.sum()), int(np.count_nonzero(region))))
             if share >= MIN_OVERLAP and share > best:
                 best, name = share, label
         labels.append(name)
@@ -94,12 +94,13 @@ def match(candidates: tuple[Candidate, ...], image: SyntheticMicrograph) -> list
 
 def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:
     """Features (D,) of one candidate."""
-    inputs = {
+    inputs: Arrays = {
         "crop": candidate.crop[np.newaxis],
         "soft_mask": candidate.soft_mask[np.newaxis],
         "size": candidate.size[np.newaxis],
     }
-    return models.infer("encoder", inputs).outputs["features"][0]
+    features: NDArray[np.float32] = models.infer("encoder", inputs).outputs["features"][0]
+    return features
 
 
 def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[str, float | int]:

@@ -10,7 +10,7 @@ Source: IC-DefectNCD section 3.4.1; AnomalyNCD (the parent) masks hard and only 
 """
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -121,4 +121,4 @@ class EncoderGraph(nn.Module):
         """
         pooled, class_token = self.vit(normalise(crop, self.mean, self.std), soft_mask)
         # / 16: brings log2 sizes (0 to about -10) to the scale of the unit-length parts.
-        return cast(Tensor, torch.cat((pooled, size / 16, class_token), dim=-1))
+        return torch.cat((pooled, size / 16, class_token), dim=-1)

@@ -75,7 +75,7 @@ def cache_features(
             return found
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npy")
-    cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)  # type: ignore[no-untyped-call]
+    cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     device = next(graph.parameters()).device
     for index, image in enumerate(images):
         with torch.no_grad():

@@ -243,7 +243,7 @@ class VisionTransformer(nn.Module):
         if H % patch or W % patch:
             raise ValueError(f"image is {H}x{W}; both sides must be multiples of the patch, {patch}")
         patches = self.patch_embed(images)
-        cls_token = self.cls_token
+        cls_token: Tensor = self.cls_token
         if self.shape.position_grid:
             cls_token = cls_token + self.pos_embed[:, :1]
             patches = patches + self._positions((H // patch, W // patch))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semwatch.errors import ConfigError
-from semwatch_training.synthetic.specimen import Image, Layer, Rng, Specimen, Window, smooth_noise
+from semwatch_training.synthetic.specimen import Image, Layer, Rng, Specimen, Window, blur, smooth_noise
 
 Point = tuple[float, float]
 """``(x, y)`` in pixels."""
@@ -61,14 +61,15 @@ def across(specimen: Specimen, region: Image, rng: Rng) -> Chord:
         NoRoom: the region is empty.
     """
     best: Chord | None = None
+    region = blur(region, 0.06 * specimen.pitch)  # else a bump of a rough edge would pass for a narrow line
     for _ in range(60):
         x, y = anywhere(specimen, rng, 0.1 * min(specimen.size_hw))
         if region[int(y), int(x)] < 0.5:
             continue
         found = _shortest_chord(region, (x, y), 2.0 * specimen.pitch)
-        if 0.15 * specimen.pitch < found.length_px < 0.9 * specimen.pitch:
+        if 0.15 * specimen.pitch < found.length_px < 1.1 * specimen.pitch:
             return found
-        if best is None or found.length_px < best.length_px:
+        if best is None or best.length_px < found.length_px < 2 * specimen.pitch:
             best = found
     if best is None:
         raise NoRoom("no place for this defect in the field; use another seed or a larger size_hw")

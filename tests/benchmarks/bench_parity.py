@@ -1,0 +1,62 @@
+"""ONNX Runtime against PyTorch on 50 real images: maps, raw scores, features, logits, p-values."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from semwatch import micrograph
+from semwatch.config import Recipe
+from semwatch.detection import resize
+from semwatch.inference import Embedded
+from semwatch.pipeline import search
+from semwatch_training import backbone, train_detector
+from semwatch_training.build_repository import SHIPPED
+from semwatch_training.datasets import folder_images
+from semwatch_training.discovery import load_head
+from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit
+
+N = 50
+
+
+def test_onnx_against_torch_on_real_images(repository: Path, data: Path) -> None:
+    trunk = backbone.load(repository.parent / ".cache")
+    detector = train_detector.with_trunk(trunk, train_detector.load(SHIPPED / "detector.safetensors")[0])
+    encoder = EncoderGraph(SmgVit(trunk, EncoderForm())).eval()
+    head = load_head(SHIPPED / "head.safetensors")[0]
+    recipe = Recipe()
+    recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})
+    paths = [p for p in folder_images(data / "MTD") if p.suffix == ".jpg"]
+    paths = folder_images(data / "SEM-TIFF-metadata") + paths[:: len(paths) // (N - 9)]
+    worst: dict[str, float] = {}
+    with Embedded(repository) as models, torch.no_grad():
+        for path in paths[:N]:
+            page = micrograph.read(path)[0]
+            image = resize(page.field, (448, 448))[None]
+            note(worst, models, "detector", {"image": image}, detector)
+            candidates = search(page, recipe, models).candidates[:2]
+            if candidates:
+                inputs = {
+                    "crop": np.stack([c.crop for c in candidates]),
+                    "soft_mask": np.stack([c.soft_mask for c in candidates]),
+                    "size": np.stack([c.size for c in candidates]),
+                }
+                features = note(worst, models, "encoder", inputs, encoder)
+                note(worst, models, "head", {"features": features}, head)
+    table = Table("output", "largest relative difference", "bound", title=f"ONNX against PyTorch, {N} real images")
+    for name, value in worst.items():
+        table.add_row(name, f"{value:.1e}", "1e-3")
+    Console().print(table)
+    assert max(worst.values()) < 1e-3
+
+
+def note(worst, models, model, inputs, graph) -> np.ndarray:  # type: ignore[no-untyped-def]
+    answer = models.infer(model, inputs).outputs
+    expected = graph(*(torch.from_numpy(inputs[name]) for name in models.meta(model).inputs))
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for (name, found), reference in zip(answer.items(), expected, strict=True):
+        difference = float(np.abs(found - reference.numpy()).max() / np.abs(reference.numpy()).max())
+        worst[f"{model} {name}"] = max(worst.get(f"{model} {name}", 0.0), difference)
+    return next(iter(answer.values()))

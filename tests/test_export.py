@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from semwatch import micrograph, model_repository
+from semwatch.detection import resize
+from semwatch.errors import PublishError
+from semwatch.inference import Embedded
+from semwatch_training import backbone, export, train_detector
+from semwatch_training.build_repository import SHIPPED
+from semwatch_training.datasets import folder_images
+from tiny_models import detector_graph
+
+
+def test_published_detector_serves_what_torch_computes_at_any_batch(tiny_repository) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 112, 112), dtype=np.uint8)
+    with torch.no_grad():
+        score, raw = detector_graph()(torch.from_numpy(images))
+    with Embedded(tiny_repository) as models:
+        answer = models.infer("detector", {"image": images}).outputs
+    assert np.abs(answer["score_map"] - score.numpy()).max() < 1e-3 * score.abs().max()
+    assert np.abs(answer["raw_score"] - raw.numpy()).max() < 1e-3 * raw.abs().max()
+
+
+def test_export_that_differs_is_not_published(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(export, "parity", lambda *_: export.Parity({"score_map": 0.5}))
+    with pytest.raises(PublishError, match="differs from its torch original"):
+        export.publish_detector(detector_graph(), tmp_path, normal_scores=[0.1], provenance={})
+    assert model_repository.versions(tmp_path, "detector") == []
+
+
+def test_parity_notices_other_weights(tiny_repository) -> None:
+    meta = model_repository.read_meta(tiny_repository, "detector", 1)
+    path = tiny_repository / "detector/1/model.onnx"
+    batches = [export.random_inputs(meta, batch=2, seed=0)]
+    graph = detector_graph()
+    assert export.parity(graph, meta, path, batches).worst < 1e-3
+    with torch.no_grad():
+        graph.detector.bottleneck.fc2.weight += 0.1
+    assert export.parity(graph, meta, path, batches).worst > 1e-3
+
+
+def test_shipped_detector_agrees_with_torch_on_real_images(repository, data) -> None:
+    """Six here; ``make bench`` takes fifty."""
+    detector, _, _ = train_detector.load(SHIPPED / "detector.safetensors")
+    graph = train_detector.with_trunk(backbone.load(repository.parent / ".cache"), detector)
+    paths = folder_images(data / "SEM-TIFF-metadata")[:3] + folder_images(data / "MTD")[::500][:3]
+    with Embedded(repository) as models:
+        for path in paths:
+            image = resize(micrograph.read(path)[0].field, (448, 448))[None]
+            with torch.no_grad():
+                score, raw = (x.numpy() for x in graph(torch.from_numpy(image)))
+            answer = models.infer("detector", {"image": image}).outputs
+            assert np.abs(answer["score_map"] - score).max() < 1e-3 * np.abs(score).max()
+            assert np.abs(answer["raw_score"] - raw).max() < 1e-3 * np.abs(raw).max()
