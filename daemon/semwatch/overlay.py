@@ -6,7 +6,7 @@ apart by colour-blind eyes too, and every box says its verdict in words.
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import imagecodecs
@@ -76,6 +76,26 @@ def encode_png(picture: Image) -> bytes:
     header = struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)
     packed = bytes(imagecodecs.deflate_encode(rows.tobytes(), level=1))
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
+
+
+def tile(pictures: Iterable[Image | None], *, columns: int, tile_px: int) -> Image:
+    """Lay pictures out in rows, each shrunk or enlarged into a square tile; None leaves its tile dark."""
+    tiles = [np.full((tile_px, tile_px, 3), STRIP, np.uint8) if p is None else _as_tile(p, tile_px) for p in pictures]
+    columns = max(1, min(columns, len(tiles)))
+    empty = np.full((tile_px, tile_px, 3), STRIP, np.uint8)
+    tiles += [empty] * (-len(tiles) % columns or (0 if tiles else 1))
+    rows = [np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
+    return np.vstack(rows)
+
+
+def _as_tile(picture: Image, tile_px: int) -> Image:
+    square = np.full((tile_px, tile_px, 3), STRIP, np.uint8)
+    inner = tile_px - 4
+    scale = inner / max(picture.shape[:2])
+    w, h = (max(1, round(side * scale)) for side in picture.shape[1::-1])
+    x, y = 2 + (inner - w) // 2, 2 + (inner - h) // 2
+    square[y : y + h, x : x + w] = cv2.resize(picture, (w, h), interpolation=cv2.INTER_AREA)
+    return square
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""One result: write whole, read back. The models below are the format; ``schemas/review.schema.json`` is made from them.
+"""One result: write whole, read back. The models below are the format; ``schemas/`` holds its JSON schema.
 
 A result lives beside the others of its lot, in ``results_dir/<source>/<folder of the image>/``:
 
@@ -18,16 +18,17 @@ import io
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from semwatch import overlay
@@ -36,9 +37,10 @@ from semwatch.errors import ImageError, ServiceUnavailable
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 SCHEMA_PATH = Path(__file__).with_name("schemas") / "review.schema.json"
 REVIEW, OVERLAY, REASON, LOT = ".review.json", ".overlay.png", ".reason.json", "lot.csv"
+_OVERLAY_SUFFIX = re.compile(r"(\.p\d+)?\.overlay\.png")
 MAX_NAME_BYTES = 200
 """Longer names are shortened, so that the longest suffix still fits into a file system's 255 bytes."""
 MAX_PATH_BYTES = 3800
@@ -54,7 +56,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RecipeRecord(_Record):
@@ -192,8 +194,8 @@ def _page_record(page: PageReview, class_codes: Mapping[str, int], codes: Mappin
         page=micrograph.page,
         width_px=width_px,
         height_px=height_px,
-        field_xyxy=micrograph.field_xyxy,
-        pixel_nm=micrograph.pixel_nm,
+        field_xyxy=_box(micrograph.field_xyxy),
+        pixel_nm=None if micrograph.pixel_nm is None else float(micrograph.pixel_nm),
         vendor=micrograph.vendor,
         image_score=float(page.score_map.raw_score),
         gate_threshold=float(page.gate_threshold),
@@ -211,11 +213,11 @@ def _defect_record(defect: Defect, class_codes: Mapping[str, int], codes: Mappin
     )
     return DefectRecord(
         defect_id=defect.defect_id,
-        box_xyxy=defect.box_xyxy,
-        area_px=defect.area_px,
+        box_xyxy=_box(defect.box_xyxy),
+        area_px=int(defect.area_px),
         area_nm2=None if defect.area_nm2 is None else float(defect.area_nm2),
         peak_score=float(defect.peak_score),
-        crop_xyxy=defect.crop_xyxy,
+        crop_xyxy=_box(defect.crop_xyxy),
         verdict=VerdictRecord(
             kind=verdict.kind,
             label=verdict.label,
@@ -224,6 +226,11 @@ def _defect_record(defect: Defect, class_codes: Mapping[str, int], codes: Mappin
             nearest=nearest,
         ),
     )
+
+
+def _box(box_xyxy: Box) -> Box:
+    x0, y0, x1, y1 = (int(edge) for edge in box_xyxy)
+    return x0, y0, x1, y1
 
 
 def schema_text() -> str:
@@ -259,7 +266,7 @@ def write(
     stem = _stem(results_dir, review.source, review.path)
     target = _named(stem, REVIEW)
     with _disk(target):
-        _make_folder(stem.parent, results_dir)
+        _make_folder(stem.parent)
         if target.exists():
             _keep_other(stem, record.sha256)
         overlays = []
@@ -325,7 +332,7 @@ def write_reason(
     stem = _stem(results_dir, source, path)
     target = _named(stem, REASON)
     with _disk(target):
-        _make_folder(stem.parent, results_dir)
+        _make_folder(stem.parent)
         _write_whole(target, record.model_dump_json(indent=2).encode() + b"\n")
         _sync_folder(stem.parent)
     return target
@@ -342,11 +349,10 @@ def _keep_other(stem: Path, sha256: str) -> None:
     if other == sha256:
         return
     kept = _named(stem, f".{other[:8]}")
-    page = 0
-    while (old := _named(stem, _overlay_suffix(page))).exists() or page == 0:
-        if old.exists():
-            old.replace(_named(kept, _overlay_suffix(page)))
-        page += 1
+    for old in list(stem.parent.iterdir()):
+        suffix = old.name.removeprefix(stem.name)
+        if suffix != old.name and _OVERLAY_SUFFIX.fullmatch(suffix):
+            old.replace(_named(kept, suffix))
     _sync_folder(stem.parent)
     target.replace(_named(kept, REVIEW))
     _sync_folder(stem.parent)
@@ -361,8 +367,8 @@ def _caption(review: Review) -> str:
 
 LOT_COLUMNS = (
     "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
-    "gate_threshold", "page_verdict", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1", "nearest_2",
-    "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score",
+    "gate_threshold", "page_verdict", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
+    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score",
 )  # fmt: skip
 
 
@@ -414,8 +420,7 @@ def _lot_row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None
     if defect is None:
         return head + [None] * (len(LOT_COLUMNS) - len(head))
     verdict = defect.verdict
-    nearest = [near.label for near, _ in zip_longest(verdict.nearest[:2], (0, 1)) if near is not None]
-    nearest += [""] * (2 - len(nearest))
+    nearest = ([near.label for near in verdict.nearest] + [None, None])[:2]
     return [
         *head, defect.defect_id, verdict.kind, verdict.label, verdict.class_code, verdict.confidence, *nearest,
         *defect.box_xyxy, defect.area_px, defect.area_nm2, defect.peak_score,
@@ -428,23 +433,18 @@ def contact_sheet(overlays: Sequence[Path], out: Path, columns: int = 6, tile_px
     Raises:
         ServiceUnavailable: the disk is full or broken.
     """
-    columns = max(1, min(columns, len(overlays)))
-    rows = max(1, -(-len(overlays) // columns))
-    sheet = np.full((rows * tile_px, columns * tile_px, 3), 24, np.uint8)
-    for i, path in enumerate(overlays):
-        y, x = i // columns * tile_px, i % columns * tile_px
-        picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR) if path.is_file() else None
-        if picture is None:
-            log.warning("no overlay at %s", path)
-            continue
-        inner = tile_px - 4
-        scale = inner / max(picture.shape[:2])
-        w, h = (max(1, round(side * scale)) for side in picture.shape[1::-1])
-        y, x = y + 2 + (inner - h) // 2, x + 2 + (inner - w) // 2
-        sheet[y : y + h, x : x + w] = cv2.resize(picture, (w, h), interpolation=cv2.INTER_AREA)
     with _disk(out):
+        sheet = overlay.tile((_read_picture(path) for path in overlays), columns=columns, tile_px=tile_px)
         _write_whole(out, overlay.encode_png(sheet))
         _sync_folder(out.parent)
+
+
+def _read_picture(path: Path) -> NDArray[np.uint8] | None:
+    data = path.read_bytes() if path.is_file() else b""
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    if picture is None:
+        log.warning("no overlay at %s", path)
+    return None if picture is None else np.asarray(picture, np.uint8)
 
 
 # --- names and the disk --------------------------------------------------------------------------------------------
@@ -491,11 +491,11 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _make_folder(folder: Path, root: Path) -> None:
+def _make_folder(folder: Path) -> None:
     """Make the folder and those above it, so that they outlive a power cut."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent, root)
+    _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync_folder(folder.parent)
 

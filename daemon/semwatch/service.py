@@ -23,8 +23,9 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypedDict
 
-from semwatch import incoming, micrograph, pipeline, results, unknowns
+from semwatch import incoming, micrograph, pipeline, records, results, unknowns
 from semwatch.audit import AuditLog
 from semwatch.config import Pins, Recipe, Site, load_recipe
 from semwatch.defects import Review
@@ -263,7 +264,7 @@ class Service:
             max_pages=limits.max_pages,
         )
         paths = results.write(review, results_dir=self.site.results_dir, **codes(recipe))
-        items = [OutboxItem(*message) for message in unknowns.messages(review)] if self._publisher else []
+        items = [OutboxItem(*message) for message in records.messages(review)] if self._publisher else []
         self.ledger.finish(claim, outbox=items, audit=audit_entry(review, paths.json), now_utc=review.reviewed_utc)
         with self._lots_lock:
             self._lots_to_write.add(paths.json.parent)
@@ -399,8 +400,16 @@ def audit_entry(review: Review, result: Path) -> dict[str, object]:
     }
 
 
-def codes(recipe: Recipe) -> dict[str, object]:
+class Codes(TypedDict):
     """The fab's class codes, as ``results.write`` takes them."""
+
+    class_codes: Mapping[str, int]
+    unknown_code: int | None
+    non_decidable_code: int | None
+
+
+def codes(recipe: Recipe) -> Codes:
+    """The class codes of a recipe."""
     return {
         "class_codes": {label: known.code for label, known in recipe.classes.items()},
         "unknown_code": recipe.unknown_code,

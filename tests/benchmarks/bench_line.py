@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from semwatch.audit import AuditLog
 
 from semwatch import detection, micrograph, pipeline, results
+from semwatch.audit import AuditLog
 from semwatch.config import Recipe
 from semwatch.inference import Arrays, Embedded
 from semwatch.ledger import Ledger, OutboxItem
+from semwatch.records import messages
 from semwatch.service import audit_entry, deliver_audit, utc_now
-from semwatch.unknowns import messages
 from semwatch_training.synthetic import lot_images
 
 N = 24

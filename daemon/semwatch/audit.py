@@ -1,0 +1,256 @@
+"""Append-only, hash-chained log: any edit of what was written shows.
+
+One JSON object a line, keys sorted, ``\\n`` after each:
+
+    seq     number the ledger gave the event; strictly increasing
+    ...     the event as handed over: event, utc, source, path, sha256, recipe, models, ...
+    prev    hash of the line before; 64 zeros in the first
+    hash    SHA-256 of ``prev``, a newline, and the canonical JSON of the line without ``hash``
+
+The chain proves order and integrity of what is there. Lines missing at the end show only against a number or a hash
+from elsewhere, such as the ledger's: see ``expected_last_seq``. Canonical JSON: keys sorted, no spaces, ASCII.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from semwatch.errors import ConfigError, ServiceUnavailable
+
+log = logging.getLogger(__name__)
+
+GENESIS = "0" * 64
+RESERVED = frozenset({"seq", "prev", "hash"})
+TAIL_BYTES = 1 << 16
+MAX_LINE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What ``verify`` found."""
+
+    n_lines: int
+    last_seq: int
+    """0 where there is no line."""
+    last_hash: str
+    """What to note elsewhere: a log that no longer holds it has been cut or rewritten."""
+    problems: tuple[str, ...]
+    """Each names its line and what is wrong."""
+
+    @property
+    def ok(self) -> bool:
+        """True where nothing is wrong."""
+        return not self.problems
+
+
+class AuditLog:
+    """The open log; one process and one thread at a time, which the ledger's lock sees to.
+
+    A last line that a crash left torn is cut off: the ledger still holds its event and hands it over again.
+
+    Args:
+        path: made, with mode 0640, where it is not there.
+
+    Raises:
+        ConfigError: the last whole line is not one of ours.
+        ServiceUnavailable: the disk is full or broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            is_new = not path.exists()
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise ServiceUnavailable(f"cannot open {path}: {error.strerror}") from error
+        try:
+            if is_new:
+                _sync_folder(path.parent)
+            self._end = _cut_torn_line(self._fd, path)
+            self.last_seq, self._last_hash = _last_link(self._fd, self._end, path)
+        except OSError as error:
+            self.close()
+            raise ServiceUnavailable(f"cannot read {path}: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, entries: Sequence[tuple[int, Mapping[str, object]]]) -> None:
+        """Append events and make them safe with one fsync; those with ``seq`` up to ``last_seq`` are skipped.
+
+        Raises:
+            ServiceUnavailable: the disk is full or broken; nothing of the batch counts as written.
+            ValueError: ``seq`` does not increase, or an event uses a key of the chain.
+        """
+        lines, last_seq, last_hash = [], self.last_seq, self._last_hash
+        for seq, event in _strictly_increasing(entries):
+            if seq <= self.last_seq:
+                continue
+            line, last_hash = _link(seq, event, last_hash)
+            lines.append(line)
+            last_seq = seq
+        if not lines:
+            return
+        self._write(b"".join(lines))
+        self.last_seq, self._last_hash = last_seq, last_hash
+
+    def _write(self, data: bytes) -> None:
+        try:
+            os.ftruncate(self._fd, self._end)  # a failed batch before this one may have left a part of itself
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._fd, data[written:], self._end + written)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise ServiceUnavailable(f"cannot write {self.path}: {error.strerror}; free or mend the disk") from error
+        self._end += len(data)
+
+    def close(self) -> None:
+        """Close the file; closing twice does no harm."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def verify(path: Path, *, expected_last_seq: int | None = None) -> AuditReport:
+    """Check every line of a log against its chain, reading only.
+
+    Args:
+        path: of the log; one that is not there has no lines.
+        expected_last_seq: the last number that must be there, as the ledger knows it.
+
+    Raises:
+        ServiceUnavailable: the disk cannot be read.
+    """
+    problems: list[str] = []
+    seq, last_hash, n_lines = 0, GENESIS, 0
+    try:
+        for line in _lines(path):
+            n_lines += 1
+            found, seq, last_hash = _check_line(line, seq, last_hash)
+            problems += [f"line {n_lines}: {problem}" for problem in found]
+    except OSError as error:
+        raise ServiceUnavailable(f"cannot read {path}: {error.strerror}") from error
+    if expected_last_seq is not None and seq != expected_last_seq:
+        what = "lines are missing at the end" if seq < expected_last_seq else "there is more than was handed over"
+        problems.append(f"line {n_lines}: ends with seq {seq}, not {expected_last_seq}: {what}")
+    return AuditReport(n_lines, seq, last_hash, tuple(problems))
+
+
+def _check_line(line: bytes, seq: int, last_hash: str) -> tuple[list[str], int, str]:
+    """Check one line against its predecessor; go on from what it claims, so that one edit is one finding."""
+    if not line.endswith(b"\n"):
+        return ["is torn: the end of the line is missing"], seq, last_hash
+    event = _parsed(line)
+    if event is None:
+        return ["is no line of an audit log"], seq, last_hash
+    problems = []
+    if event["prev"] != last_hash:
+        problems.append("does not follow the line before it: lines were removed, inserted, reordered or edited")
+    if event["seq"] <= seq:
+        problems.append(f"seq {event['seq']} does not come after {seq}")
+    elif event["seq"] != seq + 1:
+        problems.append(f"seq {seq + 1} to {event['seq'] - 1} missing")
+    rest = {key: value for key, value in event.items() if key != "hash"}
+    if _hash(rest) != event["hash"] or _canonical(event) + b"\n" != line:
+        problems.append("was edited: its hash does not fit it")
+    return problems, event["seq"], event["hash"]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or type(event.get("seq")) is not int:
+        return None
+    return event if isinstance(event.get("prev"), str) and isinstance(event.get("hash"), str) else None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            yield line
+
+
+def _strictly_increasing(
+    entries: Sequence[tuple[int, Mapping[str, object]]],
+) -> Iterator[tuple[int, Mapping[str, object]]]:
+    last = None
+    for seq, event in entries:
+        if last is not None and seq <= last:
+            raise ValueError(f"seq {seq} after {last}: the ledger hands over in strictly increasing order")
+        yield seq, event
+        last = seq
+
+
+def _link(seq: int, event: Mapping[str, object], prev: str) -> tuple[bytes, str]:
+    if taken := RESERVED & event.keys():
+        raise ValueError(f"an event may not use {', '.join(sorted(taken))}: they belong to the chain")
+    linked = {**event, "seq": seq, "prev": prev}
+    hash_ = _hash(linked)
+    return _canonical({**linked, "hash": hash_}) + b"\n", hash_
+
+
+def _hash(event: Mapping[str, object]) -> str:
+    return hashlib.sha256(str(event["prev"]).encode() + b"\n" + _canonical(event)).hexdigest()
+
+
+def _canonical(event: Mapping[str, object]) -> bytes:
+    return json.dumps(event, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _cut_torn_line(fd: int, path: Path) -> int:
+    """Cut what follows the last newline; return the size."""
+    size = os.fstat(fd).st_size
+    end = _after_last_newline(fd, size)
+    if end < size:
+        log.warning("%s: a torn last line of %d bytes is cut; the ledger hands it over again", path, size - end)
+        os.ftruncate(fd, end)
+        os.fsync(fd)
+    return end
+
+
+def _last_link(fd: int, end: int, path: Path) -> tuple[int, str]:
+    if end == 0:
+        return 0, GENESIS
+    start = _after_last_newline(fd, end - 1)
+    event = _parsed(os.pread(fd, end - start, start))
+    if event is None:
+        raise ConfigError(f"{path}: the last line is no line of an audit log; move the file away and look into it")
+    return event["seq"], event["hash"]
+
+
+def _after_last_newline(fd: int, end: int) -> int:
+    """Return where the line begins that byte ``end`` would belong to."""
+    while end > 0:
+        start = max(0, end - TAIL_BYTES)
+        found = os.pread(fd, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
