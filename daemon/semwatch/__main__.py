@@ -1,5 +1,6 @@
 """The command line: argv -> settings -> parts -> loop -> exit code. No reviewing here."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -23,7 +24,8 @@ from semwatch.defects import Review
 from semwatch.demo import run_demo
 from semwatch.errors import ConfigError, ImageError, ModelMismatch, SemwatchError, ServiceUnavailable
 from semwatch.inference import Embedded
-from semwatch.service import Service, codes, utc_now
+from semwatch.ledger import Ledger
+from semwatch.service import LEDGER, Service, codes, utc_now
 
 EPILOG = (
     "Exit codes: 0 all well; 1 done, but some files could not be reviewed or some checks failed; 2 settings, recipe or "
@@ -41,6 +43,8 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate r
 audit_app = typer.Typer(no_args_is_help=True, help="The hash-chained log of every review.")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(audit_app, name="audit")
+quarantine_app = typer.Typer(no_args_is_help=True, help="Files that could not be reviewed.")
+app.add_typer(quarantine_app, name="quarantine")
 
 out = Console()
 err = Console(stderr=True)
@@ -209,14 +213,58 @@ def audit_verify(
     """Check the chain of an audit log: any edit, gap, insertion or reordering shows."""
     report = audit.verify(log)
     if as_json:
-        typer.echo(json.dumps({"ok": report.ok, "n_lines": report.n_lines, "problems": list(report.problems)}))
+        typer.echo(
+            json.dumps(
+                {
+                    "ok": report.ok,
+                    "n_lines": report.n_lines,
+                    "last_hash": report.last_hash,
+                    "problems": list(report.problems),
+                }
+            )
+        )
     elif report.ok:
-        out.print(f"[green]intact[/]: {report.n_lines} lines", highlight=False)
+        out.print(f"[green]intact[/]: {report.n_lines} lines; note elsewhere: {report.last_hash}", highlight=False)
     else:
         for problem in report.problems:
             out.print(f"[red]broken[/]: {problem}", highlight=False)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@quarantine_app.command("list")
+def quarantine_list(site: SiteOption, as_json: JsonOption = False) -> None:
+    """List the files that could not be reviewed, with the reason of each."""
+    with _ledger(site, read_only=True) as ledger:
+        found = ledger.listing("QUARANTINED", limit=1000)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(work) for work in found]))
+        return
+    table = Table("source", "path", "reason", "sha256")
+    for work in found:
+        table.add_row(work.source, work.path, work.reason, work.sha256[:16])
+    out.print(table)
+
+
+@quarantine_app.command("requeue")
+def quarantine_requeue(
+    site: SiteOption,
+    sha256: Annotated[
+        list[str], typer.Argument(help="Of the files, as `list` shows them; the first digits are enough.")
+    ],
+) -> None:
+    """Give files another try; safe beside a running daemon, which finds them at its next scan."""
+    with _ledger(site, exclusive=False) as ledger:
+        for work in ledger.listing("QUARANTINED", limit=1000):
+            if work.sha256.startswith(tuple(sha256)) and ledger.requeue(work.source, work.sha256):
+                out.print(f"queued again: {work.source}/{work.path}", highlight=False)
+
+
+def _ledger(site: Path, *, read_only: bool = False, exclusive: bool = True) -> Ledger:
+    path = load_site(site).state_dir / LEDGER
+    if not path.exists():
+        raise ConfigError(f"no ledger at {path}: the daemon has not run yet")
+    return Ledger(path, read_only=read_only, exclusive=exclusive)
 
 
 def _image_files(paths: list[Path]) -> Iterator[tuple[Path, str]]:

@@ -231,6 +231,8 @@ class Limits(_Settings):
     """Most pages of one file; a file with more is quarantined."""
     max_attempts: Count = 5
     """Attempts at one file before it is quarantined."""
+    review_timeout_s: Positive = 300.0
+    """Seconds after which a review counts as hung: the watchdog is fed no more, and systemd restarts the daemon."""
     stop_timeout_s: Positive = 20.0
     """Seconds that a stop waits for the files in flight."""
 
@@ -344,7 +346,7 @@ class Binarization(_Settings):
     """Change in the number of defects that still counts as the same: 0 or 1."""
     min_plateau: Count = 4
     """Shortest run of thresholds that is believed."""
-    max_mask_fraction: Share = 0.3
+    max_mask_fraction: Share = 0.5
     """Largest share of the field that a mask may cover."""
     max_defects: Count = 8
     """Most defects kept of one page."""

@@ -87,7 +87,8 @@ def run_demo(*, lot: Path | None, folder: Path, repository: Path, n: int, seed: 
         publisher = unknowns.Publisher(unknowns.connect(redis.url))
         depths = publisher.depths()
     sheet = layout.folder / "contact-sheet.png"
-    results.contact_sheet([path for _, record in reviews for path in _overlays(layout, record)], sheet)
+    overlays = [layout.results / SOURCE / f"{record.path}.overlay.png" for _, record in reviews]
+    results.contact_sheet(overlays, sheet)
     _show(reviews, _truth(lot), console)
     verified = audit.verify(layout.folder / "state" / "audit.jsonl", expected_last_seq=len(reviews))
     console.print(f"results and overlays  {layout.results}")
@@ -200,10 +201,6 @@ def _drop(
                 raise ServiceUnavailable(f"no more results; the daemon's log is {layout.folder / 'daemon.log'}")
             time.sleep(DROP_INTERVAL_S)
     return [(image, found[image]) for image in images]
-
-
-def _overlays(layout: Layout, record: ReviewRecord) -> list[Path]:
-    return [layout.results / SOURCE / f"{record.path}.overlay.png"]
 
 
 def _truth(lot: Path) -> dict[str, list[str]]:

@@ -238,6 +238,11 @@ class Ledger:
         """Return audit lines, JSON text, with a sequence number above ``seq``, oldest first."""
         return self._rows("SELECT seq, line FROM audit WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
 
+    def last_audit_seq(self) -> int:
+        """Return the number of the newest audit line ever queued, 0 where there was none."""
+        rows = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'audit'")
+        return int(rows[0][0]) if rows else 0
+
     def forget_audit(self, up_to_seq: int) -> None:
         """Forget audit lines, ``up_to_seq`` included, that are safe in the audit log."""
         with self._transaction() as db:

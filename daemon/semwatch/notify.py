@@ -29,7 +29,7 @@ class Notifier:
 
     def ready(self) -> None:
         """Say that the start is over: ledger open, models loaded, folders watched."""
-        self._send("READY=1")
+        self._send("READY=1", wait_s=SEND_TIMEOUT_S)
 
     def status(self, text: str) -> None:
         """Show one line in ``systemctl status``; line breaks become spaces."""
@@ -41,14 +41,15 @@ class Notifier:
 
     def stopping(self) -> None:
         """Say that the stop has begun."""
-        self._send("STOPPING=1")
+        self._send("STOPPING=1", wait_s=SEND_TIMEOUT_S)
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str, *, wait_s: float = 0.0) -> None:
+        # Beats and status lines never wait for a reader that is slow: the next one says the same.
         if not self._address:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as way:
-                way.settimeout(SEND_TIMEOUT_S)
+                way.settimeout(wait_s)
                 way.connect(self._address)
                 way.send(message.encode("utf-8", "replace"))
         except OSError as error:

@@ -121,7 +121,7 @@ def search(page: Micrograph, recipe: Recipe, models: Embedded, *, timings_ms: di
             epsilon=settings.epsilon,
             min_length=settings.min_plateau,
             max_mask_fraction=settings.max_mask_fraction,
-            max_defects=settings.max_defects,
+            max_defects=2 * settings.max_defects,  # before close ones are merged
         )
         regions = binarization.regions(
             found.mask,
@@ -129,7 +129,7 @@ def search(page: Micrograph, recipe: Recipe, models: Embedded, *, timings_ms: di
             size_hw=size_hw,
             merge_fraction=settings.merge_fraction,
             max_regions=settings.max_defects,
-        )
+        ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
         candidates = tuple(_cut(region, page, found.saliency, recipe, models) for region in regions)
     return Search(score_map, version, threshold, found.mask, candidates)
@@ -152,6 +152,16 @@ def gate_threshold(recipe: Recipe, models: Embedded) -> float:
             f"normal images with `semwatch recipe calibrate`"
         )
     return threshold
+
+
+def _whole_field(score_map: ScoreMap, mask: NDArray[np.bool_], size_hw: tuple[int, int]) -> Region:
+    """The region of a page whose gate is open and whose mask is empty.
+
+    Something is unusual and nothing stands out: the encoder judges the whole field rather than the page passing in
+    silence as defect-free.
+    """
+    height, width = size_hw
+    return Region((0, 0, width, height), height * width, float(score_map.values.max()), np.ones_like(mask))
 
 
 def _review_page(

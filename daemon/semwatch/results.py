@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -501,13 +500,13 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write_whole(target: Path, data: bytes) -> None:
-    fd, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
-    temporary = Path(name)
+    """One writer per target: the temporary name is always the same, so that a replay clears what a crash left."""
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
         temporary.replace(target)
     except BaseException:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 LEDGER, AUDIT = "ledger.sqlite", "audit.jsonl"
 TICK_S = 0.5
 DELIVERY_BATCH = 100
+LOT_INTERVAL_S = 2.0
 MAX_BACKOFF_S = 30.0
 
 
@@ -75,6 +76,11 @@ class Service:
         site.results_dir.mkdir(parents=True, exist_ok=True)
         self.ledger = keep.enter_context(Ledger(site.state_dir / LEDGER))
         self._audit = keep.enter_context(AuditLog(site.state_dir / AUDIT))
+        if self._audit.last_seq > self.ledger.last_audit_seq():
+            raise ConfigError(
+                f"{self._audit.path} ends at line {self._audit.last_seq}, further than the ledger has ever counted: it "
+                f"belongs to an earlier ledger; move it aside, keep it, and start again"
+            )
         self._models = load_models(site.models.repository, self.recipes.values(), threads=site.models.threads)
         for recipe in self.recipes.values():
             pipeline.gate_threshold(recipe, self._models[recipe.pins])  # refuses now rather than at the first file
@@ -89,9 +95,11 @@ class Service:
         )
         self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
-        self._working: dict[Future[None], Arrival] = {}
+        self._working: dict[Future[None], tuple[Arrival, float]] = {}
+        self._next_beat = 0.0
         self._lots_to_write: set[Path] = set()
         self._lots_lock = threading.Lock()
+        self._next_lots = 0.0
         self._away = _Backoff()
         self._publishing = _Backoff()
 
@@ -109,10 +117,15 @@ class Service:
         log.info("ready: %d folders, models %s", len(self.recipes), self._versions())
         try:
             while not self._stop.is_set():
-                self._beat()
-                self._take_files()
-                self._reap()
-                self._deliver()
+                try:
+                    self._beat()
+                    self._take_files()
+                    self._reap()
+                    self._deliver()
+                except ServiceUnavailable as error:  # the disk under ledger or audit log
+                    self._away.failed()
+                    log.warning("the line waits: %s", error)
+                    self._stop.wait(TICK_S)
         finally:
             self._shut_down()
 
@@ -130,11 +143,11 @@ class Service:
             return
         timeout_s = min(self._beat_s, TICK_S) if not self._working else 0.02
         for arrival in self._incoming.arrivals(timeout_s, limit=free):
-            self._working[self._pool.submit(self._process, arrival)] = arrival
+            self._working[self._pool.submit(self._process, arrival)] = arrival, time.monotonic()
 
     def _reap(self) -> None:
         for future in [future for future in self._working if future.done()]:
-            arrival = self._working.pop(future)
+            arrival, _ = self._working.pop(future)
             try:
                 future.result()
             except ServiceUnavailable as error:
@@ -145,7 +158,7 @@ class Service:
                 self._away.worked()
             finally:
                 self._incoming.release(arrival)
-        if not self._working:
+        if time.monotonic() >= self._next_lots:
             self._write_lots()
 
     def _reason_to_wait(self) -> str | None:
@@ -182,10 +195,18 @@ class Service:
             self._publishing.worked()
 
     def _beat(self) -> None:
-        """Tell systemd and Prometheus how it stands; from the loop that does the work, so a hang shows."""
+        """Tell systemd and Prometheus how it stands; a hang of this loop or of a review in a worker silences it."""
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + min(self._beat_s, TICK_S)
         n_waiting, oldest_s = self._incoming.waiting()
         reason = self._reason_to_wait()
-        self._notifier.watchdog()
+        longest_s = max((now - start for _, start in self._working.values()), default=0.0)
+        if longest_s < self.site.limits.review_timeout_s:
+            self._notifier.watchdog()
+        else:
+            reason = f"a review hangs since {longest_s:.0f} s"
         self._notifier.status(
             f"{n_waiting} waiting, {len(self._working)} in review" + (f"; paused: {reason}" if reason else "")
         )
@@ -316,8 +337,12 @@ class Service:
     def _write_lots(self) -> None:
         with self._lots_lock:
             lots, self._lots_to_write = self._lots_to_write, set()
+        start = time.monotonic()
         for lot in lots:
             results.write_lot_csv(lot)
+        # A table is written anew from all results of its lot: at most one twentieth of the time goes there.
+        end = time.monotonic()
+        self._next_lots = end + max(LOT_INTERVAL_S, 20 * (end - start))
 
     def _versions(self) -> dict[str, int]:
         versions: dict[str, int] = {}

@@ -202,7 +202,7 @@ def test_masks_by_grid_against_the_448_sweep() -> None:
         print(
             f"{'all':<12}{len(values):>5}{grid_px:>6}{np.mean(values):>10.3f}{np.mean(np.array(values) > 0.8):>10.2f}"
         )
-    assert np.mean(overall[CHOSEN]) > np.mean(overall[56])
+    assert np.mean(overall[CHOSEN]) >= np.mean(overall[56])
 
 
 def _n_regions(mask: NDArray[np.bool_], score_map: NDArray[np.float32]) -> int:
