@@ -29,7 +29,7 @@ from semwatch import incoming, micrograph, pipeline, records, results, unknowns
 from semwatch.audit import AuditLog
 from semwatch.config import Pins, Recipe, Site, load_recipe
 from semwatch.defects import Review
-from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.incoming import Arrival, Incoming
 from semwatch.inference import Embedded
 from semwatch.ledger import Claim, Ledger, OutboxItem
