@@ -25,9 +25,9 @@ def test_score_map_and_raw_score_have_the_token_grid_and_finite_values_on_a_blac
     assert score.max() <= 2
 
 
-def test_raw_score_is_the_mean_of_the_top_percent() -> None:
+def test_raw_score_is_the_mean_of_the_top_tokens() -> None:
     score, raw = detector_graph()(torch.randint(0, 256, (3, 112, 112), dtype=torch.uint8))
-    assert torch.allclose(raw, score.flatten(1).max(dim=1).values)  # 1 % of 64 tokens is one token
+    assert torch.allclose(raw, score.flatten(1).max(dim=1).values)  # 0.2 % of 64 tokens is one token
 
 
 def test_a_subset_of_features_is_rebuilt_as_within_the_whole() -> None:

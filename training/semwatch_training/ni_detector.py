@@ -39,7 +39,9 @@ class DetectorForm:
     attention: Literal["parent", "literal"] = "parent"
     fusion: Literal["mean", "sum"] = "mean"
     targets: Literal["grouped", "layerwise"] = "grouped"
-    top_fraction: float = 0.01
+    top_fraction: float = 0.002
+    """Share of the map whose mean is the image score. The parent takes 1 % of pixels; a review defect often covers one or
+    two of 1,024 tokens, and on synthetic development images 0.2 % tells them from normal ones better than 1 % does."""
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -255,7 +257,7 @@ class DetectorGraph(nn.Module):
         return group(self.trunk(normalise(image, self.mean, self.std), self.detector.form.layers), self.detector.form)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return score map (B, h, w), range [0, 2], and raw score (B,): the mean of its top 1 %."""
+        """Return score map (B, h, w), range [0, 2], and raw score (B,): the mean of its top tokens."""
         targets = self.features(image)
         _, rebuilt = self.detector(targets)
         score = distances(targets, rebuilt).mean(dim=1)

@@ -5,6 +5,7 @@ Everything is resumable: the cache is reused where it fits, and a checkpoint is 
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from semwatch.errors import ConfigError
@@ -63,26 +64,24 @@ def cache_features(
     Args:
         graph: trunk and form.
         images: (S, S) uint8, already at the detector's input size.
-        n: how many there are.
-        path: ``.npy``; reused if it has the right shape.
+        n: how many there are, exactly.
+        path: ``.npy``; reused if it is whole and has the right shape.
         progress: told after every image.
     """
     form = graph.detector.form
     shape = (n, len(form.groups), (form.input_px // graph.trunk.shape.patch) ** 2, form.width)
-    if path.exists():
-        found: NDArray[np.float16] = np.load(path, mmap_mode="r")
-        if found.shape == shape:
-            return found
+    if (found := _mapped(path, shape)) is not None:
+        return found
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npy")
     cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     device = next(graph.parameters()).device
-    for index, image in enumerate(images):
+    for index, image in zip(range(n), images, strict=True):
         with torch.no_grad():
             cache[index] = graph.features(torch.from_numpy(image[None]).to(device))[0].half().cpu().numpy()
         progress("features", index + 1, n)
     cache.flush()
-    partial.replace(path)
+    _place(partial, path)
     features: NDArray[np.float16] = np.load(path, mmap_mode="r")
     return features
 
@@ -93,15 +92,18 @@ def train(
     """Train in place, from the last checkpoint in ``folder`` if there is one; returns one row of losses per epoch.
 
     Raises:
-        ConfigError: the checkpoint belongs to another schedule.
+        ConfigError: the checkpoint belongs to another schedule, form or number of images, or there is no full batch.
     """
+    if len(features) < schedule.batch:
+        raise ConfigError(f"{len(features)} training images are fewer than a batch of {schedule.batch}; lower --batch")
     device = next(detector.parameters()).device
+    settings = {**asdict(schedule), "form": asdict(detector.form), "n_images": len(features)}
     steps = schedule.epochs * (len(features) // schedule.batch)
     optimiser = torch.optim.AdamW(
         detector.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, amsgrad=True
     )
     warm = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps, schedule))
-    first_epoch, curve = _resume(folder / "checkpoint.pt", schedule, detector, optimiser, warm)
+    first_epoch, curve = _resume(folder / "checkpoint.pt", settings, detector, optimiser, warm)
     side = math.isqrt(features.shape[2])
     for epoch in range(first_epoch, schedule.epochs):
         detector.train()
@@ -121,7 +123,7 @@ def train(
                 "seconds": time.monotonic() - start,
             }
         )
-        _checkpoint(folder / "checkpoint.pt", epoch + 1, curve, schedule, detector, optimiser, warm)
+        _checkpoint(folder / "checkpoint.pt", epoch + 1, curve, settings, detector, optimiser, warm)
     return curve
 
 
@@ -156,31 +158,51 @@ def save(
         "provenance": json.dumps(provenance),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata=header)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(safetensors_torch.save(state, metadata=header))
+    _place(partial, path)
 
 
 def load(path: Path) -> tuple[NIDetector, list[float], dict[str, str | float | int]]:
     """Read what ``save`` wrote: detector in fp32, held-out scores, provenance.
 
     Raises:
-        ConfigError: the file is absent or not a detector.
+        ConfigError: the file is absent, not a detector, or one of another release.
     """
     if not path.is_file():
         raise ConfigError(f"no detector weights at {path}; train some with `semwatch-train detector`")
-    with safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-        if "form" not in header:
-            raise ConfigError(f"{path} holds no detector; give the file that `semwatch-train detector` wrote")
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
-    values = json.loads(header["form"])
-    detector = NIDetector(DetectorForm(**{**values, "layers": tuple(values["layers"])}))
-    detector.load_state_dict(state, strict=True)
-    return detector.eval(), json.loads(header["normal_scores"]), json.loads(header["provenance"])
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
+        values = json.loads(header["form"])
+        detector = NIDetector(DetectorForm(**{**values, "layers": tuple(values["layers"])}))
+        detector.load_state_dict(state, strict=True)
+        return detector.eval(), json.loads(header["normal_scores"]), json.loads(header["provenance"])
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{path} holds no detector of this release ({error}); give the file that `semwatch-train detector` wrote"
+        ) from error
 
 
 def with_trunk(trunk: VisionTransformer, detector: NIDetector) -> DetectorGraph:
     """The exported graph in evaluation mode."""
     return DetectorGraph(trunk, detector).eval()
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.float16] | None:
+    try:
+        found: NDArray[np.float16] = np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):  # absent, foreign, cut off
+        return None
+    return found if found.shape == shape and found.dtype == np.float16 else None
+
+
+def _place(partial: Path, path: Path) -> None:
+    """Give a file that is written its name, once the disk has it."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _batches(features: NDArray[np.float16], batch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -218,7 +240,7 @@ def _checkpoint(
     path: Path,
     epoch: int,
     curve: list[dict[str, float]],
-    schedule: Schedule,
+    settings: dict[str, Any],
     detector: NIDetector,
     optimiser: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -228,26 +250,26 @@ def _checkpoint(
     state = {
         "epoch": epoch,
         "curve": curve,
-        "schedule": asdict(schedule),
+        "settings": settings,
         "detector": detector.state_dict(),
         "optimiser": optimiser.state_dict(),
         "scheduler": scheduler.state_dict(),
     }
     torch.save(state, partial)
-    partial.replace(path)
+    _place(partial, path)
 
 
 def _resume(
     path: Path,
-    schedule: Schedule,
+    settings: dict[str, Any],
     detector: NIDetector,
     optimiser: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> tuple[int, list[dict[str, float]]]:
     if not path.exists():
         return 0, []
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    if state["schedule"] != asdict(schedule):
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("settings") != settings:
         raise ConfigError(f"{path} was written by a run with other settings; remove it or give another --out")
     detector.load_state_dict(state["detector"])
     optimiser.load_state_dict(state["optimiser"])
