@@ -28,6 +28,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_doubled(tmp_path: 
         )
         n_in_flight = _kill_again_and_again(site)
         with Daemon(site) as daemon:
+            daemon.wait_ready()
             daemon.wait_for(lambda: len(site.reviews()) >= N_IMAGES, 900)
             assert daemon.stop() == 0
         _check(site, redis.Redis.from_url(server.url))

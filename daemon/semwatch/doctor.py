@@ -1,7 +1,7 @@
 """How a site stands: ``status`` for a glance, ``examine`` for what to fix. Reads only; safe beside a running daemon."""
 
-import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from pathlib import Path
 from semwatch import incoming, model_repository, pipeline
 from semwatch.config import Folder, Recipe, Site, load_recipe
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
+from semwatch.inference import Embedded
 from semwatch.ledger import Ledger
 from semwatch.model_repository import MODELS
 from semwatch.service import LEDGER, connect_publisher, load_models
@@ -48,12 +49,14 @@ def status(site: Site) -> dict[str, object]:
         figures = _ledger_figures(ledger) if ledger else dict.fromkeys(LEDGER_FIGURES)
     waiting = [age for found in ages.values() for age in found or ()]
     return {
-        "daemon_running": _is_locked(path.with_name(f"{path.name}.lock")),
+        "daemon_running": _is_running(path.with_name(f"{path.name}.lock")),
         "waiting_files": len(waiting),
         "oldest_waiting_s": round(max(waiting, default=0.0)),
         "folders_away": [source for source, found in ages.items() if found is None],
         **figures,
-        "models": {model: _or_none(partial(model_repository.latest, site.models.repository, model)) for model in MODELS},
+        "models": {
+            model: _or_none(partial(model_repository.latest, site.models.repository, model)) for model in MODELS
+        },
         "disk_free_mb": _free_mb(site.results_dir),
         "redis": _or_none(partial(_depths, site)) if site.redis else "not configured",
     }
@@ -92,18 +95,18 @@ def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
         return None
 
 
-def _is_locked(lock: Path) -> bool | None:
-    """Say whether a daemon holds the ledger; the shared lock that asks is let go at once."""
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
+def _is_running(lock: Path) -> bool | None:
+    """Say whether a daemon of this machine holds the ledger.
+
+    The kernel's table answers: to try the lock, even for a moment, could turn away a daemon that starts just then.
+    """
+    if not lock.exists():
         return False
-    except BlockingIOError:
-        return True
+    try:
+        held = Path("/proc/locks").read_text()
     except OSError:
         return None
-    return False
+    return re.search(rf"FLOCK +ADVISORY +WRITE +-?\d+ \S+:{lock.stat().st_ino} ", held) is not None
 
 
 def _folder_check(folder: Folder) -> Check:
@@ -162,8 +165,11 @@ def _model_checks(site: Site) -> Iterator[Check]:
     versions = {", ".join(f"{model} {n}" for model, n in loaded.versions().items()) for loaded in models.values()}
     yield Check("models", True, "; ".join(sorted(versions)))
     for source, recipe in recipes.items():
-        threshold = partial(pipeline.gate_threshold, recipe, models[recipe.pins])
-        yield _try(f"gate of {source}", lambda threshold=threshold: f"opens above {threshold():.4g}")
+        yield _try(f"gate of {source}", partial(_gate, recipe, models[recipe.pins]))
+
+
+def _gate(recipe: Recipe, models: Embedded) -> str:
+    return f"opens above {pipeline.gate_threshold(recipe, models):.4g}"
 
 
 def _redis_check(site: Site) -> Check:

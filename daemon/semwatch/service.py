@@ -51,18 +51,21 @@ class Service:
 
     Args:
         site: validated settings.
+        stop: set from outside, for instance by a signal handler, to end the loop; may be set before it begins.
         environ: for systemd's NOTIFY_SOCKET and WATCHDOG_USEC.
 
     Raises:
         ConfigError, ModelMismatch: at construction, saying what to fix.
     """
 
-    def __init__(self, site: Site, *, environ: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self, site: Site, *, stop: threading.Event | None = None, environ: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.site = site
         self.recipes = {folder.source: load_recipe(folder.recipe) for folder in site.folders}
         self._notifier = Notifier(environ)
         self._beat_s = watchdog_interval_s(environ) or TICK_S
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
         self._open = ExitStack()
         try:
             self._start()
@@ -102,10 +105,6 @@ class Service:
         self._next_lots = 0.0
         self._away = _Backoff()
         self._publishing = _Backoff()
-
-    def stop(self) -> None:
-        """Ask the loop to end; callable from a signal handler."""
-        self._stop.set()
 
     def run(self) -> None:
         """Work until ``stop``; returns when everything is closed.

@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from semwatch import model_repository
 from semwatch.config import Recipe
-from semwatch.errors import SemwatchError
+from semwatch.errors import ConfigError, SemwatchError
 from semwatch.inference import Embedded
 from semwatch_training import backbone, build_repository, datasets, labelled_crops, train_detector
 from semwatch_training.discovery import HeadFit, fit_head, save_head
@@ -24,6 +25,7 @@ console = Console(stderr=True)
 
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
 REPOSITORY = Path("model_repository")
+MIN_NORMALS = 8
 CacheOption = Annotated[Path, typer.Option(help="Where the converted backbone and frozen features are kept.")]
 
 
@@ -55,7 +57,7 @@ class Bars:
 def detector(
     out: Annotated[Path, typer.Option(help="Where the weights (fp16 safetensors) go.")],
     normals: Annotated[Path | None, typer.Option(help="Folder of normal images; synthetic ones without it.")] = None,
-    n: Annotated[int, typer.Option(min=8, help="Synthetic normal images to train on.")] = 480,
+    n: Annotated[int, typer.Option(min=MIN_NORMALS, help="Synthetic normal images to train on.")] = 480,
     held_out: Annotated[int, typer.Option(min=20, help="Normal images kept for the gate's threshold.")] = 150,
     epochs: Annotated[int, typer.Option(min=1)] = 16,
     batch: Annotated[int, typer.Option(min=1)] = 8,
@@ -79,18 +81,24 @@ def detector(
         kept = datasets.synthetic_normals(held_out, first_seed=datasets.SEED_HELD_OUT, size_px=form.input_px)
     else:
         paths = datasets.folder_images(normals)
+        if len(paths) < MIN_NORMALS:
+            raise ConfigError(
+                f"{normals} holds {len(paths)} images; a detector needs {MIN_NORMALS} normal ones or more"
+            )
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = min(held_out, len(paths) // 4)
         images = datasets.normal_images([paths[i] for i in order[held_out:]], size_px=form.input_px)
         kept = datasets.normal_images([paths[i] for i in order[:held_out]], size_px=form.input_px)
         n = len(paths) - held_out
     work = out.with_suffix(".work")
+    _claim(work, f"{trunk} {checkpoint} {normals} {n} images, {schedule}")
     with Bars() as progress:
         features = train_detector.cache_features(graph, images, n, work / "features.npy", progress=progress)
         curve = train_detector.train(graph.detector, features, schedule, work, progress=progress)
         scores = train_detector.raw_scores(graph.eval(), kept, held_out, progress=progress)
     provenance: dict[str, str | float | int] = {
         "normals": "synthetic BEOL, DEP, DPR" if normals is None else f"{n} images of a folder",
+        "backbone": backbone.WHEEL_SHA256 if checkpoint is None else model_repository.file_sha256(checkpoint),
         "n_train": n,
         "epochs": epochs,
         "batch": batch,
@@ -111,10 +119,15 @@ def head(
     seed: int = 0,
 ) -> None:
     """Fit the default head: search synthetic images with the repository's detector, label, encode, fit, calibrate."""
+    cache = out.with_suffix(".crops.npz")
     with Embedded(repository, models=("detector", "encoder")) as models, Bars() as progress:
-        crops = labelled_crops.collect(
-            models, Recipe(), n_images=n_images, first_seed=datasets.SEED_HEAD, progress=progress
-        )
+        if cache.exists():
+            crops = labelled_crops.load(cache)
+        else:
+            crops = labelled_crops.collect(
+                models, Recipe(), n_images=n_images, first_seed=datasets.SEED_HEAD, progress=progress
+            )
+            labelled_crops.save(crops, cache)
         frozen_width = models.meta("encoder").outputs["features"].shape[0] - 384
     fit = HeadFit(frozen_width=frozen_width, seed=seed)
     report = labelled_crops.hold_out_report(crops, fit)
@@ -170,6 +183,15 @@ def _trunk(name: str, checkpoint: Path | None, cache: Path) -> VisionTransformer
     if name != backbone.TRUNK_NAME:
         raise typer.BadParameter(f"{name} does not install from a package; name its file with --checkpoint")
     return backbone.load(cache)
+
+
+def _claim(work: Path, run: str) -> None:
+    """Keep a run's features and checkpoint from being taken for those of another."""
+    note = work / "run.txt"
+    if note.exists() and note.read_text() != run:
+        raise ConfigError(f"{work} holds another run ({note.read_text()}); remove it or give another --out")
+    work.mkdir(parents=True, exist_ok=True)
+    note.write_text(run)
 
 
 def main() -> None:

@@ -32,7 +32,10 @@ def build(repository: Path, *, weights: Path, cache: Path, with_head: bool = Tru
         detector, normal_scores, provenance = train_detector.load(detector_file)
         trained_on = detector.form.trunk, provenance.get("backbone", backbone.WHEEL_SHA256)
         if trained_on != (backbone.TRUNK_NAME, backbone.WHEEL_SHA256):
-            raise ConfigError(f"{detector_file} was trained on another backbone ({trained_on[0]}); train it again")
+            raise ConfigError(
+                f"{detector_file} was trained on another backbone ({trained_on[0]}) than the one that is built in; "
+                f"train it again without --trunk and --checkpoint"
+            )
         version = publish_detector(
             train_detector.with_trunk(trunk, detector),
             repository,

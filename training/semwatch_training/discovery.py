@@ -1,11 +1,13 @@
 """Heads over cached features, and the calibration of the unknown rule.
 
 A head gives two answers per class: a logit (trained) and a conformal p-value (measured). The p-value compares a
-defect's distance to the class, on frozen features only, with the distances of calibration members the head was not
-fitted on; the share of members at least as far away is the p-value. So "at most 5 % of true members are called
-unknown" is a property of the construction, as long as calibration and stream come from the same process.
+defect's distance to the class, on frozen features only, with the distances of the class's own samples, each judged by
+a metric fitted without it; the share of samples at least as far away is the p-value. So a class needs 20 samples before
+a p-value can fall under 0.05, and "about 5 % of true members are called unknown" holds as long as samples and stream
+come from the same process.
 
-Source: class-conditional split conformal prediction; Mahalanobis distance on unit-length features (Mahalanobis++).
+Source: class-conditional cross-conformal prediction (Vovk 2015); Mahalanobis distance on unit-length features
+(Mahalanobis++).
 """
 
 import json
@@ -38,8 +40,10 @@ class HeadFit:
     """Principal directions kept before whitening."""
     prototypes: int = 3
     """Centres per class at most: one name may cover several looks."""
-    calibration_share: float = 0.4
-    inverse_regularisation: float = 10.0
+    folds: int = 5
+    """Of the cross-conformal calibration; every sample calibrates, judged by a metric fitted without its fold."""
+    regularisation: float = 0.01
+    """Inverse strength C of the logistic regression on standardised features."""
     seed: int = 0
 
 
@@ -77,9 +81,8 @@ def class_distances(frozen: Tensor, buffer: "dict[str, Tensor]") -> Tensor:
 def fit_head(features: NDArray[np.float32], labels: Sequence[str], fit: HeadFit) -> Head:
     """Fit a head on cached features.
 
-    Logits: multinomial logistic regression on standardised features, all samples. P-values: within-class whitening
-    (Ledoit-Wolf) of the leading principal directions and up to ``prototypes`` centres per class on one part of the
-    samples, distances of the other part as calibration.
+    Logits: multinomial logistic regression on standardised features. P-values: within-class whitening (Ledoit-Wolf) of
+    the leading principal directions, up to ``prototypes`` centres per class, cross-conformal calibration.
 
     Args:
         features: (n, D).
@@ -105,7 +108,7 @@ def fit_head(features: NDArray[np.float32], labels: Sequence[str], fit: HeadFit)
 def _fit_logits(features: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-3
     regression = LogisticRegression(
-        C=1 / fit.inverse_regularisation / len(y) * 100, max_iter=2000, class_weight="balanced", random_state=fit.seed
+        C=fit.regularisation, max_iter=2000, class_weight="balanced", random_state=fit.seed
     ).fit((features - mean) / std, y)
     weight, bias = regression.coef_, regression.intercept_
     if len(weight) == 1:  # two classes: scikit-learn gives one row
@@ -119,30 +122,47 @@ def _fit_logits(features: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit
 
 
 def _fit_p_values(frozen: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
+    """Metric and prototypes from all samples; calibration distances of each sample from a metric that never saw it."""
+    own = np.empty(len(y), np.float32)
+    fold_of = _folds(y, fit)
+    for fold in range(fit.folds):
+        held_out = fold_of == fold
+        metric = _fit_metric(frozen[~held_out], y[~held_out], fit)
+        distance = class_distances(torch.from_numpy(frozen[held_out]), metric).numpy()
+        own[held_out] = distance[np.arange(held_out.sum()), y[held_out]]
+    counts = np.bincount(y)
+    calibration = np.full((len(counts), counts.max()), -np.inf, np.float32)
+    for k, row in enumerate(calibration):
+        row[: counts[k]] = np.sort(own[y == k])
+    state = {"calibration": _tensor(calibration), "n_calibration": _tensor(counts)}
+    return state | _fit_metric(frozen, y, fit)
+
+
+def _folds(y: NDArray[np.intp], fit: HeadFit) -> NDArray[np.intp]:
+    """A fold for each sample, every class spread evenly."""
     rng = np.random.default_rng(fit.seed)
-    calibrates = np.zeros(len(y), bool)
+    fold_of = np.empty(len(y), np.intp)
     for k in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == k))
-        calibrates[members[: max(1, int(fit.calibration_share * len(members)))]] = True
-    proper, y_proper = frozen[~calibrates].astype(np.float64), y[~calibrates]
-    mean = proper.mean(axis=0)
-    directions = np.linalg.svd(proper - mean, full_matrices=False)[2][: fit.components].T
-    projected = (proper - mean) @ directions
-    prototypes = _prototypes(projected, y_proper, fit)
-    nearest = np.square(projected[:, None] - prototypes[y_proper]).sum(axis=-1).argmin(axis=1)
-    covariance, _ = ledoit_wolf(projected - prototypes[y_proper, nearest], assume_centered=True)
+        fold_of[members] = np.arange(len(members)) % fit.folds
+    return fold_of
+
+
+def _fit_metric(frozen: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
+    """Within-class whitening (Ledoit-Wolf) of the leading principal directions, and each class's prototypes in it."""
+    samples = frozen.astype(np.float64)
+    mean = samples.mean(axis=0)
+    directions = np.linalg.svd(samples - mean, full_matrices=False)[2][: fit.components].T
+    projected = (samples - mean) @ directions
+    prototypes = _prototypes(projected, y, fit)
+    nearest = np.square(projected[:, None] - prototypes[y]).sum(axis=-1).argmin(axis=1)
+    covariance, _ = ledoit_wolf(projected - prototypes[y, nearest], assume_centered=True)
     whiten = np.linalg.cholesky(np.linalg.inv(covariance))
-    state = {
+    return {
         "frozen_mean": _tensor(mean),
         "whitening": _tensor(directions @ whiten),
         "prototypes": _tensor(prototypes @ whiten),
     }
-    distance = class_distances(torch.from_numpy(frozen[calibrates]), state).numpy()
-    own = [np.sort(distance[y[calibrates] == k, k]) for k in range(len(prototypes))]
-    calibration = np.full((len(own), max(map(len, own))), -np.inf, np.float32)
-    for row, distances in zip(calibration, own, strict=True):
-        row[: len(distances)] = distances
-    return state | {"calibration": _tensor(calibration), "n_calibration": _tensor(np.array([len(d) for d in own]))}
 
 
 def _prototypes(projected: NDArray[np.float64], y: NDArray[np.intp], fit: HeadFit) -> NDArray[np.float64]:

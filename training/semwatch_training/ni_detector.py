@@ -40,8 +40,8 @@ class DetectorForm:
     fusion: Literal["mean", "sum"] = "mean"
     targets: Literal["grouped", "layerwise"] = "grouped"
     top_fraction: float = 0.002
-    """Share of the map whose mean is the image score. The parent takes 1 % of pixels; a review defect often covers one or
-    two of 1,024 tokens, and on synthetic development images 0.2 % tells them from normal ones better than 1 % does."""
+    """Share of the map whose mean is the image score. The parent takes 1 % of pixels; a review defect often covers one
+    or two of 1,024 tokens, and on synthetic development images 0.2 % tells them from normal ones better than 1 %."""
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
