@@ -90,7 +90,7 @@ def test_missing_head_says_how_to_fit_one_and_the_others_are_there_for_it(copied
     repository, weights = copied
     (weights / "head.safetensors").unlink()
     shutil.rmtree(repository / "head")
-    with pytest.raises(ConfigError, match=r"no head at .*fit one with `semwatch-train head`"):
+    with pytest.raises(ConfigError, match=r"no head weights at .*`semwatch-train head`"):
         run(repository, weights)
     assert run(repository, weights, with_head=False) == SERVED[:2]
     assert published(repository) == {"detector": [1], "encoder": [1], "head": []}

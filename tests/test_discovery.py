@@ -91,5 +91,8 @@ def test_saved_head_judges_alike_and_foreign_file_is_refused(tmp_path) -> None:
     features, _ = blobs(60, 1)
     for before, after in zip(judge(head, features), judge(loaded, features), strict=True):
         assert np.abs(before - after).max() < 0.05  # weights travel as fp16
-    with pytest.raises(ConfigError, match="no head at"):
+    with pytest.raises(ConfigError, match="no head weights at"):
         load_head(tmp_path / "absent")
+    (tmp_path / "noise").write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="holds no head of this release"):
+        load_head(tmp_path / "noise")

@@ -52,7 +52,7 @@ def test_a_bubble_in_a_film_is_found_where_it_is(models) -> None:
 
 
 def test_clean_films_mostly_stay_behind_the_gate(models) -> None:
-    """The default gate lets through one normal image in twenty of its calibration mix; 12 films leave room for three."""
+    """The default gate lets through one normal image in twenty of its mix; 12 films leave room for three."""
     n_open = 0
     for seed in range(12):
         pixels = render("DEP", seed=9100 + seed, size_hw=(512, 512)).pixels

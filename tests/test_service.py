@@ -244,3 +244,27 @@ def test_results_are_not_for_everyone_to_write(tmp_path, tiny_repository) -> Non
         daemon.wait_for(lambda: len(site.reviews()) == 1)
     for path in (*site.results.rglob("*"), *site.state.rglob("*")):
         assert not path.stat().st_mode & stat.S_IWOTH
+
+
+def test_results_folder_that_is_a_file_is_exit_code_2_in_words(tmp_path, tiny_repository) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    (site.folder / "results").write_text("not a folder")
+    with Daemon(site) as daemon:
+        assert daemon.process.wait(60) == 2
+        assert "cannot be made" in daemon.log()
+
+
+def test_stop_that_comes_during_the_start_is_clean_and_a_second_one_forces(tmp_path, tiny_repository) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    for index in range(50):
+        site.put(f"{index}.png", png(index))
+    with Daemon(site) as daemon:
+        daemon.wait_for(lambda: "in review" in daemon.notices(0.1) or daemon.log() != "")
+        start = time.monotonic()
+        daemon.process.terminate()
+        daemon.process.terminate()
+        assert daemon.process.wait(10) in (0, 128 + 15)
+        assert time.monotonic() - start < 5
+    with Daemon(site) as daemon:
+        daemon.wait_for(lambda: len(site.reviews()) == 50)
+        assert daemon.stop() == 0

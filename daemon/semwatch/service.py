@@ -75,8 +75,11 @@ class Service:
 
     def _start(self) -> None:
         site, keep = self.site, self._open
-        site.state_dir.mkdir(parents=True, exist_ok=True)
-        site.results_dir.mkdir(parents=True, exist_ok=True)
+        for folder in (site.state_dir, site.results_dir):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"{folder} cannot be made ({error.strerror}); make it, or name another") from error
         self.ledger = keep.enter_context(Ledger(site.state_dir / LEDGER))
         self._audit = keep.enter_context(AuditLog(site.state_dir / AUDIT))
         if self._audit.last_seq > self.ledger.last_audit_seq():

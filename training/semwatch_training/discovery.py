@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from semwatch.errors import ConfigError
+from semwatch_training import weights_file
 
 MIN_PER_CLASS = 8
 
@@ -183,15 +182,14 @@ def _tensor(values: NDArray[np.floating] | NDArray[np.integer]) -> Tensor:
 def save_head(head: Head, path: Path, *, encoder_form: str, provenance: dict[str, str | float | int]) -> None:
     """Write a head as safetensors (fp16, calibration in fp32) with labels, encoder form, provenance."""
     exact = ("calibration", "n_calibration", "feature_mean", "feature_std", "frozen_mean")
-    state = {name: (value if name in exact else value.half()).contiguous() for name, value in head.state_dict().items()}
+    state = {name: value if name in exact else value.half() for name, value in head.state_dict().items()}
     header = {
         "labels": json.dumps(head.labels),
         "frozen_width": str(head.frozen_width),
         "encoder_form": encoder_form,
         "provenance": json.dumps(provenance),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata=header)
+    weights_file.write(path, state, header)
 
 
 def load_head(path: Path) -> tuple[Head, str, dict[str, str | float | int]]:
@@ -200,12 +198,9 @@ def load_head(path: Path) -> tuple[Head, str, dict[str, str | float | int]]:
     Raises:
         ConfigError: the file is absent or holds no head.
     """
-    if not path.is_file():
-        raise ConfigError(f"no head at {path}; fit one with `semwatch-train head`")
-    with safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-        if "labels" not in header:
-            raise ConfigError(f"{path} holds no head; give the file that `semwatch-train head` wrote")
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
-    head = Head(state, json.loads(header["labels"]), int(header["frozen_width"]))
-    return head.eval(), header["encoder_form"], json.loads(header["provenance"])
+    state, header = weights_file.read(path, what="head")
+    try:
+        head = Head(state, json.loads(header["labels"]), int(header["frozen_width"]))
+        return head.eval(), header["encoder_form"], json.loads(header["provenance"])
+    except (KeyError, ValueError) as error:
+        raise weights_file.not_ours(path, "head", error) from error

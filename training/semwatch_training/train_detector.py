@@ -5,7 +5,6 @@ Everything is resumable: the cache is reused where it fits, and a checkpoint is 
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from semwatch.errors import ConfigError
+from semwatch_training import weights_file
 from semwatch_training.ni_detector import (
     DetectorForm,
     DetectorGraph,
@@ -81,7 +79,7 @@ def cache_features(
             cache[index] = graph.features(torch.from_numpy(image[None]).to(device))[0].half().cpu().numpy()
         progress("features", index + 1, n)
     cache.flush()
-    _place(partial, path)
+    weights_file.place(partial, path)
     features: NDArray[np.float16] = np.load(path, mmap_mode="r")
     return features
 
@@ -151,16 +149,12 @@ def save(
     detector: NIDetector, path: Path, *, normal_scores: list[float], provenance: dict[str, str | float | int]
 ) -> None:
     """Write weights as fp16 safetensors with form, held-out scores and provenance in the header."""
-    state = {name: value.detach().half().cpu().contiguous() for name, value in detector.state_dict().items()}
     header = {
         "form": json.dumps(asdict(detector.form)),
         "normal_scores": json.dumps(normal_scores),
         "provenance": json.dumps(provenance),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(safetensors_torch.save(state, metadata=header))
-    _place(partial, path)
+    weights_file.write(path, {name: value.half() for name, value in detector.state_dict().items()}, header)
 
 
 def load(path: Path) -> tuple[NIDetector, list[float], dict[str, str | float | int]]:
@@ -169,20 +163,14 @@ def load(path: Path) -> tuple[NIDetector, list[float], dict[str, str | float | i
     Raises:
         ConfigError: the file is absent, not a detector, or one of another release.
     """
-    if not path.is_file():
-        raise ConfigError(f"no detector weights at {path}; train some with `semwatch-train detector`")
+    state, header = weights_file.read(path, what="detector")
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
         values = json.loads(header["form"])
         detector = NIDetector(DetectorForm(**{**values, "layers": tuple(values["layers"])}))
         detector.load_state_dict(state, strict=True)
         return detector.eval(), json.loads(header["normal_scores"]), json.loads(header["provenance"])
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"{path} holds no detector of this release ({error}); give the file that `semwatch-train detector` wrote"
-        ) from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise weights_file.not_ours(path, "detector", error) from error
 
 
 def with_trunk(trunk: VisionTransformer, detector: NIDetector) -> DetectorGraph:
@@ -196,13 +184,6 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.float16] | None:
     except (FileNotFoundError, ValueError, EOFError):  # absent, foreign, cut off
         return None
     return found if found.shape == shape and found.dtype == np.float16 else None
-
-
-def _place(partial: Path, path: Path) -> None:
-    """Give a file that is written its name, once the disk has it."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _batches(features: NDArray[np.float16], batch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -256,7 +237,7 @@ def _checkpoint(
         "scheduler": scheduler.state_dict(),
     }
     torch.save(state, partial)
-    _place(partial, path)
+    weights_file.place(partial, path)
 
 
 def _resume(

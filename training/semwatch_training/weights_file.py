@@ -1,0 +1,48 @@
+"""Trained weights on disk: a safetensors file, tensors and a text header, written whole; nothing in it executes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from semwatch.errors import ConfigError
+
+
+def write(path: Path, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors and header under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    partial.write_bytes(safetensors_torch.save(tensors, metadata=dict(header)))
+    place(partial, path)
+
+
+def read(path: Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors (fp32) and header; ``what`` ("detector", "head") is the command that makes such a file.
+
+    Raises:
+        ConfigError: the file is absent or no safetensors file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no {what} weights at {path}; make some with `semwatch-train {what}`, or name others")
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
+            return state, file.metadata() or {}
+    except SafetensorError as error:
+        raise not_ours(path, what, error) from error
+
+
+def not_ours(path: Path, what: str, error: Exception) -> ConfigError:
+    """The refusal of a file that is not what it should be."""
+    return ConfigError(f"{path} holds no {what} of this release ({error}); give what `semwatch-train {what}` wrote")
+
+
+def place(partial: Path, path: Path) -> None:
+    """Flush a finished file to disk and give it its name."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
