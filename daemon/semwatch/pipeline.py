@@ -131,7 +131,7 @@ def search(page: Micrograph, recipe: Recipe, models: Embedded, *, timings_ms: di
             max_regions=settings.max_defects,
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
-        candidates = tuple(_cut(region, page, found.saliency, recipe, models) for region in regions)
+        candidates = tuple(cut_out(region, page, found.saliency, recipe, models) for region in regions)
     return Search(score_map, version, threshold, found.mask, candidates)
 
 
@@ -208,9 +208,10 @@ def _name_defects(
     return tuple(defects), versions
 
 
-def _cut(
+def cut_out(
     region: Region, page: Micrograph, saliency: NDArray[np.float32], recipe: Recipe, models: Embedded
 ) -> Candidate:
+    """Cut one region of a page out, as large and as sharp as the encoder wants it."""
     inputs = models.meta("encoder").inputs
     size_hw = page.field.shape[0], page.field.shape[1]
     window = binarization.crop_window(

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from semwatch.errors import ConfigError
 from semwatch_training import weights_file
 
-MIN_PER_CLASS = 8
+MIN_PER_CLASS = 20
+"""With fewer, no p-value of the class can fall under 0.05: it would fit everything and nothing would be unknown."""
+SAMPLES_PER_PROTOTYPE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def fit_head(features: NDArray[np.float32], labels: Sequence[str], fit: HeadFit)
         fit: how.
 
     Raises:
-        ConfigError: fewer than two classes, or a class with fewer than 8 samples.
+        ConfigError: fewer than two classes, or a class with fewer than 20 samples.
     """
     names = sorted(set(labels))
     y = np.array([names.index(label) for label in labels])
@@ -169,7 +171,7 @@ def _prototypes(projected: NDArray[np.float64], y: NDArray[np.intp], fit: HeadFi
     centres = []
     for k in np.unique(y):
         members = projected[y == k]
-        n = min(fit.prototypes, max(1, len(members) // MIN_PER_CLASS))
+        n = min(fit.prototypes, max(1, len(members) // SAMPLES_PER_PROTOTYPE))
         found = KMeans(n, n_init=4, random_state=fit.seed).fit(members).cluster_centers_
         centres.append(np.vstack([found, np.repeat(found[:1], fit.prototypes - n, axis=0)]))
     return np.stack(centres)

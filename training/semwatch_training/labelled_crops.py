@@ -1,7 +1,8 @@
 """Labelled crops for heads: the daemon's own search over synthetic images, matched with the ground truth.
 
 A head must see what the daemon will show it, so crops come out of ``pipeline.search`` and not out of the true masks.
-What the search finds where nothing is wrong becomes the defect-free class.
+What the search finds where nothing is wrong becomes the defect-free class. Only a planted defect that the search missed
+is cut out along its true mask, so that rare types do not vanish from the head.
 """
 
 import json
@@ -15,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
+from semwatch import binarization
 from semwatch.classification import decide
 from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.inference import Arrays, Embedded
-from semwatch.pipeline import Candidate, search
+from semwatch.pipeline import Candidate, cut_out, search
 from semwatch_training.discovery import HeadFit, fit_head
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
 
@@ -58,11 +60,15 @@ def collect(
         height, width = image.pixels.shape
         page = Micrograph(image.pixels, (0, 0, width, height), 0, image.pixel_nm, None)
         candidates = search(page, recipe, models).candidates
-        for candidate, label in zip(candidates, match(candidates, image), strict=True):
+        matched = match(candidates, image)
+        for label in matched:
+            found[label] = found.get(label, 0) + 1
+        missed = [i for i, label in enumerate(image.labels) if label not in matched and image.masks[i].any()]
+        candidates += tuple(given(image.masks[i], page, recipe, models) for i in missed)
+        for candidate, label in zip(candidates, [*matched, *(image.labels[i] for i in missed)], strict=True):
             features.append(encode(candidate, models))
             labels.append(label)
             image_idx.append(index)
-            found[label] = found.get(label, 0) + 1
         progress("crops", index + 1, n_images)
     return Crops(np.stack(features), tuple(labels), np.array(image_idx), planted, found)
 
@@ -92,6 +98,17 @@ def match(candidates: tuple[Candidate, ...], image: SyntheticMicrograph) -> list
                 best, name = share, label
         labels.append(name)
     return labels
+
+
+def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Embedded) -> Candidate:
+    """Cut out a defect along its true mask (H, W), with the mask's own blur at the working grid as its heat."""
+    grid = recipe.binarization.grid_px
+    heat: NDArray[np.float32] = np.asarray(
+        cv2.resize(truth.astype(np.float32), (grid, grid), interpolation=cv2.INTER_AREA), np.float32
+    )
+    height, width = truth.shape
+    (region,) = binarization.regions(heat > 0, heat, size_hw=(height, width), merge_fraction=1.0, max_regions=1)
+    return cut_out(region, page, heat / heat.max(), recipe, models)
 
 
 def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:
