@@ -290,9 +290,9 @@ def test_long_names_are_shortened_and_stay_apart(tmp_path: Path, name: str) -> N
     other = results.write(make_review(1, path=f"y{name[1:]}"), results_dir=tmp_path).json
     assert first != other
     assert results.read(first).path == name
-    assert len(results.load_lot(first.parent)) == 2
+    assert len(list(results.iter_lot(first.parent))) == 2
     results.write(make_review(1, path=name, sha256="b" * 64), results_dir=tmp_path)
-    assert len(results.load_lot(first.parent)) == 2
+    assert len(list(results.iter_lot(first.parent))) == 2
 
 
 def test_very_deep_folders_have_a_place(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_very_deep_folders_have_a_place(tmp_path: Path) -> None:
 def test_name_that_is_not_utf8_is_spelled_out(tmp_path: Path) -> None:
     path = results.write(make_review(0, path=os.fsdecode(b"l\xff/a\xe4.tif")), results_dir=tmp_path).json
     assert results.read(path).path == "l\\xff/a\\xe4.tif"
-    assert len(results.load_lot(path.parent)) == 1
+    assert len(list(results.iter_lot(path.parent))) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 2}', "\0" * 100])
@@ -356,7 +356,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_empty_lot_is_a_header(tmp_path: Path) -> None:
-    assert results.load_lot(tmp_path / "none") == []
+    assert list(results.iter_lot(tmp_path / "none")) == []
     assert results.write_lot_csv(tmp_path).read_text().splitlines() == [",".join(results.LOT_COLUMNS)]
 
 
@@ -390,7 +390,7 @@ def test_lot_leaves_out_kept_and_broken_results(tmp_path: Path, caplog: pytest.L
     paths = results.write(make_review(1, sha256="b" * 64), results_dir=tmp_path)
     (paths.json.parent / "x.tif.review.json").write_text("{")
     with caplog.at_level(logging.WARNING):
-        assert [record.sha256 for record in results.load_lot(paths.json.parent)] == ["b" * 64]
+        assert [record.sha256 for record in list(results.iter_lot(paths.json.parent))] == ["b" * 64]
     assert "x.tif.review.json" in caplog.text
 
 

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -371,24 +371,24 @@ LOT_COLUMNS = (
 )  # fmt: skip
 
 
-def load_lot(lot_dir: Path) -> list[ReviewRecord]:
-    """Read the current results of one folder, by path; broken files are logged and left out, kept ones are not read.
+def iter_lot(lot_dir: Path) -> Iterator[ReviewRecord]:
+    """Read the current results of one folder one by one, by name: a lot of thousands is never in memory as a whole.
+
+    Broken files are logged and left out, kept ones are not given.
 
     Raises:
         ServiceUnavailable: the disk cannot be read.
     """
-    records = []
     with _disk(lot_dir):
         paths = [path for path in lot_dir.iterdir() if path.name.endswith(REVIEW)] if lot_dir.is_dir() else []
-    for path in paths:
+    for path in sorted(paths, key=lambda path: path.name.removesuffix(REVIEW)):
         try:
             record = read(path)
         except ImageError as error:
             log.warning("left out of the lot: %s", error)
             continue
         if path.name == _shortened(PurePosixPath(record.path).name) + REVIEW:
-            records.append(record)
-    return sorted(records, key=lambda record: record.path)
+            yield record
 
 
 def write_lot_csv(lot_dir: Path) -> Path:
@@ -397,17 +397,25 @@ def write_lot_csv(lot_dir: Path) -> Path:
     Raises:
         ServiceUnavailable: the disk is full or broken.
     """
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(LOT_COLUMNS)
-    for record in load_lot(lot_dir):
-        for page in record.pages:
-            rows.writerows(_lot_row(record, page, defect) for defect in page.defects or [None])
     target = lot_dir / LOT
     with _disk(target):
-        _write_whole(target, table.getvalue().encode())
+        _write_stream(target, _lot_lines(lot_dir))
         _sync_folder(lot_dir)
     return target
+
+
+def _lot_lines(lot_dir: Path) -> Iterator[bytes]:
+    yield _csv_line(LOT_COLUMNS)
+    for record in iter_lot(lot_dir):
+        for page in record.pages:
+            for defect in page.defects or [None]:
+                yield _csv_line(_lot_row(record, page, defect))
+
+
+def _csv_line(cells: Sequence[object]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue().encode()
 
 
 def _lot_row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None) -> list[object]:
@@ -499,13 +507,17 @@ def _make_folder(folder: Path) -> None:
     _sync_folder(folder.parent)
 
 
-def _write_whole(target: Path, data: bytes) -> None:
+def _write_whole(target: Path, *parts: bytes) -> None:
+    _write_stream(target, parts)
+
+
+def _write_stream(target: Path, parts: Iterable[bytes]) -> None:
     """One writer per target: the temporary name is always the same, so that a replay clears what a crash left."""
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
