@@ -43,7 +43,7 @@ class HeadFit:
     """Centres per class at most: one name may cover several looks."""
     folds: int = 5
     """Of the cross-conformal calibration; every sample calibrates, judged by a metric fitted without its fold."""
-    regularisation: float = 0.01
+    regularisation: float = 0.1
     """Inverse strength C of the logistic regression on standardised features."""
     seed: int = 0
 
