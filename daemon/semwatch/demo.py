@@ -222,10 +222,10 @@ def _truth(lot: Path) -> dict[str, list[str]]:
 def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[str]], console: Console) -> None:
     columns = ["image", "image score", "gate", "verdicts"] + (["truth"] if truth else [])
     table = Table(*columns, "ms", title="verdicts")
+    table.columns[0].no_wrap = True
     for image, record in reviews:
         page = record.pages[0]
-        said = [_said(defect.verdict) for defect in page.defects]
-        verdicts = ", ".join(said) or "[dim]defect-free[/]"
+        verdicts = _said([defect.verdict for defect in page.defects])
         cells = [image.name, f"{page.image_score:.3f}", f"{page.gate_threshold:.3f}", verdicts]
         if truth:
             cells.append(", ".join(label for label in truth.get(image.name, []) if label) or "[dim]defect-free[/]")
@@ -233,6 +233,11 @@ def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[st
     console.print(table)
 
 
-def _said(verdict: results.VerdictRecord) -> str:
-    colours = {"known": "green", "unknown": "magenta", "non-decidable": "yellow", "defect-free": "dim"}
-    return f"[{colours[verdict.kind]}]{verdict.label or verdict.kind} {verdict.confidence:.2f}[/]"
+def _said(verdicts: Sequence[results.VerdictRecord]) -> str:
+    """The verdicts of one page in a line: named defects with their confidence, the others counted."""
+    named = [f"[green]{v.label} {v.confidence:.2f}[/]" for v in verdicts if v.kind == "known"]
+    colours = {"unknown": "magenta", "non-decidable": "yellow"}
+    for kind, colour in colours.items():
+        if n := sum(v.kind == kind for v in verdicts):
+            named.append(f"[{colour}]{n} {kind}[/]")
+    return ", ".join(named) or "[dim]defect-free[/]"
