@@ -41,8 +41,9 @@ def test_documented_examples_hold() -> None:
         ([9, 0, 0], [0.05, 0.05, 0.05], "unknown", None),  # at the significance is not above it
         ([5, 0, 0], [0.5, 0.5, 0.01], "known", "bridge"),  # both fit, the head is sure
         ([1, 1, 0], [0.5, 0.5, 0.01], "non-decidable", None),
-        ([9, 0, 1], [0.01, 0.5, 0.5], "non-decidable", None),  # the head's favourite does not fit and has no say
-        ([9, 0, 6], [0.01, 0.01, 0.5], "known", "void"),
+        ([2, 1, 1], [0.01, 0.5, 0.5], "non-decidable", None),  # the head's favourite does not fit and has no say
+        ([7, 0, 6], [0.01, 0.01, 0.5], "known", "void"),  # the favourite does not fit, the second does and may be right
+        ([9, 0, 1], [0.01, 0.01, 0.5], "unknown", None),  # the favourite does not fit, and what fits looks wrong
     ],
 )
 def test_the_rule(logits, p_values, kind, label) -> None:

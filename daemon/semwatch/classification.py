@@ -5,12 +5,13 @@ The rule, in the order it is applied to one defect:
 1. A class *fits* if the defect's conformal p-value under it, on frozen features, exceeds the recipe's significance.
    By construction at most that share of a class's true members does not fit it.
 2. Nothing fits: *unknown*.
-3. One class fits: that class.
-4. Several fit: the head decides among them if its probability there reaches ``decide_confidence``; else
-   *non-decidable*.
+3. The head gives every class that fits less than ``1 - decide_confidence``: what looks right lies outside its own
+   class's range, and what lies in range looks wrong. The two witnesses contradict each other: *unknown*.
+4. The head's probability of its favourite, among the classes that fit, reaches ``decide_confidence``: that class.
+5. Else *non-decidable*.
 
-Source: split conformal prediction (Vovk et al. 2005), class-conditional (Mondrian) form; METHOD of IC-DefectNCD
-    leaves the known/unknown decision to the discovery heads, which only a batch can use.
+Source: split conformal prediction (Vovk et al. 2005), class-conditional (Mondrian) form. IC-DefectNCD leaves the
+known/unknown decision to its discovery heads, which only a batch can use.
 """
 
 from collections.abc import Sequence
@@ -70,9 +71,8 @@ def decide(
 ) -> Verdict:
     """Apply the unknown rule to one defect.
 
-    Confidence: of a class, its probability among the classes that fit (1 where it alone fits, then weighed by the
-        head's own probability of it); of *unknown*, one minus the largest p-value; of *non-decidable*, the best
-        class's probability.
+    Confidence: the head's probability of the class, or of the best one where it is *non-decidable*; of *unknown*, one
+    minus the largest p-value, or one minus that probability where the witnesses contradict each other.
 
     Args:
         logits: (K,).
@@ -95,15 +95,15 @@ def decide(
     nearness = probability if fits.any() else p_values
     order = sorted(range(len(labels)), key=lambda k: (fits[k], nearness[k], probability[k]), reverse=True)
     nearest = tuple(Neighbour(labels[k], float(probability[k]), float(p_values[k])) for k in order[:2])
+    best = order[0]
     if not fits.any():
         return Verdict("unknown", None, float(1 - p_values.max()), nearest)
-    among = softmax(np.where(fits, logits, -np.inf))
-    best = order[0]
-    if among[best] < decide_confidence:
-        return Verdict("non-decidable", None, float(among[best]), nearest)
+    if probability[best] < 1 - decide_confidence:
+        return Verdict("unknown", None, float(1 - probability[best]), nearest)
+    if softmax(np.where(fits, logits, -np.inf))[best] < decide_confidence:
+        return Verdict("non-decidable", None, float(probability[best]), nearest)
     kind: VerdictKind = "defect-free" if labels[best] == DEFECT_FREE else "known"
-    confidence = among[best] if fits.sum() > 1 else probability[best]
-    return Verdict(kind, labels[best], float(confidence), nearest)
+    return Verdict(kind, labels[best], float(probability[best]), nearest)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
