@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from semwatch import pipeline, results
+from semwatch import pipeline, results, review_record
 from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Review
 from semwatch.inference import Embedded
@@ -75,5 +75,5 @@ def test_a_real_image_gives_result_and_overlay(models, data, tmp_path, name) -> 
 
 def test_same_bytes_same_review(models) -> None:
     data = cv2.imencode(".png", render("BEOL", seed=1, size_hw=(300, 300)).pixels)[1].tobytes()
-    first, second = (results.to_record(review(data, models, threshold=0.0)).pages for _ in range(2))
+    first, second = (review_record.to_record(review(data, models, threshold=0.0)).pages for _ in range(2))
     assert first == second

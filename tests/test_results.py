@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from factories import KINDS, make_review, make_verdict
-from semwatch import results
+from semwatch import results, review_record
 from semwatch.defects import Review
 from semwatch.errors import ImageError, ServiceUnavailable
 
@@ -48,14 +48,14 @@ def disk_that_ends_at(n_bytes: int) -> Iterator[None]:
 
 
 def test_clean_image_gives_a_defect_free_record() -> None:
-    record = results.to_record(make_review(0))
+    record = review_record.to_record(make_review(0))
     assert [(page.verdict, page.defects) for page in record.pages] == [("defect-free", ())]
     assert record.model_versions == {"detector": 1}
 
 
 def test_record_says_what_the_review_says() -> None:
     review = make_review(2, n_pages=2, size_hw=(100, 200), info_bar_px=10)
-    record = results.to_record(review)
+    record = review_record.to_record(review)
     assert (record.source, record.path, record.sha256) == (review.source, review.path, review.sha256)
     assert [page.page for page in record.pages] == [0, 1]
     page, said = review.pages[1], record.pages[1]
@@ -71,21 +71,21 @@ def test_record_says_what_the_review_says() -> None:
 
 def test_page_whose_defects_the_head_calls_defect_free_is_defect_free() -> None:
     verdicts = [make_verdict("defect-free"), make_verdict("defect-free")]
-    assert results.to_record(make_review(2, verdicts=verdicts)).pages[0].verdict == "defect-free"
+    assert review_record.to_record(make_review(2, verdicts=verdicts)).pages[0].verdict == "defect-free"
     mixed = [make_verdict("defect-free"), make_verdict("unknown")]
-    assert results.to_record(make_review(2, verdicts=mixed)).pages[0].verdict == "defects"
+    assert review_record.to_record(make_review(2, verdicts=mixed)).pages[0].verdict == "defects"
 
 
 def test_class_codes_come_from_the_table_and_unlisted_labels_have_none() -> None:
     verdicts = [*(make_verdict(kind) for kind in KINDS), make_verdict("known", "bridge")]
-    record = results.to_record(make_review(5, verdicts=verdicts), {"particle": 7, "defect-free": 0}, 99, 98)
+    record = review_record.to_record(make_review(5, verdicts=verdicts), {"particle": 7, "defect-free": 0}, 99, 98)
     assert [d.verdict.class_code for d in record.pages[0].defects] == [7, 99, 98, 0, None]
-    bare = results.to_record(make_review(5, verdicts=verdicts))
+    bare = review_record.to_record(make_review(5, verdicts=verdicts))
     assert {d.verdict.class_code for d in bare.pages[0].defects} == {None}
 
 
 def test_floats_have_six_significant_digits() -> None:
-    record = results.to_record(changed_defect(make_review(1), area_nm2=1234567.891, peak_score=0.123456789))
+    record = review_record.to_record(changed_defect(make_review(1), area_nm2=1234567.891, peak_score=0.123456789))
     (defect,) = record.pages[0].defects
     assert (defect.area_nm2, defect.peak_score) == (1234570.0, 0.123457)
 
@@ -101,26 +101,26 @@ def test_confidence_just_above_one_by_rounding_is_one_and_far_above_is_refused()
     def sure(confidence: float) -> Review:
         return make_review(1, verdicts=[dataclasses.replace(make_verdict(), confidence=confidence)])
 
-    assert results.to_record(sure(1.0000001)).pages[0].defects[0].verdict.confidence == 1
+    assert review_record.to_record(sure(1.0000001)).pages[0].defects[0].verdict.confidence == 1
     with pytest.raises(ImageError, match="confidence"):
-        results.to_record(sure(1.01))
+        review_record.to_record(sure(1.01))
 
 
 def test_numpy_numbers_are_welcome() -> None:
     box = tuple(np.int32(v) for v in (1, 2, 3, 4))
     review = changed_defect(make_review(1), box_xyxy=box, area_px=np.int64(4), peak_score=np.float32(0.5))
-    assert results.to_record(review).pages[0].defects[0].box_xyxy == (1, 2, 3, 4)
+    assert review_record.to_record(review).pages[0].defects[0].box_xyxy == (1, 2, 3, 4)
 
 
 # --- the schema ----------------------------------------------------------------------------------------------------
 
 
 def test_published_schema_is_the_models_own() -> None:
-    assert results.SCHEMA_PATH.read_text() == results.schema_text(), results.schema_text.__doc__
+    assert review_record.SCHEMA_PATH.read_text() == review_record.schema_text(), review_record.schema_text.__doc__
 
 
 def test_written_results_satisfy_the_published_schema_and_additions_do_not(tmp_path: Path) -> None:
-    schema = json.loads(results.SCHEMA_PATH.read_text())
+    schema = json.loads(review_record.SCHEMA_PATH.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     verdicts = [make_verdict(kind) for kind in KINDS]
@@ -144,7 +144,7 @@ def test_result_lies_beside_its_lot_and_reads_back(tmp_path: Path) -> None:
         f"{folder}/a.tif.p2.overlay.png",
         f"{folder}/a.tif.review.json",
     ]
-    assert results.read(paths.json) == results.to_record(review)
+    assert results.read(paths.json) == review_record.to_record(review)
     for path in paths.overlays:
         assert cv2.imread(str(path)) is not None
 

@@ -22,7 +22,7 @@ from semwatch import audit, results, unknowns
 from semwatch.embedded_redis import EmbeddedRedis
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.incoming import IMAGE_SUFFIXES
-from semwatch.results import ReviewRecord
+from semwatch.review_record import ReviewRecord, VerdictRecord
 
 MARKER = ".semwatch-demo"
 READY_TIMEOUT_S = 60.0
@@ -233,7 +233,7 @@ def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[st
     console.print(table)
 
 
-def _said(verdicts: Sequence[results.VerdictRecord]) -> str:
+def _said(verdicts: Sequence[VerdictRecord]) -> str:
     """The verdicts of one page in a line: named defects with their confidence, the others counted."""
     named = [f"[green]{v.label} {v.confidence:.2f}[/]" for v in verdicts if v.kind == "known"]
     colours = {"unknown": "magenta", "non-decidable": "yellow"}
