@@ -38,6 +38,7 @@ EXIT_CODES: dict[type[SemwatchError], int] = {ConfigError: 2, ModelMismatch: 3, 
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     help="SEM defect review: finds the defects of each image that lands in a folder, and names those it knows.",
     epilog=EPILOG,

@@ -375,8 +375,7 @@ class UnknownRule(_Settings):
     significance: Open = 0.05
     """Unknown: no class has a p-value above this. It is the share of known defects that are called unknown."""
     decide_confidence: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """Known: among the classes that fit, the head gives one this probability; else non-decidable. Unknown too: of all
-    classes, the head gives those that fit less than one minus this."""
+    """Known: the head gives a class this probability among those that fit; else non-decidable."""
 
 
 class KnownClass(_Settings):

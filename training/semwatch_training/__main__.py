@@ -20,7 +20,12 @@ from semwatch_training.synthetic import STAGES, write_lot
 from semwatch_training.train_detector import Schedule
 from semwatch_training.vit import VisionTransformer, load_trunk
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The learning side of semwatch: synthetic images, training, and the model repository the daemon serves from.",
+)
 console = Console(stderr=True)
 
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
