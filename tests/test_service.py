@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -268,3 +270,24 @@ def test_stop_that_comes_during_the_start_is_clean_and_a_second_one_forces(tmp_p
     with Daemon(site) as daemon:
         daemon.wait_for(lambda: len(site.reviews()) == 50)
         assert daemon.stop() == 0
+
+
+def test_hung_review_does_not_hold_the_stop_beyond_its_bound(tmp_path, tiny_repository) -> None:
+    """The daemon as a process whose reviews never end: SIGTERM still ends it, and the file is reviewed next time."""
+    limits = {"min_free_mb": 0, "stop_timeout_s": 1}
+    site = make_site(tmp_path / "site", tiny_repository, limits=limits)
+    site.put("a.png", png(1))
+    hang = (
+        "import sys, threading; from semwatch import pipeline; from semwatch.__main__ import main;"
+        "pipeline.review = lambda *_, **__: threading.Event().wait();"
+        f"sys.argv = ['semwatch', 'run', '--site', {str(site.file)!r}]; main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", hang])
+    try:
+        time.sleep(5)
+        process.terminate()
+        assert process.wait(8) == 0
+    finally:
+        process.kill()
+    with Daemon(site) as daemon:
+        daemon.wait_for(lambda: len(site.reviews()) == 1)

@@ -79,7 +79,9 @@ def run(
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    Service(load_site(site), stop=stop, environ=os.environ).run()
+    if not Service(load_site(site), stop=stop, environ=os.environ).run():
+        logging.shutdown()
+        os._exit(0)  # the interpreter would wait for the hung review's thread for ever
 
 
 @app.command(epilog=EPILOG)

@@ -109,8 +109,11 @@ class Service:
         self._away = _Backoff()
         self._publishing = _Backoff()
 
-    def run(self) -> None:
-        """Work until ``stop``; returns when everything is closed.
+    def run(self) -> bool:
+        """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.
+
+        Such a review's thread cannot be ended: the caller leaves the process without waiting for it, and the ledger
+        brings the work back.
 
         An exception that is not in the error tree is a bug: it ends the daemon, and the ledger counts the attempt.
         """
@@ -129,7 +132,8 @@ class Service:
                     log.warning("the line waits: %s", error)
                     self._stop.wait(TICK_S)
         finally:
-            self._shut_down()
+            all_finished = self._shut_down()
+        return all_finished
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -218,10 +222,10 @@ class Service:
         self.metrics.unpublished_records.set(self.ledger.n_unpublished())
         self.metrics.disk_free_bytes.set(shutil.disk_usage(self.site.results_dir).free)
 
-    def _shut_down(self) -> None:
+    def _shut_down(self) -> bool:
         self._notifier.stopping()
         self.metrics.ready.set(0)
-        wait(self._working, timeout=self.site.limits.stop_timeout_s)
+        unfinished = wait(self._working, timeout=self.site.limits.stop_timeout_s).not_done
         try:
             for future in self._working:
                 if future.done() and (error := future.exception()):
@@ -232,7 +236,8 @@ class Service:
             log.warning("left for the next start: %s", error)
         finally:
             self._open.close()
-        log.info("stopped")
+        log.info("stopped, %d reviews left unfinished", len(unfinished))
+        return not unfinished
 
     # --- one file, in a worker thread ------------------------------------------------------------------------------
 

