@@ -17,7 +17,7 @@ from semwatch.errors import ConfigError
 from semwatch.inference import Embedded
 from semwatch_training import backbone, build_repository, train_detector
 from semwatch_training.build_repository import build, form_text
-from semwatch_training.discovery import save_head
+from semwatch_training.head import save_head
 from semwatch_training.ni_detector import DetectorForm, NIDetector
 from semwatch_training.smg_vit import EncoderForm
 from semwatch_training.vit import TrunkShape, VisionTransformer, load_trunk

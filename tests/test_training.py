@@ -17,7 +17,7 @@ from semwatch.errors import ConfigError
 from semwatch.pipeline import Candidate
 from semwatch_training import __main__ as command_line
 from semwatch_training import backbone, datasets, labelled_crops, train_detector
-from semwatch_training.discovery import Head, HeadFit, fit_head
+from semwatch_training.head import Head, HeadFit, fit_head
 from semwatch_training.labelled_crops import Crops, hold_out_report, match, synthetic_images
 from semwatch_training.ni_detector import NIDetector
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph

@@ -15,7 +15,7 @@ from semwatch.pipeline import search
 from semwatch_training import backbone, train_detector
 from semwatch_training.build_repository import SHIPPED
 from semwatch_training.datasets import folder_images
-from semwatch_training.discovery import load_head
+from semwatch_training.head import load_head
 from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit
 
 N = 50

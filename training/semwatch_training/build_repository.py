@@ -9,8 +9,8 @@ from pathlib import Path
 from semwatch import model_repository
 from semwatch.errors import ConfigError
 from semwatch_training import backbone, train_detector
-from semwatch_training.discovery import load_head
 from semwatch_training.export import publish_detector, publish_encoder, publish_head
+from semwatch_training.head import load_head
 from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit
 
 SHIPPED = Path(__file__).with_name("weights")

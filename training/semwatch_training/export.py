@@ -18,7 +18,7 @@ from torch import nn
 from semwatch import model_repository
 from semwatch.errors import PublishError
 from semwatch.model_repository import Meta, Tensor
-from semwatch_training.discovery import Head
+from semwatch_training.head import Head
 from semwatch_training.ni_detector import DetectorGraph
 from semwatch_training.smg_vit import EncoderGraph
 

@@ -22,7 +22,7 @@ from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.inference import Arrays, Embedded
 from semwatch.pipeline import Candidate, cut_out, search
-from semwatch_training.discovery import HeadFit, fit_head
+from semwatch_training.head import HeadFit, fit_head
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
 
 MIN_OVERLAP = 0.25

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch_training.discovery import HeadFit, fit_head, load_head, save_head
+from semwatch_training.head import HeadFit, fit_head, load_head, save_head
 
 FIT = HeadFit(frozen_width=20, components=12)
 CLASSES = ("bridge", "particle", "void")
