@@ -96,7 +96,10 @@ def _metal(rng: Rng, size_hw: tuple[int, int], layout_svg: Path | None) -> Speci
 
 
 def _grating(rng: Rng, pitch: float, reach: float) -> tuple[list[Rect], list[tuple[float, float]], float]:
-    """Lines and spaces with some line ends, and vias on every few lines."""
+    """Lines and spaces with some line ends, and vias in step on some lines; every line end carries one too.
+
+    Vias follow a rule, so that one that is missing can be told from the image alone.
+    """
     half = pitch * rng.uniform(0.42, 0.58) / 2
     gap, p_cut = pitch * rng.uniform(0.5, 0.9), rng.choice([0.0, 0.25, 0.6])
     rects, centres = [], []
@@ -104,10 +107,10 @@ def _grating(rng: Rng, pitch: float, reach: float) -> tuple[list[Rect], list[tup
         cuts = rng.uniform(-reach, reach, 2) if rng.random() < p_cut else np.array([])
         ends = [-reach, *np.sort(cuts).tolist(), reach]
         rects += [(x - half, y0 + gap / 2, x + half, y1 - gap / 2) for y0, y1 in itertools.pairwise(ends)]
-        slots = pitch * (np.arange(-reach, reach, 4 * pitch) / pitch + rng.uniform(0, 2))
-        centres += [
-            (float(x), float(y)) for y in slots if rng.random() < 0.4 and np.all(np.abs(cuts - y) > 1.2 * pitch)
-        ]
+        landings = np.concatenate((cuts - gap / 2 - 1.2 * half, cuts + gap / 2 + 1.2 * half))
+        slots = np.arange(-reach, reach, 4 * pitch) + pitch * rng.uniform(0, 2) if rng.random() < 0.4 else np.array([])
+        free = [y for y in slots if np.all(np.abs(cuts - y) > 2.5 * pitch)]
+        centres += [(float(x), float(y)) for y in (*free, *landings)]
     return rects, centres, 0.7 * half
 
 
@@ -127,7 +130,7 @@ def _via_array(rng: Rng, pitch: float, reach: float) -> tuple[list[Rect], list[t
 
 
 def _routing(rng: Rng, pitch: float, reach: float) -> tuple[list[Rect], list[tuple[float, float]], float]:
-    """Manhattan logic: segments on tracks, jogs between neighbours, a via near each line end, power rails."""
+    """Manhattan logic: segments on tracks, jogs between neighbours, a via near every line end, power rails."""
     half = pitch * rng.uniform(0.2, 0.27)
     rail_every = int(rng.integers(7, 12))
     rects: list[Rect] = []
@@ -141,8 +144,7 @@ def _routing(rng: Rng, pitch: float, reach: float) -> tuple[list[Rect], list[tup
             end = y + pitch * rng.uniform(1.5, 14)
             if rng.random() < 0.86:
                 rects.append((x - half, y, x + half, end))
-                ends = (y + 1.2 * half, end - 1.2 * half) if end - y > 3 * pitch else (y + 1.2 * half,)
-                centres += [(float(x), float(at)) for at in ends if rng.random() < 0.7]
+                centres += [(float(x), float(at)) for at in (y + 1.2 * half, end - 1.2 * half)]
                 if rng.random() < 0.3 and (i + 1) % rail_every:
                     at = rng.uniform(y + half, end - half)
                     rects.append((x, at - half, x + pitch, at + half))
