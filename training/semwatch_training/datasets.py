@@ -1,20 +1,206 @@
-"""Images to train on: the synthetic stages, and plain folders of normal images."""
+"""Data sets to learn from and to judge on: labelled image files, their pixels and masks, and the synthetic stages.
 
-from collections.abc import Iterator
+Frame: image and mask are those of the field of view, the first page without its info bar, as the daemon reads it. A
+mask may be drawn on the whole page or on the field alone; the first is cut as the image was, so neither shifts.
+``data_folders`` reads the layouts on disk.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semwatch import micrograph
+from semwatch.defects import DEFECT_FREE
 from semwatch.detection import resize
 from semwatch.errors import ConfigError
-from semwatch_training.synthetic import STAGES, render
+from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
+from semwatch_training.synthetic.shapes import NoRoom
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 
 # Seeds of the generator by use, far apart, so that no image serves two purposes.
 SEED_TRAIN, SEED_HELD_OUT, SEED_HEAD, SEED_EVALUATE = 1_000_000, 2_000_000, 3_000_000, 4_000_000
+SEEDS_PER_TYPE = 50_000
+"""Seeds that ``synthetic_set`` sets aside for its normal images, and for each type; far more than it draws."""
+MAX_SEEDS = 20
+"""Seeds tried for one image: small fields have no room for some defects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One labelled image, or one labelled defect where an image shows several."""
+
+    image: Path
+    label: str
+    """``DEFECT_FREE`` for a normal image."""
+    mask: Path | None = None
+    """Where the defect lies; None for normal images and where nobody drew it."""
+    other_masks: tuple[Path, ...] = ()
+    """Of the image's other defects, each of which is a sample of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """Labelled images, those to learn from apart from those to judge on."""
+
+    name: str
+    train: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+
+    @property
+    def known_labels(self) -> tuple[str, ...]:
+        """Defect classes with a sample to learn from, sorted."""
+        return tuple(sorted({sample.label for sample in self.train} - {DEFECT_FREE}))
+
+    @property
+    def novel_labels(self) -> tuple[str, ...]:
+        """Defect classes that only occur in the test part, sorted."""
+        return tuple(sorted({sample.label for sample in self.test} - {DEFECT_FREE, *self.known_labels}))
+
+    @property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Number of (train, test) samples by label, sorted, normal images among them."""
+        train, test = ([sample.label for sample in part] for part in (self.train, self.test))
+        return {label: (train.count(label), test.count(label)) for label in sorted({*train, *test})}
+
+
+def checked(data_set: DataSet, *, labels: Collection[str] | None = None, require_masks: bool = False) -> DataSet:
+    """Return a data set that has defects of just the classes ``labels``, where given, and masks where required.
+
+    Raises:
+        ConfigError: a label that is not among them, one of them without a sample, or a defect without a mask.
+    """
+    samples = (*data_set.train, *data_set.test)
+    if labels is not None:
+        found = {sample.label for sample in samples} - {DEFECT_FREE}
+        wanted = set(labels) - {DEFECT_FREE}
+        if unknown := sorted(found - wanted):
+            raise ConfigError(
+                f"{data_set.name}: unknown labels {', '.join(unknown)}; known are {', '.join(sorted(wanted))}"
+            )
+        if empty := sorted(wanted - found):
+            raise ConfigError(f"{data_set.name}: no sample of {', '.join(empty)}; add some or take the label out")
+    bare = [sample.image for sample in samples if sample.label != DEFECT_FREE and sample.mask is None]
+    if require_masks and bare:
+        named = ", ".join(str(path) for path in bare[:5])
+        raise ConfigError(f"{data_set.name}: {len(bare)} defects have no mask ({named}{' ...' if bare[5:] else ''})")
+    return data_set
+
+
+# ---- pixels ----
+
+
+def load_gray(sample: Sample) -> NDArray[np.uint8]:
+    """Read a sample's field of view, (H, W) uint8: the first page without its info bar, as the daemon reads it.
+
+    Raises:
+        ImageError: the file is not a whole image.
+        ServiceUnavailable: the disk or the share is away.
+    """
+    return micrograph.read(sample.image)[0].field
+
+
+def load_mask(sample: Sample, size_hw: tuple[int, int], *, whole_image: bool = False) -> NDArray[np.bool_]:
+    """Read where a sample's defect lies, (H, W) bool, True where the mask is above 127; all False for normal images.
+
+    ``size_hw`` is that of ``load_gray``. ``whole_image`` adds the image's other defects, as detection is judged. A
+    mask without any defective pixel is accepted: MTD has four of them.
+
+    Raises:
+        ConfigError: a defect without a mask, a mask of another size than field and page, or one not of 0 and 255.
+        ImageError: the mask is not a whole image.
+    """
+    if sample.label == DEFECT_FREE:
+        return np.zeros(size_hw, np.bool_)
+    if sample.mask is None:
+        raise ConfigError(f"{sample.image}: no mask shows its {sample.label!r}; draw one or leave out pixel metrics")
+    paths = (sample.mask, *sample.other_masks) if whole_image else (sample.mask,)
+    masks: NDArray[np.bool_] = np.stack([_mask_of_field(path, sample.image, size_hw) for path in paths])
+    return np.asarray(masks.any(axis=0))
+
+
+def _mask_of_field(path: Path, image: Path, field_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    mask = micrograph.read(path, min_side_px=1)[0].pixels
+    if 0 < mask.max() <= 127:
+        raise ConfigError(f"{path}: gray levels only up to {mask.max()}; save the mask with 0 and 255")
+    if mask.shape == field_hw:
+        return mask > 127
+    page = micrograph.read(image)[0]
+    x0, y0, x1, y1 = page.field_xyxy
+    if mask.shape != page.pixels.shape or (y1 - y0, x1 - x0) != field_hw:
+        raise ConfigError(
+            f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} px, its image {image.name} has a field of "
+            f"{x1 - x0} x {y1 - y0} px, and {field_hw[1]} x {field_hw[0]} px were asked for; draw the mask at the "
+            f"image's size and load it at that of load_gray"
+        )
+    return mask[y0:y1, x0:x1] > 127
+
+
+# ---- duplicates and leakage ----
+
+
+def duplicates(samples: Iterable[Sample]) -> tuple[tuple[Path, ...], ...]:
+    """Group the image files that show the same pixels, by content hash of the decoded field; lone files are left out.
+
+    So a copy under another name is found, and one saved in another lossless format or with an info bar; a resized,
+    turned or newly compressed one is not.
+
+    Raises:
+        ImageError: a file is not a whole image.
+    """
+    groups: dict[str, list[Path]] = {}
+    for path in dict.fromkeys(sample.image for sample in samples):
+        groups.setdefault(_content_hash(path), []).append(path)
+    return tuple(tuple(paths) for paths in groups.values() if len(paths) > 1)
+
+
+def distinct(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    """Leave out samples of an image file that repeats an earlier one's pixels."""
+    repeated = {path for group in duplicates(samples) for path in group[1:]}
+    return tuple(sample for sample in samples if sample.image not in repeated)
+
+
+def leaks(train: Iterable[Sample], test: Iterable[Sample]) -> tuple[tuple[Path, Path], ...]:
+    """Pair the image files of train and test that show the same pixels, as ``duplicates`` sees it."""
+    learnt: dict[str, Path] = {}
+    for path in dict.fromkeys(sample.image for sample in train):
+        learnt.setdefault(_content_hash(path), path)
+    judged = {path: _content_hash(path) for path in dict.fromkeys(sample.image for sample in test)} if learnt else {}
+    return tuple((learnt[content], path) for path, content in judged.items() if content in learnt)
+
+
+def refuse_leakage(
+    train: Iterable[Sample], test: Iterable[Sample], *, allow: bool = False
+) -> tuple[tuple[Path, Path], ...]:
+    """Check that no image to judge on is one to learn from, and return the pairs that ``allow`` let pass.
+
+    Raises:
+        ConfigError: there are such pairs; up to five are named.
+        ImageError: a file is not a whole image.
+    """
+    pairs = leaks(train, test)
+    if pairs and not allow:
+        named = "; ".join(f"{learnt} and {judged}" for learnt, judged in pairs[:5])
+        more = f"; and {len(pairs) - 5} more" if len(pairs) > 5 else ""
+        raise ConfigError(
+            f"{len(pairs)} test images show the same pixels as training images ({named}{more}), so figures would be "
+            f"too good; remove them from one side, or allow leakage and say so beside the figures"
+        )
+    return pairs
+
+
+def _content_hash(path: Path) -> str:
+    """Hash the decoded field with its size. Equal files decode equally, so a hash of the file would add nothing."""
+    field = micrograph.read(path)[0].field
+    return hashlib.sha256(repr(field.shape).encode() + field.tobytes()).hexdigest()
+
+
+# ---- synthetic images ----
 
 
 def synthetic_normals(n: int, *, first_seed: int, size_px: int) -> Iterator[NDArray[np.uint8]]:
@@ -28,6 +214,54 @@ def synthetic_normals(n: int, *, first_seed: int, size_px: int) -> Iterator[NDAr
         side = int(rng.choice([448, 512, 768, 1024]))
         image = render(STAGES[index % len(STAGES)], seed=first_seed + index, size_hw=(side, side)).pixels
         yield resize(image, (size_px, size_px))
+
+
+def synthetic_set(
+    stage: str, *, n_normal: int, n_per_type: int, first_seed: int, side_px: int
+) -> Iterator[SyntheticMicrograph]:
+    """Yield a stage's normal images, then those of each of its types, one defect an image; (side_px, side_px) each.
+
+    Normal images and every type count seeds from a start of their own: a larger set begins each with the smaller one's
+    images, and sets of one stage share no seed if their first seeds lie ``SEEDS_PER_TYPE`` times one more than the
+    number of types apart, as ``SEED_TRAIN``, ``SEED_HEAD`` and the others do.
+
+    Raises:
+        ConfigError: an unknown stage, a side under 64 px, a negative number, or more images than seeds are set aside.
+        NoRoom: a ConfigError: fields of this side have no room for one of the types.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"unknown process stage {stage!r}; choose from {', '.join(STAGES)}")
+    if side_px < 64:
+        raise ConfigError(f"side_px {side_px} is too small; use at least 64")
+    most = SEEDS_PER_TYPE // MAX_SEEDS
+    for name, n in (("n_normal", n_normal), ("n_per_type", n_per_type)):
+        if not 0 <= n <= most:
+            raise ConfigError(f"{name} {n} is outside [0, {most}]; make several sets with seeds far apart")
+    return _synthetic_set(stage, n_normal, n_per_type, first_seed, (side_px, side_px))
+
+
+def _synthetic_set(
+    stage: str, n_normal: int, n_per_type: int, first_seed: int, size_hw: tuple[int, int]
+) -> Iterator[SyntheticMicrograph]:
+    kinds: list[tuple[tuple[str, ...], int]] = [((), n_normal), *(((t,), n_per_type) for t in DEFECT_TYPES[stage])]
+    for kind_idx, (defects, n) in enumerate(kinds):
+        seeds = count(first_seed + kind_idx * SEEDS_PER_TYPE)
+        for _ in range(n):
+            yield _first_with_room(stage, defects, islice(seeds, MAX_SEEDS), size_hw)
+
+
+def _first_with_room(
+    stage: str, defects: tuple[str, ...], seeds: Iterator[int], size_hw: tuple[int, int]
+) -> SyntheticMicrograph:
+    for seed in seeds:
+        try:
+            return render(stage, seed=seed, size_hw=size_hw, defects=defects)
+        except NoRoom:
+            continue
+    raise NoRoom(f"{stage} fields of {size_hw[1]} px have no room for {', '.join(defects)}; use a larger side_px")
+
+
+# ---- plain folders of normal images ----
 
 
 def folder_images(folder: Path) -> list[Path]:
