@@ -1,13 +1,17 @@
 """Heads over cached features, and the calibration of the unknown rule.
 
-A head gives two answers per class: a logit (trained) and a conformal p-value (measured). The p-value compares a
-defect's distance to the class, on frozen features only, with the distances of the class's own samples, each judged by
-a metric fitted without it; the share of samples at least as far away is the p-value. So a class needs 20 samples before
-a p-value can fall under 0.05, and "about 5 % of true members are called unknown" holds as long as samples and stream
-come from the same process.
+A head gives two answers per class: a logit (trained) and a p-value (measured). The p-value compares how far a defect
+lies from the class, on frozen features only, with how far known defects lie from *their* nearest class, each judged by
+a metric that never saw its image. So the largest p-value of a row is a conformal p-value of "this is a known kind":
+it falls to alpha or below for a share of alpha of known defects, over all classes together (marginal, not class by
+class: a class of many looks has more than its part of them), as long as samples and stream come from the same process.
 
-Source: class-conditional cross-conformal prediction (Vovk 2015); Mahalanobis distance on unit-length features
-(Mahalanobis++).
+All classes share one calibration, so a class of five samples has p-values as fine as one of five hundred. Between two
+calibration scores the p-value is interpolated upwards, and past the last one it goes on falling without reaching
+1 / (n + 1): the promise holds, and strangers keep their order.
+
+Source: cross-conformal prediction (Vovk 2015); within-class whitening and unit length, Mahalanobis++
+(arXiv 2505.18032); nearest neighbours for classes of many looks (Sun et al. 2022).
 """
 
 import json
@@ -18,17 +22,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.covariance import ledoit_wolf
+from scipy import linalg
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch.nn import functional
 
 from semwatch.errors import ConfigError
 from semwatch_training import weights_file
 
-MIN_PER_CLASS = 20
-"""With fewer, no p-value of the class can fall under 0.05: it would fit everything and nothing would be unknown."""
-SAMPLES_PER_PROTOTYPE = 8
+MIN_PER_CLASS = 5
+"""With fewer, a fold's metric knows too little of the class to judge its held-out samples."""
+MIN_IN_ALL = 40
+"""The smallest p-value lies between 1 / (n + 1) and 2 / (n + 1): this many let it fall under 0.05."""
+EXACT = ("calibration", "feature_mean", "feature_std", "frozen_mean", "projection", "centre", "n_stored")
+"""Kept in fp32 on disk: whitening multiplies small differences."""
+PRINCIPAL_SAMPLES = 2000
+"""At most so many give the principal directions: what 10,000 would add is not worth their minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +46,19 @@ class HeadFit:
 
     frozen_width: int
     """Leading features that the p-values may read."""
-    components: int = 96
-    """Principal directions kept before whitening."""
-    prototypes: int = 3
-    """Centres per class at most: one name may cover several looks."""
-    folds: int = 5
-    """Of the cross-conformal calibration; every sample calibrates, judged by a metric fitted without its fold."""
+    components: int = 500
+    """Principal directions kept before whitening, where there are that many samples."""
+    shrinkage: float = 0.2
+    """Of the within-class covariance towards a multiple of the identity."""
+    directions: int = 16
+    """Whitened directions kept, those along which classes differ most first; at least one per class."""
+    neighbours: int = 3
+    """Nearest samples of a class whose mean dissimilarity is a defect's score under it."""
+    max_stored: int = 5000
+    """Samples a head carries; above, the largest classes are thinned."""
+    folds: int = 10
+    """Of the cross-conformal calibration; every sample calibrates, judged by a metric fitted without its fold. The
+    head's own metric knows more samples than a fold's, so fewer folds make the rule shyer than it says."""
     regularisation: float = 0.1
     """Inverse strength C of the logistic regression on standardised features."""
     seed: int = 0
@@ -51,11 +67,13 @@ class HeadFit:
 class Head(nn.Module):
     """K classes over D features: ``forward(features) -> (logits, p_values)``."""
 
-    def __init__(self, state: "dict[str, Tensor]", labels: Sequence[str], frozen_width: int) -> None:
+    def __init__(self, state: "dict[str, Tensor]", labels: Sequence[str], frozen_width: int, neighbours: int) -> None:
         super().__init__()
-        self.labels, self.frozen_width = tuple(labels), frozen_width
+        self.labels, self.frozen_width, self.neighbours = tuple(labels), frozen_width, neighbours
         for name, value in state.items():
             self.register_buffer(name, value)
+        ends = state["n_stored"].long().cumsum(0).tolist()
+        self.ranges = tuple(zip([0, *ends[:-1]], ends, strict=True))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Judge features (B, D).
@@ -66,44 +84,104 @@ class Head(nn.Module):
         buffer = dict(self.named_buffers())
         standard = (features - buffer["feature_mean"]) / buffer["feature_std"]
         logits = standard @ buffer["weight"].T + buffer["bias"]
-        distance = class_distances(features[:, : self.frozen_width], buffer)
-        # Padding is -inf, which is never as far away as a defect.
-        at_least_as_far = (buffer["calibration"][None] >= distance[..., None]).float().sum(dim=-1)
-        return logits, (1 + at_least_as_far) / (1 + buffer["n_calibration"])
+        scores = class_scores(
+            _project(features[:, : self.frozen_width], buffer), buffer["stored"], self.ranges, self.neighbours
+        )
+        return logits, p_values(scores, buffer["calibration"])
 
 
-def class_distances(frozen: Tensor, buffer: "dict[str, Tensor]") -> Tensor:
-    """Squared whitened distance of features (B, F) to each class's nearest prototype: (B, K)."""
-    whitened = (frozen - buffer["frozen_mean"]) @ buffer["whitening"]
-    to_prototypes = (whitened[:, None, None] - buffer["prototypes"][None]).square().sum(dim=-1)
-    return to_prototypes.amin(dim=-1)
+def _project(frozen: Tensor, buffer: "dict[str, Tensor]") -> Tensor:
+    return (frozen - buffer["frozen_mean"]) @ buffer["projection"] - buffer["centre"]
 
 
-def fit_head(features: NDArray[np.float32], labels: Sequence[str], fit: HeadFit) -> Head:
+def class_scores(projected: Tensor, stored: Tensor, ranges: Sequence[tuple[int, int]], neighbours: int) -> Tensor:
+    """Mean dissimilarity of rows (B, d) to the nearest stored samples (n, d) of each class: (B, K), 0 or more.
+
+    The dissimilarity is the geometric mean of squared distance and squared distance between unit vectors: the length of
+    a whitened row tells a far stranger, its direction one that mixes the looks of several classes.
+
+    Args:
+        projected: rows to judge.
+        stored: samples, class by class.
+        ranges: first and past-the-last stored row of each class.
+        neighbours: how many of a class to average, or all where it has fewer.
+    """
+    far = _squared_distance(projected, stored)
+    turned = _squared_distance(functional.normalize(projected, dim=-1), functional.normalize(stored, dim=-1))
+    dissimilarity = (far * turned).sqrt()
+    nearest = [
+        dissimilarity[:, start:stop].topk(min(neighbours, stop - start), dim=-1, largest=False).values.mean(dim=-1)
+        for start, stop in ranges
+    ]
+    return torch.stack(nearest, dim=-1)
+
+
+def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    squares = a.square().sum(dim=-1, keepdim=True) + b.square().sum(dim=-1) - 2 * a @ b.T
+    return squares.clamp_min(0)
+
+
+def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
+    """Share of calibration scores (n,), ascending, at least as large as each score: in (0, 1], strictly decreasing.
+
+    Never below the exact ``(1 + #{calibration >= score}) / (n + 1)``, and above it by less than ``1 / (n + 1)``.
+
+    >>> [round(p, 3) for p in p_values(torch.tensor([0.0, 2, 2.5, 9]), torch.tensor([1.0, 2, 3])).tolist()]
+    [1.0, 0.75, 0.625, 0.286]
+    """
+    n = len(calibration)
+    below = (calibration < scores[..., None]).sum(dim=-1)
+    low, high = calibration[(below - 1).clamp_min(0)], calibration[below.clamp_max(n - 1)]
+    between = (high - scores) / (high - low).clamp_min(1e-12)
+    spread = (calibration[-1] - calibration[n // 2]).clamp_min(1e-6)
+    beyond = spread / (spread + (scores - calibration[-1]).clamp_min(0))
+    rank = 1 + n - below + torch.where(below < n, between, beyond)
+    return torch.where(below > 0, rank, 1.0 + n) / (n + 1)
+
+
+def fit_head(
+    features: NDArray[np.float32], labels: Sequence[str], fit: HeadFit, *, images: Sequence[int] | None = None
+) -> Head:
     """Fit a head on cached features.
 
-    Logits: multinomial logistic regression on standardised features. P-values: within-class whitening (Ledoit-Wolf) of
-    the leading principal directions, up to ``prototypes`` centres per class, cross-conformal calibration.
+    Logits: multinomial logistic regression on standardised features. P-values: the samples themselves in a space
+    whitened within classes, with cross-conformal calibration.
 
     Args:
         features: (n, D).
         labels: n class names.
         fit: how.
+        images: n image numbers; crops of one image never judge each other in the calibration. None: all differ.
 
     Raises:
-        ConfigError: fewer than two classes, or a class with fewer than 20 samples.
+        ConfigError: features that are not finite or not n rows, fewer than two classes, too few samples of a class or
+            in all.
     """
     names = sorted(set(labels))
-    y = np.array([names.index(label) for label in labels])
+    y = np.array([names.index(label) for label in labels], np.intp)
+    groups = np.arange(len(y)) if images is None else np.asarray(images)
+    _check(features, names, y, groups)
+    if len(np.unique(groups)) == 1:
+        raise ConfigError("all crops come from one image; calibration needs crops of several, ten or more at best")
+    state = _fit_logits(features, y, fit) | _fit_p_values(features[:, : fit.frozen_width], y, groups, fit)
+    return Head(state, names, fit.frozen_width, fit.neighbours)
+
+
+def _check(features: NDArray[np.float32], names: list[str], y: NDArray[np.intp], groups: NDArray[np.intp]) -> None:
+    if features.ndim != 2 or not len(features) == len(y) == len(groups):
+        raise ConfigError(
+            f"a head needs one row of features, one label and one image number per crop; got features of shape "
+            f"{features.shape}, {len(y)} labels, {len(groups)} image numbers"
+        )
+    if (n_bad := int(np.count_nonzero(~np.isfinite(features).all(axis=1)))) > 0:
+        raise ConfigError(f"{n_bad} of {len(y)} rows of features hold NaN or infinity; encode those crops again")
     counts = np.bincount(y, minlength=len(names))
-    if len(names) < 2 or counts.min() < MIN_PER_CLASS:
+    if len(names) < 2 or counts.min() < MIN_PER_CLASS or len(y) < MIN_IN_ALL:
         rare = {name: int(n) for name, n in zip(names, counts, strict=True) if n < MIN_PER_CLASS}
         raise ConfigError(
-            f"a head needs two classes or more, each with at least {MIN_PER_CLASS} samples; got {len(names)} classes, "
-            f"too few of {rare}"
+            f"a head needs two classes or more, each with at least {MIN_PER_CLASS} samples, and {MIN_IN_ALL} in all; "
+            f"got {len(y)} samples of {len(names)} classes, too few of {rare}"
         )
-    state = _fit_logits(features, y, fit) | _fit_p_values(features[:, : fit.frozen_width], y, fit)
-    return Head(state, names, fit.frozen_width)
 
 
 def _fit_logits(features: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
@@ -122,59 +200,92 @@ def _fit_logits(features: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit
     }
 
 
-def _fit_p_values(frozen: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
-    """Metric and prototypes from all samples; calibration distances of each sample from a metric that never saw it."""
-    own = np.empty(len(y), np.float32)
-    fold_of = _folds(y, fit)
-    for fold in range(fit.folds):
+def _fit_p_values(
+    frozen: NDArray[np.float32], y: NDArray[np.intp], groups: NDArray[np.intp], fit: HeadFit
+) -> dict[str, Tensor]:
+    """Metric and samples from all crops; each crop's calibration score from a metric that never saw its image."""
+    calibration = np.empty(len(y), np.float32)
+    fold_of = _folds(y, groups, fit)
+    for fold in np.unique(fold_of):
         held_out = fold_of == fold
         metric = _fit_metric(frozen[~held_out], y[~held_out], fit)
-        distance = class_distances(torch.from_numpy(frozen[held_out]), metric).numpy()
-        own[held_out] = distance[np.arange(held_out.sum()), y[held_out]]
-    counts = np.bincount(y)
-    calibration = np.full((len(counts), counts.max()), -np.inf, np.float32)
-    for k, row in enumerate(calibration):
-        row[: counts[k]] = np.sort(own[y == k])
-    state = {"calibration": _tensor(calibration), "n_calibration": _tensor(counts)}
+        calibration[held_out] = _nearest_score(frozen[held_out], metric, fit)
+    state = {"calibration": _tensor(np.sort(calibration))}
     return state | _fit_metric(frozen, y, fit)
 
 
-def _folds(y: NDArray[np.intp], fit: HeadFit) -> NDArray[np.intp]:
-    """A fold for each sample, every class spread evenly."""
+def _nearest_score(frozen: NDArray[np.float32], metric: dict[str, Tensor], fit: HeadFit) -> NDArray[np.float32]:
+    ends = metric["n_stored"].long().cumsum(0).tolist()
+    ranges = list(zip([0, *ends[:-1]], ends, strict=True))
+    scores = class_scores(_project(torch.from_numpy(frozen), metric), metric["stored"], ranges, fit.neighbours)
+    return scores.amin(dim=-1).numpy()
+
+
+def _folds(y: NDArray[np.intp], groups: NDArray[np.intp], fit: HeadFit) -> NDArray[np.intp]:
+    """A fold for each crop: an image's crops together, the images that hold a class first spread evenly."""
     rng = np.random.default_rng(fit.seed)
-    fold_of = np.empty(len(y), np.intp)
-    for k in np.unique(y):
-        members = rng.permutation(np.flatnonzero(y == k))
-        fold_of[members] = np.arange(len(members)) % fit.folds
-    return fold_of
+    images, first, image_of = np.unique(groups, return_index=True, return_inverse=True)
+    order = rng.permutation(len(images))
+    order = order[np.argsort(y[first][order], kind="stable")]
+    fold_of = np.empty(len(images), np.intp)
+    fold_of[order] = np.arange(len(images)) % fit.folds
+    return fold_of[image_of]
 
 
 def _fit_metric(frozen: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
-    """Within-class whitening (Ledoit-Wolf) of the leading principal directions, and each class's prototypes in it."""
+    """Within-class whitening of the leading principal directions, and the samples in it, class by class."""
     samples = frozen.astype(np.float64)
+    classes, y = np.unique(y, return_inverse=True)
     mean = samples.mean(axis=0)
-    directions = np.linalg.svd(samples - mean, full_matrices=False)[2][: fit.components].T
+    some = _thinned(y, PRINCIPAL_SAMPLES, fit.seed)
+    directions = _leading(samples[some] - mean, max(1, min(fit.components, len(some) - len(classes))))
     projected = (samples - mean) @ directions
-    prototypes = _prototypes(projected, y, fit)
-    nearest = np.square(projected[:, None] - prototypes[y]).sum(axis=-1).argmin(axis=1)
-    covariance, _ = ledoit_wolf(projected - prototypes[y, nearest], assume_centered=True)
-    whiten = np.linalg.cholesky(np.linalg.inv(covariance))
+    weight = 1 / np.bincount(y)[y]  # every class counts alike, however many samples it has
+    whiten = _inverse_root(_moment(projected - _class_means(projected, y)[y], weight), fit.shrinkage)
+    whitened = projected @ whiten
+    centre = _class_means(whitened, y).mean(axis=0)
+    _, axes = np.linalg.eigh(_moment(whitened - centre, weight))
+    kept = axes[:, ::-1][:, : max(fit.directions, len(classes))]
+    stored = _thinned(y, fit.max_stored, fit.seed)
     return {
         "frozen_mean": _tensor(mean),
-        "whitening": _tensor(directions @ whiten),
-        "prototypes": _tensor(prototypes @ whiten),
+        "projection": _tensor(directions @ whiten @ kept),
+        "centre": _tensor(centre @ kept),  # between the classes: directions are told apart as seen from there
+        "stored": _tensor((whitened[stored] - centre) @ kept),
+        "n_stored": _tensor(np.bincount(y[stored])),
     }
 
 
-def _prototypes(projected: NDArray[np.float64], y: NDArray[np.intp], fit: HeadFit) -> NDArray[np.float64]:
-    """Up to P centres per class, (K, P, d); a class with few samples repeats its only centre."""
-    centres = []
-    for k in np.unique(y):
-        members = projected[y == k]
-        n = min(fit.prototypes, max(1, len(members) // SAMPLES_PER_PROTOTYPE))
-        found = KMeans(n, n_init=4, random_state=fit.seed).fit(members).cluster_centers_
-        centres.append(np.vstack([found, np.repeat(found[:1], fit.prototypes - n, axis=0)]))
-    return np.stack(centres)
+def _leading(centred: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Return the n leading principal directions of centred rows (m, F): (F, n), by way of the m x m products."""
+    last, n = len(centred) - 1, min(n, centred.shape[1])
+    _, rows = linalg.eigh(centred @ centred.T, subset_by_index=(last - n + 1, last))
+    directions: NDArray[np.float64] = np.linalg.qr(centred.T @ rows[:, ::-1])[0]
+    return directions
+
+
+def _class_means(rows: NDArray[np.float64], y: NDArray[np.intp]) -> NDArray[np.float64]:
+    return np.array([rows[y == k].mean(axis=0) for k in range(y.max() + 1)])
+
+
+def _moment(rows: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    moment: NDArray[np.float64] = (rows * weight[:, None]).T @ rows / weight.sum()
+    return moment
+
+
+def _inverse_root(covariance: NDArray[np.float64], shrinkage: float) -> NDArray[np.float64]:
+    """W with W W^T the inverse of the shrunken covariance; the floor serves samples that are all the same."""
+    width = len(covariance)
+    floor = shrinkage * np.trace(covariance) / width + 1e-9
+    return np.linalg.cholesky(np.linalg.inv((1 - shrinkage) * covariance + floor * np.eye(width)))
+
+
+def _thinned(y: NDArray[np.intp], n: int, seed: int) -> NDArray[np.intp]:
+    """Rows class by class: all, or where they are more than n, a chance part of the largest classes alone."""
+    counts = np.bincount(y)
+    cap = next(cap for cap in range(counts.max(), 0, -1) if cap == 1 or np.minimum(counts, cap).sum() <= n)
+    rng = np.random.default_rng(seed)
+    return np.concatenate([np.sort(rng.permutation(np.flatnonzero(y == k))[:cap]) for k in range(len(counts))])
 
 
 def _tensor(values: NDArray[np.floating] | NDArray[np.integer]) -> Tensor:
@@ -182,12 +293,12 @@ def _tensor(values: NDArray[np.floating] | NDArray[np.integer]) -> Tensor:
 
 
 def save_head(head: Head, path: Path, *, encoder_form: str, provenance: dict[str, str | float | int]) -> None:
-    """Write a head as safetensors (fp16, calibration in fp32) with labels, encoder form, provenance."""
-    exact = ("calibration", "n_calibration", "feature_mean", "feature_std", "frozen_mean")
-    state = {name: value if name in exact else value.half() for name, value in head.state_dict().items()}
+    """Write a head as safetensors (fp16, what needs it in fp32) with labels, encoder form, provenance."""
+    state = {name: value if name in EXACT else value.half() for name, value in head.state_dict().items()}
     header = {
         "labels": json.dumps(head.labels),
         "frozen_width": str(head.frozen_width),
+        "neighbours": str(head.neighbours),
         "encoder_form": encoder_form,
         "provenance": json.dumps(provenance),
     }
@@ -202,7 +313,7 @@ def load_head(path: Path) -> tuple[Head, str, dict[str, str | float | int]]:
     """
     state, header = weights_file.read(path, what="head")
     try:
-        head = Head(state, json.loads(header["labels"]), int(header["frozen_width"]))
+        head = Head(state, json.loads(header["labels"]), int(header["frozen_width"]), int(header["neighbours"]))
         return head.eval(), header["encoder_form"], json.loads(header["provenance"])
     except (KeyError, ValueError) as error:
         raise weights_file.not_ours(path, "head", error) from error
