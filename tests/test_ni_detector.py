@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from semwatch.errors import ConfigError
 from semwatch_training.ni_detector import (
     DetectorForm,
+    DetectorGraph,
     NIDetector,
     distances,
     group,
@@ -121,3 +123,38 @@ def test_planted_pseudo_defects_come_from_other_images_and_are_where_the_mask_sa
     assert not mask.all(dim=1).any()
     changed = (corrupted != targets).any(dim=-1).any(dim=1)
     assert torch.equal(changed, mask)
+
+
+@pytest.mark.parametrize("decoder_layers", [2, 4])
+def test_fewer_decoder_layers_rebuild_every_group(decoder_layers) -> None:
+    torch.manual_seed(0)
+    form = replace(DETECTOR, decoder_layers=decoder_layers)
+    detector = NIDetector(form)
+    assert len(detector.decoder) == decoder_layers
+    targets = torch.randn(2, 2, 9, 24)
+    tokens, rebuilt = detector(targets)
+    assert rebuilt.shape == targets.shape
+    x, outputs = detector.bottleneck(targets.mean(dim=1)), []
+    for layer in detector.decoder:
+        x = layer(x, tokens)
+        outputs.append(x)
+    half = decoder_layers // 2
+    assert torch.allclose(rebuilt[:, 0], torch.stack(outputs[half:]).mean(dim=0), atol=1e-6)  # deep answers for shallow
+    assert torch.allclose(rebuilt[:, 1], torch.stack(outputs[:half]).mean(dim=0), atol=1e-6)
+
+
+def test_decoder_layers_that_do_not_divide_among_the_groups_are_refused() -> None:
+    with pytest.raises(ConfigError, match="3 decoder layers do not divide among 2 groups"):
+        NIDetector(replace(DETECTOR, decoder_layers=3))
+
+
+def test_matching_as_evidence_is_the_distance_to_the_nearest_normal_token() -> None:
+    by_residual = detector_graph()
+    detector = NIDetector(replace(DETECTOR, evidence="matching")).eval()
+    detector.load_state_dict(by_residual.detector.state_dict())
+    graph = DetectorGraph(by_residual.trunk, detector).eval()
+    images = torch.randint(0, 256, (2, 112, 112), dtype=torch.uint8)
+    targets = graph.features(images)
+    expected = matching_distances(targets, detector.normal_tokens(targets)).reshape(2, 8, 8)
+    assert torch.allclose(graph(images)[0], expected, atol=1e-6)
+    assert not torch.allclose(by_residual(images)[0], expected)

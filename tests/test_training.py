@@ -1,3 +1,4 @@
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -162,7 +163,7 @@ def test_interrupted_training_ends_with_the_very_weights_of_an_uninterrupted_one
     curve_resumed = train(resumed, features, schedule, tmp_path / "cut", progress=told)
     assert told.steps[0] == ({3: 1, 12: 7, 15: 13}[interrupt_at], N_STEPS)
     assert same_weights(whole, resumed)
-    drop = {"seconds"}
+    drop = {"seconds", "eta_seconds"}
     assert [{k: v for k, v in row.items() if k not in drop} for row in curve_resumed] == [
         {k: v for k, v in row.items() if k not in drop} for row in curve
     ]
@@ -216,6 +217,43 @@ def test_rate_warms_up_linearly_falls_without_a_step_up_and_stays_at_its_floor()
 
 def test_training_shorter_than_its_warm_up_has_a_rate() -> None:
     assert [rate_factor(step, 2, Schedule(warm_up_steps=40)) for step in range(2)] == [1 / 40, 2 / 40]
+
+
+def test_training_leaves_its_curve_beside_the_checkpoint(tmp_path) -> None:
+    curve = train(fresh(), toy_features(), replace(SCHEDULE, epochs=2), tmp_path, progress=Told())
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == curve
+    assert curve[0]["eta_seconds"] == pytest.approx(curve[0]["seconds"])
+    assert curve[1]["eta_seconds"] == 0
+
+
+# ---- few shots ----
+
+
+def test_no_shot_or_no_view_is_refused() -> None:
+    shots = images(1)
+    for given, views in (([], 22), (shots, 0)):
+        with pytest.raises(ConfigError, match="needs an image and a view"):
+            train_detector.few_shot_images(given, 1, views=views)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_each_shot_gives_itself_and_its_views(k) -> None:
+    shots = images(k)
+    made = train_detector.few_shot_images(shots, 1, views=5, size_px=112)
+    assert [(view.shape, view.dtype) for view in made] == [((112, 112), np.uint8)] * (5 * k)
+    assert all(np.array_equal(made[5 * i], shot) for i, shot in enumerate(shots))
+    assert len({view.tobytes() for view in made}) == 5 * k
+    again = train_detector.few_shot_images(shots, 1, views=5, size_px=112)
+    other = train_detector.few_shot_images(shots, 2, views=5, size_px=112)
+    assert np.array_equal(made, again)
+    assert not np.array_equal(made, other)
+
+
+def test_black_shot_stays_without_structure() -> None:
+    made = train_detector.few_shot_images([np.zeros((80, 60), np.uint8)], 0, views=9, size_px=56)
+    assert max(int(view.std()) for view in made) == 0
 
 
 # ---- the weights file ----
@@ -370,13 +408,13 @@ def test_two_candidates_of_one_defect_both_bear_its_name() -> None:
 def test_one_synthetic_image_in_eight_is_clean_and_the_types_take_turns(monkeypatch) -> None:
     drawn: list[tuple[str, tuple[str, ...], int]] = []
 
-    def noted(stage: str, *, seed: int, size_hw: tuple[int, int], defects: tuple[str, ...]):
+    def noted(stage: str, defects: tuple[str, ...], seeds: range, size_hw: tuple[int, int]):
         assert size_hw[0] == size_hw[1]
         assert size_hw[0] in labelled_crops.SIDES_PX
-        drawn.append((stage, defects, seed))
+        drawn.append((stage, defects, seeds[0]))
         return truth(labels=())
 
-    monkeypatch.setattr(labelled_crops, "render", noted)
+    monkeypatch.setattr(labelled_crops, "first_with_room", noted)
     n_types = sum(len(types) for types in DEFECT_TYPES.values())
     assert len(list(synthetic_images(8 * n_types, first_seed=100))) == 8 * n_types
     counts = {label: sum(defects == (label,) for _, defects, _ in drawn) for s in STAGES for label in DEFECT_TYPES[s]}
@@ -425,15 +463,15 @@ def toy_crops(n_images: int = 60, per_image: int = 3) -> Crops:
     features = rng.normal(size=(len(labels), 12)).astype(np.float32)
     features[:, 0] += np.where(np.array(labels) == "bridge", 6, -6)
     features[:, -1] = image_idx
-    return Crops(features, labels, image_idx, {}, {})
+    return Crops(features, labels, image_idx, np.ones(len(labels), int), {}, {})
 
 
 def test_hold_out_keeps_the_crops_of_an_image_together(monkeypatch) -> None:
     fitted_on: list[np.ndarray] = []
 
-    def noted(features: np.ndarray, labels: list[str], fit: HeadFit) -> Head:
+    def noted(features: np.ndarray, labels: list[str], fit: HeadFit, *, images: list[int]) -> Head:
         fitted_on.append(features[:, -1].astype(int))
-        return fit_head(features, labels, fit)
+        return fit_head(features, labels, fit, images=images)
 
     monkeypatch.setattr(labelled_crops, "fit_head", noted)
     report = hold_out_report(toy_crops(), HeadFit(frozen_width=10, components=6))

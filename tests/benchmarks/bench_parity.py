@@ -23,8 +23,9 @@ N = 50
 
 def test_onnx_against_torch_on_real_images(repository: Path, data: Path) -> None:
     trunk = backbone.load(repository.parent / ".cache")
-    detector = train_detector.with_trunk(trunk, train_detector.load(SHIPPED / "detector.safetensors")[0])
-    encoder = EncoderGraph(SmgVit(trunk, EncoderForm())).eval()
+    second = backbone.load_efficientnet(repository.parent / ".cache")
+    detector = train_detector.with_trunk(trunk, train_detector.load(SHIPPED / "detector.safetensors")[0], second)
+    encoder = EncoderGraph(SmgVit(trunk, EncoderForm()), second).eval()
     head = load_head(SHIPPED / "head.safetensors")[0]
     recipe = Recipe()
     recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})

@@ -1,22 +1,30 @@
 """The learning side's command line: argv -> parts -> files. No learning here."""
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from numpy.typing import NDArray
 
-from semwatch import model_repository
+from semwatch import micrograph, model_repository
 from semwatch.config import Recipe
 from semwatch.errors import ConfigError, SemwatchError
 from semwatch.inference import Embedded
-from semwatch_training import backbone, build_repository, datasets, labelled_crops, train_detector
+from semwatch_training import backbone, build_repository, datasets, labelled_crops, memory_detector, train_detector
+from semwatch_training.backgrounds import backgrounds
+from semwatch_training.branch_views import synthetic_fields, synthetic_views, views
+from semwatch_training.evaluation_commands import evaluate_app, experiment_app
 from semwatch_training.head import HeadFit, fit_head, save_head
 from semwatch_training.ni_detector import DetectorForm, NIDetector
+from semwatch_training.progress_bars import Bars, console
+from semwatch_training.segmentation_branch import BranchForm, Evidence
 from semwatch_training.smg_vit import EncoderForm
 from semwatch_training.synthetic import STAGES, write_lot
+from semwatch_training.train_branch import BranchSchedule, cache_samples, train_branch
 from semwatch_training.train_detector import Schedule
 from semwatch_training.vit import VisionTransformer, load_trunk
 
@@ -26,7 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The learning side of semwatch: synthetic images, training, and the model repository the daemon serves from.",
 )
-console = Console(stderr=True)
+
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(experiment_app, name="experiment")
 
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
 REPOSITORY = Path("model_repository")
@@ -34,32 +44,70 @@ MIN_NORMALS = 8
 CacheOption = Annotated[Path, typer.Option(help="Where the converted backbone and frozen features are kept.")]
 
 
-class Bars:
-    """Progress bars, one per thing that is being done; each shows a count and the time left."""
-
-    def __init__(self) -> None:
-        columns = TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=console)
-        self._task = self._progress.add_task("", total=None, visible=False)
-        self._kind = ""
-
-    def __enter__(self) -> "Bars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` are done."""
-        kind = what.split(" ", maxsplit=1)[0]
-        if kind != self._kind:
-            self._kind, self._task = kind, self._progress.add_task(what, total=total)
-        self._progress.update(self._task, description=what, completed=done, total=total)
-
-
 @app.command()
 def detector(
+    out: Annotated[Path, typer.Option(help="Where the weights (fp16 safetensors) go.")],
+    normals: Annotated[Path | None, typer.Option(help="Folder of normal images; synthetic ones without it.")] = None,
+    n_normals: Annotated[int, typer.Option(min=MIN_NORMALS, help="Synthetic normal fields.")] = 480,
+    n_labelled: Annotated[int, typer.Option(min=0, help="Synthetic fields with a labelled defect.")] = 900,
+    n_backgrounds: Annotated[int, typer.Option(min=0, help="Procedural backgrounds of no process.")] = 300,
+    held_out: Annotated[int, typer.Option(min=20, help="Normal images kept for the gate's threshold.")] = 600,
+    stage: Annotated[list[str] | None, typer.Option(help="Process stage to learn from; repeat. Default: all.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    width: Annotated[int, typer.Option(min=8, help="Channels of the branch.")] = 64,
+    seed: int = 1,
+    cache: CacheOption = Path(".cache"),
+) -> None:
+    """Train the default detector, a segmentation branch on frozen features. Resumes where it was stopped.
+
+    With --normals it learns from pseudo-defects planted in your images and in procedural backgrounds.
+    """
+    torch.manual_seed(seed)
+    branch = BranchForm(width=width)
+    form = DetectorForm(evidence="branch", branch=branch)
+    fitted = NIDetector(form)
+    convolutional = backbone.load_efficientnet(cache)
+    if fitted.branch is None:
+        raise ConfigError("a detector of evidence 'branch' has no branch")
+    size, stages = form.input_px, tuple(stage or STAGES)
+    if normals is None:
+        pairs = synthetic_views(n_normals, n_backgrounds, n_labelled, seed=seed, size_px=size, stages=stages)
+        fields = synthetic_fields(
+            held_out, first_seed=datasets.SEED_HELD_OUT, size_px=size, stages=stages, defective=False
+        )
+        kept: Iterator[NDArray[np.uint8]] = (image for image, _ in fields)
+    else:
+        learnt, kept, held_out = _split_normals(normals, held_out, seed, size)
+        n_normals, n_labelled = len(learnt), 0
+        shown = chain(datasets.normal_images(learnt, size_px=size), backgrounds(n_backgrounds, seed=seed, size_px=size))
+        pairs = views(shown, (), seed=seed)
+    n = 2 * (n_normals + n_backgrounds) + n_labelled
+    schedule = BranchSchedule(steps=steps, seed=seed)
+    work = out.with_suffix(".work")
+    _claim(work, f"{normals} {stages} {n_normals} normal, {n_labelled} labelled, {n_backgrounds}, {width}, {schedule}")
+    with Bars() as progress:
+        samples = cache_samples(Evidence(convolutional, branch), pairs, n, work, progress=progress)
+        curve = train_branch(fitted.branch, samples, schedule, work, progress=progress)
+        graph = train_detector.with_trunk(None, fitted, convolutional)
+        scores = train_detector.raw_scores(graph, kept, held_out, progress=progress)
+    provenance: dict[str, str | float | int] = {
+        "normals": f"synthetic {', '.join(stages)}" if normals is None else f"{n_normals} images of a folder",
+        "branch_trunk": backbone.EFFICIENTNET_WHEEL_SHA256,
+        "n_normals": n_normals,
+        "n_labelled": n_labelled,
+        "n_backgrounds": n_backgrounds,
+        "steps": steps,
+        "seed": seed,
+        "final_loss": curve[-1]["loss"],
+        "training_seconds": round(sum(row["seconds"] for row in curve)),
+        "device": "cpu",
+    }
+    train_detector.save(fitted, out, normal_scores=scores, provenance=provenance)
+    console.print(f"detector written to {out}; held-out normal scores {min(scores):.4f} to {max(scores):.4f}")
+
+
+@app.command("ni-detector")
+def ni_detector(
     out: Annotated[Path, typer.Option(help="Where the weights (fp16 safetensors) go.")],
     normals: Annotated[Path | None, typer.Option(help="Folder of normal images; synthetic ones without it.")] = None,
     n: Annotated[int, typer.Option(min=MIN_NORMALS, help="Synthetic normal images to train on.")] = 480,
@@ -74,7 +122,7 @@ def detector(
     checkpoint: Annotated[Path | None, typer.Option(help="An official DINOv2 or DINOv3 checkpoint file.")] = None,
     cache: CacheOption = Path(".cache"),
 ) -> None:
-    """Train a detector on normal images. Resumes where it was stopped."""
+    """Train the paper's NI-guided reconstruction on normal images alone. Resumes where it was stopped."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vit = _trunk(trunk, checkpoint, cache)
@@ -85,16 +133,8 @@ def detector(
         images = datasets.synthetic_normals(n, first_seed=datasets.SEED_TRAIN, size_px=form.input_px)
         kept = datasets.synthetic_normals(held_out, first_seed=datasets.SEED_HELD_OUT, size_px=form.input_px)
     else:
-        paths = datasets.folder_images(normals)
-        if len(paths) < MIN_NORMALS:
-            raise ConfigError(
-                f"{normals} holds {len(paths)} images; a detector needs {MIN_NORMALS} normal ones or more"
-            )
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = min(held_out, len(paths) // 4)
-        images = datasets.normal_images([paths[i] for i in order[held_out:]], size_px=form.input_px)
-        kept = datasets.normal_images([paths[i] for i in order[:held_out]], size_px=form.input_px)
-        n = len(paths) - held_out
+        learnt, kept, held_out = _split_normals(normals, held_out, seed, form.input_px)
+        images, n = datasets.normal_images(learnt, size_px=form.input_px), len(learnt)
     work = out.with_suffix(".work")
     _claim(work, f"{trunk} {checkpoint} {normals} {n} images, {schedule}")
     with Bars() as progress:
@@ -133,14 +173,14 @@ def head(
                 models, Recipe(), n_images=n_images, first_seed=datasets.SEED_HEAD, progress=progress
             )
             labelled_crops.save(crops, cache)
-        frozen_width = models.meta("encoder").outputs["features"].shape[0] - 384
+        frozen_width = int(models.meta("encoder").provenance["frozen_width"])
     fit = HeadFit(frozen_width=frozen_width, seed=seed)
     report = labelled_crops.hold_out_report(crops, fit)
     for label in sorted(crops.n_planted):
         console.print(f"  {label:14} planted {crops.n_planted[label]:4}  found {crops.n_found.get(label, 0):4}")
     console.print(report)
     provenance: dict[str, str | float | int] = {"crops": "synthetic", "n_images": n_images, "seed": seed, **report}
-    fitted = fit_head(crops.features, crops.labels, fit)
+    fitted = fit_head(crops.features, crops.labels, fit, images=crops.image_idx.tolist())
     save_head(fitted, out, encoder_form=build_repository.form_text(EncoderForm()), provenance=provenance)
     console.print(f"head of {len(fitted.labels)} classes written to {out}")
 
@@ -151,11 +191,14 @@ def build(
     weights: Annotated[Path, typer.Option(help="Folder with detector.safetensors and head.safetensors.")] = (
         build_repository.SHIPPED
     ),
+    memory: Annotated[Path | None, typer.Option(help="Serve this memory in place of the detector.")] = None,
     without_head: Annotated[bool, typer.Option(help="Only detector and encoder, to fit a head with.")] = False,
     cache: CacheOption = Path(".cache"),
 ) -> None:
     """Build the model repository: fetch the backbone, export the weights, check, publish; skip what is there."""
-    for line in build_repository.build(repository, weights=weights, cache=cache, with_head=not without_head):
+    for line in build_repository.build(
+        repository, weights=weights, cache=cache, with_head=not without_head, memory=memory
+    ):
         console.print(line, highlight=False)
 
 
@@ -180,6 +223,38 @@ def synth(
             on_image=lambda index, _: progress("images", index + 1, n),
         )
     console.print(f"{n} images in {out}")
+
+
+@app.command()
+def memory(
+    out: Annotated[Path, typer.Option(help="Where the memory (safetensors) goes.")],
+    normals: Annotated[Path, typer.Option(help="Folder of normal images of your process; a hundred or more.")],
+    seed: int = 1,
+    cache: CacheOption = Path(".cache"),
+) -> None:
+    """Remember normal images: a detector that needs no training, for surfaces that the default one never saw.
+
+    Serve it with `semwatch-train build --memory FILE`.
+    """
+    images = [micrograph.read(path)[0].field for path in datasets.folder_images(normals)]
+    trunks = memory_detector.Trunks(backbone.load(cache), backbone.load_efficientnet(cache))
+    with Bars() as progress:
+        made = memory_detector.fit(images, trunks, seed=seed, progress=progress)
+    memory_detector.save(out, made, provenance={"normals": f"{len(images)} images of a folder"})
+    console.print(f"memory of {len(images)} images written to {out}")
+
+
+def _split_normals(
+    folder: Path, held_out: int, seed: int, size_px: int
+) -> tuple[list[Path], Iterator[NDArray[np.uint8]], int]:
+    """Paths to learn from, images (S, S) kept for the gate, and how many those are: at most a quarter."""
+    paths = datasets.folder_images(folder)
+    if len(paths) < MIN_NORMALS:
+        raise ConfigError(f"{folder} holds {len(paths)} images; a detector needs {MIN_NORMALS} normal ones or more")
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = min(held_out, len(paths) // 4)
+    kept = datasets.normal_images([paths[i] for i in order[:held_out]], size_px=size_px)
+    return [paths[i] for i in order[held_out:]], kept, held_out
 
 
 def _trunk(name: str, checkpoint: Path | None, cache: Path) -> VisionTransformer:

@@ -8,44 +8,39 @@ from pathlib import Path
 
 from semwatch import model_repository
 from semwatch.errors import ConfigError
-from semwatch_training import backbone, train_detector
+from semwatch_training import backbone, memory_detector, train_detector
+from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.export import publish_detector, publish_encoder, publish_head
 from semwatch_training.head import load_head
+from semwatch_training.memory_detector import MemoryGraph, Trunks
 from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.vit import VisionTransformer
 
 SHIPPED = Path(__file__).with_name("weights")
 """Folder of the weights that come with the package; MODEL_CARD.md there says how they were made."""
 
 
-def build(repository: Path, *, weights: Path, cache: Path, with_head: bool = True) -> Iterator[str]:
+def build(
+    repository: Path, *, weights: Path, cache: Path, with_head: bool = True, memory: Path | None = None
+) -> Iterator[str]:
     """Publish detector, encoder and head unless this very content is published already; yield a line for each.
+
+    ``memory`` is a file of ``memory_detector.save``, to serve in the place of the detector.
 
     Raises:
         ConfigError: weights are absent, or belong to another backbone or encoder.
         PublishError: an exported model differs from its original.
     """
     form = EncoderForm()
-    detector_file, head_file = weights / "detector.safetensors", weights / "head.safetensors"
+    head_file = weights / "head.safetensors"
     trunk = backbone.load(cache)
-    made_from = _sha256(detector_file)
-    if (version := _published(repository, "detector", made_from)) is None:
-        detector, normal_scores, provenance = train_detector.load(detector_file)
-        trained_on = detector.form.trunk, provenance.get("backbone", backbone.WHEEL_SHA256)
-        if trained_on != (backbone.TRUNK_NAME, backbone.WHEEL_SHA256):
-            raise ConfigError(
-                f"{detector_file} was trained on another backbone ({trained_on[0]}) than the one that is built in; "
-                f"train it again without --trunk and --checkpoint"
-            )
-        version = publish_detector(
-            train_detector.with_trunk(trunk, detector),
-            repository,
-            normal_scores=normal_scores,
-            provenance={**provenance, "made_from": made_from},
-        )
-    yield f"detector {version}"
+    if memory is None:
+        yield f"detector {_publish_trained(repository, weights / 'detector.safetensors', trunk, cache)}"
+    else:
+        yield f"detector {_publish_memory(repository, memory, trunk, cache)}"
     made_from = hashlib.sha256(form_text(form).encode()).hexdigest()
     if (encoder_version := _published(repository, "encoder", made_from)) is None:
-        graph = EncoderGraph(SmgVit(trunk, form))
+        graph = EncoderGraph(SmgVit(trunk, form), _second(cache, form.second_trunk != ""))
         encoder_version = publish_encoder(graph, repository, provenance={"made_from": made_from})
     yield f"encoder {encoder_version}"
     if not with_head:
@@ -63,9 +58,45 @@ def build(repository: Path, *, weights: Path, cache: Path, with_head: bool = Tru
     yield f"head {version}"
 
 
+def _publish_trained(repository: Path, path: Path, trunk: VisionTransformer, cache: Path) -> int:
+    made_from = _sha256(path)
+    if (version := _published(repository, "detector", made_from)) is not None:
+        return version
+    detector, normal_scores, provenance = train_detector.load(path)
+    ours = {"backbone": backbone.WHEEL_SHA256, "branch_trunk": backbone.EFFICIENTNET_WHEEL_SHA256}
+    foreign = [name for name, sha256 in ours.items() if provenance.get(name, sha256) != sha256]
+    if foreign or detector.form.trunk != backbone.TRUNK_NAME:
+        raise ConfigError(
+            f"{path} was trained on another backbone ({', '.join(foreign) or detector.form.trunk}) than the one that "
+            f"is built in; train it again without --trunk and --checkpoint"
+        )
+    return publish_detector(
+        train_detector.with_trunk(trunk, detector, _second(cache, detector.form.branch is not None)),
+        repository,
+        normal_scores=normal_scores,
+        provenance={**provenance, "made_from": made_from},
+    )
+
+
+def _publish_memory(repository: Path, path: Path, trunk: VisionTransformer, cache: Path) -> int:
+    made_from = _sha256(path)
+    if (version := _published(repository, "detector", made_from)) is not None:
+        return version
+    kept = memory_detector.load(path)
+    graph = MemoryGraph(Trunks(trunk, backbone.load_efficientnet(cache)), kept)
+    return publish_detector(
+        graph, repository, normal_scores=kept.normal_scores, provenance={"engine": "memory", "made_from": made_from}
+    )
+
+
+def _second(cache: Path, wanted: bool) -> EfficientNet | None:
+    return backbone.load_efficientnet(cache) if wanted else None
+
+
 def form_text(form: EncoderForm) -> str:
     """An encoder's form and backbone as one comparable string."""
-    return json.dumps({**asdict(form), "backbone": backbone.WHEEL_SHA256}, sort_keys=True)
+    hashes = {"backbone": backbone.WHEEL_SHA256, "second_backbone": backbone.EFFICIENTNET_WHEEL_SHA256}
+    return json.dumps({**asdict(form), **hashes}, sort_keys=True)
 
 
 def _published(repository: Path, model: str, made_from: str) -> int | None:

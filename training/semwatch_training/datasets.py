@@ -247,12 +247,17 @@ def _synthetic_set(
     for kind_idx, (defects, n) in enumerate(kinds):
         seeds = count(first_seed + kind_idx * SEEDS_PER_TYPE)
         for _ in range(n):
-            yield _first_with_room(stage, defects, islice(seeds, MAX_SEEDS), size_hw)
+            yield first_with_room(stage, defects, islice(seeds, MAX_SEEDS), size_hw)
 
 
-def _first_with_room(
-    stage: str, defects: tuple[str, ...], seeds: Iterator[int], size_hw: tuple[int, int]
+def first_with_room(
+    stage: str, defects: Sequence[str], seeds: Iterable[int], size_hw: tuple[int, int]
 ) -> SyntheticMicrograph:
+    """Render the first of some seeds whose field has room for the defects.
+
+    Raises:
+        NoRoom: a ConfigError: none has.
+    """
     for seed in seeds:
         try:
             return render(stage, seed=seed, size_hw=size_hw, defects=defects)

@@ -19,7 +19,8 @@ from semwatch import model_repository
 from semwatch.errors import PublishError
 from semwatch.model_repository import Meta, Tensor
 from semwatch_training.head import Head
-from semwatch_training.ni_detector import DetectorGraph
+from semwatch_training.memory_detector import MemoryForm, MemoryGraph
+from semwatch_training.ni_detector import DetectorForm, DetectorGraph
 from semwatch_training.smg_vit import EncoderGraph
 
 OPSET = 20
@@ -42,15 +43,18 @@ class Parity:
 
 
 def publish_detector(
-    graph: DetectorGraph,
+    graph: DetectorGraph | MemoryGraph,
     repository: Path,
     *,
     normal_scores: Sequence[float],
     provenance: Provenance,
 ) -> int:
     """Export and publish a detector with the raw scores of its held-out normal images; returns the version."""
-    form = graph.detector.form
-    side = form.input_px // graph.trunk.shape.patch
+    form: MemoryForm | DetectorForm
+    if isinstance(graph, MemoryGraph):
+        form, side = graph.form, graph.form.side
+    else:
+        form, side = graph.detector.form, graph.side
     meta = Meta(
         model="detector",
         created_utc=utc_now(),
@@ -77,8 +81,8 @@ def publish_encoder(graph: EncoderGraph, repository: Path, *, provenance: Proven
             "soft_mask": Tensor(dtype="float32", shape=(side, side)),
             "size": Tensor(dtype="float32", shape=(2,)),
         },
-        outputs={"features": Tensor(dtype="float32", shape=(graph.frozen_width + trunk.width,))},
-        provenance={**flat(asdict(form)), **provenance},
+        outputs={"features": Tensor(dtype="float32", shape=(graph.width,))},
+        provenance={**flat(asdict(form)), "frozen_width": graph.frozen_width, **provenance},
     )
     return _publish(graph.eval(), meta, repository)
 

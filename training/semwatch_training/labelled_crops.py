@@ -1,12 +1,14 @@
-"""Labelled crops for heads: the daemon's own search over synthetic images, matched with the ground truth.
+"""Labelled crops: what heads are fitted on and judged by, cut as the daemon cuts them.
 
-A head must see what the daemon will show it, so crops come out of ``pipeline.search`` and not out of the true masks.
+A head must see what the daemon will show it, so its crops come out of ``pipeline.search``, not out of the true masks.
 What the search finds where nothing is wrong becomes the defect-free class. Only a planted defect that the search missed
 is cut out along its true mask, so that rare types do not vanish from the head.
+
+``of_samples`` cuts the defects of a data set on disk along their true masks; ``searched`` lets the daemon find them.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +22,12 @@ from semwatch import binarization
 from semwatch.classification import decide
 from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
+from semwatch.errors import ConfigError
 from semwatch.inference import Arrays, Embedded
-from semwatch.pipeline import Candidate, cut_out, search
+from semwatch.pipeline import Candidate, cut_out, gate_threshold, search
+from semwatch_training.datasets import MAX_SEEDS, Sample, first_with_room, load_gray, load_mask, synthetic_set
 from semwatch_training.head import HeadFit, fit_head
-from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
+from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
 
 MIN_OVERLAP = 0.25
 """Share of the smaller of region and truth that must be common for the region to be that defect."""
@@ -39,6 +43,8 @@ class Crops:
     labels: tuple[str, ...]
     image_idx: NDArray[np.intp]
     """(n,) so that a split can keep an image's crops together."""
+    area_px: NDArray[np.intp]
+    """(n,)"""
     n_planted: dict[str, int]
     n_found: dict[str, int]
 
@@ -51,7 +57,7 @@ def collect(
     The gate is open (threshold 0): the head must know the false alarms that a shut gate would hide.
     """
     recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})
-    features, labels, image_idx = [], [], []
+    features, labels, image_idx, area_px = [], [], [], []
     planted: dict[str, int] = {}
     found: dict[str, int] = {}
     for index, image in enumerate(synthetic_images(n_images, first_seed=first_seed)):
@@ -69,8 +75,99 @@ def collect(
             features.append(encode(candidate, models))
             labels.append(label)
             image_idx.append(index)
+            area_px.append(candidate.region.area_px)
         progress("crops", index + 1, n_images)
-    return Crops(np.stack(features), tuple(labels), np.array(image_idx), planted, found)
+    return Crops(np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), planted, found)
+
+
+def of_samples(
+    models: Embedded, recipe: Recipe, samples: Sequence[Sample], *, progress: Callable[[str, int, int], None]
+) -> Crops:
+    """Cut the defect of each sample along its true mask and encode it; samples with an empty mask are left out.
+
+    Raises:
+        ConfigError: a normal sample, or no sample with a mask that marks anything.
+    """
+    features, labels, image_idx, area_px = [], [], [], []
+    for index, sample in enumerate(samples):
+        if sample.label == DEFECT_FREE:
+            raise ConfigError(f"{sample.image} is {DEFECT_FREE}: there is no mask to cut along; leave it out")
+        page = _page(sample)
+        truth = load_mask(sample, (page.field.shape[0], page.field.shape[1]))
+        if truth.any():
+            candidate = given(truth, page, recipe, models)
+            features.append(encode(candidate, models))
+            labels.append(sample.label)
+            image_idx.append(index)
+            area_px.append(candidate.region.area_px)
+        progress("crops", index + 1, len(samples))
+    if not features:
+        raise ConfigError("no sample has a mask that marks anything: nothing to cut out")
+    counts = {label: labels.count(label) for label in sorted(set(labels))}
+    return Crops(np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), counts, {})
+
+
+def of_synthetic(
+    models: Embedded, recipe: Recipe, *, n_per_type: int, first_seed: int, progress: Callable[[str, int, int], None]
+) -> Crops:
+    """Cut the defects of all three stages' synthetic images along their true masks and encode them."""
+    features, labels, area_px = [], [], []
+    total = n_per_type * sum(len(types) for types in DEFECT_TYPES.values())
+    for stage in STAGES:
+        for image in synthetic_set(stage, n_normal=0, n_per_type=n_per_type, first_seed=first_seed, side_px=768):
+            height, width = image.pixels.shape
+            page = Micrograph(image.pixels, (0, 0, width, height), 0, image.pixel_nm, None)
+            candidate = given(image.masks[0], page, recipe, models)
+            features.append(encode(candidate, models))
+            labels.append(image.labels[0])
+            area_px.append(candidate.region.area_px)
+            progress("crops", len(labels), total)
+    counts = {label: labels.count(label) for label in sorted(set(labels))}
+    return Crops(np.stack(features), tuple(labels), np.arange(len(labels)), np.array(area_px), counts, {})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Searched:
+    """What the daemon's search made of labelled images; an image whose gate stayed shut has no crop."""
+
+    crops: Crops
+    """Each with the label of its image."""
+    labels: tuple[str, ...]
+    """Of the images."""
+    raw_scores: NDArray[np.float32]
+    """Of the images."""
+    gate_threshold: float
+
+
+def searched(
+    models: Embedded, recipe: Recipe, samples: Sequence[Sample], *, progress: Callable[[str, int, int], None]
+) -> Searched:
+    """Search the images of samples as the daemon does, gate included, and encode what is found.
+
+    Raises:
+        ConfigError: the gate has no threshold, or it opened on no image.
+    """
+    features, labels, image_idx, area_px, raw = [], [], [], [], []
+    threshold = gate_threshold(recipe, models)
+    for index, sample in enumerate(samples):
+        found = search(_page(sample), recipe, models)
+        raw.append(found.score_map.raw_score)
+        for candidate in found.candidates:
+            features.append(encode(candidate, models))
+            labels.append(sample.label)
+            image_idx.append(index)
+            area_px.append(candidate.region.area_px)
+        progress("search", index + 1, len(samples))
+    if not features:
+        raise ConfigError(f"the gate opened on none of {len(samples)} images at {threshold:.4f}; lower it")
+    crops = Crops(np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), {}, {})
+    return Searched(crops, tuple(sample.label for sample in samples), np.array(raw, np.float32), threshold)
+
+
+def _page(sample: Sample) -> Micrograph:
+    field = load_gray(sample)
+    height, width = field.shape
+    return Micrograph(field, (0, 0, width, height), 0, None, None)
 
 
 def synthetic_images(n: int, *, first_seed: int) -> Iterator[SyntheticMicrograph]:
@@ -81,7 +178,8 @@ def synthetic_images(n: int, *, first_seed: int) -> Iterator[SyntheticMicrograph
         stage, label = kinds[index % len(kinds)]
         side = int(rng.choice(SIDES_PX))
         defects = () if index % 8 == 7 else (label,)
-        yield render(stage, seed=first_seed + index, size_hw=(side, side), defects=defects)
+        seeds = range(first_seed + index, first_seed + index + MAX_SEEDS * n, n)
+        yield first_with_room(stage, defects, seeds, (side, side))
 
 
 def match(candidates: tuple[Candidate, ...], image: SyntheticMicrograph) -> list[str]:
@@ -125,14 +223,24 @@ def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:
 def save(crops: Crops, path: Path) -> None:
     """Keep crops' features, so that a head can be fitted again in seconds."""
     counts = json.dumps([crops.n_planted, crops.n_found])
-    np.savez(path, features=crops.features, labels=np.array(crops.labels), image_idx=crops.image_idx, counts=counts)
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            features=crops.features,
+            labels=np.array(crops.labels),
+            image_idx=crops.image_idx,
+            area_px=crops.area_px,
+            counts=counts,
+        )
 
 
 def load(path: Path) -> Crops:
     """Read what ``save`` wrote."""
     with np.load(path, allow_pickle=False) as file:
         planted, found = json.loads(str(file["counts"]))
-        return Crops(file["features"], tuple(file["labels"].tolist()), file["image_idx"], planted, found)
+        return Crops(
+            file["features"], tuple(file["labels"].tolist()), file["image_idx"], file["area_px"], planted, found
+        )
 
 
 def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[str, float | int]:
@@ -146,7 +254,9 @@ def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[
     images = np.unique(crops.image_idx)
     held_out = np.isin(crops.image_idx, rng.choice(images, int(share * len(images)), replace=False))
     labels = np.array(crops.labels)
-    head = fit_head(crops.features[~held_out], labels[~held_out].tolist(), fit)
+    head = fit_head(
+        crops.features[~held_out], labels[~held_out].tolist(), fit, images=crops.image_idx[~held_out].tolist()
+    )
     with torch.no_grad():
         logits, p_values = (x.numpy() for x in head(torch.from_numpy(crops.features[held_out])))
     truth = labels[held_out]

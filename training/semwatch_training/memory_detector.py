@@ -168,6 +168,20 @@ def _quiet(_what: str, _done: int, _total: int) -> None:
     pass
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Patches:
+    """Both trunks' features of normal images, extracted once; memories of several seeds may be made of them."""
+
+    vit: NDArray[np.float16]
+    """(n, N, C) of n views."""
+    efficientnet: NDArray[np.float16]
+    """(n, N', C')"""
+    owners: NDArray[np.int64]
+    """(n,) views of one owner do not judge each other."""
+    are_images: bool
+    """False where images are seen from all sides: turned views stand in for others, but are no images to come."""
+
+
 def fit(
     images: Sequence[NDArray[np.uint8]],
     trunks: Trunks,
@@ -177,36 +191,58 @@ def fit(
     seed: int = 1,
     progress: Progress = _quiet,
 ) -> Memory:
-    """Remember normal images.
+    """Remember normal images: ``look`` at them, then ``remember``; arguments and errors are theirs."""
+    form = form or MemoryForm()
+    return remember(look(images, trunks, form, groups=groups, progress=progress), form, seed=seed, progress=progress)
+
+
+def look(
+    images: Sequence[NDArray[np.uint8]],
+    trunks: Trunks,
+    form: MemoryForm,
+    *,
+    groups: Sequence[int] | None = None,
+    progress: Progress = _quiet,
+) -> Patches:
+    """Extract the patch features of normal images.
 
     Args:
         images: normal, (H, W) uint8, any size; one is enough to detect, the gate needs about a hundred.
         trunks: frozen, in evaluation mode.
-        form: None for the default.
+        form: what memories will be made of.
         groups: one number per image; images of one site share theirs and are not scored by each other's patches, as
             they would look more normal than images to come. None where every image stands alone.
-        seed: of the drawing of patches.
         progress: told after every image.
 
     Raises:
         ConfigError: no images, an image of another type, groups that do not fit, or features that are not finite.
     """
-    form = form or MemoryForm()
     _check(images, groups)
     views, owners = _views(images, groups, form)
-    features = _extract(views, TrunkFeatures(trunks, form).eval(), progress)
+    vit, efficientnet = _extract(views, TrunkFeatures(trunks, form).eval(), progress)
+    return Patches(vit, efficientnet, owners, len(views) == len(images))
+
+
+def remember(patches: Patches, form: MemoryForm, *, seed: int = 1, progress: Progress = _quiet) -> Memory:
+    """Choose the patches of a memory, and measure its distances on images that it was made without.
+
+    Args:
+        patches: of ``look``, with the same trunk sizes, layers and stages.
+        form: of the memory.
+        seed: of the drawing of patches and folds.
+        progress: told after every held-out image.
+    """
     rng = np.random.default_rng(seed)
-    folds = _folds(owners, form.folds, rng)
-    held_out = rng.permutation(len(views))[: form.calibration_images]
+    folds = _folds(patches.owners, form.folds, rng)
+    held_out = rng.permutation(len(patches.owners))[: form.calibration_images]
     banks, maps = [], []
-    for values, components in zip(features, form.components, strict=True):
+    for values, components in zip((patches.vit, patches.efficientnet), form.components, strict=True):
         found = _held_out_maps(values, folds, held_out, components, form, rng, progress)
         centre, spread = float(found.mean()), max(float(found.std()), MIN_SPREAD)
         banks.append(Bank(*_remember(values, components, form, rng), centre, spread))
         maps.append((found - centre) / spread)
     scores = scored((maps[0] + maps[1]) / 2, form)[1].tolist()
-    # Turned views of one image stand in for others in the scale, but they are no images to come: no gate from them.
-    honest = scores if len(set(owners.tolist())) > 1 and len(views) == len(images) else []
+    honest = scores if len(set(patches.owners.tolist())) > 1 and patches.are_images else []
     return Memory(form, (banks[0], banks[1]), tuple(sorted(honest)))
 
 

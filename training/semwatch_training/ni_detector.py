@@ -1,4 +1,4 @@
-"""Self-normal-information-guided detection: NI-Extractor, bottleneck, NIG-Decoder, score map and losses.
+"""Self-normal-information-guided detection: NI-Extractor, bottleneck, NIG-Decoder, losses, and the exported graph.
 
 A handful of tokens collects what is normal in *this* image; a decoder may rebuild the image's features from those
 tokens alone; what it cannot rebuild is the defect. No support set. The trunk is frozen and stays outside: everything
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from semwatch.errors import ConfigError
+from semwatch_training.efficientnet import EfficientNet
+from semwatch_training.segmentation_branch import BranchForm, Evidence, SegmentationBranch, image_score, standardise
 from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD, Mlp, VisionTransformer
 
 
@@ -28,6 +31,10 @@ class DetectorForm:
     and the only one that leaves the bottleneck (which has no norm) at the features' own scale.
     ``targets="layerwise"`` is the paper's mean over L layers; ``"grouped"`` the parent's two groups of layers (loose
     reconstruction).
+    ``evidence`` is what the score map is made of. ``"residual"``: what the decoder cannot rebuild. ``"matching"``: the
+    distance to the nearest normal token (the paper's Table 4 baseline). ``"branch"``: the segmentation branch alone;
+    the ViT is not run and there is nothing of the others in the file. ``"both"``: the branch's logit plus
+    ``residual_weight`` times the standardised residual.
     """
 
     trunk: str = "dinov2_vits14"
@@ -39,9 +46,25 @@ class DetectorForm:
     attention: Literal["parent", "literal"] = "parent"
     fusion: Literal["mean", "sum"] = "mean"
     targets: Literal["grouped", "layerwise"] = "grouped"
+    decoder_layers: int = 0
+    """0 for as many as trunk layers, as the parent has; fewer are smaller and faster. A multiple of the groups."""
+    evidence: Literal["residual", "matching", "branch", "both"] = "residual"
+    residual_weight: float = 0.1
+    branch: BranchForm | None = None
+    """Needed where the evidence names it."""
     top_fraction: float = 0.002
     """Share of the map whose mean is the image score. The parent takes 1 % of pixels; a review defect often covers one
     or two of 1,024 tokens, and on synthetic development images 0.2 % tells them from normal ones better than 1 %."""
+
+    def __post_init__(self) -> None:
+        if self.looks_at_branch != (self.branch is not None):
+            needed = "needs a branch" if self.looks_at_branch else "has no branch"
+            raise ConfigError(f"a detector whose evidence is {self.evidence!r} {needed}; see DetectorForm.branch")
+
+    @property
+    def looks_at_branch(self) -> bool:
+        """Whether the score comes from the segmentation branch, alone or not."""
+        return self.evidence in ("branch", "both")
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -50,6 +73,14 @@ class DetectorForm:
         if self.targets == "layerwise":
             return tuple((index,) for index in range(L))
         return tuple(range(L // 2)), tuple(range(L // 2, L))
+
+    @property
+    def decoder_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Positions in the reversed decoder that are averaged into each group's rebuilt features."""
+        n, G = self.decoder_layers or len(self.layers), len(self.groups)
+        if n % G:
+            raise ConfigError(f"{n} decoder layers do not divide among {G} groups of trunk layers; take a multiple")
+        return tuple(tuple(range(g * n // G, (g + 1) * n // G)) for g in range(G))
 
 
 class NormalExtractor(nn.Module):
@@ -107,18 +138,22 @@ class GuidedDecoderLayer(nn.Module):
 
 
 class NIDetector(nn.Module):
-    """NI-Extractor, bottleneck and NIG-Decoder over grouped trunk features."""
+    """NI-Extractor, bottleneck and NIG-Decoder over grouped trunk features, and the segmentation branch if any."""
 
     def __init__(self, form: DetectorForm) -> None:
         super().__init__()
         self.form = form
+        self.branch = SegmentationBranch(form.branch) if form.branch is not None else None
+        if form.evidence == "branch":
+            return
         self.extractor = NormalExtractor(form)
         self.bottleneck = Mlp(form.width, 4 * form.width)  # no residual, no norm: the parent's; the paper omits it
-        self.decoder = nn.ModuleList(GuidedDecoderLayer(form) for _ in form.layers)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.01, a=-0.03, b=0.03)
-                nn.init.zeros_(module.bias)
+        self.decoder = nn.ModuleList(GuidedDecoderLayer(form) for members in form.decoder_groups for _ in members)
+        for part in (self.extractor, self.bottleneck, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.01, a=-0.03, b=0.03)
+                    nn.init.zeros_(module.bias)
 
     def forward(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return normal tokens (B, M, C) and the rebuilt features (B, G, N, C) of targets (B, G, N, C)."""
@@ -140,7 +175,7 @@ class NIDetector(nn.Module):
             x = layer(x, tokens)
             outputs.append(x)
         outputs.reverse()  # the deepest decoder layer answers for the shallowest trunk layer
-        return group(outputs, self.form)
+        return average(outputs, self.form.decoder_groups)
 
     def _fuse(self, targets: Tensor) -> Tensor:
         fused = targets.mean(dim=1)
@@ -152,7 +187,12 @@ def group(layers: Sequence[Tensor], form: DetectorForm) -> Tensor:
 
     Groups are equally long, so the mean over groups is the mean over layers: nothing else needs caching.
     """
-    return torch.stack([torch.stack([layers[i] for i in members]).mean(dim=0) for members in form.groups], dim=1)
+    return average(layers, form.groups)
+
+
+def average(maps: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    """Average feature maps (B, N, C) within groups of their positions: (B, G, N, C)."""
+    return torch.stack([torch.stack([maps[i] for i in members]).mean(dim=0) for members in groups], dim=1)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -244,27 +284,72 @@ def plant_pseudo_defects(
 
 
 class DetectorGraph(nn.Module):
-    """What is exported: uint8 gray in, token-grid score map and raw image score out, normalisation inside."""
+    """What is exported: uint8 gray in, score map and raw image score out, normalisation inside.
 
-    def __init__(self, trunk: VisionTransformer, detector: NIDetector) -> None:
+    Args:
+        trunk: the ViT, frozen; None will do where the evidence is the branch alone.
+        detector: over its features; its form says what the score is made of.
+        convolutional: the second trunk, frozen; needed where the detector has a branch.
+    """
+
+    def __init__(
+        self, trunk: VisionTransformer | None, detector: NIDetector, convolutional: EfficientNet | None = None
+    ) -> None:
         super().__init__()
-        self.trunk, self.detector = trunk, detector
+        form = detector.form
+        if form.branch is not None and convolutional is None:
+            raise ConfigError(f"this detector has a segmentation branch; hand in its trunk, {form.branch.trunk}")
+        if form.evidence != "branch" and trunk is None:
+            raise ConfigError(f"a detector whose evidence is {form.evidence!r} looks at {form.trunk}; hand it in")
+        self.trunk, self.detector = cast(VisionTransformer, trunk), detector
+        self.evidence = (
+            Evidence(convolutional, form.branch) if form.branch is not None and convolutional is not None else None
+        )
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+
+    @property
+    def side(self) -> int:
+        """Cells a side of the score map."""
+        form = self.detector.form
+        return form.branch.side if form.branch is not None else form.input_px // self.trunk.shape.patch
 
     def features(self, image: Tensor) -> Tensor:
         """Grouped trunk features (B, G, N, C) of uint8 gray images (B, S, S)."""
         return group(self.trunk(normalise(image, self.mean, self.std), self.detector.form.layers), self.detector.form)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return score map (B, h, w), range [0, 2], and raw score (B,): the mean of its top tokens."""
+    def residual(self, image: Tensor) -> Tensor:
+        """What normal tokens cannot explain, (B, h, w), range [0, 2]: by reconstruction, or by direct matching."""
         targets = self.features(image)
-        _, rebuilt = self.detector(targets)
-        score = distances(targets, rebuilt).mean(dim=1)
-        n_top = max(1, round(self.detector.form.top_fraction * score.shape[1]))
-        raw = score.topk(n_top, dim=1).values.mean(dim=1)
+        tokens = self.detector.normal_tokens(targets)
+        if self.detector.form.evidence == "matching":
+            distance = matching_distances(targets, tokens)
+        else:
+            distance = distances(targets, self.detector.rebuild(targets, tokens)).mean(dim=1)
         side = self.detector.form.input_px // self.trunk.shape.patch
-        return score.reshape(-1, side, side), raw
+        return distance.reshape(-1, side, side)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return score map (B, h, w) and raw score (B,).
+
+        Without a branch the map is the distance, range [0, 2], and the raw score the mean of its top cells. With one it
+        is the probability of a defect, range [0, 1], and the raw score that of ``image_score``'s logit.
+        """
+        form = self.detector.form
+        if self.evidence is None or self.detector.branch is None:
+            score = self.residual(image)
+            n_top = max(1, round(form.top_fraction * score.shape[1] * score.shape[2]))
+            return score, score.flatten(1).topk(n_top, dim=1).values.mean(dim=1)
+        logits = self.detector.branch(*self.evidence(image))
+        if form.evidence == "both":
+            logits = logits + form.residual_weight * standardised(self.residual(image), self.side)
+        return logits.sigmoid(), image_score(logits, self.detector.branch.form.top_cells).sigmoid()
+
+
+def standardised(residual: Tensor, side: int) -> Tensor:
+    """Bring a residual (B, h, w) to another grid and to zero mean and unit variance over its image."""
+    resized = functional.interpolate(residual[:, None], size=(side, side), mode="bilinear", align_corners=False)
+    return standardise(resized)[:, 0]
 
 
 def normalise(image: Tensor, mean: Tensor | nn.Module, std: Tensor | nn.Module) -> Tensor:

@@ -3,21 +3,25 @@
 Everything is resumable: the cache is reused where it fits, and a checkpoint is written after every epoch.
 """
 
+import csv
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from semwatch.detection import resize
 from semwatch.errors import ConfigError
 from semwatch_training import weights_file
+from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.ni_detector import (
     DetectorForm,
     DetectorGraph,
@@ -26,6 +30,7 @@ from semwatch_training.ni_detector import (
     plant_pseudo_defects,
     reconstruction_loss,
 )
+from semwatch_training.segmentation_branch import BranchForm
 from semwatch_training.vit import VisionTransformer
 
 Progress = Callable[[str, int, int], None]
@@ -89,6 +94,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train in place, from the last checkpoint in ``folder`` if there is one; returns one row of losses per epoch.
 
+    The rows also go to ``metrics.csv`` beside the checkpoint. A detector of the branch alone has nothing to train here.
+
     Raises:
         ConfigError: the checkpoint belongs to another schedule, form or number of images, or there is no full batch.
     """
@@ -118,11 +125,64 @@ def train(
                 "epoch": epoch + 1,
                 "reconstruction_loss": float(reconstruction),
                 "normal_loss": float(normal),
-                "seconds": time.monotonic() - start,
+                "seconds": (seconds := time.monotonic() - start),
+                "eta_seconds": seconds * (schedule.epochs - epoch - 1),
             }
         )
         _checkpoint(folder / "checkpoint.pt", epoch + 1, curve, settings, detector, optimiser, warm)
+        write_curve(curve, folder / "metrics.csv")
     return curve
+
+
+def few_shot_images(
+    images: Sequence[NDArray[np.uint8]], seed: int, *, views: int = 22, size_px: int = 448
+) -> list[NDArray[np.uint8]]:
+    """Make ``views`` training images of each of k normal ones: (k * views) of (size_px, size_px) uint8.
+
+    The first is the image itself; then the eight turns and mirrorings, shifted by up to an eighth, seen a little
+    nearer, with other contrast and brightness. What a shift uncovers is mirrored.
+
+    Args:
+        images: k normal micrographs (H, W) uint8, often 1 or 4.
+        seed: of the views.
+        views: 22 as the parent's.
+        size_px: the detector's input size.
+
+    Raises:
+        ConfigError: no image, or fewer than one view.
+    Source: INP-Former's few-shot recipe (22 views of a shot: rotations, shifts, flip, gray).
+    """
+    if not images or views < 1:
+        raise ConfigError(f"few-shot training needs an image and a view; there are {len(images)} and {views}")
+    rng = np.random.default_rng(seed)
+    made = []
+    for image in images:
+        square = resize(image, (size_px, size_px))
+        made += [square, *(_shot_view(square, index, rng) for index in range(1, views))]
+    return made
+
+
+def _shot_view(square: NDArray[np.uint8], index: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    side = square.shape[0]
+    turned = np.rot90(square, index % 4)
+    if index // 4 % 2:
+        turned = turned[:, ::-1]
+    zoom, (dx, dy) = rng.uniform(1.0, 1.2), rng.uniform(-side / 8, side / 8, 2)
+    corner = (1 - zoom) * (side - 1) / 2
+    affine = np.array([[zoom, 0, corner + dx], [0, zoom, corner + dy]])
+    moved = cv2.warpAffine(np.ascontiguousarray(turned), affine, (side, side), borderMode=cv2.BORDER_REFLECT_101)
+    level = (moved.astype(np.float32) - 128) * rng.uniform(0.8, 1.2) + 128 + rng.uniform(-15, 15)
+    return np.asarray(np.clip(np.rint(level), 0, 255), np.uint8)
+
+
+def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Write a training curve as CSV, one row per entry."""
+    partial = path.with_suffix(".partial.csv")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(curve[0]))
+        writer.writeheader()
+        writer.writerows(curve)
+    weights_file.place(partial, path)
 
 
 def rate_factor(step: int, steps: int, schedule: Schedule) -> float:
@@ -166,16 +226,33 @@ def load(path: Path) -> tuple[NIDetector, list[float], dict[str, str | float | i
     state, header = weights_file.read(path, what="detector")
     try:
         values = json.loads(header["form"])
-        detector = NIDetector(DetectorForm(**{**values, "layers": tuple(values["layers"])}))
+        detector = NIDetector(form_of(values))
         detector.load_state_dict(state, strict=True)
         return detector.eval(), json.loads(header["normal_scores"]), json.loads(header["provenance"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise weights_file.not_ours(path, "detector", error) from error
 
 
-def with_trunk(trunk: VisionTransformer, detector: NIDetector) -> DetectorGraph:
-    """The exported graph in evaluation mode."""
-    return DetectorGraph(trunk, detector).eval()
+def form_of(values: Mapping[str, Any]) -> DetectorForm:
+    """Build a form from what JSON makes of one.
+
+    Raises:
+        TypeError: it is no form.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"a form is a mapping, not {values!r}")
+    branch = values.get("branch")
+    if branch is not None:
+        tuples = {key: tuple(value) for key, value in branch.items() if isinstance(value, list)}
+        branch = BranchForm(**{**branch, **tuples})
+    return DetectorForm(**{**values, "layers": tuple(values["layers"]), "branch": branch})
+
+
+def with_trunk(
+    trunk: VisionTransformer | None, detector: NIDetector, convolutional: EfficientNet | None = None
+) -> DetectorGraph:
+    """The exported graph in evaluation mode; see ``DetectorGraph`` for which trunks are needed."""
+    return DetectorGraph(trunk, detector, convolutional).eval()
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.float16] | None:

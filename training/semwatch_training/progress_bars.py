@@ -1,0 +1,30 @@
+"""Progress on the console: one bar for each thing that is being done."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+class Bars:
+    """Progress bars, one per thing that is being done; each shows a count and the time left."""
+
+    def __init__(self) -> None:
+        columns = TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("", total=None, visible=False)
+        self._kind = ""
+
+    def __enter__(self) -> "Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` are done."""
+        kind = what.split(" ", maxsplit=1)[0]
+        if kind != self._kind:
+            self._kind, self._task = kind, self._progress.add_task(what, total=total)
+        self._progress.update(self._task, description=what, completed=done, total=total)
