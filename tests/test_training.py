@@ -509,7 +509,7 @@ def thin_backbone(monkeypatch) -> None:
 
 
 def command(*arguments: object) -> None:
-    result = CliRunner().invoke(command_line.app, ["detector", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner().invoke(command_line.app, ["ni-detector", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
 
 
