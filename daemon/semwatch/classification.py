@@ -3,14 +3,14 @@
 The rule, in the order it is applied to one defect:
 
 1. A class *fits* if the defect's conformal p-value under it, on frozen features, exceeds the recipe's significance.
-   By construction at most that share of a class's true members does not fit it.
+   Over all known defects together about that share, at most, fits nothing; a single class may have more.
 2. Nothing fits: *unknown*.
 3. The head gives every class that fits less than ``1 - decide_confidence``: what looks right lies outside its own
    class's range, and what lies in range looks wrong. The two witnesses contradict each other: *unknown*.
 4. The head's probability of its favourite, among the classes that fit, reaches ``decide_confidence``: that class.
 5. Else *non-decidable*.
 
-Source: split conformal prediction (Vovk et al. 2005), class-conditional (Mondrian) form. IC-DefectNCD leaves the
+Source: conformal prediction (Vovk et al. 2005), one calibration for all classes. IC-DefectNCD leaves the
 known/unknown decision to its discovery heads, which only a batch can use.
 """
 

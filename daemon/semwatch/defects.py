@@ -47,7 +47,8 @@ class ScoreMap:
     """The detector's answer for one field."""
 
     values: NDArray[np.float32]
-    """(h, w) cosine distance at the token grid, range [0, 2]; covers the whole field."""
+    """(h, w) at the detector's own grid, higher is more defective; covers the whole field. What the numbers mean is the
+    detector's own matter; the gate compares them with those of normal images."""
     raw_score: float
     """Image score before any per-image normalisation; comparable between images."""
 
