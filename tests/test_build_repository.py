@@ -11,14 +11,19 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from semwatch import model_repository
 from semwatch.errors import ConfigError
 from semwatch.inference import Embedded
-from semwatch_training import backbone, build_repository, train_detector
+from semwatch_training import __main__ as command_line
+from semwatch_training import backbone, build_repository, fit_memory, memory_detector, train_detector
 from semwatch_training.build_repository import build, form_text
+from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.head import save_head
+from semwatch_training.memory_detector import MemoryForm, Trunks
 from semwatch_training.ni_detector import DetectorForm, NIDetector
+from semwatch_training.segmentation_branch import BranchForm
 from semwatch_training.smg_vit import EncoderForm
 from semwatch_training.vit import TrunkShape, VisionTransformer, load_trunk
 from tiny_models import DETECTOR, ENCODER, SHAPE, head, trunk
@@ -36,9 +41,19 @@ def tiny_backbone() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
+        patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional())
         patch.setattr(build_repository, "EncoderForm", lambda: ENCODER)
         yield
     torch.set_num_threads(before)
+
+
+def convolutional() -> EfficientNet:
+    torch.manual_seed(0)
+    network = EfficientNet().eval().requires_grad_(False)
+    for parameter in network.parameters():  # torch's own start makes all patches alike
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return network
 
 
 def write_detector(weights: Path, *, seed: int = 0, form: DetectorForm = FORM, **provenance: str) -> None:
@@ -53,7 +68,7 @@ def write_head(weights: Path, *, seed: int = 0, encoder_form: str | None = None)
     save_head(fitted, weights / "head.safetensors", encoder_form=text, provenance={"seed": seed})
 
 
-def run(repository: Path, weights: Path, **options: bool) -> list[str]:
+def run(repository: Path, weights: Path, **options: bool | Path) -> list[str]:
     return list(build(repository, weights=weights, cache=weights / "cache", **options))
 
 
@@ -186,6 +201,69 @@ def test_detector_that_names_the_default_backbone_is_taken(copied, monkeypatch) 
     write_detector(weights, backbone=backbone.WHEEL_SHA256)
     monkeypatch.setattr(build_repository, "publish_detector", lambda *_, **__: 2)
     assert run(repository, weights, with_head=False) == ["detector 2", "encoder 1"]
+
+
+# ---- other detectors ----
+
+BRANCH = BranchForm(input_px=64, projection=4, width=8, dilations=(1,))
+MEMORY = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=50, candidates=90)
+
+
+def test_detector_of_the_branch_alone_is_served_without_the_vit(copied) -> None:
+    repository, weights = copied
+    write_detector(weights, form=DetectorForm(evidence="branch", branch=BRANCH, input_px=64))
+    assert run(repository, weights, with_head=False) == ["detector 2", "encoder 1"]
+    assert model_repository.read_meta(repository, "detector", 2).inputs["image"].shape == (64, 64)
+    assert run(repository, weights, with_head=False) == ["detector 2", "encoder 1"]
+
+
+def test_branch_of_another_trunk_is_refused(copied) -> None:
+    repository, weights = copied
+    write_detector(weights, form=DetectorForm(evidence="branch", branch=BRANCH, input_px=64), branch_trunk="0" * 64)
+    with pytest.raises(ConfigError, match=r"was trained on another backbone \(branch_trunk\)"):
+        run(repository, weights)
+    assert published(repository)["detector"] == [1]
+
+
+def test_memory_is_served_in_the_place_of_the_detector(copied) -> None:
+    repository, weights = copied
+    images = list(np.random.default_rng(0).integers(0, 256, (9, 64, 64), dtype=np.uint8))
+    kept = fit_memory.fit(images, Trunks(trunk(), convolutional()), MEMORY)
+    memory_detector.save(weights / "memory.safetensors", kept)
+    (weights / "detector.safetensors").rename(weights / "away")  # it is not asked for
+    assert run(repository, weights, memory=weights / "memory.safetensors") == ["detector 2", "encoder 1", "head 1"]
+    meta = model_repository.read_meta(repository, "detector", 2)
+    assert meta.provenance["engine"] == "memory"
+    assert meta.provenance["made_from"] == model_repository.file_sha256(weights / "memory.safetensors")
+    assert meta.normal_scores == pytest.approx(kept.normal_scores, abs=1e-6)
+    assert len(meta.normal_scores) == 9
+    assert run(repository, weights, memory=weights / "memory.safetensors")[0] == "detector 2"
+    with Embedded(repository, threads=1) as models:
+        assert models.infer("detector", {"image": np.zeros((1, 112, 112), np.uint8)}).version == 2
+
+
+def test_absent_memory_and_a_file_that_is_none_are_refused(copied) -> None:
+    repository, weights = copied
+    with pytest.raises(ConfigError, match=r"absent.safetensors"):
+        run(repository, weights, memory=weights / "absent.safetensors")
+    with pytest.raises(ConfigError, match="holds no memory"):
+        run(repository, weights, memory=weights / "head.safetensors")
+    assert published(repository)["detector"] == [1]
+
+
+def test_build_command_takes_the_memory(copied, monkeypatch) -> None:
+    repository, weights = copied
+    asked: list[tuple[Path, Path | None, bool]] = []
+
+    def noted(place: Path, *, weights: Path, cache: Path, with_head: bool, memory: Path | None) -> Iterator[str]:
+        asked.append((place, memory, with_head))
+        yield "detector 7"
+
+    monkeypatch.setattr(build_repository, "build", noted)
+    options = ["--repository", str(repository), "--weights", str(weights), "--memory", "m.safetensors"]
+    result = CliRunner().invoke(command_line.app, ["build", *options, "--without-head"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert asked == [(repository, Path("m.safetensors"), False)]
 
 
 # ---- fetching the backbone ----

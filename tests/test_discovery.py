@@ -5,7 +5,8 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from semwatch.errors import ConfigError
-from semwatch_training.discovery import HeadSettings, compare, discover, merge_crops, predict
+from semwatch_training.discovery import compare, discover, merge_crops, predict
+from semwatch_training.discovery_heads import HeadSettings
 
 QUICK = HeadSettings(n_heads=3, epochs=25, components=16)
 K, KNOWN = 5, 3
@@ -259,7 +260,7 @@ def test_no_crops_merge_into_no_images() -> None:
 def test_comparison_scores_every_method_on_the_same_samples() -> None:
     features, labels, truth = problem(shift=4.0)
     found = compare(features, labels, K, QUICK)
-    assert set(found) == {"k-means", "GCD", "GCD, whitened", "SimGCD", "unified", "heads", "literal"}
+    assert set(found) == {"k-means", "GCD", "GCD, whitened", "SimGCD", "unified", "gated", "literal"}
     ari = {name: adjusted_rand_score(truth[labels < 0], a[labels < 0]) for name, a in found.items()}
-    assert ari["heads"] > max(ari["k-means"], ari["GCD"])
-    assert ari["literal"] < ari["heads"]
+    assert ari["gated"] > max(ari["k-means"], ari["GCD"])
+    assert ari["literal"] < ari["gated"]

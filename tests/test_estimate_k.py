@@ -7,19 +7,9 @@ from sklearn.metrics import silhouette_samples
 from semwatch.errors import ConfigError
 from semwatch_training import estimate_k
 from semwatch_training.clustering import Clustering
-from semwatch_training.estimate_k import (
-    CRITERIA,
-    SPAN,
-    Rule,
-    bic,
-    estimate,
-    feasible,
-    grown,
-    posterior,
-    principal_components,
-    silhouettes,
-    whitened,
-)
+from semwatch_training.estimate_k import SPAN, Rule, bic, estimate, feasible, silhouettes
+from semwatch_training.k_consensus import CRITERIA, grown, posterior
+from semwatch_training.whitening import principal_components, whitened
 
 RULES = get_args(Rule)
 

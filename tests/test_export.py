@@ -6,10 +6,56 @@ from semwatch import micrograph, model_repository
 from semwatch.detection import resize
 from semwatch.errors import PublishError
 from semwatch.inference import Embedded
-from semwatch_training import backbone, export, train_detector
+from semwatch_training import backbone, export, fit_memory, train_detector
 from semwatch_training.build_repository import SHIPPED
 from semwatch_training.datasets import folder_images
-from tiny_models import detector_graph
+from semwatch_training.efficientnet import EfficientNet
+from semwatch_training.memory_detector import MemoryForm, MemoryGraph, Trunks
+from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.segmentation_branch import BranchForm
+from tiny_models import detector_graph, trunk
+
+MEMORY = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=50, candidates=90)
+
+
+def convolutional() -> EfficientNet:
+    torch.manual_seed(0)
+    network = EfficientNet().eval().requires_grad_(False)
+    for parameter in network.parameters():  # torch's own start makes all patches alike
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return network
+
+
+def branch_graph() -> DetectorGraph:
+    torch.manual_seed(0)
+    branch = BranchForm(input_px=64, projection=4, width=8, dilations=(1,))
+    return DetectorGraph(None, NIDetector(DetectorForm(evidence="branch", branch=branch, input_px=64)), convolutional())
+
+
+def memory_graph() -> MemoryGraph:
+    trunks = Trunks(trunk(), convolutional())
+    images = list(np.random.default_rng(0).integers(0, 256, (9, 112, 112), dtype=np.uint8))
+    return MemoryGraph(trunks, fit_memory.fit(images, trunks, MEMORY))
+
+
+@pytest.mark.parametrize(("make", "size", "side"), [(branch_graph, 64, 8), (memory_graph, 112, 4)])
+def test_other_detectors_are_served_under_the_same_signature(tmp_path, make, size, side) -> None:
+    graph = make().eval()
+    version = export.publish_detector(graph, tmp_path, normal_scores=[0.3, 0.1], provenance={"engine": "other"})
+    meta = model_repository.read_meta(tmp_path, "detector", version)
+    assert meta.inputs["image"].shape == (size, size)
+    assert meta.outputs["score_map"].shape == (side, side)
+    assert meta.normal_scores == (0.1, 0.3)
+    assert meta.provenance["engine"] == "other"
+    assert meta.provenance["input_px"] == size
+    images = np.random.default_rng(1).integers(0, 256, (5, size, size), dtype=np.uint8)
+    with torch.no_grad():
+        score, raw = graph(torch.from_numpy(images))
+    with Embedded(tmp_path, models=("detector",), threads=1) as models:
+        answer = models.infer("detector", {"image": images}).outputs
+    assert np.abs(answer["score_map"] - score.numpy()).max() < 1e-3 * score.abs().max()
+    assert np.abs(answer["raw_score"] - raw.numpy()).max() < 1e-3 * raw.abs().max()
 
 
 def test_published_detector_serves_what_torch_computes_at_any_batch(tiny_repository) -> None:

@@ -15,18 +15,17 @@ from semwatch.detection import resize
 from semwatch.errors import ConfigError
 from semwatch.model_repository import Meta
 from semwatch.model_repository import Tensor as TensorMeta
-from semwatch_training import memory_detector, weights_file
+from semwatch_training import fit_memory, memory_detector, weights_file
 from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.export import parity, random_inputs, to_onnx
+from semwatch_training.fit_memory import fit, principal_components
 from semwatch_training.memory_detector import (
     MemoryForm,
     MemoryGraph,
     SelfMatchingGraph,
     Trunks,
-    fit,
     load,
     nearest_distances,
-    principal_components,
     resampling,
     save,
     scored,
@@ -133,10 +132,10 @@ def test_images_of_one_group_do_not_vouch_for_each_other(trunks: Trunks) -> None
 
 def test_folds_keep_owners_together_and_are_as_many_as_can_be() -> None:
     rng = np.random.default_rng(0)
-    folds = memory_detector._folds(np.array([5, 5, 9, 9, 1, 1, 3, 3]), 3, rng)
+    folds = fit_memory._folds(np.array([5, 5, 9, 9, 1, 1, 3, 3]), 3, rng)
     assert (folds[::2] == folds[1::2]).all()
     assert set(folds) == {0, 1, 2}
-    assert set(memory_detector._folds(np.array([5, 9]), 4, rng)) == {0, 1}
+    assert set(fit_memory._folds(np.array([5, 9]), 4, rng)) == {0, 1}
 
 
 def test_identical_images_give_a_defined_memory(trunks: Trunks) -> None:
@@ -168,20 +167,20 @@ def test_a_few_images_are_remembered_from_all_sides(trunks: Trunks, n: int) -> N
 
 def test_every_image_gives_the_same_number_of_patches() -> None:
     rng = np.random.default_rng(0)
-    images, patches = memory_detector._drawn(7, 5, 17, rng)
+    images, patches = fit_memory._drawn(7, 5, 17, rng)
     assert sorted(np.bincount(images, minlength=7)) == [2, 2, 2, 2, 3, 3, 3]
     assert len(set(zip(images.tolist(), patches.tolist(), strict=True))) == 17
-    assert len(memory_detector._drawn(7, 5, 99, rng)[0]) == 35
+    assert len(fit_memory._drawn(7, 5, 99, rng)[0]) == 35
 
 
 def test_a_coreset_keeps_what_is_rare_and_takes_nothing_twice() -> None:
     rng = np.random.default_rng(0)
     features = torch.from_numpy(rng.normal(0, 0.1, (300, 8))).float()
     features[7], features[200] = 5.0, -5.0
-    chosen = memory_detector.coreset(features, 5, rng).tolist()
+    chosen = fit_memory.coreset(features, 5, rng).tolist()
     assert {7, 200} <= set(chosen)
-    assert len(set(memory_detector.coreset(torch.ones(6, 8), 4, rng).tolist())) == 4
-    assert memory_detector.coreset(features[:3], 9, rng).tolist() == [0, 1, 2]
+    assert len(set(fit_memory.coreset(torch.ones(6, 8), 4, rng).tolist())) == 4
+    assert fit_memory.coreset(features[:3], 9, rng).tolist() == [0, 1, 2]
 
 
 def test_the_same_seed_remembers_the_same_and_another_does_not(trunks: Trunks) -> None:

@@ -4,12 +4,9 @@ import pytest
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch_training.ni_detector import (
-    DetectorForm,
-    DetectorGraph,
-    NIDetector,
+from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector, group
+from semwatch_training.ni_losses import (
     distances,
-    group,
     matching_distances,
     normal_information_loss,
     plant_pseudo_defects,

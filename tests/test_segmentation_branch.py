@@ -9,7 +9,7 @@ import torch
 
 from semwatch.errors import ConfigError
 from semwatch.model_repository import Meta, Tensor
-from semwatch_training import backgrounds, branch_views, export, pattern_defects, train_detector
+from semwatch_training import backgrounds, datasets, export, pattern_defects, train_detector
 from semwatch_training.branch_views import synthetic_views, vary, views
 from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.ni_detector import DetectorForm, NIDetector
@@ -218,7 +218,7 @@ def test_synthetic_views_are_as_many_as_said_and_of_the_stages_asked_for(monkeyp
             raise NoRoom
         return render(stage, seed=seed, size_hw=(64, 64), defects=defects)
 
-    monkeypatch.setattr(branch_views, "render", noted)
+    monkeypatch.setattr(datasets, "render", noted)
     found = list(synthetic_views(2, 1, 3, seed=0, size_px=48, first_seed=100, stages=("DEP",)))
     assert [mask.any() for _, mask in found] == [False, True] * 3 + [True] * 3
     assert all(image.shape == mask.shape == (48, 48) for image, mask in found)

@@ -97,7 +97,7 @@ def test_pooling_a_guided_layer_is_refused() -> None:
 
 def test_literal_form_differs_from_the_scaled_one() -> None:
     model, images, mask = trunk(), torch.randn(1, 3, 56, 56), torch.rand(1, 4, 4)
-    literal = EncoderForm(trunk="tiny", input_px=56, pooled_layers=(0, 1), guided_layers=2, attention="literal")
+    literal = replace(ENCODER, attention="literal")
     assert not torch.allclose(SmgVit(model, ENCODER)(images, mask)[1], SmgVit(model, literal)(images, mask)[1])
 
 

@@ -17,8 +17,9 @@ from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.pipeline import Candidate
 from semwatch_training import __main__ as command_line
-from semwatch_training import backbone, datasets, labelled_crops, train_detector
-from semwatch_training.head import Head, HeadFit, fit_head
+from semwatch_training import backbone, datasets, few_shot, labelled_crops, train_detector
+from semwatch_training.fit_head import HeadFit, fit_head
+from semwatch_training.head import Head
 from semwatch_training.labelled_crops import Crops, hold_out_report, match, synthetic_images
 from semwatch_training.ni_detector import NIDetector
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
@@ -235,24 +236,24 @@ def test_no_shot_or_no_view_is_refused() -> None:
     shots = images(1)
     for given, views in (([], 22), (shots, 0)):
         with pytest.raises(ConfigError, match="needs an image and a view"):
-            train_detector.few_shot_images(given, 1, views=views)
+            few_shot.few_shot_images(given, 1, views=views)
 
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_each_shot_gives_itself_and_its_views(k) -> None:
     shots = images(k)
-    made = train_detector.few_shot_images(shots, 1, views=5, size_px=112)
+    made = few_shot.few_shot_images(shots, 1, views=5, size_px=112)
     assert [(view.shape, view.dtype) for view in made] == [((112, 112), np.uint8)] * (5 * k)
     assert all(np.array_equal(made[5 * i], shot) for i, shot in enumerate(shots))
     assert len({view.tobytes() for view in made}) == 5 * k
-    again = train_detector.few_shot_images(shots, 1, views=5, size_px=112)
-    other = train_detector.few_shot_images(shots, 2, views=5, size_px=112)
+    again = few_shot.few_shot_images(shots, 1, views=5, size_px=112)
+    other = few_shot.few_shot_images(shots, 2, views=5, size_px=112)
     assert np.array_equal(made, again)
     assert not np.array_equal(made, other)
 
 
 def test_black_shot_stays_without_structure() -> None:
-    made = train_detector.few_shot_images([np.zeros((80, 60), np.uint8)], 0, views=9, size_px=56)
+    made = few_shot.few_shot_images([np.zeros((80, 60), np.uint8)], 0, views=9, size_px=56)
     assert max(int(view.std()) for view in made) == 0
 
 

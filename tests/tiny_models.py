@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from semwatch_training.export import publish_detector, publish_encoder, publish_head
-from semwatch_training.head import Head, HeadFit, fit_head
+from semwatch_training.fit_head import HeadFit, fit_head
+from semwatch_training.head import Head
 from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.vit import TrunkShape, VisionTransformer

@@ -24,10 +24,9 @@ from semwatch.classification import size_feature
 from semwatch_training import backbone
 from semwatch_training.clustering import plain_kmeans
 from semwatch_training.estimate_k import Rule, decide, estimate, feasible, measure
-from semwatch_training.ni_detector import normalise
 from semwatch_training.smg_vit import pool
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, render
-from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD
+from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 REAL = ("Magnetic-Tile", "SD-saliency-900", "both real sets")

@@ -14,11 +14,21 @@ from semwatch import micrograph, model_repository
 from semwatch.config import Recipe
 from semwatch.errors import ConfigError, SemwatchError
 from semwatch.inference import Embedded
-from semwatch_training import backbone, build_repository, datasets, labelled_crops, memory_detector, train_detector
+from semwatch_training import (
+    backbone,
+    build_repository,
+    datasets,
+    fit_memory,
+    labelled_crops,
+    memory_detector,
+    train_detector,
+)
 from semwatch_training.backgrounds import backgrounds
 from semwatch_training.branch_views import synthetic_fields, synthetic_views, views
-from semwatch_training.evaluation_commands import evaluate_app, experiment_app
-from semwatch_training.head import HeadFit, fit_head, save_head
+from semwatch_training.evaluate_commands import evaluate_app
+from semwatch_training.experiment_commands import experiment_app
+from semwatch_training.fit_head import HeadFit, fit_head
+from semwatch_training.head import save_head
 from semwatch_training.ni_detector import DetectorForm, NIDetector
 from semwatch_training.progress_bars import Bars, console
 from semwatch_training.segmentation_branch import BranchForm, Evidence
@@ -239,7 +249,7 @@ def memory(
     images = [micrograph.read(path)[0].field for path in datasets.folder_images(normals)]
     trunks = memory_detector.Trunks(backbone.load(cache), backbone.load_efficientnet(cache))
     with Bars() as progress:
-        made = memory_detector.fit(images, trunks, seed=seed, progress=progress)
+        made = fit_memory.fit(images, trunks, seed=seed, progress=progress)
     memory_detector.save(out, made, provenance={"normals": f"{len(images)} images of a folder"})
     console.print(f"memory of {len(images)} images written to {out}")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from semwatch_training.pseudo_defects import Image, Plane, Rng
+from semwatch_training.pseudo_defects import Image, Plane, Rng, log_uniform
 
 KINDS = ("texture", "texture", "grating", "crossed", "dots", "blocks")
 
@@ -27,7 +27,7 @@ def background(kind: str, rng: Rng, size_px: int) -> Image:
     """Draw one background (size_px, size_px) uint8 of one of ``KINDS``, as an electron microscope would see it."""
     if kind == "texture":
         return _exposed(_texture(rng, size_px), rng, edges=rng.uniform(0, 0.3))
-    period = size_px * _log_uniform(rng, 0.03, 0.16)
+    period = size_px * log_uniform(rng, 0.03, 0.16)
     plane = _blocks(rng, size_px, period) if kind == "blocks" else _bars(rng, size_px, period, broken=kind == "grating")
     if kind == "crossed":
         under = _bars(rng, size_px, period * rng.uniform(0.6, 1.6), broken=rng.random() < 0.3).T
@@ -37,13 +37,13 @@ def background(kind: str, rng: Rng, size_px: int) -> Image:
             rng, size_px, period
         )
     plane = plane if rng.random() < 0.5 else plane.T
-    grain = np.float32(rng.uniform(0, 0.15)) * _band(rng, size_px, _log_uniform(rng, 1, 6))
+    grain = np.float32(rng.uniform(0, 0.15)) * _band(rng, size_px, log_uniform(rng, 1, 6))
     return _exposed(_roughened(plane, rng) + grain, rng, edges=rng.uniform(0.2, 1.2))
 
 
 def _texture(rng: Rng, side: int) -> Plane:
     """Band-limited noise, straight, ridged or saturated: grain, networks and islands."""
-    scale = _log_uniform(rng, 1.0, 12.0)
+    scale = log_uniform(rng, 1.0, 12.0)
     field = _band(rng, side, scale)
     match int(rng.integers(4)):
         case 0:
@@ -109,7 +109,7 @@ def _roughened(plane: Plane, rng: Rng) -> Plane:
     """Displace every edge a little, as printed ones are."""
     side = plane.shape[0]
     y, x = np.mgrid[:side, :side].astype(np.float32)
-    reach, scale = rng.uniform(0, 2.0), _log_uniform(rng, 2, 8)
+    reach, scale = rng.uniform(0, 2.0), log_uniform(rng, 2, 8)
     map_x, map_y = (axis + np.float32(reach) * _band(rng, side, scale) for axis in (x, y))
     return np.asarray(cv2.remap(plane, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT), np.float32)
 
@@ -124,7 +124,3 @@ def _exposed(plane: Plane, rng: Rng, *, edges: float) -> Image:
     signal = (signal - signal.mean()) / (signal.std() + 1e-6)
     level = rng.uniform(90, 135) + rng.uniform(12, 45) * signal + rng.normal(0, rng.uniform(2, 14), plane.shape)
     return np.asarray(np.clip(np.rint(level), 0, 255), np.uint8)
-
-
-def _log_uniform(rng: Rng, low: float, high: float) -> float:
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))

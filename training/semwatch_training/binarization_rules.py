@@ -15,9 +15,12 @@ RULES: tuple[binarization.Method, ...] = ("plateau", "fixed", "otsu", "literal")
 
 
 def mask_iou(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    """Intersection over union of a mask at any grid with the true mask (H, W), at the grid of the mask."""
+    """Intersection over union of a mask (g, g) with the true mask (H, W), at the mask's grid; 1 if both are empty.
+
+    A cell is truly defective when half of it is; a defect too thin for that keeps its most covered cells.
+    """
     share = cv2.resize(truth.astype(np.float32), mask.shape[::-1], interpolation=cv2.INTER_AREA)
-    wanted = share >= min(0.5, float(share.max()))
+    wanted = (share > 0) & (share >= min(0.5, float(share.max())))
     union = int((mask | wanted).sum())
     return float((mask & wanted).sum() / union) if union else 1.0
 
@@ -36,8 +39,7 @@ def mask_iou_table(
     rows = []
     for rule in RULES:
         found = np.array([mask_iou(binarization.binarize(m, method=rule).mask, t) for m, t in pairs])
-        rows.append((rule, Spread(float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else 0.0, len(found)),
-                     float((found > floor).mean())))  # fmt: skip
+        rows.append((rule, Spread.of(found), float((found > floor).mean())))
     note = f"{len(pairs)} defective fields, gate open; the spread is over fields."
     return Table(
         f"Masks from the maps of {title}", ("rule", "IoU with the truth", f"IoU over {floor}"), tuple(rows), note

@@ -100,7 +100,8 @@ def form_text(form: EncoderForm) -> str:
 
 
 def _published(repository: Path, model: str, made_from: str) -> int | None:
-    for version in reversed(model_repository.versions(repository, model)):
+    """The latest version, if it is made of this: an older one is not what the daemon serves."""
+    for version in model_repository.versions(repository, model)[-1:]:
         if model_repository.read_meta(repository, model, version).provenance.get("made_from") == made_from:
             return version
     return None

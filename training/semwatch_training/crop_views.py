@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from semwatch.errors import ConfigError
 from semwatch_training import weights_file
 from semwatch_training.augment import Augmentation, augment
-from semwatch_training.ni_detector import normalise
 from semwatch_training.smg_vit import SmgVit
-from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD
+from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""

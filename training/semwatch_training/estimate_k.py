@@ -2,7 +2,7 @@
 
 The default rule, ``consensus``, turns the curves of six criteria into a probability of each k and answers its median,
 which is what the smallest mean |k - k*| asks for. A few weights say how far a criterion is to be believed; they were
-fitted on development problems (see ``WEIGHTS``). ``paper``, ``gcd`` and ``dtc`` are the published rules, kept to be
+fitted on development problems (see ``k_consensus``). ``paper``, ``gcd`` and ``dtc`` are the published rules, kept to be
 measured beside it.
 
 All criteria share one projection onto principal components, and one that is whitened with the scatter within labelled
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import adjusted_rand_score
 
@@ -32,14 +31,14 @@ from semwatch_training.clustering import (
     Floats,
     Labels,
     checked,
-    class_means,
     clusterings,
     plain_kmeans,
     squared_distances,
 )
+from semwatch_training.k_consensus import CRITERIA, MASS, Curve, first_best, grown, posterior
+from semwatch_training.whitening import principal_components, whitened
 
 Rule = Literal["consensus", "max", "paper", "gcd", "dtc", "accuracy", "ari", "silhouette", "bic"]
-Curve = NDArray[np.float64]
 
 SPAN = 15
 """Candidates reach this far above the number of labelled classes unless said otherwise."""
@@ -47,9 +46,6 @@ MAX_SAMPLES = 10_000
 """More are thinned at random, labelled and unlabelled alike; curves hardly change and time does."""
 MAX_SILHOUETTE = 2000
 """Silhouettes are averaged over this many samples at most: their distances are n x n."""
-N_COMPONENTS = 48
-MIN_SHRINKAGE = 0.3
-"""Of the scatter within labelled classes towards a sphere: a few dozen labelled samples must not fit 48 axes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,7 +157,7 @@ def decide(measured: Measured, rule: Rule) -> KEstimate:
     """Let a rule read the curves."""
     ks = np.array(measured.candidates)
     probability = posterior(measured.criteria)
-    single = {name: int(ks[_first_best(measured.criteria[name])]) for name in CRITERIA}
+    single = {name: int(ks[first_best(measured.criteria[name])]) for name in CRITERIA}
     interval = min(single.values()), max(single.values())
     if rule == "consensus":
         middle = int(np.searchsorted(np.cumsum(probability), 0.5))
@@ -170,46 +166,12 @@ def decide(measured: Measured, rule: Rule) -> KEstimate:
     elif rule == "max":
         k = max(single["ari"], single["silhouette"])
     elif rule == "paper":
-        k = int(ks[_first_best(measured.criteria[ANCHORED])])
+        k = int(ks[first_best(measured.criteria[ANCHORED])])
     elif rule in single:
         k = single[rule]
     else:
         k = {"gcd": _gcd, "dtc": _dtc}[rule](measured)
     return KEstimate(k, interval, measured.candidates, {**measured.criteria, "probability": probability}, rule)
-
-
-def principal_components(features: Floats, width: int = N_COMPONENTS) -> Floats:
-    """Project centred features (n, D) onto their leading axes: (n, at most width)."""
-    centred = features - features.mean(axis=0)
-    n, d = centred.shape
-    if d <= n:
-        _, axes = np.linalg.eigh(centred.T @ centred)
-        return np.ascontiguousarray(centred @ axes[:, ::-1][:, :width])
-    values, vectors = np.linalg.eigh(centred @ centred.T)
-    values, vectors = values[::-1][:width], vectors[:, ::-1][:, :width]
-    return np.ascontiguousarray(vectors * np.sqrt(np.maximum(values, 0.0)), np.float32)
-
-
-def whitened(features: Floats, labels: Labels) -> Floats:
-    """Scale axes so that labelled classes are round, (n, d); unchanged where labels cannot tell.
-
-    Source: oracle approximating shrinkage (Chen et al. 2010), with a floor.
-    """
-    known = labels >= 0
-    classes = np.unique(labels[known])
-    n, d = int(known.sum()) - len(classes), features.shape[1]
-    if n < 2:
-        return features
-    within = features[known] - class_means(features, labels)[np.searchsorted(classes, labels[known])]
-    scatter = (within.T @ within / n).astype(np.float64)
-    trace, square = float(np.trace(scatter)), float(np.square(scatter).sum())
-    if trace <= 0:
-        return features
-    spread = (n + 1 - 2 / d) * (square - trace**2 / d)
-    shrinkage = min(1.0, ((1 - 2 / d) * square + trace**2) / spread) if spread > 0 else 1.0
-    shrinkage = max(shrinkage, MIN_SHRINKAGE)
-    values, axes = np.linalg.eigh((1 - shrinkage) * scatter + shrinkage * trace / d * np.eye(d))
-    return np.ascontiguousarray(features @ (axes / np.sqrt(values)), np.float32)
 
 
 def silhouettes(distances: Floats, assignment: Labels) -> Floats:
@@ -244,69 +206,12 @@ def bic(found: Clustering, shape: tuple[int, ...]) -> float:
     return (likelihood - 0.5 * math.log(n) * len(found.centres) * (d + 1)) / n
 
 
-SHAPES = ("below best", "below best, as share of range", "rise, as share of range", "is best")
-WEIGHTS: Mapping[str, tuple[float, float, float, float]] = {
-    "accuracy": (3.55, 0.933, -0.327, 0.483),
-    "ari": (1.85, -0.819, -0.858, 0.0227),
-    "silhouette": (6.75, 1.59, -0.611, 0.0719),
-    "bic": (-0.0787, 2.34, 2.18, -0.227),
-    "whitened bic": (-0.152, 2.06, 1.77, 0.469),
-    "unlabelled silhouette": (-2.18, -0.553, 0.384, 1.69),
-}
-"""How far each criterion's ``SHAPES`` are believed: a conditional logit over the candidates.
-
-Fitted by maximum likelihood, ridge 0.06 on standardised shapes, on 323 development problems, each cut to 11, 16 and 23
-candidates: 108 Gaussians as METHOD 6.1 (seeds from 1000), 45 with unequal, stretched scatter in 16 to 200 dimensions,
-90 of synthetic SEM crops as the daemon finds them, 36 of SD-saliency-900's even half, 36 of both, and 8 unlabelled.
-Criteria, shapes and ridge were chosen by cross-validation there: mean |k - k*| 0.57 over eight folds, 0.69 with each
-domain left out in turn. Novel classes number 0 to 7 in them.
-"""
-MASS = 0.85
-"""Of the posterior in the interval: with each development domain left out in turn, nine truths in ten need less."""
-CRITERIA = tuple(WEIGHTS)
 ANCHORED = "anchored accuracy"
 """The paper's criterion as printed: of labelled samples that are pinned to their class. It is 1 for every k."""
 
 
-def posterior(criteria: Mapping[str, Curve]) -> Curve:
-    """Probability of each candidate: a softmax of weighted shapes of the curves."""
-    logits = sum(_shapes(criteria[name]) @ np.array(weights) for name, weights in WEIGHTS.items())
-    weight = np.exp(logits - logits.max())
-    return np.asarray(weight / weight.sum())
-
-
-def grown(probability: Curve, middle: int, mass: float) -> tuple[int, int]:
-    """Indices of the interval around ``middle`` that reaches a mass, grown each time on its likelier side.
-
-    >>> grown(np.array([0.1, 0.5, 0.3, 0.1]), 1, 0.75)
-    (1, 2)
-    """
-    low = high = middle
-    while probability[low : high + 1].sum() < mass and (low > 0 or high < len(probability) - 1):
-        left = probability[low - 1] if low > 0 else -1.0
-        right = probability[high + 1] if high < len(probability) - 1 else -1.0
-        low, high = (low - 1, high) if left > right else (low, high + 1)
-    return low, high
-
-
-def _shapes(curve: Curve) -> NDArray[np.float64]:
-    """(candidates, shapes) of one curve; a flat curve says nothing."""
-    span = float(curve.max() - curve.min())
-    if span < 1e-9:
-        return np.zeros((len(curve), len(SHAPES)))
-    padded = np.pad(curve, (1, 0), mode="edge")
-    below = curve - curve.max()
-    is_best = np.zeros(len(curve))
-    is_best[_first_best(curve)] = 1.0
-    return np.stack((below, below / span, (curve - padded[:-1]) / span, is_best), axis=1)
-
-
-def _first_best(curve: Curve) -> int:
-    return int(np.argmax(np.round(curve, 6)))
-
-
 def _last_best(curve: Curve) -> int:
-    return len(curve) - 1 - _first_best(curve[::-1])
+    return len(curve) - 1 - first_best(curve[::-1])
 
 
 def _thinned(labels: Labels, rng: np.random.Generator) -> Labels:

@@ -5,6 +5,7 @@ the same splits and the same seeds. Detection has a room of its own, ``evaluate_
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -17,9 +18,11 @@ from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch_training import class_metrics, clustering, estimate_k, plots
 from semwatch_training.adc_metrics import Adc, adc_metrics, minority_accuracy, purity_contribution_curves
-from semwatch_training.discovery import HeadSettings, compare, discover, merge_crops
+from semwatch_training.discovery import compare, discover, merge_crops
+from semwatch_training.discovery_heads import HeadSettings
 from semwatch_training.feature_map import feature_map
-from semwatch_training.head import Head, HeadFit, fit_head
+from semwatch_training.fit_head import HeadFit, fit_head
+from semwatch_training.head import Head
 from semwatch_training.labelled_crops import Crops, Searched
 from semwatch_training.report import Cell, Table
 from semwatch_training.uncertainty import Rate, Spread
@@ -50,7 +53,7 @@ def classification(
     first: tuple[Adc, list[str | None], NDArray[np.float64], NDArray[np.str_]] | None = None
     for seed in seeds:
         verdicts, named, confidence = _cross_validated(crops, fit, seed, folds, significance, decide_confidence)
-        adc = adc_metrics(crops.labels, verdicts, nuisance=(DEFECT_FREE,))
+        adc = adc_metrics(crops.labels, verdicts, nuisance={DEFECT_FREE} & set(crops.labels))
         plain = float((named == truth).mean()), class_metrics.macro_f1(truth, named)
         shares = adc.total.accuracy, adc.total.purity, adc.total.contribution, adc.escape_rate, minority_accuracy(adc)
         totals.append((*plain, *shares))
@@ -122,6 +125,9 @@ def _fit(crops: Crops, chosen: NDArray[np.bool_], fit: HeadFit) -> Head:
 
 
 def _answers(head: Head, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    bad = int(np.count_nonzero(~np.isfinite(features).all(axis=1)))
+    if bad:  # a head has no distance to NaN, and would call it known
+        raise ConfigError(f"{bad} of {len(features)} rows of features hold NaN or infinity; encode those crops again")
     with torch.no_grad():
         logits, p_values = head(torch.from_numpy(features))
     return logits.numpy(), p_values.numpy()
@@ -136,7 +142,8 @@ def unknown_rule(crops: Crops, fit: HeadFit, *, seeds: Sequence[int], significan
     The score is one minus the largest p-value. Defect-free crops, where there are any, are always among the known.
 
     Raises:
-        ConfigError: fewer than three classes: one unknown and two known ones are the least.
+        ConfigError: fewer than three classes, one unknown and two known ones are the least; features that are not
+            finite; or what ``fit_head`` refuses of half of the images.
     """
     labels = np.array(crops.labels)
     classes = [name for name in sorted(set(crops.labels)) if name != DEFECT_FREE]
@@ -151,15 +158,14 @@ def unknown_rule(crops: Crops, fit: HeadFit, *, seeds: Sequence[int], significan
             known = labels != stranger
             learnt = known & _half_of_images(crops.image_idx, seed)
             head = _fit(crops, learnt, fit)
-            score_known, score_strange = (
-                1 - _answers(head, crops.features[chosen])[1].max(axis=1) for chosen in (known & ~learnt, ~known)
+            p_known, p_strange = (
+                _answers(head, crops.features[chosen])[1].max(axis=1) for chosen in (known & ~learnt, ~known)
             )
-            of_class.append(class_metrics.unknown_auroc(score_known, score_strange))
-            limit = 1 - significance
-            false_alarms += int((score_known >= limit).sum())
-            n_judged += len(score_known)
-            n_caught += int((score_strange >= limit).sum())
-            n_strangers += len(score_strange)
+            of_class.append(class_metrics.unknown_auroc(1 - p_known, 1 - p_strange))
+            false_alarms += int((p_known <= significance).sum())
+            n_judged += len(p_known)
+            n_caught += int((p_strange <= significance).sum())
+            n_strangers += len(p_strange)
         aurocs += of_class
         rows.append((stranger, int((labels == stranger).sum()), Spread.of(of_class)))
     rows.append(("all", len(labels), Spread.of(aurocs)))
@@ -205,9 +211,9 @@ def discovery_in_turn(
     for novel in classes:
         known_classes = [name for name in classes if name != novel]
         for seed in seeds:
-            given = _labelled_half(truth, known_classes, seed)
-            base = settings or HeadSettings()
-            for name, assignment in compare(features, given, len(classes), _with_seed(base, seed)).items():
+            given = labelled_half(truth, known_classes, seed)
+            chosen = replace(settings or HeadSettings(), seed=seed)
+            for name, assignment in compare(features, given, len(classes), chosen).items():
                 hidden = given < 0
                 found.setdefault(name, []).append(_cluster_scores(truth[hidden], assignment[hidden], known_classes))
             progress("discovery", next(done), total)
@@ -241,25 +247,30 @@ def discovery_of_images(
         seeds: of clustering and heads.
         settings: of the heads.
         progress: told after every seed.
+
+    Raises:
+        ConfigError: the base holds no defect, or what ``discover`` refuses, such as fewer crops than classes.
     """
     base_names = sorted(set(base.labels) - {DEFECT_FREE})
+    if not base_names:
+        raise ConfigError("the labelled base holds no defect; give one of other material with classes of its own")
     kept = np.array([label in base_names for label in base.labels])
     features = np.vstack((base.features[kept], found.crops.features))[:, :frozen_width]
     of_base = np.array([base_names.index(label) for label in np.array(base.labels)[kept]])
     n_base, n_found = len(of_base), len(found.crops.features)
     given = np.concatenate((of_base, np.full(n_found, -1)))
     truth = np.array(found.labels)
-    novel = sorted(set(found.labels))  # defect-free crops, where the gate opened in vain, are a class to find too
+    novel = sorted(set(found.crops.labels))  # defect-free among them where the gate opened in vain
     k = len(base_names) + len(novel)
     rows: dict[str, list[tuple[float, ...]]] = {}
     for done, seed in enumerate(seeds, start=1):
-        chosen = _with_seed(settings or HeadSettings(), seed)
+        chosen = replace(settings or HeadSettings(), seed=seed)
         assignments = compare(features, given, k, chosen, gated=given < 0)
         for name, assignment in assignments.items():
             votes = np.eye(k, dtype=np.float32)[assignment[n_base:]]
             rows.setdefault(name, []).append(_image_scores(votes, found, truth))
         soft = discover(features, given, k, chosen, gated=given < 0).probabilities[n_base:]
-        rows.setdefault("heads, soft votes", []).append(_image_scores(soft, found, truth))
+        rows.setdefault(f"{chosen.rule}, soft votes", []).append(_image_scores(soft, found, truth))
         progress("discovery", done, len(seeds))
     opened = len(np.unique(found.crops.image_idx))
     note = (
@@ -300,18 +311,14 @@ def _cluster_table(title: str, found: Mapping[str, list[tuple[float, ...]]], not
     return Table(title, ("method", *SCORES), tuple(rows), note)
 
 
-def _labelled_half(truth: NDArray[np.str_], known_classes: Sequence[str], seed: int) -> NDArray[np.intp]:
-    """Class index of a random half of each known class's samples, -1 for all others."""
+def labelled_half(truth: NDArray[np.str_], known_classes: Sequence[str], seed: int) -> NDArray[np.intp]:
+    """Class index of a random half of each known class's samples, one at least; -1 for all others: (n,)."""
     rng = np.random.default_rng(seed)
     given = np.full(len(truth), -1)
     for index, name in enumerate(known_classes):
         members = rng.permutation(np.flatnonzero(truth == name))
         given[members[: max(1, len(members) // 2)]] = index
     return given
-
-
-def _with_seed(settings: HeadSettings, seed: int) -> HeadSettings:
-    return HeadSettings(**{**{name: getattr(settings, name) for name in settings.__slots__}, "seed": seed})
 
 
 # ---- the number of classes ----
@@ -332,10 +339,12 @@ def number_of_classes(
     fewer), half of the known ones' labelled.
 
     Raises:
-        ConfigError: fewer than three classes.
+        ConfigError: fewer than three classes, no problem, or features that are not finite.
     """
     truth = np.array(labels)
     classes = np.array(sorted(set(labels)))
+    if n_problems < 1:
+        raise ConfigError(f"rules are judged on one problem or more, not {n_problems}")
     if len(classes) < 3:
         raise ConfigError(f"problems of two known classes and a novel one need three classes; there are {len(classes)}")
     rng = np.random.default_rng(seed)
@@ -367,8 +376,9 @@ def number_of_classes(
         f"{n_problems} problems drawn from {len(classes)} classes, seed {seed}; true k {min(true_k)} to {max(true_k)}."
     )
     columns = ("rule", "mean |k - k*|", "bias", "exact", "interval covers k*")
-    figures = {"Probability of each k in the last problem": plots.k_curves(last, interval=interval, truth=true_k[-1])}
-    return [Table("Number of classes", columns, tuple(rows), note)], figures if last else {}
+    caption = "Probability of each k in the last problem"
+    figures = {caption: plots.k_curves(last, interval=interval, truth=true_k[-1])} if last else {}
+    return [Table("Number of classes", columns, tuple(rows), note)], figures
 
 
 def _drawn_problem(

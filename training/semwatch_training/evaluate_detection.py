@@ -5,7 +5,7 @@ spread is over the seeds an engine was fitted with; an engine that has none stan
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +78,9 @@ def judge(
 
     Returns:
         The fields, and by engine one ``Judged`` for each of its graphs.
+
+    Raises:
+        ConfigError: there is no field.
     """
     kept: list[Field] = []
     raw: dict[str, list[list[float]]] = {name: [[] for _ in engine.graphs] for name, engine in engines.items()}
@@ -114,7 +117,7 @@ def detection(
     Defective fields with an empty mask count by image and are left out by pixel.
 
     Raises:
-        ConfigError: no normal or no defective field.
+        ConfigError: no normal field, or none with a defect that its mask marks.
     """
     kept, judged = judge(engines, fields, n, progress=progress)
     labels = np.array([field.label for field in kept])
@@ -158,14 +161,13 @@ def detection(
 
 
 def _false_alarms(engine: Engine, runs: Sequence[Judged], normal: NDArray[np.bool_]) -> Rate | None:
-    """Over all seeds pooled, or None where the engine has no gate."""
+    """Mean over all seeds, or None where the engine has no gate."""
     if not engine.thresholds:
         return None
     hits = sum(int((run.raw[normal] > t).sum()) for run, t in zip(runs, engine.thresholds, strict=True))
-    if len(runs) == 1:
-        return Rate.of(hits, int(normal.sum()))
     # Seeds judge the same images: their alarms are not independent, so the interval is that of one run.
-    return Rate.of(round(hits / len(runs)), int(normal.sum()))
+    n = int(normal.sum())
+    return replace(Rate.of(round(hits / len(runs)), n), rate=hits / (n * len(runs)))
 
 
 def _examples(fields: Sequence[Field], judged: Judged, engine: Engine) -> Figure:

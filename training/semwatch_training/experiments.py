@@ -20,13 +20,16 @@ from numpy.typing import NDArray
 from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.detection import resize
+from semwatch.errors import ConfigError
 from semwatch.inference import Embedded
 from semwatch_training import class_metrics, clustering, datasets, detection_metrics, estimate_k, train_detector
 from semwatch_training.branch_views import synthetic_views
 from semwatch_training.efficientnet import EfficientNet
+from semwatch_training.evaluate import labelled_half
 from semwatch_training.evaluate_detection import Engine, Field, judge, of_samples, synthetic
+from semwatch_training.fit_memory import fit
 from semwatch_training.labelled_crops import encode, given
-from semwatch_training.memory_detector import MemoryForm, MemoryGraph, Trunks, fit
+from semwatch_training.memory_detector import MemoryForm, MemoryGraph, Trunks
 from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.report import Cell, Table
 from semwatch_training.segmentation_branch import BranchForm, Evidence
@@ -152,7 +155,13 @@ def k_shot(
     form: MemoryForm | None = None,
     progress: Progress,
 ) -> Table:
-    """Show k normal images to the memory, seen from all sides, and judge; the draw of the k is the seed."""
+    """Show k normal images to the memory, seen from all sides, and judge; the draw of the k is the seed.
+
+    Raises:
+        ConfigError: a shot of no image, or of more than there are normal ones.
+    """
+    if not shots or min(shots) < 1 or max(shots) > len(normals):
+        raise ConfigError(f"shots {list(shots)} need 1 to {len(normals)} normal images each, as many as there are")
     form = form or MemoryForm()
     rows: list[tuple[Cell, ...]] = []
     for k in shots:
@@ -234,7 +243,11 @@ def mask_and_crop(
     seeds: Sequence[int],
     progress: Progress,
 ) -> Table:
-    """Cluster a data set's defects by what the encoder says of the whole image, of the crop, and of the masked crop."""
+    """Cluster a data set's defects by what the encoder says of the whole image, of the crop, and of the masked crop.
+
+    Raises:
+        ConfigError: no sample has a mask that marks anything.
+    """
     labels: list[str] = []
     features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in MASKINGS}
     for done, field in enumerate(of_samples(samples), start=1):
@@ -244,6 +257,8 @@ def mask_and_crop(
         for name, vector in _by_masking(field, models, recipe).items():
             features[name].append(vector)
         progress("crops", done, len(samples))
+    if not labels:
+        raise ConfigError("no sample has a mask that marks anything: there is no defect to cluster")
     truth = np.array(labels)
     k = len(set(labels))
     rows: list[tuple[Cell, ...]] = []
@@ -284,24 +299,25 @@ def k_per_stage(
     seeds: Sequence[int],
     rules: Sequence[estimate_k.Rule],
 ) -> Table:
-    """Estimate k of each stage's defects, the other stages' classes labelled (half of their samples)."""
+    """Estimate k of each stage's defects, the other stages' classes labelled (half of their samples).
+
+    Raises:
+        ConfigError: fewer than two stages, or features that are not finite.
+    """
     truth, of_stage = np.array(labels), np.array(stages)
+    if len(set(stages)) < 2:
+        raise ConfigError(f"one stage is novel and the others are known; there is only {sorted(set(stages))}")
     rows: list[tuple[Cell, ...]] = []
     for stage in sorted(set(stages)):
         known = sorted(set(truth[of_stage != stage].tolist()))
-        true_k = len(known) + len(set(truth[of_stage == stage].tolist()))
+        elsewhere = np.where(of_stage != stage, truth, "")  # the novel stage's samples are never labelled
         answers: dict[str, list[float]] = {rule: [] for rule in rules}
         for seed in seeds:
-            rng = np.random.default_rng(seed)
-            half = rng.random(len(truth)) < 0.5
-            given_labels = np.array(
-                [known.index(t) if s != stage and h else -1 for t, s, h in zip(truth, of_stage, half, strict=True)]
-            )
-            checked = clustering.checked(features, given_labels)
+            checked = clustering.checked(features, labelled_half(elsewhere, known, seed))
             measured = estimate_k.measure(*checked, estimate_k.feasible(*checked), seed=seed)
             for rule in rules:
                 answers[rule].append(float(estimate_k.decide(measured, rule).k))
-        rows.append((stage, len(known), true_k, *(Spread.of(answers[rule]) for rule in rules)))
+        rows.append((stage, len(known), len(set(labels)), *(Spread.of(answers[rule]) for rule in rules)))
     note = f"{len(truth)} crops; seeds {list(seeds)}; k counts labelled and novel classes, defect-free not among them."
     return Table("Number of classes by stage", ("novel stage", "labelled", "true k", *rules), tuple(rows), note)
 

@@ -8,6 +8,7 @@ is cut out along its true mask, so that rare types do not vanish from the head.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from semwatch.errors import ConfigError
 from semwatch.inference import Arrays, Embedded
 from semwatch.pipeline import Candidate, cut_out, gate_threshold, search
 from semwatch_training.datasets import MAX_SEEDS, Sample, first_with_room, load_gray, load_mask, synthetic_set
-from semwatch_training.head import HeadFit, fit_head
+from semwatch_training.fit_head import HeadFit, fit_head
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
 
 MIN_OVERLAP = 0.25
@@ -85,11 +86,14 @@ def of_samples(
 ) -> Crops:
     """Cut the defect of each sample along its true mask and encode it; samples with an empty mask are left out.
 
+    Defects of one image share its number, so that a split keeps them together.
+
     Raises:
         ConfigError: a normal sample, or no sample with a mask that marks anything.
     """
     features, labels, image_idx, area_px = [], [], [], []
-    for index, sample in enumerate(samples):
+    number_of = {path: number for number, path in enumerate(dict.fromkeys(sample.image for sample in samples))}
+    for done, sample in enumerate(samples, start=1):
         if sample.label == DEFECT_FREE:
             raise ConfigError(f"{sample.image} is {DEFECT_FREE}: there is no mask to cut along; leave it out")
         page = _page(sample)
@@ -98,9 +102,9 @@ def of_samples(
             candidate = given(truth, page, recipe, models)
             features.append(encode(candidate, models))
             labels.append(sample.label)
-            image_idx.append(index)
+            image_idx.append(number_of[sample.image])
             area_px.append(candidate.region.area_px)
-        progress("crops", index + 1, len(samples))
+        progress("crops", done, len(samples))
     if not features:
         raise ConfigError("no sample has a mask that marks anything: nothing to cut out")
     counts = {label: labels.count(label) for label in sorted(set(labels))}
@@ -142,11 +146,18 @@ class Searched:
 def searched(
     models: Embedded, recipe: Recipe, samples: Sequence[Sample], *, progress: Callable[[str, int, int], None]
 ) -> Searched:
-    """Search the images of samples as the daemon does, gate included, and encode what is found.
+    """Search the images of samples as the daemon does, gate included, and encode what is found; each image once.
 
     Raises:
-        ConfigError: the gate has no threshold, or it opened on no image.
+        ConfigError: an image with two labels, the gate has no threshold, or it opened on no image.
     """
+    samples = list({(sample.image, sample.label): sample for sample in samples}.values())
+    counts = Counter(sample.image for sample in samples)
+    if twice := [path for path, n in counts.items() if n > 1]:
+        raise ConfigError(
+            f"{len(twice)} images show defects of several classes, the first is {twice[0]}; here an image as a whole "
+            f"gets one name: leave them out"
+        )
     features, labels, image_idx, area_px, raw = [], [], [], [], []
     threshold = gate_threshold(recipe, models)
     for index, sample in enumerate(samples):

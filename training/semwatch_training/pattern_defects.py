@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
 from semwatch_training import pseudo_defects
-from semwatch_training.pseudo_defects import Image, Plane, Planted, Rng, blob, noise
+from semwatch_training.pseudo_defects import Image, Plane, Planted, Rng, blob, elliptic_distance, log_uniform, noise
 
 KINDS = ("swell", "warp", "erase", "lump")
 FOREIGN_KINDS = ("texture", "paste", "crack", "hole")
@@ -86,7 +86,7 @@ def _swollen(gray: Plane, rng: Rng) -> tuple[Plane, Plane]:
 def _warped(gray: Plane, rng: Rng) -> tuple[Plane, Plane]:
     """Push the pattern aside, or pinch or bulge it, within a Gaussian window."""
     H, W = gray.shape
-    radius = min(H, W) * _log_uniform(rng, 0.03, 0.2)
+    radius = min(H, W) * log_uniform(rng, 0.03, 0.2)
     y, x = np.mgrid[:H, :W].astype(np.float32)
     x_from, y_from = x - rng.uniform(0, W), y - rng.uniform(0, H)
     angle, stretch = rng.uniform(0, np.pi), rng.uniform(1, 3)
@@ -119,8 +119,8 @@ def _erased(gray: Plane, rng: Rng) -> tuple[Plane, Plane]:
 def _lump(gray: Plane, rng: Rng) -> tuple[Plane, Plane]:
     """Raise a dome or sink a hole: flattened inside, rim brightened, shaded from one side, sometimes a dark halo."""
     H, W = gray.shape
-    radius = min(H, W) * _log_uniform(rng, 0.008, 0.1)
-    distance = _elliptic_distance(rng, (H, W), radius, rng.uniform(1, 2))
+    radius = min(H, W) * log_uniform(rng, 0.008, 0.1)
+    distance = elliptic_distance(rng, (H, W), radius, rng.uniform(1, 2))
     distance = distance + np.float32(0.12) * noise(rng, (H, W), max(2.0, radius))
     body = np.clip((1 - distance) * radius / 2 + 0.5, 0, 1)
     rim = np.exp(-(((distance - 1) * radius / rng.uniform(1, 2.5)) ** 2))
@@ -136,27 +136,12 @@ def _lump(gray: Plane, rng: Rng) -> tuple[Plane, Plane]:
     return np.asarray(changed, np.float32), np.asarray(np.clip(body + rim, 0, 1), np.float32)
 
 
-def _elliptic_distance(rng: Rng, size_hw: tuple[int, int], radius: float, stretch: float) -> Plane:
-    """Distance from a random centre in units of an ellipse of mean ``radius`` px, turned at random."""
-    H, W = size_hw
-    angle, cy, cx = rng.uniform(0, np.pi), rng.uniform(0, H), rng.uniform(0, W)
-    y, x = np.mgrid[:H, :W].astype(np.float32)
-    along = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
-    across = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
-    root = np.sqrt(stretch)
-    return np.asarray(np.hypot(along / (radius * root), across * root / radius), np.float32)
-
-
 def _spot(rng: Rng, gray: Plane) -> Plane:
-    return blob(rng, (gray.shape[0], gray.shape[1]), _log_uniform(rng, 0.03, 0.22), softness=0.25)
+    return blob(rng, (gray.shape[0], gray.shape[1]), log_uniform(rng, 0.03, 0.22), softness=0.25)
 
 
 def _blend(gray: Plane, other: NDArray[np.floating], support: Plane) -> Plane:
     return np.asarray(gray + support * (other - gray), np.float32)
-
-
-def _log_uniform(rng: Rng, low: float, high: float) -> float:
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 _DISTORTIONS: dict[str, Callable[[Plane, Rng], tuple[Plane, Plane]]] = {

@@ -73,7 +73,7 @@ def _drawn(image: Image, rng: Rng, kind: str, donors: Sequence[Image]) -> Plante
     hw = (image.shape[0], image.shape[1])
     match kind:
         case "texture":
-            support = blob(rng, hw, _log_uniform(rng, 0.06, 0.5))
+            support = blob(rng, hw, log_uniform(rng, 0.06, 0.5))
             foreign = foreign_texture(rng, hw, donors or (image,))
             opacity = rng.uniform(0.3, 1.0)
             changed = gray + support * opacity * (foreign - gray)
@@ -86,7 +86,7 @@ def _drawn(image: Image, rng: Rng, kind: str, donors: Sequence[Image]) -> Plante
             support = spots(rng, hw)
             changed = gray + support * _contrast(rng, 20, 120)
         case "shading":
-            support = blob(rng, hw, _log_uniform(rng, 0.4, 1.0), softness=0.5)
+            support = blob(rng, hw, log_uniform(rng, 0.4, 1.0), softness=0.5)
             changed = gray + support * _contrast(rng, 12, 50)
         case _:
             support = frayed_border(rng, hw)
@@ -121,12 +121,12 @@ def blob(rng: Rng, size_hw: tuple[int, int], diameter: float, softness: float = 
         softness: width of the edge as a share of the diameter.
     """
     size = diameter * min(size_hw)
-    distance = _elliptic_distance(rng, size_hw, size / 2, rng.uniform(1, 2.5))
+    distance = elliptic_distance(rng, size_hw, size / 2, rng.uniform(1, 2.5))
     ragged = 1 - distance + 0.35 * noise(rng, size_hw, max(2.0, size / 4))
     return np.clip(0.5 + ragged / (2 * softness + 2 / size), 0, 1).astype(np.float32)
 
 
-def _elliptic_distance(rng: Rng, size_hw: tuple[int, int], radius: float, stretch: float) -> Plane:
+def elliptic_distance(rng: Rng, size_hw: tuple[int, int], radius: float, stretch: float) -> Plane:
     """Distance from a random centre in units of an ellipse of mean ``radius`` px, turned at random."""
     H, W = size_hw
     angle, cy, cx = rng.uniform(0, np.pi), rng.uniform(0, H), rng.uniform(0, W)
@@ -141,10 +141,10 @@ def foreign_texture(rng: Rng, size_hw: tuple[int, int], donors: Sequence[Image])
     """A donor turned, scaled and shifted in gray level, or plain noise: (H, W)."""
     H, W = size_hw
     if rng.random() < 0.3:
-        cell = _log_uniform(rng, 2, 20)
+        cell = log_uniform(rng, 2, 20)
         return (rng.uniform(30, 225) + rng.uniform(10, 50) * noise(rng, size_hw, cell)).astype(np.float32)
     donor = np.rot90(donors[int(rng.integers(len(donors)))], int(rng.integers(1, 4)))
-    zoom = _log_uniform(rng, 1, 3)
+    zoom = log_uniform(rng, 1, 3)
     height, width = (max(8, int(n / zoom)) for n in donor.shape)
     top, left = (int(rng.integers(0, n - m + 1)) for n, m in zip(donor.shape, (height, width), strict=True))
     piece = np.ascontiguousarray(donor[top : top + height, left : left + width]).astype(np.float32)
@@ -155,7 +155,7 @@ def foreign_texture(rng: Rng, size_hw: tuple[int, int], donors: Sequence[Image])
 def _pasted(gray: Plane, rng: Rng) -> tuple[Plane, Plane]:
     """Copy a rectangle, turned and shifted in gray level, to another place; return the image and its support."""
     H, W = gray.shape
-    area, aspect = min(H, W) ** 2 * _log_uniform(rng, 0.003, 0.08), _log_uniform(rng, 0.15, 6)
+    area, aspect = min(H, W) ** 2 * log_uniform(rng, 0.003, 0.08), log_uniform(rng, 0.15, 6)
     height, width = (int(np.clip(n, 3, m // 2)) for n, m in ((np.sqrt(area * aspect), H), (np.sqrt(area / aspect), W)))
     sy, ty = rng.integers(0, H - height + 1, 2)
     sx, tx = rng.integers(0, W - width + 1, 2)
@@ -179,11 +179,11 @@ def crack(rng: Rng, size_hw: tuple[int, int]) -> Plane:
     H, W = size_hw
     side = min(H, W)
     canvas = np.zeros((H, W), np.float32)
-    width = max(1, round(side * _log_uniform(rng, 0.004, 0.025)))
+    width = max(1, round(side * log_uniform(rng, 0.004, 0.025)))
     for _ in range(int(rng.integers(1, 4)) if rng.random() < 0.3 else 1):
         n_steps = int(rng.integers(6, 40))
         headings = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, rng.uniform(0.05, 0.5), n_steps))
-        step = side * _log_uniform(rng, 0.15, 1.2) / n_steps
+        step = side * log_uniform(rng, 0.15, 1.2) / n_steps
         start = rng.uniform(0, 1, 2) * (W, H)
         points = start + np.cumsum(step * np.stack((np.cos(headings), np.sin(headings)), axis=1), axis=0)
         cv2.polylines(canvas, [np.rint(points * 8).astype(np.int32)], False, 1.0, width, cv2.LINE_8, shift=3)
@@ -194,8 +194,8 @@ def spots(rng: Rng, size_hw: tuple[int, int]) -> Plane:
     """One to four soft-edged round spots (H, W), range [0, 1]."""
     support = np.zeros(size_hw, np.float32)
     for _ in range(int(rng.integers(1, 5)) if rng.random() < 0.3 else 1):
-        radius = max(1.5, min(size_hw) * _log_uniform(rng, 0.008, 0.08))
-        distance = _elliptic_distance(rng, size_hw, radius, rng.uniform(1, 2))
+        radius = max(1.5, min(size_hw) * log_uniform(rng, 0.008, 0.08))
+        distance = elliptic_distance(rng, size_hw, radius, rng.uniform(1, 2))
         edge = rng.uniform(0.15, 0.6)
         support = np.maximum(support, np.clip((1 - distance) / edge + 0.5, 0, 1))
     return support.astype(np.float32)
@@ -206,17 +206,18 @@ def frayed_border(rng: Rng, size_hw: tuple[int, int]) -> Plane:
     edge = int(rng.integers(4))
     H, W = size_hw if edge < 2 else size_hw[::-1]
     x = np.arange(W, dtype=np.float32)
-    reach = W * _log_uniform(rng, 0.1, 0.8)
+    reach = W * log_uniform(rng, 0.1, 0.8)
     window = np.clip(1 - (np.abs(x - rng.uniform(0, W)) / (reach / 2)) ** 4, 0, 1)
-    ragged = 0.6 + 0.4 * noise(rng, (2, W), max(2.0, W * _log_uniform(rng, 0.02, 0.15)))[0]
-    depth = H * _log_uniform(rng, 0.04, 0.3) * window * np.abs(ragged)
+    ragged = 0.6 + 0.4 * noise(rng, (2, W), max(2.0, W * log_uniform(rng, 0.02, 0.15)))[0]
+    depth = H * log_uniform(rng, 0.04, 0.3) * window * np.abs(ragged)
     strip = np.clip(depth[None] - np.arange(H, dtype=np.float32)[:, None], 0, 1)
     return np.ascontiguousarray((strip, strip[::-1], strip.T, strip.T[:, ::-1])[edge], dtype=np.float32)
 
 
 def _contrast(rng: Rng, low: float, high: float) -> float:
-    return float(_log_uniform(rng, low, high) * rng.choice((-1, 1), p=(0.65, 0.35)))
+    return float(log_uniform(rng, low, high) * rng.choice((-1, 1), p=(0.65, 0.35)))
 
 
-def _log_uniform(rng: Rng, low: float, high: float) -> float:
+def log_uniform(rng: Rng, low: float, high: float) -> float:
+    """Draw a number whose logarithm is uniform between those of ``low`` and ``high``."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from semwatch.errors import ConfigError
-from semwatch_training import weights_file
+from semwatch_training import checkpoint, weights_file
 from semwatch_training.crop_views import Views, frozen_fingerprint
 from semwatch_training.distillation import Projection, collapse_indicators, distillation_loss
 from semwatch_training.smg_vit import GuidedLayers, SmgVit
@@ -271,27 +271,20 @@ def _write_curve(path: Path, curve: list[dict[str, float]]) -> None:
 
 
 def _checkpoint(path: Path, epoch: int, curve: list[dict[str, float]], settings: dict[str, Any], run: _Run) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     state = {
         "epoch": epoch,
         "curve": curve,
-        "settings": settings,
         "pupil": run.pupil.state_dict(),
         "teacher": run.teacher.state_dict(),
         "centre": run.centre,
         "optimiser": run.optimiser.state_dict(),
     }
-    torch.save(state, partial)
-    weights_file.place(partial, path)
+    checkpoint.write(path, settings, state)
 
 
 def _resume(path: Path, settings: dict[str, Any], run: _Run) -> tuple[int, list[dict[str, float]]]:
-    if not path.exists():
+    if (state := checkpoint.read(path, settings)) is None:
         return 0, []
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("settings") != settings:
-        raise ConfigError(f"{path} was written by a run with other settings; remove it or give another folder")
     run.pupil.load_state_dict(state["pupil"])
     run.teacher.load_state_dict(state["teacher"])
     run.centre.copy_(state["centre"])

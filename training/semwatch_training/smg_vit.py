@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from semwatch_training.efficientnet import STAGES, STRIDES, EfficientNet
-from semwatch_training.ni_detector import normalise
-from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer
+from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, normalise
 
 MIN_DIFFERENCE = 1.0
 

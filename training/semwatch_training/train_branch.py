@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from semwatch.errors import ConfigError
-from semwatch_training import weights_file
-from semwatch_training.branch_views import Image, Mask, synthetic_fields, views
+from semwatch_training import checkpoint, weights_file
+from semwatch_training.branch_views import Image, Mask
 from semwatch_training.segmentation_branch import BranchForm, Evidence, SegmentationBranch, branch_loss
 from semwatch_training.train_detector import Progress, write_curve
-
-__all__ = ["BranchSchedule", "Samples", "cache_samples", "synthetic_fields", "train_branch", "unpacked", "views"]
 
 CHECKPOINT_STEPS = 50
 
@@ -213,11 +211,9 @@ def _checkpoint(
     averaged: SegmentationBranch,
     optimiser: torch.optim.Optimizer,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "checkpoint.partial"
-    state = {"step": step, "curve": curve, "settings": settings, "optimiser": optimiser.state_dict()}
-    torch.save({**state, "branch": branch.state_dict(), "averaged": averaged.state_dict()}, partial)
-    weights_file.place(partial, folder / "checkpoint.pt")
+    state = {"step": step, "curve": curve, "optimiser": optimiser.state_dict()}
+    state |= {"branch": branch.state_dict(), "averaged": averaged.state_dict()}
+    checkpoint.write(folder / "checkpoint.pt", settings, state)
     write_curve(curve, folder / "metrics.csv")
 
 
@@ -228,11 +224,8 @@ def _resume(
     averaged: SegmentationBranch,
     optimiser: torch.optim.Optimizer,
 ) -> tuple[int, list[dict[str, float]]]:
-    if not path.exists():
+    if (state := checkpoint.read(path, settings)) is None:
         return 0, []
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("settings") != settings:
-        raise ConfigError(f"{path} was written by a run with other settings; remove it or give another --out")
     branch.load_state_dict(state["branch"])
     averaged.load_state_dict(state["averaged"])
     optimiser.load_state_dict(state["optimiser"])

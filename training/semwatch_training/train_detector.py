@@ -12,24 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
-from semwatch_training import weights_file
+from semwatch_training import checkpoint, weights_file
 from semwatch_training.efficientnet import EfficientNet
-from semwatch_training.ni_detector import (
-    DetectorForm,
-    DetectorGraph,
-    NIDetector,
-    normal_information_loss,
-    plant_pseudo_defects,
-    reconstruction_loss,
-)
+from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.ni_losses import normal_information_loss, plant_pseudo_defects, reconstruction_loss
 from semwatch_training.segmentation_branch import BranchForm
 from semwatch_training.vit import VisionTransformer
 
@@ -132,47 +124,6 @@ def train(
         _checkpoint(folder / "checkpoint.pt", epoch + 1, curve, settings, detector, optimiser, warm)
         write_curve(curve, folder / "metrics.csv")
     return curve
-
-
-def few_shot_images(
-    images: Sequence[NDArray[np.uint8]], seed: int, *, views: int = 22, size_px: int = 448
-) -> list[NDArray[np.uint8]]:
-    """Make ``views`` training images of each of k normal ones: (k * views) of (size_px, size_px) uint8.
-
-    The first is the image itself; then the eight turns and mirrorings, shifted by up to an eighth, seen a little
-    nearer, with other contrast and brightness. What a shift uncovers is mirrored.
-
-    Args:
-        images: k normal micrographs (H, W) uint8, often 1 or 4.
-        seed: of the views.
-        views: 22 as the parent's.
-        size_px: the detector's input size.
-
-    Raises:
-        ConfigError: no image, or fewer than one view.
-    Source: INP-Former's few-shot recipe (22 views of a shot: rotations, shifts, flip, gray).
-    """
-    if not images or views < 1:
-        raise ConfigError(f"few-shot training needs an image and a view; there are {len(images)} and {views}")
-    rng = np.random.default_rng(seed)
-    made = []
-    for image in images:
-        square = resize(image, (size_px, size_px))
-        made += [square, *(_shot_view(square, index, rng) for index in range(1, views))]
-    return made
-
-
-def _shot_view(square: NDArray[np.uint8], index: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    side = square.shape[0]
-    turned = np.rot90(square, index % 4)
-    if index // 4 % 2:
-        turned = turned[:, ::-1]
-    zoom, (dx, dy) = rng.uniform(1.0, 1.2), rng.uniform(-side / 8, side / 8, 2)
-    corner = (1 - zoom) * (side - 1) / 2
-    affine = np.array([[zoom, 0, corner + dx], [0, zoom, corner + dy]])
-    moved = cv2.warpAffine(np.ascontiguousarray(turned), affine, (side, side), borderMode=cv2.BORDER_REFLECT_101)
-    level = (moved.astype(np.float32) - 128) * rng.uniform(0.8, 1.2) + 128 + rng.uniform(-15, 15)
-    return np.asarray(np.clip(np.rint(level), 0, 255), np.uint8)
 
 
 def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -303,18 +254,14 @@ def _checkpoint(
     optimiser: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     state = {
         "epoch": epoch,
         "curve": curve,
-        "settings": settings,
         "detector": detector.state_dict(),
         "optimiser": optimiser.state_dict(),
         "scheduler": scheduler.state_dict(),
     }
-    torch.save(state, partial)
-    weights_file.place(partial, path)
+    checkpoint.write(path, settings, state)
 
 
 def _resume(
@@ -324,11 +271,8 @@ def _resume(
     optimiser: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> tuple[int, list[dict[str, float]]]:
-    if not path.exists():
+    if (state := checkpoint.read(path, settings)) is None:
         return 0, []
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("settings") != settings:
-        raise ConfigError(f"{path} was written by a run with other settings; remove it or give another --out")
     detector.load_state_dict(state["detector"])
     optimiser.load_state_dict(state["optimiser"])
     scheduler.load_state_dict(state["scheduler"])

@@ -295,6 +295,12 @@ class VisionTransformer(nn.Module):
         return grid.flatten(2).transpose(1, 2)
 
 
+def normalise(image: Tensor, mean: Tensor | nn.Module, std: Tensor | nn.Module) -> Tensor:
+    """Turn gray of 0 to 255 (B, S, S) into ImageNet-normalised (B, 3, S, S)."""
+    gray = image.float().div(255).unsqueeze(1)
+    return (gray - cast(Tensor, mean)) / cast(Tensor, std)
+
+
 def load_trunk(name: str, checkpoint: Path) -> VisionTransformer:
     """Build the trunk ``name`` and load an official checkpoint file into it, strictly and unchanged.
 

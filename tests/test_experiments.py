@@ -1,0 +1,295 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from semwatch.config import Recipe
+from semwatch.defects import DEFECT_FREE
+from semwatch.errors import ConfigError
+from semwatch.inference import Embedded
+from semwatch_training import evaluate_detection, experiments
+from semwatch_training.datasets import Sample
+from semwatch_training.efficientnet import EfficientNet
+from semwatch_training.evaluate_detection import Field
+from semwatch_training.experiments import MASKINGS, cross_process, k_per_stage, k_shot, mask_and_crop, normal_tokens
+from semwatch_training.memory_detector import MemoryForm, Trunks
+from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.segmentation_branch import BranchForm
+from semwatch_training.synthetic import STAGES
+from semwatch_training.train_branch import BranchSchedule
+from semwatch_training.train_detector import Schedule
+from tiny_models import DETECTOR, trunk
+
+FORM = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=200, candidates=300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def convolutional() -> EfficientNet:
+    torch.manual_seed(0)
+    network = EfficientNet().eval().requires_grad_(False)
+    for parameter in network.parameters():  # torch's own start makes all patches alike
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return network
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def stripes(seed: int, side: int = 112) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    wave = 120 + 50 * np.sin(np.arange(side) / 4 + rng.uniform(0, 6))
+    return (wave + rng.normal(0, 5, (side, side))).clip(0, 255).astype(np.uint8)
+
+
+def fields(n: int = 3) -> list[Field]:
+    """Normal stripes, and stripes with a white box."""
+    found = []
+    for seed in range(n):
+        marked, mask = stripes(100 + seed), np.zeros((112, 112), bool)
+        mask[48:80, 32:64] = True
+        marked[mask] = 250
+        found += [Field(stripes(50 + seed), DEFECT_FREE, np.zeros_like(mask)), Field(marked, "box", mask)]
+    return found
+
+
+# ---- few-shot ----
+
+
+@pytest.mark.parametrize("shots", [[], [0], [1, 5]])
+def test_shots_of_nothing_and_of_more_than_there_are_normals_are_refused(convolutional, shots) -> None:
+    with pytest.raises(ConfigError, match="need 1 to 4 normal images"):
+        k_shot(Trunks(trunk(), convolutional), [stripes(i) for i in range(4)], fields(), shots=shots, seeds=(0,),
+               form=FORM, progress=quiet)  # fmt: skip
+
+
+def test_a_few_normal_images_are_enough_to_tell_a_white_box(convolutional) -> None:
+    normals = [stripes(i) for i in range(3)]
+    table = k_shot(
+        Trunks(trunk(), convolutional), normals, fields(), shots=[1, 2], seeds=(0, 1), form=FORM, progress=quiet
+    )
+    assert [cells[0] for cells in table.rows] == [1, 2]
+    for _, image, pixel in table.rows:
+        assert (image.n, pixel.n) == (2, 2)
+        assert image.mean > 0.75  # the trunks are random
+        assert pixel.mean > 0.75
+    assert table.note.startswith("6 fields judged; k of 3 normal images")
+
+
+def test_the_seed_draws_the_shots(convolutional, monkeypatch) -> None:
+    drawn: list[list[int]] = []
+    normals = [np.full((112, 112), level, np.uint8) for level in range(10)]
+    real = experiments.fit
+
+    def noted(images: list[np.ndarray], *rest: object, **options: object) -> object:
+        drawn.append([int(image[0, 0]) for image in images])
+        return real([stripes(1)], *rest, **options)
+
+    monkeypatch.setattr(experiments, "fit", noted)
+    k_shot(Trunks(trunk(), convolutional), normals, fields(1), shots=[1, 4], seeds=(0, 1), form=FORM, progress=quiet)
+    assert [len(set(shot)) for shot in drawn] == [1, 1, 4, 4]
+    assert drawn[2] != drawn[3]
+    assert drawn[2][:1] == drawn[0]  # more shots are those of fewer and others
+
+
+# ---- normal tokens ----
+
+
+def test_each_number_of_tokens_is_judged_by_both_kinds_of_evidence_and_features_are_cached_once(tmp_path) -> None:
+    built: list[DetectorForm] = []
+    told: list[str] = []
+
+    def graph_of(form: DetectorForm) -> DetectorGraph:
+        tiny = replace(DETECTOR, n_normal_tokens=form.n_normal_tokens)
+        built.append(tiny)
+        return DetectorGraph(trunk(), NIDetector(tiny))
+
+    table = normal_tokens(
+        graph_of,
+        [stripes(i) for i in range(6)],
+        fields(2),
+        tmp_path,
+        tokens=(1, 3),
+        schedule=Schedule(epochs=1, batch=3, features_per_image=16),
+        seeds=(0, 1),
+        progress=lambda what, *_: told.append(what),
+    )
+    assert [form.n_normal_tokens for form in built] == [1, 1, 3, 3]
+    assert [cells[0] for cells in table.rows] == [1, 3]
+    assert len(table.columns) == 5
+    for cells in table.rows:
+        assert all(0 <= cell.mean <= 1 and cell.n == 2 for cell in cells[1:])
+        assert cells[1:3] != cells[3:5]  # rebuilding and matching are two things
+    assert told.count("features") == 6
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "features.npy", *(f"tokens-{m}-{seed}" for m in (1, 3) for seed in (0, 1))
+    }  # fmt: skip
+
+
+def test_fewer_normals_than_a_batch_are_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="2 training images are fewer than a batch of 8"):
+        normal_tokens(
+            lambda form: DetectorGraph(trunk(), NIDetector(replace(DETECTOR, n_normal_tokens=form.n_normal_tokens))),
+            [stripes(i) for i in range(2)],
+            fields(1),
+            tmp_path,
+            tokens=(1,),
+            schedule=Schedule(epochs=1),
+            seeds=(0,),
+            progress=quiet,
+        )
+
+
+# ---- mask and crop ----
+
+
+def sample(folder: Path, index: int, label: str, *, marked: bool = True) -> Sample:
+    """Stripes with a square or a bar of its own gray."""
+    image, mask = stripes(index, side=96), np.zeros((96, 96), np.uint8)
+    mask[20:44, 20 : (44 if label == "square" else 90)] = 255
+    image[mask > 0] = 240 if label == "square" else 10
+    paths = folder / f"{index}.png", folder / f"{index}_mask.png"
+    assert cv2.imwrite(str(paths[0]), image)
+    assert cv2.imwrite(str(paths[1]), mask if marked else np.zeros_like(mask))
+    return Sample(paths[0], label, paths[1])
+
+
+def test_without_a_marked_defect_there_is_nothing_to_cluster(tmp_path, tiny_repository) -> None:
+    normal = Sample(sample(tmp_path, 0, "square").image, DEFECT_FREE)
+    with Embedded(tiny_repository, models=("encoder",), threads=1) as models:
+        for samples in ([], [normal], [sample(tmp_path, 1, "square", marked=False)]):
+            with pytest.raises(ConfigError, match="there is no defect to cluster"):
+                mask_and_crop(samples, models, Recipe(), frozen_width=8, seeds=(0,), progress=quiet)
+
+
+def test_the_encoder_is_shown_the_image_then_the_crop_then_the_mask(tmp_path, tiny_repository, monkeypatch) -> None:
+    shown: list[tuple[np.ndarray, np.ndarray]] = []
+    real = experiments.encode
+
+    def noted(candidate, models):
+        shown.append((candidate.crop, candidate.soft_mask))
+        return real(candidate, models)
+
+    monkeypatch.setattr(experiments, "encode", noted)
+    samples = [sample(tmp_path, i, ("square", "bar")[i % 2]) for i in range(6)]
+    with Embedded(tiny_repository, models=("encoder",), threads=1) as models:
+        width = int(models.meta("encoder").provenance["frozen_width"])
+        table = mask_and_crop(samples, models, Recipe(), frozen_width=width, seeds=(0, 1), progress=quiet)
+    assert [cells[0] for cells in table.rows] == list(MASKINGS)
+    assert all(cell.n == 2 and -0.5 <= cell.mean <= 1 for cells in table.rows for cell in cells[1:])
+    assert table.note.startswith("6 defects of 2 classes")
+    (whole, no_mask), (crop, blank), (again, binary), (_, soft) = shown[:4]
+    assert whole.shape == crop.shape
+    assert not np.array_equal(whole, crop)
+    assert np.array_equal(crop, again)
+    assert not no_mask.any()
+    assert not blank.any()
+    assert set(np.unique(binary).tolist()) <= {0.0, 1.0}
+    assert soft.max() > 0
+    assert np.array_equal(binary, soft >= 0.5)
+
+
+# ---- number of classes per stage ----
+
+
+def per_stage(each: int = 20, names: str = "abcde") -> tuple[np.ndarray, list[str], list[str]]:
+    rng = np.random.default_rng(0)
+    labels = [name for name in names for _ in range(each)]
+    features = rng.normal(size=(len(labels), 8)) + 25 * np.eye(8)[["abcde".index(name) for name in labels]]
+    return features.astype(np.float32), labels, ["one" if name in "abc" else "two" for name in labels]
+
+
+def test_classes_of_one_stage_only_are_refused() -> None:
+    for names in ("", "abc"):
+        features, labels, stages = per_stage(names=names)
+        with pytest.raises(ConfigError, match="one stage is novel and the others are known"):
+            k_per_stage(features, labels, stages, seeds=(0,), rules=("silhouette",))
+
+
+def test_k_counts_labelled_and_novel_classes_of_every_stage() -> None:
+    table = k_per_stage(*per_stage(), seeds=(0, 1), rules=("consensus", "silhouette"))
+    assert table.columns == ("novel stage", "labelled", "true k", "consensus", "silhouette")
+    assert [cells[:3] for cells in table.rows] == [("one", 2, 5), ("two", 3, 5)]
+    for cells in table.rows:
+        assert [(cell.mean, cell.n) for cell in cells[3:]] == [(5.0, 2)] * 2
+
+
+def test_the_novel_stage_is_never_labelled_and_each_known_class_is(monkeypatch) -> None:
+    """With two samples of a class a coin for each would leave a class without a label, and a gap in the numbers."""
+    features, labels, stages = per_stage(each=2)
+    given: list[np.ndarray] = []
+    real = experiments.clustering.checked
+
+    def noted(values: np.ndarray, marks: np.ndarray) -> object:
+        given.append(marks)
+        return real(values, marks)
+
+    monkeypatch.setattr(experiments.clustering, "checked", noted)
+    k_per_stage(features, labels, stages, seeds=range(3), rules=("silhouette",))
+    of_stage = np.array(stages)
+    for index, marks in enumerate(given):
+        novel = "one" if index < 3 else "two"
+        assert (marks[of_stage == novel] == -1).all()
+        known = marks[of_stage != novel]
+        assert sorted(known[known >= 0].tolist()) == list(range(2 if novel == "one" else 3))
+
+
+def test_nan_features_are_refused() -> None:
+    features, labels, stages = per_stage(each=4)
+    features[0] = np.nan
+    with pytest.raises(ConfigError, match="NaN"):
+        k_per_stage(features, labels, stages, seeds=(0,), rules=("silhouette",))
+
+
+# ---- cross-process ----
+
+
+def test_each_stage_is_learnt_twice_and_judged_on_all_three(tmp_path, convolutional, monkeypatch) -> None:
+    monkeypatch.setattr(
+        experiments, "BranchForm", lambda: BranchForm(input_px=64, projection=4, width=4, dilations=(1,))
+    )
+    monkeypatch.setattr(experiments, "DetectorForm", lambda **form: DetectorForm(**form, input_px=64))
+    trained: list[tuple[str, ...]] = []
+    real_views, real_fields = experiments.synthetic_views, evaluate_detection.synthetic
+
+    def noted(*numbers: int, stages: tuple[str, ...], **options: int):
+        trained.append((*stages, *numbers, options["first_seed"]))
+        return real_views(*numbers, stages=stages, **options)
+
+    monkeypatch.setattr(experiments, "synthetic_views", noted)
+    monkeypatch.setattr(experiments, "synthetic", lambda stage, **options: real_fields(stage, **options, side_px=384))
+    monkeypatch.setattr("semwatch_training.branch_views.SIDES_PX", (384, 384, 384, 384))
+    table = cross_process(
+        convolutional,
+        tmp_path,
+        n_normal=2,
+        n_labelled=2,
+        n_backgrounds=1,
+        schedule=BranchSchedule(steps=2, batch=4),
+        seeds=(0, 1),
+        n_test_normal=1,
+        n_test_per_type=1,
+        progress=quiet,
+    )
+    assert trained == [
+        (stage, 2, 1, n_labelled, 1_000_000 + 10_000_000 * seed)
+        for stage in STAGES for n_labelled in (0, 2) for seed in (0, 1)
+    ]  # fmt: skip
+    assert [cells[:3] for cells in table.rows] == [
+        (stage, told, other if other != stage else f"{other} (seen)")
+        for stage in STAGES for told in ("normals", "labelled") for other in STAGES
+    ]  # fmt: skip
+    assert all(cell.n == 2 and 0 <= cell.mean <= 1 for cells in table.rows for cell in cells[3:])
