@@ -8,7 +8,7 @@ from semwatch.errors import ConfigError
 from semwatch_training.discovery import compare, discover, merge_crops, predict
 from semwatch_training.discovery_heads import HeadSettings
 
-QUICK = HeadSettings(n_heads=3, epochs=25, components=16)
+QUICK = HeadSettings(rule="gated", n_heads=3, epochs=25, components=16)
 K, KNOWN = 5, 3
 
 

@@ -7,7 +7,7 @@ from sklearn.metrics import silhouette_samples
 from semwatch.errors import ConfigError
 from semwatch_training import estimate_k
 from semwatch_training.clustering import Clustering
-from semwatch_training.estimate_k import SPAN, Rule, bic, estimate, feasible, silhouettes
+from semwatch_training.estimate_k import SPAN, Rule, bic, estimate, feasible, silhouettes, unit_length
 from semwatch_training.k_consensus import CRITERIA, grown, posterior
 from semwatch_training.whitening import principal_components, whitened
 
@@ -82,6 +82,27 @@ def test_consensus_finds_well_separated_classes(seed):
 
 def test_consensus_says_so_when_there_are_no_unknowns():
     features, labels = problem([60, 60, 60, 60], 4)
+    assert estimate(features, labels).k == 4
+
+
+def test_variation_that_labelled_classes_share_makes_no_class():
+    features, labels = problem([60, 50, 70, 60, 50, 60], 4)
+    features[:, -1] += 12.0 * (np.arange(len(features)) % 2)  # two backgrounds, each under half of every class
+    assert estimate(features, labels, rule="bic").k > 6
+    assert estimate(features, labels).k == 6
+
+
+def test_labels_need_not_be_consecutive():
+    features, labels = problem([40, 60, 30, 50], 2)
+    gaps = np.where(labels == 1, 7, labels)
+    assert estimate(features, gaps).curves["probability"] == pytest.approx(
+        estimate(features, labels).curves["probability"]
+    )
+
+
+def test_one_labelled_sample_a_class_is_enough():
+    features, labels = problem([60, 60, 60, 60], 0)
+    labels[[0, 60]] = 0, 1
     assert estimate(features, labels).k == 4
 
 
@@ -163,6 +184,10 @@ def test_silhouettes_match_scikit_learn():
     assignment[0] = 9  # a cluster of one
     distances = np.linalg.norm(points[:, None] - points[None], axis=2).astype(np.float32)
     np.testing.assert_allclose(silhouettes(distances, assignment), silhouette_samples(points, assignment), atol=1e-5)
+
+
+def test_rows_of_zeros_have_no_direction_and_stay():
+    np.testing.assert_allclose(unit_length(np.array([[0, 0], [3, 4]], np.float32)), [[0, 0], [0.6, 0.8]], rtol=1e-6)
 
 
 def test_a_single_cluster_has_silhouette_zero():

@@ -89,7 +89,8 @@ def test_parity_notices_other_weights(tiny_repository) -> None:
 def test_shipped_detector_agrees_with_torch_on_real_images(repository, data) -> None:
     """Six here; ``make bench`` takes fifty."""
     detector, _, _ = train_detector.load(SHIPPED / "detector.safetensors")
-    graph = train_detector.with_trunk(backbone.load(repository.parent / ".cache"), detector)
+    cache = repository.parent / ".cache"
+    graph = train_detector.with_trunk(backbone.load(cache), detector, backbone.load_efficientnet(cache))
     paths = folder_images(data / "SEM-TIFF-metadata")[:3] + folder_images(data / "MTD")[::500][:3]
     with Embedded(repository) as models:
         for path in paths:

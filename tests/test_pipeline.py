@@ -176,7 +176,7 @@ def test_boxes_are_those_of_the_mask_stretched_over_the_field(models) -> None:
 
 
 def test_crop_is_the_window_of_the_page(models) -> None:
-    pixels = field(size_hw=(256, 256))
+    pixels = field(SEVERAL, (256, 256))
     page = review(png(pixels), models, Recipe.model_validate({"gate": {"threshold": 0.0}, "crop": {"context": 1.0}}))
     crops = [d for d in page.pages[0].defects if inside(d.crop_xyxy, (0, 0, 256, 256))]
     assert crops

@@ -1,16 +1,16 @@
 """How many classes there are: every candidate k is clustered once, and rules by name read the curves.
 
-The default rule, ``consensus``, turns the curves of six criteria into a probability of each k and answers its median,
+The default rule, ``consensus``, turns the curves of ten criteria into a probability of each k and answers its median,
 which is what the smallest mean |k - k*| asks for. A few weights say how far a criterion is to be believed; they were
 fitted on development problems (see ``k_consensus``). ``paper``, ``gcd`` and ``dtc`` are the published rules, kept to be
 measured beside it.
 
-All criteria share one projection onto principal components, and one that is whitened with the scatter within labelled
-classes: known classes tell which directions are mere variation. Clusterings for k start from those for k - 1 and from
-one seeding that serves every k, so that curves are smooth.
+Criteria read three spaces: principal components, the same whitened by the scatter within labelled classes, and the
+metric of discovery heads, whitened before it is cut short. Known classes tell which directions are mere variation.
+Clusterings for k start from those for k - 1 and from one seeding that serves every k, so that curves are smooth.
 
-What no criterion can tell: a class that falls into sub-clusters looks like several. On Magnetic-Tile, which took no
-part in development, the consensus over-estimates; see ``tests/benchmarks/bench_k.py``. Believe the interval.
+What no criterion can tell: a class that falls into sub-clusters looks like several; see
+``tests/benchmarks/bench_k.py``. Believe the interval.
 """
 
 import functools
@@ -36,7 +36,7 @@ from semwatch_training.clustering import (
     squared_distances,
 )
 from semwatch_training.k_consensus import CRITERIA, MASS, Curve, first_best, grown, posterior
-from semwatch_training.whitening import principal_components, whitened
+from semwatch_training.whitening import principal_components, whitened, within_class_metric
 
 Rule = Literal["consensus", "max", "paper", "gcd", "dtc", "accuracy", "ari", "silhouette", "bic"]
 
@@ -46,6 +46,11 @@ MAX_SAMPLES = 10_000
 """More are thinned at random, labelled and unlabelled alike; curves hardly change and time does."""
 MAX_SILHOUETTE = 2000
 """Silhouettes are averaged over this many samples at most: their distances are n x n."""
+METRIC_WHITENED, METRIC_COMPONENTS = 256, 64
+"""Of the space that discovery heads read by default; the consensus was fitted with these."""
+CAUTIOUS_AXES = 16
+"""Axes that ``bic`` is told of in whitened spaces. With all of them it takes every lump of a real class for a class:
+images vary along few directions at once, so that axes are not independent witnesses."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +77,7 @@ def estimate(
 ) -> KEstimate:
     """Estimate the number of classes, known ones included.
 
-    Without any label only silhouette and BIC speak. Where nothing is unlabelled k is the number of labelled classes.
+    Without any label only silhouettes and BIC speak. Where nothing is unlabelled k is the number of labelled classes.
     Identical samples are one class, or as many as are labelled.
 
     Args:
@@ -130,27 +135,21 @@ def measure(features: Floats, labels: Labels, candidates: Sequence[int], *, seed
         kept = _thinned(labels, rng)
         features, labels = features[kept], labels[kept]
     plain = principal_components(features)
-    known = labels >= 0
+    spaces = {
+        "": plain,
+        "whitened ": unit_length(whitened(plain, labels)),
+        "metric ": unit_length(_metric(features, labels)),
+    }
     sampled = rng.permutation(len(labels))[:MAX_SILHOUETTE]
-    criteria: dict[str, list[float]] = {name: [] for name in (*CRITERIA, ANCHORED)}
-    for found in clusterings(plain, np.full(len(labels), UNLABELLED), candidates, rng):
-        assigned = found.assignment[known]
-        criteria["accuracy"].append(_labelled_accuracy(labels[known], assigned))
-        criteria["ari"].append(float(adjusted_rand_score(labels[known], assigned)) if known.any() else 0.0)
-    for prefix, space in (("", plain), ("whitened ", whitened(plain, labels))):
-        distances = np.sqrt(squared_distances(space[sampled], space[sampled]))
-        np.fill_diagonal(distances, 0.0)
-        for found in clusterings(space, labels, candidates, rng):
-            widths = silhouettes(distances, found.assignment[sampled])
-            criteria[f"{prefix}bic"].append(bic(found, space.shape))
-            if prefix:
-                unlabelled = widths[~known[sampled]]
-                criteria["unlabelled silhouette"].append(float(unlabelled.mean()) if len(unlabelled) else 0.0)
-            else:
-                criteria["silhouette"].append(float(widths.mean()))
-                criteria[ANCHORED].append(_labelled_accuracy(labels[known], found.assignment[known]))
-    curves = {name: np.array(values) for name, values in criteria.items()}
-    return Measured(tuple(candidates), curves, plain, labels, seed)
+    curves: dict[str, Curve] = {}
+    for prefix in ("", "metric "):
+        found = _agreement(spaces[prefix], labels, candidates, rng)
+        curves |= {prefix + name: curve for name, curve in found.items()}
+    for prefix, space in spaces.items():
+        found = _separation(space, labels, candidates, sampled, rng)
+        curves |= {prefix + name: curve for name, curve in found.items()}
+    read = {name: curves[name] for name in (*CRITERIA, ANCHORED)}
+    return Measured(tuple(candidates), read, plain, labels, seed)
 
 
 def decide(measured: Measured, rule: Rule) -> KEstimate:
@@ -172,6 +171,12 @@ def decide(measured: Measured, rule: Rule) -> KEstimate:
     else:
         k = {"gcd": _gcd, "dtc": _dtc}[rule](measured)
     return KEstimate(k, interval, measured.candidates, {**measured.criteria, "probability": probability}, rule)
+
+
+def unit_length(features: Floats) -> Floats:
+    """Scale rows (n, d) to unit length; a row of zeros stays."""
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    return np.asarray(features / np.where(lengths > 0, lengths, 1.0), np.float32)
 
 
 def silhouettes(distances: Floats, assignment: Labels) -> Floats:
@@ -219,6 +224,43 @@ def _thinned(labels: Labels, rng: np.random.Generator) -> Labels:
     order = rng.permutation(len(labels))
     _, first = np.unique(labels[order], return_index=True)
     return np.sort(np.unique(np.concatenate((order[first], order[:MAX_SAMPLES]))))
+
+
+def _metric(features: Floats, labels: Labels) -> Floats:
+    """What discovery heads read, but for its length: (n, at most ``METRIC_COMPONENTS``)."""
+    classes = np.unique(labels[labels >= 0])
+    consecutive = np.where(labels >= 0, np.searchsorted(classes, labels), UNLABELLED)
+    mean, directions = within_class_metric(
+        features[None], consecutive, METRIC_COMPONENTS, whitened_components=METRIC_WHITENED
+    )
+    return np.asarray((features - mean) @ directions, np.float32)
+
+
+def _agreement(space: Floats, labels: Labels, candidates: Sequence[int], rng: np.random.Generator) -> dict[str, Curve]:
+    """How well clusterings that saw no label agree with the labels."""
+    known = labels >= 0
+    found = clusterings(space, np.full(len(labels), UNLABELLED), candidates, rng)
+    pairs = [(labels[known], one.assignment[known]) for one in found]
+    return {
+        "accuracy": np.array([_labelled_accuracy(*pair) for pair in pairs]),
+        "ari": np.array([adjusted_rand_score(*pair) if known.any() else 0.0 for pair in pairs]),
+    }
+
+
+def _separation(
+    space: Floats, labels: Labels, candidates: Sequence[int], sampled: Labels, rng: np.random.Generator
+) -> dict[str, Curve]:
+    """How compact and distinct the clusters of anchored clusterings are; silhouettes of the sampled alone."""
+    known = labels >= 0
+    distances = np.sqrt(squared_distances(space[sampled], space[sampled]))
+    np.fill_diagonal(distances, 0.0)
+    found = clusterings(space, labels, candidates, rng)
+    return {
+        "silhouette": np.array([float(silhouettes(distances, one.assignment[sampled]).mean()) for one in found]),
+        "bic": np.array([bic(one, space.shape) for one in found]),
+        "cautious bic": np.array([bic(one, (len(space), CAUTIOUS_AXES)) for one in found]),
+        ANCHORED: np.array([_labelled_accuracy(labels[known], one.assignment[known]) for one in found]),
+    }
 
 
 def _labelled_accuracy(truth: Labels, assignment: Labels) -> float:

@@ -51,10 +51,13 @@ def cross_process(
     steps: Annotated[int, typer.Option(min=10)] = 900,
     seeds: SeedsOption = 2,
     per_type: PerTypeOption = 12,
+    stage: Annotated[list[str] | None, typer.Option(help="Stage to train on; repeat. Default: each in turn.")] = None,
     cache: CacheOption = CACHE,
     as_json: JsonOption = False,
 ) -> None:
     """Train on one process stage, judge on the two others, in all three directions (the paper's table 1)."""
+    if unknown := set(stage or ()) - set(STAGES):
+        raise ConfigError(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     with Bars() as progress:
         table = experiments.cross_process(
             backbone.load_efficientnet(cache),
@@ -66,6 +69,7 @@ def cross_process(
             seeds=range(seeds),
             n_test_normal=3 * per_type,
             n_test_per_type=per_type,
+            stages=tuple(stage or STAGES),
             progress=progress,
         )
     finish(out, "Cross-process detection", [table], {}, SYNTHETIC, range(seeds), as_json)

@@ -55,9 +55,10 @@ def cross_process(
     seeds: Sequence[int],
     n_test_normal: int,
     n_test_per_type: int,
+    stages: Sequence[str] = STAGES,
     progress: Progress,
 ) -> Table:
-    """Train on one stage, judge on the two others, in all three directions: normals only, and with labelled defects.
+    """Train on one of ``stages`` in turn, judge on all three: from normals only, and with labelled defects.
 
     Rows "normals" learn from planted pseudo-defects alone, rows "labelled" also from the training stage's own defects.
     """
@@ -69,7 +70,7 @@ def cross_process(
         for stage in STAGES
     }
     rows: list[tuple[Cell, ...]] = []
-    for stage in STAGES:
+    for stage in stages:
         for told, n in (("normals", 0), ("labelled", n_labelled)):
             graphs = []
             for seed in seeds:
