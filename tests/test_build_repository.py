@@ -19,14 +19,13 @@ from semwatch.inference import Embedded
 from semwatch_training import __main__ as command_line
 from semwatch_training import backbone, build_repository, fit_memory, memory_detector, train_detector
 from semwatch_training.build_repository import build, form_text
-from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.head import save_head
 from semwatch_training.memory_detector import MemoryForm, Trunks
 from semwatch_training.ni_detector import DetectorForm, NIDetector
 from semwatch_training.segmentation_branch import BranchForm
 from semwatch_training.smg_vit import EncoderForm
 from semwatch_training.vit import TrunkShape, VisionTransformer, load_trunk
-from tiny_models import DETECTOR, ENCODER, SHAPE, head, trunk
+from tiny_models import DETECTOR, ENCODER, SHAPE, convolutional, head, trunk
 
 ROOT = Path(__file__).resolve().parents[1]
 FORM = replace(DETECTOR, trunk=backbone.TRUNK_NAME, layers=(0, 1))
@@ -45,15 +44,6 @@ def tiny_backbone() -> Iterator[None]:
         patch.setattr(build_repository, "EncoderForm", lambda: ENCODER)
         yield
     torch.set_num_threads(before)
-
-
-def convolutional() -> EfficientNet:
-    torch.manual_seed(0)
-    network = EfficientNet().eval().requires_grad_(False)
-    for parameter in network.parameters():  # torch's own start makes all patches alike
-        if parameter.ndim > 1:
-            torch.nn.init.kaiming_normal_(parameter)
-    return network
 
 
 def write_detector(weights: Path, *, seed: int = 0, form: DetectorForm = FORM, **provenance: str) -> None:
@@ -166,6 +156,15 @@ def test_same_head_is_published_anew_where_the_encoder_file_is_another(copied) -
     path.write_text(meta.model_copy(update={"weights_sha256": "0" * 64}).model_dump_json())
     assert run(repository, weights) == ["detector 1", "encoder 1", "head 2"]
     assert model_repository.read_meta(repository, "head", 2).encoder_sha256 == "0" * 64
+
+
+def test_weights_that_were_served_before_are_published_again_and_not_taken_for_the_latest(copied) -> None:
+    repository, weights = copied
+    first = (weights / "detector.safetensors").read_bytes()
+    write_detector(weights, seed=7)
+    assert run(repository, weights)[0] == "detector 2"
+    (weights / "detector.safetensors").write_bytes(first)
+    assert run(repository, weights)[0] == "detector 3"
 
 
 def test_head_of_another_encoder_form_is_refused(copied) -> None:

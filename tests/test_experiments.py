@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_models
 from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
@@ -37,12 +38,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def convolutional() -> EfficientNet:
-    torch.manual_seed(0)
-    network = EfficientNet().eval().requires_grad_(False)
-    for parameter in network.parameters():  # torch's own start makes all patches alike
-        if parameter.ndim > 1:
-            torch.nn.init.kaiming_normal_(parameter)
-    return network
+    return tiny_models.convolutional()
 
 
 def quiet(what: str, done: int, total: int) -> None:

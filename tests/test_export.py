@@ -9,22 +9,12 @@ from semwatch.inference import Embedded
 from semwatch_training import backbone, export, fit_memory, train_detector
 from semwatch_training.build_repository import SHIPPED
 from semwatch_training.datasets import folder_images
-from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.memory_detector import MemoryForm, MemoryGraph, Trunks
 from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.segmentation_branch import BranchForm
-from tiny_models import detector_graph, trunk
+from tiny_models import convolutional, detector_graph, trunk
 
 MEMORY = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=50, candidates=90)
-
-
-def convolutional() -> EfficientNet:
-    torch.manual_seed(0)
-    network = EfficientNet().eval().requires_grad_(False)
-    for parameter in network.parameters():  # torch's own start makes all patches alike
-        if parameter.ndim > 1:
-            torch.nn.init.kaiming_normal_(parameter)
-    return network
 
 
 def branch_graph() -> DetectorGraph:

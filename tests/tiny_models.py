@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.export import publish_detector, publish_encoder, publish_head
 from semwatch_training.fit_head import HeadFit, fit_head
 from semwatch_training.head import Head
@@ -25,6 +26,16 @@ def trunk(seed: int = 0) -> VisionTransformer:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval().requires_grad_(False)
+
+
+def convolutional() -> EfficientNet:
+    """A convolutional trunk of random weights."""
+    torch.manual_seed(0)
+    network = EfficientNet().eval().requires_grad_(False)
+    for parameter in network.parameters():  # torch's own start makes all patches alike
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return network
 
 
 def detector_graph() -> DetectorGraph:

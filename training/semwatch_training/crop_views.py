@@ -1,7 +1,6 @@
 """Views of defect crops, with the frozen layers' work on them done once and kept on disk."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,9 @@ from numpy.typing import NDArray
 from semwatch.errors import ConfigError
 from semwatch_training import weights_file
 from semwatch_training.augment import Augmentation, augment
+from semwatch_training.progress_bars import Progress
 from semwatch_training.smg_vit import SmgVit
 from semwatch_training.vit import IMAGENET_MEAN, IMAGENET_STD, normalise
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from semwatch.errors import ConfigError
 from semwatch_training.clustering import plain_kmeans, semi_supervised_kmeans
-from semwatch_training.discovery_heads import HeadSettings, Progress, Rule, log_probabilities, train
+from semwatch_training.discovery_heads import HeadSettings, Rule, log_probabilities, train
+from semwatch_training.progress_bars import Progress
 from semwatch_training.whitening import within_class_metric
 
 

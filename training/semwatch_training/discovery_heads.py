@@ -9,7 +9,6 @@ Rules for the pseudo-labels of unlabelled samples:
 Source: IC-DefectNCD section 3.4.3; UNO for concatenated heads and swapped views; SimGCD for the unified head.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,10 +19,9 @@ from torch.nn import functional
 
 from semwatch_training import sinkhorn
 from semwatch_training.clustering import semi_supervised_kmeans
+from semwatch_training.progress_bars import Progress
 
 Rule = Literal["gated", "literal", "unified"]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Each takes features and labels and gives tables, and pictures by caption. All me
 the same splits and the same seeds. Detection has a room of its own, ``evaluate_detection``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -24,10 +24,10 @@ from semwatch_training.feature_map import feature_map
 from semwatch_training.fit_head import HeadFit, fit_head
 from semwatch_training.head import Head
 from semwatch_training.labelled_crops import Crops, Searched
+from semwatch_training.progress_bars import Progress
 from semwatch_training.report import Cell, Table
 from semwatch_training.uncertainty import Rate, Spread
 
-Progress = Callable[[str, int, int], None]
 Result = tuple[list[Table], dict[str, Figure]]
 
 SCORES = ("NMI", "ARI", "accuracy", "macro-F1", "known", "novel")

@@ -4,7 +4,7 @@ An engine is what the model repository serves: a network from uint8 gray (B, S, 
 spread is over the seeds an engine was fitted with; an engine that has none stands alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,10 +21,10 @@ from semwatch.errors import ConfigError
 from semwatch_training import detection_metrics, plots
 from semwatch_training.binarization_rules import mask_iou_table
 from semwatch_training.datasets import Sample, load_gray, load_mask, synthetic_set
+from semwatch_training.progress_bars import Progress
 from semwatch_training.report import Cell, Table
 from semwatch_training.uncertainty import Rate, Spread
 
-Progress = Callable[[str, int, int], None]
 Result = tuple[list[Table], dict[str, Figure]]
 
 MAX_EXAMPLES = 8

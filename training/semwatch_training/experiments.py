@@ -31,13 +31,13 @@ from semwatch_training.fit_memory import fit
 from semwatch_training.labelled_crops import encode, given
 from semwatch_training.memory_detector import MemoryForm, MemoryGraph, Trunks
 from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.progress_bars import Progress
 from semwatch_training.report import Cell, Table
 from semwatch_training.segmentation_branch import BranchForm, Evidence
 from semwatch_training.synthetic import STAGES
 from semwatch_training.train_branch import BranchSchedule, cache_samples, train_branch
 from semwatch_training.uncertainty import Spread
 
-Progress = Callable[[str, int, int], None]
 Image = NDArray[np.uint8]
 
 

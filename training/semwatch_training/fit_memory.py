@@ -4,7 +4,7 @@ Source: PatchCore (Roth et al. 2022; greedy coreset, here of a random share of t
 al. 2025; few images are turned).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,7 @@ from semwatch_training.memory_detector import (
     nearest_distances,
     scored,
 )
-
-Progress = Callable[[str, int, int], None]
+from semwatch_training.progress_bars import Progress
 
 MIN_SPREAD = 1e-6
 

@@ -1,7 +1,13 @@
 """Progress on the console: one bar for each thing that is being done."""
 
+from collections.abc import Callable
+
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
 
 console = Console(stderr=True)
 
@@ -11,7 +17,7 @@ class Bars:
 
     def __init__(self) -> None:
         columns = TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=console)
+        self._progress = rich.progress.Progress(*columns, console=console)
         self._task = self._progress.add_task("", total=None, visible=False)
         self._kind = ""
 

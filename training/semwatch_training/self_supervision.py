@@ -13,7 +13,6 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,8 @@ from semwatch.errors import ConfigError
 from semwatch_training import checkpoint, weights_file
 from semwatch_training.crop_views import Views, frozen_fingerprint
 from semwatch_training.distillation import Projection, collapse_indicators, distillation_loss
+from semwatch_training.progress_bars import Progress
 from semwatch_training.smg_vit import GuidedLayers, SmgVit
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from semwatch.errors import ConfigError
 from semwatch_training import checkpoint, weights_file
 from semwatch_training.branch_views import Image, Mask
+from semwatch_training.progress_bars import Progress
 from semwatch_training.segmentation_branch import BranchForm, Evidence, SegmentationBranch, branch_loss
-from semwatch_training.train_detector import Progress, write_curve
+from semwatch_training.train_detector import write_curve
 
 CHECKPOINT_STEPS = 50
 

@@ -7,7 +7,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,9 @@ from semwatch_training import checkpoint, weights_file
 from semwatch_training.efficientnet import EfficientNet
 from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.ni_losses import normal_information_loss, plant_pseudo_defects, reconstruction_loss
+from semwatch_training.progress_bars import Progress
 from semwatch_training.segmentation_branch import BranchForm
 from semwatch_training.vit import VisionTransformer
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True)
