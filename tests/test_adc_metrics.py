@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics
 
 from semwatch.errors import ConfigError
-from semwatch_training.adc_metrics import (
+from semwatch_training.metrics.adc_metrics import (
     adc_metrics,
     minority_accuracy,
     purity_contribution_curve,

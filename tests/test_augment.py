@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from semwatch.errors import ConfigError
-from semwatch_training.augment import NOTHING, Augmentation, augment, centre_of_mass, imaged, reframed, turned
+from semwatch_training.data.augment import NOTHING, Augmentation, augment, centre_of_mass, imaged, reframed, turned
 
 S, T = 64, 4
 

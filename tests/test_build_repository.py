@@ -17,14 +17,16 @@ from semwatch import model_repository
 from semwatch.errors import ConfigError
 from semwatch.inference import Embedded
 from semwatch_training import __main__ as command_line
-from semwatch_training import backbone, build_repository, fit_memory, memory_detector, train_detector
+from semwatch_training import build_repository
 from semwatch_training.build_repository import build, form_text
-from semwatch_training.head import save_head
-from semwatch_training.memory_detector import MemoryForm, Trunks
-from semwatch_training.ni_detector import DetectorForm, NIDetector
-from semwatch_training.segmentation_branch import BranchForm
-from semwatch_training.smg_vit import EncoderForm
-from semwatch_training.vit import TrunkShape, VisionTransformer, load_trunk
+from semwatch_training.detection import fit_memory, memory_detector, train_detector
+from semwatch_training.detection.memory_detector import MemoryForm, Trunks
+from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
+from semwatch_training.detection.segmentation_branch import BranchForm
+from semwatch_training.discovery.head import save_head
+from semwatch_training.encoding.smg_vit import EncoderForm
+from semwatch_training.trunks import backbone
+from semwatch_training.trunks.vit import TrunkShape, VisionTransformer, load_trunk
 from tiny_models import DETECTOR, ENCODER, SHAPE, convolutional, head, trunk
 
 ROOT = Path(__file__).resolve().parents[1]

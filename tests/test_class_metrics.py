@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics
 
 from semwatch.errors import ConfigError
-from semwatch_training.class_metrics import (
+from semwatch_training.metrics.class_metrics import (
     KnownNovel,
     accuracy,
     ari,

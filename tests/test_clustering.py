@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from semwatch.errors import ConfigError
-from semwatch_training.clustering import (
+from semwatch_training.discovery.clustering import (
     assign,
     class_means,
     clusterings,

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from semwatch import micrograph
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError, ImageError
-from semwatch_training import datasets
-from semwatch_training.data_folders import read, read_folder_per_class, read_lot, read_plain
-from semwatch_training.datasets import (
+from semwatch_training.data import datasets
+from semwatch_training.data.data_folders import read, read_folder_per_class, read_lot, read_plain
+from semwatch_training.data.datasets import (
     DataSet,
     Sample,
     checked,
@@ -27,7 +27,7 @@ from semwatch_training.datasets import (
     refuse_leakage,
     synthetic_set,
 )
-from semwatch_training.public_sets import MTD_CLASSES, MTD_SPLIT, mtd_tiles, read_mtd, read_sd_saliency
+from semwatch_training.data.public_sets import MTD_CLASSES, MTD_SPLIT, mtd_tiles, read_mtd, read_sd_saliency
 from semwatch_training.synthetic import DEFECT_TYPES, write_lot
 from semwatch_training.synthetic.info_bar import draw_info_bar
 from semwatch_training.synthetic.shapes import NoRoom

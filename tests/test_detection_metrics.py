@@ -4,7 +4,7 @@ import pytest
 from sklearn import metrics
 
 from semwatch.errors import ConfigError
-from semwatch_training.detection_metrics import (
+from semwatch_training.metrics.detection_metrics import (
     aupro,
     average_precision,
     class_auroc,

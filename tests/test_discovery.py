@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from semwatch.errors import ConfigError
-from semwatch_training.discovery import compare, discover, merge_crops, predict
-from semwatch_training.discovery_heads import HeadSettings
+from semwatch_training.discovery.discovery_heads import HeadSettings
+from semwatch_training.discovery.novel_classes import compare, discover, merge_crops, predict
 
 QUICK = HeadSettings(rule="gated", n_heads=3, epochs=25, components=16)
 K, KNOWN = 5, 3

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from semwatch_training import backbone, efficientnet
-from semwatch_training.efficientnet import BATCH_NORM_EPS, STAGES, STEM_CHANNELS, STRIDES, EfficientNet, SameConv
+from semwatch_training.trunks import backbone, efficientnet
+from semwatch_training.trunks.efficientnet import BATCH_NORM_EPS, STAGES, STEM_CHANNELS, STRIDES, EfficientNet, SameConv
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 

@@ -5,11 +5,11 @@ import pytest
 from sklearn.metrics import silhouette_samples
 
 from semwatch.errors import ConfigError
-from semwatch_training import estimate_k
-from semwatch_training.clustering import Clustering
-from semwatch_training.estimate_k import SPAN, Rule, bic, estimate, feasible, silhouettes, unit_length
-from semwatch_training.k_consensus import CRITERIA, grown, posterior
-from semwatch_training.whitening import principal_components, whitened
+from semwatch_training.discovery import estimate_k
+from semwatch_training.discovery.clustering import Clustering
+from semwatch_training.discovery.estimate_k import SPAN, Rule, bic, estimate, feasible, silhouettes, unit_length
+from semwatch_training.discovery.k_consensus import CRITERIA, grown, posterior
+from semwatch_training.discovery.whitening import principal_components, whitened
 
 RULES = get_args(Rule)
 

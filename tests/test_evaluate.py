@@ -6,10 +6,12 @@ import pytest
 
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch_training import evaluate
-from semwatch_training.discovery import Discovery
-from semwatch_training.discovery_heads import HeadSettings
-from semwatch_training.evaluate import (
+from semwatch_training.discovery.discovery_heads import HeadSettings
+from semwatch_training.discovery.fit_head import HeadFit
+from semwatch_training.discovery.labelled_crops import Crops, Searched
+from semwatch_training.discovery.novel_classes import Discovery
+from semwatch_training.evaluation import evaluate
+from semwatch_training.evaluation.evaluate import (
     classification,
     discovery_in_turn,
     discovery_of_images,
@@ -17,10 +19,8 @@ from semwatch_training.evaluate import (
     number_of_classes,
     unknown_rule,
 )
-from semwatch_training.fit_head import HeadFit
-from semwatch_training.labelled_crops import Crops, Searched
-from semwatch_training.report import Cell, Table
-from semwatch_training.uncertainty import Rate, Spread
+from semwatch_training.evaluation.report import Cell, Table
+from semwatch_training.metrics.uncertainty import Rate, Spread
 
 D = 10
 FIT = HeadFit(frozen_width=D, components=8, directions=4, folds=4)

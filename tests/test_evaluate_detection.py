@@ -10,12 +10,12 @@ from torch.nn import functional
 
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch_training.binarization_rules import RULES, mask_iou, mask_iou_table
-from semwatch_training.datasets import Sample
-from semwatch_training.evaluate_detection import Engine, Field, detection, judge, of_samples, synthetic
-from semwatch_training.report import Cell, Table
+from semwatch_training.data.datasets import Sample
+from semwatch_training.evaluation.binarization_rules import RULES, mask_iou, mask_iou_table
+from semwatch_training.evaluation.evaluate_detection import Engine, Field, detection, judge, of_samples, synthetic
+from semwatch_training.evaluation.report import Cell, Table
+from semwatch_training.metrics.uncertainty import Rate, Spread
 from semwatch_training.synthetic import DEFECT_TYPES
-from semwatch_training.uncertainty import Rate, Spread
 
 SIDE = 64
 

@@ -13,27 +13,25 @@ from typer.testing import CliRunner, Result
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch_training import __main__ as command_line
-from semwatch_training import (
-    backbone,
+from semwatch_training.data.datasets import Sample
+from semwatch_training.detection import fit_memory, memory_detector, train_detector
+from semwatch_training.detection.memory_detector import MemoryForm, SelfMatchingGraph, Trunks
+from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
+from semwatch_training.detection.segmentation_branch import BranchForm
+from semwatch_training.discovery import labelled_crops
+from semwatch_training.discovery.labelled_crops import Crops
+from semwatch_training.evaluation import (
     evaluate_commands,
     evaluate_detection,
     evaluation_data,
     experiment_commands,
     experiments,
-    fit_memory,
-    labelled_crops,
-    memory_detector,
-    train_detector,
 )
-from semwatch_training.datasets import Sample
-from semwatch_training.efficientnet import EfficientNet
-from semwatch_training.evaluation_data import crops_of, defects_only, fingerprint
-from semwatch_training.labelled_crops import Crops
-from semwatch_training.memory_detector import MemoryForm, SelfMatchingGraph, Trunks
-from semwatch_training.ni_detector import DetectorForm, NIDetector
-from semwatch_training.segmentation_branch import BranchForm
+from semwatch_training.evaluation.evaluation_data import crops_of, defects_only, fingerprint
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
-from semwatch_training.vit import TrunkShape, VisionTransformer
+from semwatch_training.trunks import backbone
+from semwatch_training.trunks.efficientnet import EfficientNet
+from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
 from tiny_models import DETECTOR, trunk
 
 SIDE = 96

@@ -12,17 +12,24 @@ from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.inference import Embedded
-from semwatch_training import evaluate_detection, experiments
-from semwatch_training.datasets import Sample
-from semwatch_training.efficientnet import EfficientNet
-from semwatch_training.evaluate_detection import Field
-from semwatch_training.experiments import MASKINGS, cross_process, k_per_stage, k_shot, mask_and_crop, normal_tokens
-from semwatch_training.memory_detector import MemoryForm, Trunks
-from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.segmentation_branch import BranchForm
+from semwatch_training.data.datasets import Sample
+from semwatch_training.detection.memory_detector import MemoryForm, Trunks
+from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.detection.segmentation_branch import BranchForm
+from semwatch_training.detection.train_branch import BranchSchedule
+from semwatch_training.detection.train_detector import Schedule
+from semwatch_training.evaluation import evaluate_detection, experiments
+from semwatch_training.evaluation.evaluate_detection import Field
+from semwatch_training.evaluation.experiments import (
+    MASKINGS,
+    cross_process,
+    k_per_stage,
+    k_shot,
+    mask_and_crop,
+    normal_tokens,
+)
 from semwatch_training.synthetic import STAGES
-from semwatch_training.train_branch import BranchSchedule
-from semwatch_training.train_detector import Schedule
+from semwatch_training.trunks.efficientnet import EfficientNet
 from tiny_models import DETECTOR, trunk
 
 FORM = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=200, candidates=300)
@@ -267,7 +274,7 @@ def test_each_stage_is_learnt_twice_and_judged_on_all_three(tmp_path, convolutio
 
     monkeypatch.setattr(experiments, "synthetic_views", noted)
     monkeypatch.setattr(experiments, "synthetic", lambda stage, **options: real_fields(stage, **options, side_px=384))
-    monkeypatch.setattr("semwatch_training.branch_views.SIDES_PX", (384, 384, 384, 384))
+    monkeypatch.setattr("semwatch_training.detection.branch_views.SIDES_PX", (384, 384, 384, 384))
     table = cross_process(
         convolutional,
         tmp_path,

@@ -6,12 +6,14 @@ from semwatch import micrograph, model_repository
 from semwatch.detection import resize
 from semwatch.errors import PublishError
 from semwatch.inference import Embedded
-from semwatch_training import backbone, export, fit_memory, train_detector
+from semwatch_training import export
 from semwatch_training.build_repository import SHIPPED
-from semwatch_training.datasets import folder_images
-from semwatch_training.memory_detector import MemoryForm, MemoryGraph, Trunks
-from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.segmentation_branch import BranchForm
+from semwatch_training.data.datasets import folder_images
+from semwatch_training.detection import fit_memory, train_detector
+from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph, Trunks
+from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.detection.segmentation_branch import BranchForm
+from semwatch_training.trunks import backbone
 from tiny_models import convolutional, detector_graph, trunk
 
 MEMORY = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=50, candidates=90)

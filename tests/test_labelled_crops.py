@@ -9,9 +9,9 @@ from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.inference import Embedded
-from semwatch_training import labelled_crops
-from semwatch_training.datasets import Sample
-from semwatch_training.labelled_crops import Crops, of_samples, of_synthetic, searched
+from semwatch_training.data.datasets import Sample
+from semwatch_training.discovery import labelled_crops
+from semwatch_training.discovery.labelled_crops import Crops, of_samples, of_synthetic, searched
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
 
 SIDE = 96

@@ -15,11 +15,10 @@ from semwatch.detection import resize
 from semwatch.errors import ConfigError
 from semwatch.model_repository import Meta
 from semwatch.model_repository import Tensor as TensorMeta
-from semwatch_training import fit_memory, memory_detector, weights_file
-from semwatch_training.efficientnet import EfficientNet
-from semwatch_training.export import parity, random_inputs, to_onnx
-from semwatch_training.fit_memory import fit, principal_components
-from semwatch_training.memory_detector import (
+from semwatch_training import weights_file
+from semwatch_training.detection import fit_memory, memory_detector
+from semwatch_training.detection.fit_memory import fit, principal_components
+from semwatch_training.detection.memory_detector import (
     MemoryForm,
     MemoryGraph,
     SelfMatchingGraph,
@@ -31,6 +30,8 @@ from semwatch_training.memory_detector import (
     scored,
     self_distances,
 )
+from semwatch_training.export import parity, random_inputs, to_onnx
+from semwatch_training.trunks.efficientnet import EfficientNet
 from tiny_models import trunk
 
 FORM = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=200, candidates=300)

@@ -7,9 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from semwatch.errors import ConfigError
-from semwatch_training.adc_metrics import PurityCurve
-from semwatch_training.feature_map import MAX_POINTS, embed, feature_map
-from semwatch_training.plots import (
+from semwatch_training.evaluation.feature_map import MAX_POINTS, embed, feature_map
+from semwatch_training.evaluation.plots import (
     NOT_DECIDED,
     Example,
     KCurve,
@@ -19,6 +18,7 @@ from semwatch_training.plots import (
     purity_contribution,
     roc,
 )
+from semwatch_training.metrics.adc_metrics import PurityCurve
 
 TRUTH = np.array([False, False, True, True])
 
@@ -187,7 +187,7 @@ def test_feature_map_names_classes_with_counts_and_marks_novel_ones() -> None:
 
 
 def test_large_feature_maps_show_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("semwatch_training.feature_map.embed", lambda features, seed: features)
+    monkeypatch.setattr("semwatch_training.evaluation.feature_map.embed", lambda features, seed: features)
     figure = feature_map(
         np.random.default_rng(0).normal(size=(MAX_POINTS + 500, 2)), ["pit"] * (MAX_POINTS + 500), seed=0
     )

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from semwatch.errors import ConfigError
-from semwatch_training import pseudo_defects
-from semwatch_training.pseudo_defects import KINDS, MIN_AREA_PX, MIN_SIDE_PX, plant
+from semwatch_training.data import pseudo_defects
+from semwatch_training.data.pseudo_defects import KINDS, MIN_AREA_PX, MIN_SIDE_PX, plant
 
 
 def normal(size_hw: tuple[int, int] = (96, 128), seed: int = 0) -> np.ndarray:

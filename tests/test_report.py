@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from semwatch.errors import ConfigError
-from semwatch_training import report
-from semwatch_training.report import Provenance, Table, as_dict, markdown, rich_table, write
-from semwatch_training.uncertainty import Rate, Spread
+from semwatch_training.evaluation import report
+from semwatch_training.evaluation.report import Provenance, Table, as_dict, markdown, rich_table, write
+from semwatch_training.metrics.uncertainty import Rate, Spread
 
 TABLE = Table(
     "Detection",

@@ -9,11 +9,12 @@ import torch
 
 from semwatch.errors import ConfigError
 from semwatch.model_repository import Meta, Tensor
-from semwatch_training import backgrounds, datasets, export, pattern_defects, train_detector
-from semwatch_training.branch_views import synthetic_views, vary, views
-from semwatch_training.efficientnet import EfficientNet
-from semwatch_training.ni_detector import DetectorForm, NIDetector
-from semwatch_training.segmentation_branch import (
+from semwatch_training import export
+from semwatch_training.data import backgrounds, datasets, pattern_defects
+from semwatch_training.detection import train_detector
+from semwatch_training.detection.branch_views import synthetic_views, vary, views
+from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
+from semwatch_training.detection.segmentation_branch import (
     BranchForm,
     Evidence,
     SegmentationBranch,
@@ -23,9 +24,7 @@ from semwatch_training.segmentation_branch import (
     self_matching,
     standardise,
 )
-from semwatch_training.synthetic import render
-from semwatch_training.synthetic.shapes import NoRoom
-from semwatch_training.train_branch import (
+from semwatch_training.detection.train_branch import (
     BranchSchedule,
     Samples,
     cache_samples,
@@ -33,6 +32,9 @@ from semwatch_training.train_branch import (
     train_branch,
     unpacked,
 )
+from semwatch_training.synthetic import render
+from semwatch_training.synthetic.shapes import NoRoom
+from semwatch_training.trunks.efficientnet import EfficientNet
 from tiny_models import DETECTOR, trunk
 
 FORM = BranchForm(input_px=64, projection=8, width=8, dilations=(1, 2))

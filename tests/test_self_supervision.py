@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch_training import self_supervision as ss
-from semwatch_training.augment import NOTHING
-from semwatch_training.crop_views import Views, cache_views, frozen_fingerprint
-from semwatch_training.distillation import collapse_indicators, distillation_loss
-from semwatch_training.smg_vit import EncoderForm, SmgVit
+from semwatch_training.data.augment import NOTHING
+from semwatch_training.encoding import self_supervision as ss
+from semwatch_training.encoding.crop_views import Views, cache_views, frozen_fingerprint
+from semwatch_training.encoding.distillation import collapse_indicators, distillation_loss
+from semwatch_training.encoding.smg_vit import EncoderForm, SmgVit
 from tiny_models import ENCODER, trunk
 
 SCHEDULE = ss.Schedule(

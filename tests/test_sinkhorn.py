@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch_training.sinkhorn import transport, update_prior
+from semwatch_training.discovery.sinkhorn import transport, update_prior
 
 UNIFORM = torch.full((4,), 0.25)
 LONG_TAILED = torch.tensor([0.7, 0.2, 0.08, 0.02])

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from semwatch import model_repository
-from semwatch_training.efficientnet import EfficientNet
+from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit, pool, pool_difference
 from semwatch_training.export import parity, publish_encoder, random_inputs
-from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit, pool, pool_difference
-from semwatch_training.vit import VisionTransformer
+from semwatch_training.trunks.efficientnet import EfficientNet
+from semwatch_training.trunks.vit import VisionTransformer
 from tiny_models import ENCODER, SHAPE, encoder_graph, trunk
 
 SECOND: Literal["efficientnet_lite2"] = "efficientnet_lite2"

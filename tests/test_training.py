@@ -17,14 +17,17 @@ from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.pipeline import Candidate
 from semwatch_training import __main__ as command_line
-from semwatch_training import backbone, datasets, few_shot, labelled_crops, train_detector
-from semwatch_training.fit_head import HeadFit, fit_head
-from semwatch_training.head import Head
-from semwatch_training.labelled_crops import Crops, hold_out_report, match, synthetic_images
-from semwatch_training.ni_detector import NIDetector
+from semwatch_training.data import datasets
+from semwatch_training.detection import few_shot, train_detector
+from semwatch_training.detection.ni_detector import NIDetector
+from semwatch_training.detection.train_detector import Schedule, cache_features, rate_factor, raw_scores, train
+from semwatch_training.discovery import labelled_crops
+from semwatch_training.discovery.fit_head import HeadFit, fit_head
+from semwatch_training.discovery.head import Head
+from semwatch_training.discovery.labelled_crops import Crops, hold_out_report, match, synthetic_images
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
-from semwatch_training.train_detector import Schedule, cache_features, rate_factor, raw_scores, train
-from semwatch_training.vit import TrunkShape, VisionTransformer
+from semwatch_training.trunks import backbone
+from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
 from tiny_models import DETECTOR, detector_graph
 
 SCHEDULE = Schedule(epochs=4, batch=4, warm_up_steps=3, features_per_image=16)

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from semwatch.errors import ConfigError
-from semwatch_training.uncertainty import Rate, Spread
+from semwatch_training.metrics.uncertainty import Rate, Spread
 
 
 def test_spread_of_no_seed_or_of_an_infinite_value_is_refused() -> None:

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from semwatch.errors import ConfigError
-from semwatch_training.vit import TRUNKS, TrunkShape, VisionTransformer, load_trunk
+from semwatch_training.trunks.vit import TRUNKS, TrunkShape, VisionTransformer, load_trunk
 
 # Key layouts as the official checkpoint files have them (blocks.0 stands for every block).
 DINOV2 = {

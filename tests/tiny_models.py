@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from semwatch_training.efficientnet import EfficientNet
+from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.discovery.fit_head import HeadFit, fit_head
+from semwatch_training.discovery.head import Head
+from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.export import publish_detector, publish_encoder, publish_head
-from semwatch_training.fit_head import HeadFit, fit_head
-from semwatch_training.head import Head
-from semwatch_training.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit
-from semwatch_training.vit import TrunkShape, VisionTransformer
+from semwatch_training.trunks.efficientnet import EfficientNet
+from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
 
 SHAPE = TrunkShape(width=24, depth=4, heads=2, patch=14, position_grid=8)
 DETECTOR = DetectorForm(trunk="tiny", width=24, heads=2, layers=(0, 1, 2, 3), n_normal_tokens=2, input_px=112)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from semwatch_training.clustering import plain_kmeans, semi_supervised_kmeans
-from semwatch_training.discovery import discover, predict
+from semwatch_training.discovery.clustering import plain_kmeans, semi_supervised_kmeans
+from semwatch_training.discovery.novel_classes import discover, predict
 
 N, D, K, KNOWN, V = 10_000, 1_410, 20, 12, 2
 TARGET_S = 60.0

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from semwatch_training import labelled_crops
-from semwatch_training.clustering import plain_kmeans
-from semwatch_training.estimate_k import Rule, decide, estimate, feasible, measure
+from semwatch_training.discovery import labelled_crops
+from semwatch_training.discovery.clustering import plain_kmeans
+from semwatch_training.discovery.estimate_k import Rule, decide, estimate, feasible, measure
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"

@@ -12,11 +12,12 @@ from semwatch.config import Recipe
 from semwatch.detection import resize
 from semwatch.inference import Embedded
 from semwatch.pipeline import search
-from semwatch_training import backbone, train_detector
 from semwatch_training.build_repository import SHIPPED
-from semwatch_training.datasets import folder_images
-from semwatch_training.head import load_head
-from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.data.datasets import folder_images
+from semwatch_training.detection import train_detector
+from semwatch_training.discovery.head import load_head
+from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.trunks import backbone
 
 N = 50
 

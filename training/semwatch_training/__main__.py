@@ -14,29 +14,25 @@ from semwatch import micrograph, model_repository
 from semwatch.config import Recipe
 from semwatch.errors import ConfigError, SemwatchError
 from semwatch.inference import Embedded
-from semwatch_training import (
-    backbone,
-    build_repository,
-    datasets,
-    fit_memory,
-    labelled_crops,
-    memory_detector,
-    train_detector,
-)
-from semwatch_training.backgrounds import backgrounds
-from semwatch_training.branch_views import synthetic_fields, synthetic_views, views
-from semwatch_training.evaluate_commands import evaluate_app
-from semwatch_training.experiment_commands import experiment_app
-from semwatch_training.fit_head import HeadFit, fit_head
-from semwatch_training.head import save_head
-from semwatch_training.ni_detector import DetectorForm, NIDetector
+from semwatch_training import build_repository
+from semwatch_training.data import datasets
+from semwatch_training.data.backgrounds import backgrounds
+from semwatch_training.detection import fit_memory, memory_detector, train_detector
+from semwatch_training.detection.branch_views import synthetic_fields, synthetic_views, views
+from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
+from semwatch_training.detection.segmentation_branch import BranchForm, Evidence
+from semwatch_training.detection.train_branch import BranchSchedule, cache_samples, train_branch
+from semwatch_training.detection.train_detector import Schedule
+from semwatch_training.discovery import labelled_crops
+from semwatch_training.discovery.fit_head import HeadFit, fit_head
+from semwatch_training.discovery.head import save_head
+from semwatch_training.encoding.smg_vit import EncoderForm
+from semwatch_training.evaluation.evaluate_commands import evaluate_app
+from semwatch_training.evaluation.experiment_commands import experiment_app
 from semwatch_training.progress_bars import Bars, console
-from semwatch_training.segmentation_branch import BranchForm, Evidence
-from semwatch_training.smg_vit import EncoderForm
 from semwatch_training.synthetic import STAGES, write_lot
-from semwatch_training.train_branch import BranchSchedule, cache_samples, train_branch
-from semwatch_training.train_detector import Schedule
-from semwatch_training.vit import VisionTransformer, load_trunk
+from semwatch_training.trunks import backbone
+from semwatch_training.trunks.vit import VisionTransformer, load_trunk
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from semwatch import model_repository
 from semwatch.errors import ConfigError
-from semwatch_training import backbone, memory_detector, train_detector
-from semwatch_training.efficientnet import EfficientNet
+from semwatch_training.detection import memory_detector, train_detector
+from semwatch_training.detection.memory_detector import MemoryGraph, Trunks
+from semwatch_training.discovery.head import load_head
+from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.export import publish_detector, publish_encoder, publish_head
-from semwatch_training.head import load_head
-from semwatch_training.memory_detector import MemoryGraph, Trunks
-from semwatch_training.smg_vit import EncoderForm, EncoderGraph, SmgVit
-from semwatch_training.vit import VisionTransformer
+from semwatch_training.trunks import backbone
+from semwatch_training.trunks.efficientnet import EfficientNet
+from semwatch_training.trunks.vit import VisionTransformer
 
 SHIPPED = Path(__file__).with_name("weights")
 """Folder of the weights that come with the package; MODEL_CARD.md there says how they were made."""

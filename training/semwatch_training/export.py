@@ -18,10 +18,10 @@ from torch import nn
 from semwatch import model_repository
 from semwatch.errors import PublishError
 from semwatch.model_repository import Meta, Tensor
-from semwatch_training.head import Head
-from semwatch_training.memory_detector import MemoryForm, MemoryGraph
-from semwatch_training.ni_detector import DetectorForm, DetectorGraph
-from semwatch_training.smg_vit import EncoderGraph
+from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph
+from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph
+from semwatch_training.discovery.head import Head
+from semwatch_training.encoding.smg_vit import EncoderGraph
 
 OPSET = 20
 MAX_RELATIVE_DIFFERENCE = 1e-3

@@ -1,0 +1,1 @@
+"""Images and their truth: data sets on disk, and what is planted in normal images to train on."""

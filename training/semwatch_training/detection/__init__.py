@@ -1,0 +1,1 @@
+"""Stage A: detectors, how each is trained or fitted."""

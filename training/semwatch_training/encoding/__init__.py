@@ -1,0 +1,1 @@
+"""Stage B: from a crop and its soft mask to features; self-supervision of the encoder."""

@@ -1,0 +1,1 @@
+"""Protocols, the paper's experiments, and their reports."""

@@ -1,0 +1,1 @@
+"""Figures of merit on plain arrays, and how sure they are."""

@@ -1,0 +1,1 @@
+"""Frozen trunks: the networks that others trained, and how their weights are fetched."""
