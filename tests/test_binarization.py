@@ -31,7 +31,7 @@ from semwatch.binarization import (
 from semwatch.defects import Box
 from semwatch.errors import ImageError
 
-METHODS: list[Method] = ["plateau", "fixed", "otsu", "literal"]
+METHODS: list[Method] = ["plateau", "lowest", "fixed", "otsu", "literal"]
 GRID = 112
 quickly = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -228,39 +228,39 @@ def test_no_counts_have_no_plateau() -> None:
 
 def test_a_run_of_empty_masks_is_no_plateau() -> None:
     assert plateau(np.zeros(64, np.intp), flat(64, 0.0)) is None
-    assert plateau(np.array([0] * 9 + [2, 2, 2, 2]), np.array([0.0] * 9 + [0.1, 0.1, 0.1, 0.1])) == 12
+    assert plateau(np.array([0] * 9 + [2, 2, 2, 2]), np.array([0.0] * 9 + [0.1, 0.1, 0.1, 0.1])) == (9, 12)
 
 
 def test_the_whole_image_is_no_plateau_but_is_one_literally() -> None:
     counts = np.array([1, 2, 2, 2, 2, 5, 9, 4, *[1] * 12])
     fractions = np.array([0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.29, *[0.9] * 12])
-    assert plateau(counts, fractions) == 4
+    assert plateau(counts, fractions) == (1, 4)
     assert literal_plateau(counts, fractions) == len(counts) - 1
 
 
 def test_a_plateau_ends_at_the_cap() -> None:
     fractions = np.linspace(0.01, 1.0, 64)
-    assert plateau(np.ones(64, np.intp), fractions, max_mask_fraction=0.3) == np.flatnonzero(fractions <= 0.3)[-1]
-    assert plateau(np.ones(64, np.intp), fractions, max_mask_fraction=1.0) == 63
+    assert plateau(np.ones(64, np.intp), fractions, max_mask_fraction=0.3) == (0, np.flatnonzero(fractions <= 0.3)[-1])
+    assert plateau(np.ones(64, np.intp), fractions, max_mask_fraction=1.0) == (0, 63)
     assert plateau(np.ones(64, np.intp), fractions, max_mask_fraction=0.001) is None
 
 
 def test_a_run_below_the_least_length_is_no_plateau() -> None:
     counts = np.array([1, 1, 1, 2, 2, 2, 3])
     assert plateau(counts, flat(7)) is None
-    assert plateau(counts, flat(7), min_length=3) == 2
+    assert plateau(counts, flat(7), min_length=3) == (0, 2)
 
 
 def test_the_longest_run_wins() -> None:
-    assert plateau(np.array([1, 1, 1, 1, 2, 2, 2, 2, 2, 7]), flat(10)) == 8
+    assert plateau(np.array([1, 1, 1, 1, 2, 2, 2, 2, 2, 7]), flat(10)) == (4, 8)
 
 
 def test_equal_lengths_are_decided_by_mean_iou_then_by_the_higher_threshold() -> None:
     counts = np.array([1, 1, 1, 1, 2, 2, 2, 2])
     growing, steady = [0.01, 0.02, 0.04, 0.08], [0.10, 0.101, 0.102, 0.103]
-    assert plateau(counts, np.array(growing + steady)) == 7
-    assert plateau(counts, np.array([0.01, 0.0101, 0.0102, 0.0103, 0.02, 0.04, 0.08, 0.16])) == 3
-    assert plateau(counts, flat(8)) == 3
+    assert plateau(counts, np.array(growing + steady)) == (4, 7)
+    assert plateau(counts, np.array([0.01, 0.0101, 0.0102, 0.0103, 0.02, 0.04, 0.08, 0.16])) == (0, 3)
+    assert plateau(counts, flat(8)) == (0, 3)
     assert literal_plateau(counts, np.array(growing + steady)) == 7
 
 
@@ -268,7 +268,7 @@ def test_with_epsilon_one_the_count_does_not_drift() -> None:
     staircase = np.arange(1, 21)
     assert plateau(staircase, flat(20), epsilon=1) is None
     assert literal_plateau(staircase, flat(20), epsilon=1) == 19
-    assert plateau(np.array([5, 9, 3, 4, 3, 4, 4, 3, 2, 9]), flat(10), epsilon=1) == 7
+    assert plateau(np.array([5, 9, 3, 4, 3, 4, 4, 3, 2, 9]), flat(10), epsilon=1) == (2, 7)
 
 
 @quickly
@@ -284,7 +284,7 @@ def test_no_valid_run_is_longer_than_the_plateau(
     n = len(counts)
     steps = st.lists(st.floats(0, 1), min_size=n, max_size=n)
     fractions = np.sort(np.array(data.draw(steps)))
-    lowest = plateau(counts, fractions, epsilon=epsilon, min_length=min_length, max_mask_fraction=0.6)
+    run = plateau(counts, fractions, epsilon=epsilon, min_length=min_length, max_mask_fraction=0.6)
     valid = [
         (start, stop)
         for start in range(n)
@@ -293,11 +293,11 @@ def test_no_valid_run_is_longer_than_the_plateau(
         and counts[start : stop + 1].min() >= 1
         and fractions[stop] <= 0.6
     ]
-    if lowest is None:
+    if run is None:
         assert valid == []
     else:
         longest = max(stop - start for start, stop in valid)
-        assert lowest in [stop for start, stop in valid if stop - start == longest]
+        assert run in [found for found in valid if found[1] - found[0] == longest]
 
 
 # --- mask ---------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_two_bumps_are_two_defects_though_lower_thresholds_merge_them() -> None:
 
 def test_lobes_that_end_the_plateau_by_touching_are_one_region() -> None:
     score_map = bumps((16, 11, 0.5), (16, 21, 0.5), sigma=2.4)
-    result = binarize(score_map)
+    result = binarize(score_map, method="lowest")
     assert component_counts(result.saliency, np.array([result.threshold], np.float32), min_area_px=3).tolist() == [2]
     assert len(regions(result.mask, score_map, size_hw=(512, 512))) == 1
 
@@ -424,7 +424,7 @@ def test_a_mask_never_has_more_or_smaller_components_than_allowed(
     areas = areas_of_components(result.mask)
     assert len(areas) <= 2
     assert (areas >= 5).all()
-    if method == "plateau" and np.isfinite(result.threshold):
+    if method in ("plateau", "lowest") and np.isfinite(result.threshold):
         assert (result.saliency >= result.threshold).mean() <= 0.3
 
 
@@ -644,4 +644,6 @@ def test_from_score_map_to_soft_mask_the_defect_stays_in_place() -> None:
     assert inside((260, 610, 541, 791), window)
     values = soft_mask(result.saliency, region.mask, window, size_hw=field.shape[:2])
     np.testing.assert_allclose(centroid(values), centroid(cut(field, window)), atol=0.5 / 16)
-    assert 1 <= region.area_px / np.count_nonzero(field) < 2  # the lowest threshold of the plateau is generous
+    assert 0.8 <= region.area_px / np.count_nonzero(field) <= 1.2
+    generous = np.count_nonzero(binarize(score_map, method="lowest").mask) / np.count_nonzero(result.mask)
+    assert 1.2 < generous < 2.5

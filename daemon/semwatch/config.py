@@ -333,8 +333,8 @@ class Gate(_Settings):
 class Binarization(_Settings):
     """From the score map to the defect mask."""
 
-    method: Literal["plateau", "fixed", "otsu", "literal"] = "plateau"
-    """plateau: the longest stable count of defects; to compare with: literal (as printed), otsu, fixed (0.5)."""
+    method: Literal["plateau", "lowest", "fixed", "otsu", "literal"] = "plateau"
+    """plateau: middle of the longest stable count; to compare with: lowest (of that run), literal, otsu, fixed."""
     grid_px: Annotated[int, Field(ge=16, le=1024)] = 112
     """Edge of the grid that thresholds are tried on."""
     n_thresholds: Annotated[int, Field(ge=2, le=1024)] = 64

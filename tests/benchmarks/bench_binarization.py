@@ -29,6 +29,7 @@ STEPS = ("gate", "saliency", "sweep", "plateau", "mask", "regions", "crops", "so
 METHODS: dict[str, dict[str, Any]] = {
     "plateau": {},
     "plateau, epsilon 1": {"epsilon": 1},
+    "lowest": {"method": "lowest"},
     "literal": {"method": "literal"},
     "literal, epsilon 1": {"method": "literal", "epsilon": 1},
     "fixed": {"method": "fixed"},
@@ -135,9 +136,9 @@ def _whole_room(
     with _clock(spent_ms, "sweep"):
         thresholds, fractions, counts = binarization.sweep(shown, min_area_px=min_area_px, max_mask_fraction=0.3)
     with _clock(spent_ms, "plateau"):
-        lowest = binarization.plateau(counts, fractions)
+        run = binarization.plateau(counts, fractions)
     with _clock(spent_ms, "mask"):
-        raw = shown >= (math.inf if lowest is None else thresholds[lowest])
+        raw = shown >= (math.inf if run is None else thresholds[sum(run) // 2])
         mask = binarization.clean_mask(raw, min_area_px=min_area_px, max_hole_px=int(0.3 * raw.size), max_defects=16)
     with _clock(spent_ms, "regions"):
         found = binarization.regions(mask, score_map, size_hw=FIELD_HW, max_regions=4)
