@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch and numpy are imported: on arrays as small as ours, a second thread only spins.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,8 +30,15 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, real formats, a few milliseconds an image."""
-    from tiny_models import publish_all
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ``tiny_models.exporting_once`` keeps the files of this session."""
+    return tmp_path_factory.mktemp("exports")
 
-    return publish_all(tmp_path_factory.mktemp("models"))
+
+@pytest.fixture(scope="session")
+def tiny_repository(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> Path:
+    """Random weights, real formats, a few milliseconds an image."""
+    from tiny_models import exporting_once, publish_all
+
+    with exporting_once(exports):
+        return publish_all(tmp_path_factory.mktemp("models"))

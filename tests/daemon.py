@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,18 @@ def make_site(folder: Path, repository: Path, *, redis_url: str | None = None, *
 
 
 class Daemon:
-    """``semwatch run`` as a child process."""
+    """``semwatch run`` as a child process; ``program`` may stand before its arguments instead of ``-m semwatch``."""
 
-    def __init__(self, site: Site, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, site: Site, environ: Mapping[str, str] | None = None, *, program: Sequence[str] = ("-m", "semwatch")
+    ) -> None:
         self.site = site
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = f"\0semwatch-test-{os.getpid()}-{time.monotonic_ns()}"
         self._socket.bind(address)
         self._log = (site.folder / "daemon.log").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "semwatch", "run", "--site", str(site.file), "--verbose"],
+            [sys.executable, *program, "run", "--site", str(site.file), "--verbose"],
             env={**os.environ, "NOTIFY_SOCKET": "@" + address[1:], **(environ or {})},
             stdout=self._log,
             stderr=self._log,

@@ -27,7 +27,7 @@ from semwatch_training.discovery.head import save_head
 from semwatch_training.encoding.smg_vit import EncoderForm
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer, load_trunk
-from tiny_models import DETECTOR, ENCODER, SHAPE, convolutional, head, trunk
+from tiny_models import DETECTOR, ENCODER, SHAPE, convolutional, exporting_once, head, trunk
 
 ROOT = Path(__file__).resolve().parents[1]
 FORM = replace(DETECTOR, trunk=backbone.TRUNK_NAME, layers=(0, 1))
@@ -36,16 +36,13 @@ SERVED = ["detector 1", "encoder 1", "head 1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_backbone() -> Iterator[None]:
+def tiny_backbone(exports: Path) -> Iterator[None]:
     """A tiny trunk in the place of the one that is fetched, and an encoder that fits it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with exporting_once(exports), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional())
         patch.setattr(build_repository, "EncoderForm", lambda: ENCODER)
         yield
-    torch.set_num_threads(before)
 
 
 def write_detector(weights: Path, *, seed: int = 0, form: DetectorForm = FORM, **provenance: str) -> None:
@@ -163,7 +160,7 @@ def test_same_head_is_published_anew_where_the_encoder_file_is_another(copied) -
 def test_weights_that_were_served_before_are_published_again_and_not_taken_for_the_latest(copied) -> None:
     repository, weights = copied
     first = (weights / "detector.safetensors").read_bytes()
-    write_detector(weights, seed=7)
+    write_detector(weights, seed=1)
     assert run(repository, weights)[0] == "detector 2"
     (weights / "detector.safetensors").write_bytes(first)
     assert run(repository, weights)[0] == "detector 3"

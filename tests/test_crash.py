@@ -44,7 +44,7 @@ def _kill_again_and_again(site: Site) -> int:
         with Daemon(site) as daemon:
             if rng.random() < 0.8:  # the others are killed while starting
                 daemon.wait_ready()
-            moment = time.monotonic() + rng.uniform(0.0, 1.5)
+            moment = time.monotonic() + rng.uniform(0.0, 0.6)
             while time.monotonic() < moment:
                 if share and waiting:
                     index = waiting.pop()

@@ -11,7 +11,7 @@ from torch.nn import functional
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch_training.data.datasets import Sample
-from semwatch_training.evaluation.binarization_rules import RULES, mask_iou, mask_iou_table
+from semwatch_training.evaluation.binarization_rules import NAMES, count_error, mask_iou, mask_table
 from semwatch_training.evaluation.evaluate_detection import Engine, Field, detection, judge, of_samples, synthetic
 from semwatch_training.evaluation.report import Cell, Table
 from semwatch_training.metrics.uncertainty import Rate, Spread
@@ -267,24 +267,39 @@ def test_a_defect_thinner_than_half_a_cell_keeps_the_cells_it_covers_most() -> N
 
 
 def test_masks_without_a_truth_cannot_be_judged() -> None:
+    assert mask_table({}, title="x").rows == ()
     flat = np.zeros((8, 8), np.float32)
     for maps in ([], [flat]):
-        with pytest.raises(ConfigError, match="no field has a true mask"):
-            mask_iou_table(maps, [np.zeros((8, 8), bool)] * len(maps), title="x")
+        with pytest.raises(ConfigError, match="no field of DEP has a true mask"):
+            mask_table({"DEP": (maps, [np.zeros((8, 8), bool)] * len(maps))}, title="x")
 
 
-def test_every_rule_is_judged_over_the_defective_fields_alone() -> None:
+def test_the_count_is_off_by_the_regions_too_many_or_too_few() -> None:
+    none, one = np.zeros((8, 8), bool), grid(0, 0, 2, 2)
+    two = one | grid(5, 5, 7, 7)
+    fine = np.kron(two, np.ones((8, 8), bool))  # of another size
+    assert [count_error(a, b) for a, b in ((none, none), (one, none), (none, two), (two, one), (two, fine))] == [
+        0, 1, 2, 1, 0,
+    ]  # fmt: skip
+    assert count_error(grid(0, 0, 2, 2) | grid(2, 2, 4, 4), one) == 0  # they touch at a corner
+
+
+def test_every_rule_is_judged_over_the_defective_fields_of_each_group() -> None:
     score, truth = np.zeros((16, 16), np.float32), grid(4, 4, 10, 10, g=16)
     score[truth] = 1.0
-    table = mask_iou_table([score, score, score], [truth, np.zeros_like(truth), ~truth], title="x", floor=0.5)
-    assert [cells[0] for cells in table.rows] == list(RULES)
-    for _, iou, share in table.rows:
-        assert iou.n == 2
+    half_right = [score, score, score], [truth, np.zeros_like(truth), ~truth]
+    table = mask_table({"BEOL": half_right, "DEP": ([score], [truth])}, title="x", floor=0.5)
+    assert [cells[:2] for cells in table.rows] == [
+        (group, name) for group in ("BEOL", "DEP") for name in NAMES.values()
+    ]
+    for _, _, iou, share, errors in table.rows[: len(NAMES)]:
+        assert iou.n == errors.n == 2
         assert share == 0.5  # right on the first field; the third's truth is all the rest
-    assert table.note.startswith("2 defective fields")
-    alone = mask_iou_table([score], [truth], title="x")
-    assert all(cells[1].n == 1 and cells[1].mean > 0.7 for cells in alone.rows)
-    assert all(np.isnan(cells[1].std) for cells in alone.rows)  # one field has no spread
+    for _, _, iou, share, errors in table.rows[len(NAMES) :]:
+        assert (iou.n, share, errors.mean) == (1, 1.0, 0.0)
+        assert iou.mean > 0.7
+        assert np.isnan(iou.std)  # one field has no spread
+    assert table.note.startswith("3 defective fields")
 
 
 def test_graphs_are_not_trained_while_they_are_judged() -> None:

@@ -1,7 +1,6 @@
 import json
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -21,13 +20,18 @@ from semwatch_training.detection.segmentation_branch import BranchForm
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.evaluation import (
-    evaluate_commands,
+    detection_experiments,
+    engines,
+    evaluate,
     evaluate_detection,
+    evaluate_discovery,
     evaluation_data,
     experiment_commands,
-    experiments,
+    searched_crops,
 )
-from semwatch_training.evaluation.evaluation_data import crops_of, defects_only, fingerprint
+from semwatch_training.evaluation.binarization_rules import NAMES
+from semwatch_training.evaluation.evaluation_data import Source, by_stage, crops_of, defects_only, fingerprint
+from semwatch_training.evaluation.report import Table
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
@@ -49,10 +53,14 @@ def tiny_backbones() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional)
-        for module in (evaluate_commands, fit_memory, experiments):
+        for module in (engines, fit_memory, detection_experiments):
             patch.setattr(module, "MemoryForm", lambda: FORM)
         yield
     torch.set_num_threads(before)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
 
 
 def run(*arguments: object, code: int = 0) -> Result:
@@ -159,14 +167,23 @@ def test_a_data_set_without_normals_to_learn_from_gives_no_memory_engine(folder,
 
 
 def test_synthetic_detection_has_tables_and_pictures_of_every_stage(weights, tmp_path, monkeypatch) -> None:
-    small = partial(evaluate_detection.synthetic, side_px=384)
-    monkeypatch.setattr(evaluate_detection, "synthetic", small)
-    monkeypatch.setattr(evaluate_commands, "STAGES", ("DEP", "BEOL"))
-    monkeypatch.setattr(evaluate_commands, "DEFECT_TYPES", {"DEP": ("bubble", "pinhole"), "BEOL": DEFECT_TYPES["BEOL"]})
+    monkeypatch.setattr(evaluate_detection, "synthetic", lambda stage, **_: [normal(), normal(), *one_square(stage)])
+    monkeypatch.setattr(evaluate, "STAGES", ("DEP", "BEOL"))
     run("evaluate", "detection", "synthetic", "--out", tmp_path, "--weights", weights, "--per-type", 2)
-    titles = list(report(tmp_path))
-    assert [title for title in titles if title.startswith("Detection, ")] == ["Detection, DEP", "Detection, BEOL"]
-    assert "8 fields, 4 normal" in report(tmp_path)["Detection, DEP"]["note"]
+    tables = report(tmp_path)
+    assert [title for title in tables if title.startswith("Detection, ")] == ["Detection, DEP", "Detection, BEOL"]
+    assert "Synthetic DEP, seeds from" in tables["Detection, DEP"]["note"]
+    assert "3 fields, 2 normal" in tables["Detection, BEOL"]["note"]
+
+
+def normal() -> evaluate_detection.Field:
+    return evaluate_detection.Field(np.full((SIDE, SIDE), 90, np.uint8), DEFECT_FREE, np.zeros((SIDE, SIDE), bool))
+
+
+def one_square(stage: str, **_: object) -> list[evaluate_detection.Field]:
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[20:40, 20:40] = True
+    return [evaluate_detection.Field(np.where(mask, 250, 90).astype(np.uint8), stage, mask)]
 
 
 def test_detection_without_masks_for_the_test_part_is_refused_before_anything_is_fitted(tmp_path, weights) -> None:
@@ -180,20 +197,56 @@ def test_detection_without_masks_for_the_test_part_is_refused_before_anything_is
 # ---- evaluate, on crops ----
 
 
-def test_classification_and_the_unknown_rule_report_every_class(tiny_repository, crops, tmp_path) -> None:
+def test_classification_on_true_masks_and_the_unknown_rule_report_every_class(
+    tiny_repository, tmp_path, monkeypatch
+) -> None:
+    made = blobs(40, ["a", "b", "c", "d"], 30)
+    monkeypatch.setattr(labelled_crops, "of_synthetic", lambda *_, **__: made)
     rest = ("--repository", tiny_repository, "--cache", tmp_path / "cache", "--seeds", 1)
-    run("evaluate", "classification", "synthetic", "--out", tmp_path / "c", *rest)
-    assert [row[0] for row in report(tmp_path / "c")["ADC by class"]["rows"]] == sorted(set(crops.labels))
+    run("evaluate", "classification", "synthetic", "--true-masks", "--out", tmp_path / "c", *rest)
+    tables = report(tmp_path / "c")
+    assert [row[:3] for row in tables["ADC by class"]["rows"]] == [[name, 40, 0] for name in "abcd"]
+    assert "as if every defect were found" in tables["Classification"]["note"]
     run("evaluate", "unknown", "synthetic", "--out", tmp_path / "u", *rest)
     rows = report(tmp_path / "u")["Unknown rule"]["rows"]
-    assert [row[0] for row in rows] == [*sorted(set(crops.labels)), "all"]
+    assert [row[0] for row in rows] == ["a", "b", "c", "d", "all"]
     assert rows[-1][2]["mean"] > 0.99
+
+
+def test_classification_searches_once_and_judges_behind_the_gate_that_is_asked_for(
+    folder, tiny_repository, tmp_path, monkeypatch
+) -> None:
+    """The tiny detector's normal scores are i / 1000: at 0.05 the gate is at 0.057, at 0.5 lower."""
+    judged: list[tuple[Crops, searched_crops.Outcome]] = []
+    n_searched = 0
+    real = searched_crops.search
+
+    def noted(*given: object) -> object:
+        nonlocal n_searched
+        n_searched += 1
+        return real(*given)
+
+    def told(crops: Crops, *_: object, outcome: searched_crops.Outcome, **__: object) -> object:
+        judged.append((crops, outcome))
+        return [], {}
+
+    monkeypatch.setattr(searched_crops, "search", noted)
+    monkeypatch.setattr("semwatch_training.evaluation.evaluate_heads.classification", told)
+    for rate in (0.05, 0.5):
+        run(
+            "evaluate", "classification", folder, "--out", tmp_path / "out", "--repository", tiny_repository,
+            "--cache", tmp_path / "cache", "--false-alarm-rate", rate,
+        )  # fmt: skip
+    assert n_searched == 10  # four normal and six defective; none of those to learn normal looks from
+    for crops, outcome in judged:
+        assert sum(np.array(crops.labels)[outcome.judged] != DEFECT_FREE) + len(outcome.missed) == 6
+        assert outcome.normals_opened.n == 4
 
 
 def test_k_and_discovery_of_crops(tiny_repository, tmp_path, monkeypatch) -> None:
     made = blobs(20, [DEFECT_FREE, "a", "b", "c"], 30)
     monkeypatch.setattr(labelled_crops, "of_synthetic", lambda *_, **__: made)
-    monkeypatch.setattr(evaluate_commands, "get_args", lambda _: ("consensus", "silhouette"))
+    monkeypatch.setattr(evaluate, "get_args", lambda _: ("consensus", "silhouette"))
     rest = ("--repository", tiny_repository, "--cache", tmp_path / "cache")
     run("evaluate", "k", "synthetic", "--out", tmp_path / "k", *rest, "--problems", 2)
     table = report(tmp_path / "k")["Number of classes"]
@@ -203,12 +256,43 @@ def test_k_and_discovery_of_crops(tiny_repository, tmp_path, monkeypatch) -> Non
     table = report(tmp_path / "d")["Discovery, one class unknown in turn"]
     assert "60 samples, 3 classes" in table["note"]
     assert {row[0] for row in table["rows"]} >= {"k-means", "GCD", "SimGCD", "gated"}
+    with pytest.raises(ConfigError, match="a, b, c belong to no process stage of ours"):
+        run("evaluate", "discovery", "synthetic", "--unknown", "stage", "--out", tmp_path / "s", *rest)
+
+
+def test_a_whole_stage_can_be_unknown(tiny_repository, tmp_path, monkeypatch) -> None:
+    names = ["bubble", "pinhole", "bridge"]
+    made = blobs(10, names, 30)
+    monkeypatch.setattr(labelled_crops, "of_synthetic", lambda *_, **__: made)
+    given: dict[str, object] = {}
+
+    def noted(features: np.ndarray, labels: list[str], **options: object) -> object:
+        given.update(options, labels=labels)
+        return [], {}
+
+    monkeypatch.setattr(evaluate_discovery, "discovery_in_turn", noted)
+    rest = ("--repository", tiny_repository, "--cache", tmp_path / "cache", "--out", tmp_path / "out")
+    run("evaluate", "discovery", "synthetic", "--unknown", "stage", *rest)
+    assert given["groups"] == by_stage(names)
+    assert given["of"] == "stage"
+    assert sorted(name for group in given["groups"].values() for name in group) == sorted(names)
+    with pytest.raises(ConfigError, match="with --base all classes of the images are unknown"):
+        run("evaluate", "discovery", "synthetic", "--unknown", "stage", "--base", "synthetic", *rest)
+
+
+def test_types_are_grouped_by_their_stage() -> None:
+    assert by_stage([]) == {}
+    assert by_stage(name for names in DEFECT_TYPES.values() for name in names) == dict(DEFECT_TYPES)
+    only = DEFECT_TYPES["DPR"][0]
+    assert by_stage([only, only]) == {"DPR": (only,)}
+    with pytest.raises(ConfigError, match="leave out one type at a time"):
+        by_stage([only, "scratched"])
 
 
 def test_discovery_with_a_base_names_the_images_of_a_folder(
     tiny_repository, crops, folder, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(evaluate_commands.evaluate, "discovery_of_images", discovered := Discovered())
+    monkeypatch.setattr(evaluate_discovery, "discovery_of_images", discovered := Discovered())
     run(
         "evaluate", "discovery", folder, "--base", "synthetic", "--out", tmp_path / "out", "--repository",
         tiny_repository, "--cache", tmp_path, "--seeds", 1, "--false-alarm-rate", 0.1,
@@ -266,22 +350,25 @@ def test_crops_are_encoded_once_and_again_where_a_file_changed(folder, tiny_repo
         return real(*given)
 
     monkeypatch.setattr(labelled_crops, "encode", noted)
-    first, width, _ = crops_of(str(folder), tiny_repository, 2, tmp_path)
+    first, width, _ = crops_of(Source(str(folder), tiny_repository, 2, tmp_path), progress=quiet)
     assert n_encoded == 6
     assert sorted(set(first.labels)) == ["bar", "square"]
-    again, _, _ = crops_of(str(folder), tiny_repository, 2, tmp_path)
+    again, _, _ = crops_of(Source(str(folder), tiny_repository, 2, tmp_path), progress=quiet)
     assert n_encoded == 6
     assert np.array_equal(first.features, again.features)
     assert 0 < width < first.features.shape[1]
     os.utime(folder / "test" / "bar" / "0.png", ns=(1, 1))
-    crops_of(str(folder), tiny_repository, 2, tmp_path)
+    crops_of(Source(str(folder), tiny_repository, 2, tmp_path), progress=quiet)
     assert n_encoded == 12
 
 
 def test_two_folders_of_one_name_do_not_share_their_crops(tiny_repository, tmp_path) -> None:
     for seed, place in enumerate("ab"):
         draw(tmp_path / place / "lot" / "test" / "spot" / "0.png", seed, (10, 10, 30, 30))
-    one, two = (crops_of(str(tmp_path / place / "lot"), tiny_repository, 2, tmp_path / "cache")[0] for place in "ab")
+    one, two = (
+        crops_of(Source(str(tmp_path / place / "lot"), tiny_repository, 2, tmp_path / "cache"), progress=quiet)[0]
+        for place in "ab"
+    )
     assert not np.array_equal(one.features, two.features)
 
 
@@ -318,18 +405,66 @@ def test_an_encoder_that_does_not_say_its_frozen_width_is_refused() -> None:
 # ---- experiment ----
 
 
-def test_k_shot_on_a_folder(folder, tmp_path) -> None:
-    run("experiment", "k-shot", folder, "--out", tmp_path, "--shots", 1, "--shots", 2, "--seeds", 1)
-    assert [row[0] for row in report(tmp_path)["Few-shot detection, memory"]["rows"]] == [1, 2]
+def test_k_shot_on_a_folder(folder, weights, tmp_path) -> None:
+    run("experiment", "k-shot", folder, "--out", tmp_path, "--weights", weights, "--shots", 2, "--seeds", 1)
+    assert [row[:4] for row in report(tmp_path)["Few-shot detection"]["rows"]] == [
+        ["stripes", 0, "shipped", ""], ["stripes", 0, "self-matching", ""],
+        *(["stripes", 2, "memory", views] for views in ("as they are", "8 turns", "22 views")),
+    ]  # fmt: skip
 
 
-def test_learning_from_a_folder_without_normals_to_learn_from_is_refused(folder, tmp_path) -> None:
+def test_on_synthetic_fields_each_stage_is_shown_its_own_normals(weights, tmp_path, monkeypatch) -> None:
+    given: dict[str, object] = {}
+
+    def drawn(stage: str, *, n_normal: int, n_per_type: int, **_: object) -> list[evaluate_detection.Field]:
+        return [normal()] * n_normal + one_square(stage) * n_per_type
+
+    def noted(trunks: Trunks, groups: dict[str, object], **_: object) -> Table:
+        given.update(groups)
+        return Table("Few-shot detection", ("on",), ())
+
+    monkeypatch.setattr(experiment_commands, "synthetic", drawn)
+    monkeypatch.setattr(detection_experiments, "k_shot", noted)
+    run("experiment", "k-shot", "synthetic", "--out", tmp_path, "--weights", weights, "--per-type", 2)
+    assert list(given) == list(STAGES)
+    assert [len(normals) for normals, _ in given.values()] == [40] * 3
+    assert [{f.label for f in fields} for _, fields in given.values()] == [{DEFECT_FREE, stage} for stage in STAGES]
+
+
+def test_binarization_on_a_folder_and_on_every_stage(folder, tiny_repository, tmp_path, monkeypatch) -> None:
+    run("experiment", "binarization", folder, "--out", tmp_path / "f", "--repository", tiny_repository)
+    table = report(tmp_path / "f")["Binarisation of score maps"]
+    assert [row[:2] for row in table["rows"]] == [
+        ["stripes", rule] for rule in NAMES.values()
+    ]  # fmt: skip
+    assert all(row[2]["n"] == row[4]["n"] == 6 for row in table["rows"])
+    monkeypatch.setattr(experiment_commands, "synthetic", one_square)
+    run("experiment", "binarization", "synthetic", "--out", tmp_path / "s", "--repository", tiny_repository)
+    rows = report(tmp_path / "s")["Binarisation of score maps"]["rows"]
+    assert [row[0] for row in rows] == [stage for stage in STAGES for _ in range(len(NAMES))]
+
+
+def test_masks_of_a_folder_without_defects_cannot_be_compared(folder, tiny_repository, tmp_path) -> None:
+    (tmp_path / "d" / "test").mkdir(parents=True)
+    (tmp_path / "d" / "test" / "good").symlink_to(folder / "test" / "good")
+    with pytest.raises(ConfigError, match="no field of d has a true mask"):
+        run("experiment", "binarization", tmp_path / "d", "--out", tmp_path / "o", "--repository", tiny_repository)
+
+
+def test_help_names_the_experiment_of_direct_matching() -> None:
+    listed = run("experiment", "--help").output
+    assert "Direct matching against reconstruction" in listed
+    assert "binarization" in listed
+
+
+def test_learning_from_a_folder_without_normals_to_learn_from_is_refused(folder, weights, tmp_path) -> None:
     (tmp_path / "d").mkdir()
     for part in ("test", "ground_truth"):
         (tmp_path / "d" / part).symlink_to(folder / part)
     for command in ("k-shot", "tokens"):
+        shown = ("--weights", weights) if command == "k-shot" else ()
         with pytest.raises(ConfigError, match="d has no normal image to learn from; put some in train"):
-            run("experiment", command, tmp_path / "d", "--out", tmp_path / "out")
+            run("experiment", command, tmp_path / "d", "--out", tmp_path / "out", *shown)
 
 
 def test_tokens_fit_the_trunk_and_another_data_set_has_its_own_features(folder, tmp_path, monkeypatch) -> None:
@@ -371,11 +506,11 @@ def test_k_of_the_stages(tiny_repository, crops, tmp_path, monkeypatch) -> None:
 def test_cross_process_keeps_runs_of_other_sizes_apart(tmp_path, monkeypatch) -> None:
     places: list[Path] = []
 
-    def noted(convolutional: EfficientNet, work: Path, **options: object) -> evaluation_data.Table:
+    def noted(convolutional: EfficientNet, work: Path, **options: object) -> Table:
         places.append(work)
-        return evaluation_data.Table("Cross-process detection", ("trained on",), (("DEP",),))
+        return Table("Cross-process detection", ("trained on",), (("DEP",),))
 
-    monkeypatch.setattr(experiments, "cross_process", noted)
+    monkeypatch.setattr(detection_experiments, "cross_process", noted)
     for n_normal, n_backgrounds in ((10, 20), (20, 10)):  # as many images in all
         run("experiment", "cross-process", "--out", tmp_path, "--n-normal", n_normal, "--n-backgrounds", n_backgrounds)
     assert len(set(places)) == 2

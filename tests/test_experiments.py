@@ -18,16 +18,12 @@ from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph,
 from semwatch_training.detection.segmentation_branch import BranchForm
 from semwatch_training.detection.train_branch import BranchSchedule
 from semwatch_training.detection.train_detector import Schedule
-from semwatch_training.evaluation import evaluate_detection, experiments
-from semwatch_training.evaluation.evaluate_detection import Field
-from semwatch_training.evaluation.experiments import (
-    MASKINGS,
-    cross_process,
-    k_per_stage,
-    k_shot,
-    mask_and_crop,
-    normal_tokens,
-)
+from semwatch_training.evaluation import crop_experiments, detection_experiments, evaluate_detection
+from semwatch_training.evaluation.binarization_rules import NAMES
+from semwatch_training.evaluation.crop_experiments import MASKINGS, binarization, k_per_stage, mask_and_crop
+from semwatch_training.evaluation.detection_experiments import cross_process, k_shot, normal_tokens
+from semwatch_training.evaluation.evaluate_detection import Engine, Field
+from semwatch_training.evaluation.report import Table
 from semwatch_training.synthetic import STAGES
 from semwatch_training.trunks.efficientnet import EfficientNet
 from tiny_models import DETECTOR, trunk
@@ -72,40 +68,62 @@ def fields(n: int = 3) -> list[Field]:
 # ---- few-shot ----
 
 
+class Bright(torch.nn.Module):
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        score = torch.nn.functional.avg_pool2d(image[:, None].float(), 16)[:, 0]
+        return score, score.flatten(1).amax(dim=1)
+
+
+def shot(convolutional: EfficientNet, normals: list[np.ndarray], n_fields: int = 3, **options: object) -> Table:
+    free = {"bright": Engine((Bright(),), 112, "none")}
+    groups = {"lot": (normals, fields(n_fields))}
+    return k_shot(
+        Trunks(trunk(), convolutional), groups, support_set_free=free, form=FORM, progress=quiet, **options
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("shots", [[], [0], [1, 5]])
 def test_shots_of_nothing_and_of_more_than_there_are_normals_are_refused(convolutional, shots) -> None:
     with pytest.raises(ConfigError, match="need 1 to 4 normal images"):
-        k_shot(Trunks(trunk(), convolutional), [stripes(i) for i in range(4)], fields(), shots=shots, seeds=(0,),
-               form=FORM, progress=quiet)  # fmt: skip
+        shot(convolutional, [stripes(i) for i in range(4)], shots=shots, seeds=(0,))
 
 
-def test_a_few_normal_images_are_enough_to_tell_a_white_box(convolutional) -> None:
-    normals = [stripes(i) for i in range(3)]
-    table = k_shot(
-        Trunks(trunk(), convolutional), normals, fields(), shots=[1, 2], seeds=(0, 1), form=FORM, progress=quiet
-    )
-    assert [cells[0] for cells in table.rows] == [1, 2]
-    for _, image, pixel in table.rows:
-        assert (image.n, pixel.n) == (2, 2)
-        assert image.mean > 0.75  # the trunks are random
-        assert pixel.mean > 0.75
+def test_a_few_normal_images_are_enough_to_tell_a_white_box_and_stand_beside_none(convolutional) -> None:
+    table = shot(convolutional, [stripes(i) for i in range(3)], shots=[2, 1], seeds=(0, 1))
+    assert [cells[:4] for cells in table.rows] == [
+        ("lot", 0, "bright", ""),
+        ("lot", 1, "memory", "8 turns"), ("lot", 1, "memory", "22 views"),
+        *(("lot", 2, "memory", views) for views in ("as they are", "8 turns", "22 views")),
+    ]  # fmt: skip
+    assert [cells[4].n for cells in table.rows] == [1, *[2] * 5]
+    for cells in table.rows[1:]:
+        assert cells[4].mean > 0.75  # the trunks are random
+        assert cells[5].mean > 0.75
     assert table.note.startswith("6 fields judged; k of 3 normal images")
 
 
-def test_the_seed_draws_the_shots(convolutional, monkeypatch) -> None:
-    drawn: list[list[int]] = []
+def test_the_seed_draws_the_shots_and_views_of_one_image_share_an_owner(convolutional, monkeypatch) -> None:
+    drawn: list[tuple[int, list[int], object]] = []
     normals = [np.full((112, 112), level, np.uint8) for level in range(10)]
-    real = experiments.fit
+    real = detection_experiments.fit
 
-    def noted(images: list[np.ndarray], *rest: object, **options: object) -> object:
-        drawn.append([int(image[0, 0]) for image in images])
-        return real([stripes(1)], *rest, **options)
+    def noted(images: list[np.ndarray], trunks: Trunks, form: MemoryForm, **options: object) -> object:
+        drawn.append((form.few_shot, [int(image[0, 0]) for image in images], options.get("groups")))
+        return real([stripes(1)], trunks, replace(form, few_shot=1))
 
-    monkeypatch.setattr(experiments, "fit", noted)
-    k_shot(Trunks(trunk(), convolutional), normals, fields(1), shots=[1, 4], seeds=(0, 1), form=FORM, progress=quiet)
-    assert [len(set(shot)) for shot in drawn] == [1, 1, 4, 4]
-    assert drawn[2] != drawn[3]
-    assert drawn[2][:1] == drawn[0]  # more shots are those of fewer and others
+    monkeypatch.setattr(detection_experiments, "fit", noted)
+    views_of = detection_experiments.few_shot_images
+    monkeypatch.setattr(
+        detection_experiments, "few_shot_images", lambda images, seed, **options: views_of(images, seed, views=3)
+    )
+    shot(convolutional, normals, n_fields=1, shots=[1, 4], seeds=(0, 1))
+    of_one, of_four = drawn[:4], drawn[4:]
+    assert [(few, len(shown), owners) for few, shown, owners in of_one] == [(8, 1, None)] * 2 + [(0, 3, None)] * 2
+    assert [(few, len(shown)) for few, shown, _ in of_four] == [(0, 4)] * 2 + [(8, 4)] * 2 + [(0, 12)] * 2
+    assert of_four[0][1] != of_four[1][1]  # another seed
+    assert of_four[0][1] == of_four[2][1]  # however they are shown
+    assert of_four[0][1][:1] == of_one[0][1]  # more shots are those of fewer and others
+    assert of_four[4][2] == np.repeat(range(4), 3).tolist()
 
 
 # ---- normal tokens ----
@@ -156,6 +174,24 @@ def test_fewer_normals_than_a_batch_are_refused(tmp_path) -> None:
         )
 
 
+# ---- binarisation ----
+
+
+def test_rules_are_compared_on_the_repository_s_maps_of_defective_fields(tiny_repository) -> None:
+    told: list[tuple[int, int]] = []
+    with Embedded(tiny_repository, models=("detector",), threads=1) as models:
+        with pytest.raises(ConfigError, match="no field of DEP has a true mask"):
+            binarization(models, {"DEP": fields(2)[::2]}, 2, progress=quiet)
+        table = binarization(
+            models, {"DEP": fields(2), "DPR": iter(fields(1))}, 6, progress=lambda _, *n: told.append(n)
+        )
+    n = len(NAMES)
+    assert [cells[0] for cells in table.rows] == ["DEP"] * n + ["DPR"] * n
+    assert [cells[2].n for cells in table.rows] == [2] * n + [1] * n
+    assert all(0 <= cells[2].mean <= 1 and cells[4].mean >= 0 for cells in table.rows)
+    assert told == [(done, 6) for done in range(1, 7)]
+
+
 # ---- mask and crop ----
 
 
@@ -180,13 +216,13 @@ def test_without_a_marked_defect_there_is_nothing_to_cluster(tmp_path, tiny_repo
 
 def test_the_encoder_is_shown_the_image_then_the_crop_then_the_mask(tmp_path, tiny_repository, monkeypatch) -> None:
     shown: list[tuple[np.ndarray, np.ndarray]] = []
-    real = experiments.encode
+    real = crop_experiments.encode
 
     def noted(candidate, models):
         shown.append((candidate.crop, candidate.soft_mask))
         return real(candidate, models)
 
-    monkeypatch.setattr(experiments, "encode", noted)
+    monkeypatch.setattr(crop_experiments, "encode", noted)
     samples = [sample(tmp_path, i, ("square", "bar")[i % 2]) for i in range(6)]
     with Embedded(tiny_repository, models=("encoder",), threads=1) as models:
         width = int(models.meta("encoder").provenance["frozen_width"])
@@ -234,13 +270,13 @@ def test_the_novel_stage_is_never_labelled_and_each_known_class_is(monkeypatch) 
     """With two samples of a class a coin for each would leave a class without a label, and a gap in the numbers."""
     features, labels, stages = per_stage(each=2)
     given: list[np.ndarray] = []
-    real = experiments.clustering.checked
+    real = crop_experiments.clustering.checked
 
     def noted(values: np.ndarray, marks: np.ndarray) -> object:
         given.append(marks)
         return real(values, marks)
 
-    monkeypatch.setattr(experiments.clustering, "checked", noted)
+    monkeypatch.setattr(crop_experiments.clustering, "checked", noted)
     k_per_stage(features, labels, stages, seeds=range(3), rules=("silhouette",))
     of_stage = np.array(stages)
     for index, marks in enumerate(given):
@@ -260,20 +296,22 @@ def test_nan_features_are_refused() -> None:
 # ---- cross-process ----
 
 
-def test_each_stage_is_learnt_twice_and_judged_on_all_three(tmp_path, convolutional, monkeypatch) -> None:
+def test_each_stage_asked_for_is_learnt_twice_and_judged_on_all_three(tmp_path, convolutional, monkeypatch) -> None:
     monkeypatch.setattr(
-        experiments, "BranchForm", lambda: BranchForm(input_px=64, projection=4, width=4, dilations=(1,))
+        detection_experiments, "BranchForm", lambda: BranchForm(input_px=64, projection=4, width=4, dilations=(1,))
     )
-    monkeypatch.setattr(experiments, "DetectorForm", lambda **form: DetectorForm(**form, input_px=64))
+    monkeypatch.setattr(detection_experiments, "DetectorForm", lambda **form: DetectorForm(**form, input_px=64))
     trained: list[tuple[str, ...]] = []
-    real_views, real_fields = experiments.synthetic_views, evaluate_detection.synthetic
+    real_views, real_fields = detection_experiments.synthetic_views, evaluate_detection.synthetic
 
     def noted(*numbers: int, stages: tuple[str, ...], **options: int):
         trained.append((*stages, *numbers, options["first_seed"]))
         return real_views(*numbers, stages=stages, **options)
 
-    monkeypatch.setattr(experiments, "synthetic_views", noted)
-    monkeypatch.setattr(experiments, "synthetic", lambda stage, **options: real_fields(stage, **options, side_px=384))
+    monkeypatch.setattr(detection_experiments, "synthetic_views", noted)
+    monkeypatch.setattr(
+        detection_experiments, "synthetic", lambda stage, **options: real_fields(stage, **options, side_px=384)
+    )
     monkeypatch.setattr("semwatch_training.detection.branch_views.SIDES_PX", (384, 384, 384, 384))
     table = cross_process(
         convolutional,
@@ -285,14 +323,15 @@ def test_each_stage_is_learnt_twice_and_judged_on_all_three(tmp_path, convolutio
         seeds=(0, 1),
         n_test_normal=1,
         n_test_per_type=1,
+        stages=("DPR", "DEP"),
         progress=quiet,
     )
     assert trained == [
         (stage, 2, 1, n_labelled, 1_000_000 + 10_000_000 * seed)
-        for stage in STAGES for n_labelled in (0, 2) for seed in (0, 1)
+        for stage in ("DPR", "DEP") for n_labelled in (0, 2) for seed in (0, 1)
     ]  # fmt: skip
     assert [cells[:3] for cells in table.rows] == [
         (stage, told, other if other != stage else f"{other} (seen)")
-        for stage in STAGES for told in ("normals", "labelled") for other in STAGES
+        for stage in ("DPR", "DEP") for told in ("normals", "labelled") for other in STAGES
     ]  # fmt: skip
     assert all(cell.n == 2 and 0 <= cell.mean <= 1 for cells in table.rows for cell in cells[3:])

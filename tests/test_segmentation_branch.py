@@ -35,7 +35,7 @@ from semwatch_training.detection.train_branch import (
 from semwatch_training.synthetic import render
 from semwatch_training.synthetic.shapes import NoRoom
 from semwatch_training.trunks.efficientnet import EfficientNet
-from tiny_models import DETECTOR, trunk
+from tiny_models import DETECTOR, shallow, trunk
 
 FORM = BranchForm(input_px=64, projection=8, width=8, dilations=(1, 2))
 SCHEDULE = BranchSchedule(steps=60, batch=4, warm_up_steps=5, learning_rate=5e-3)
@@ -51,8 +51,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def convolutional() -> EfficientNet:
-    torch.manual_seed(0)
-    return EfficientNet().eval().requires_grad_(False)
+    return shallow()
 
 
 class Told:
@@ -370,9 +369,9 @@ def test_rate_warms_up_and_falls() -> None:
 # ---- in the detector ----
 
 
-def detector_with_branch(evidence: str) -> NIDetector:
+def detector_with_branch(evidence: str, **changes: object) -> NIDetector:
     torch.manual_seed(0)
-    return NIDetector(replace(DETECTOR, evidence=evidence, branch=replace(FORM, input_px=112)))
+    return NIDetector(replace(DETECTOR, evidence=evidence, branch=replace(FORM, input_px=112), **changes))
 
 
 def gray_images(n: int) -> torch.Tensor:
@@ -407,7 +406,8 @@ def test_residual_counts_in_both_and_not_at_weight_zero(convolutional) -> None:
 
 
 def test_graph_with_both_kinds_of_evidence_exports_with_a_dynamic_batch(tmp_path, convolutional) -> None:
-    graph = train_detector.with_trunk(trunk(), detector_with_branch("both"), convolutional)
+    detector = detector_with_branch("both", layers=(0, 1))  # every layer takes torch a second more
+    graph = train_detector.with_trunk(trunk(), detector, convolutional)
     outputs = {
         "score_map": Tensor(dtype="float32", shape=(graph.side, graph.side)),
         "raw_score": Tensor(dtype="float32", shape=()),

@@ -231,6 +231,13 @@ def test_checkpoint_of_another_run_is_refused(views, tmp_path) -> None:
         ss.train(encoder(), views, replace(SCHEDULE, epochs=1, seed=2), tmp_path, progress=silent)
 
 
+def test_checkpoint_that_is_none_is_refused_in_plain_words(views, tmp_path) -> None:
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"checkpoint.pt is no checkpoint that can be read; remove it"):
+            ss.train(encoder(), views, SCHEDULE, tmp_path, progress=silent)
+
+
 def test_fewer_crops_than_a_batch_are_refused(views, tmp_path) -> None:
     with pytest.raises(ConfigError, match="do not fill a batch of 11"):
         ss.train(encoder(), views, replace(SCHEDULE, batch=11), tmp_path, progress=silent)
@@ -277,10 +284,13 @@ def test_tokens_of_nan_stop_the_run(views, tmp_path) -> None:
 
 def test_curve_is_written_beside_the_checkpoint(views, tmp_path) -> None:
     curve = ss.train(encoder(), views, SCHEDULE, tmp_path, progress=silent)
-    with (tmp_path / "curve.csv").open() as file:
+    with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in curve]
-    assert set(rows[0]) == {"epoch", "loss", "teacher_entropy", "marginal_entropy", "feature_std", "seconds"}
+    healthy = {"teacher_entropy", "marginal_entropy", "feature_std"}
+    assert set(rows[0]) == {"epoch", "loss", *healthy, "seconds", "eta_seconds"}
+    assert curve[0]["eta_seconds"] == pytest.approx(curve[0]["seconds"])
+    assert curve[1]["eta_seconds"] == 0
 
 
 def test_progress_counts_every_step(views, tmp_path) -> None:

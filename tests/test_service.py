@@ -4,16 +4,15 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import redis
 
-from daemon import SOURCE, Daemon, make_site, png
+from daemon import SOURCE, Daemon, Site, make_site, png
 from semwatch import audit, model_repository
 from semwatch.embedded_redis import EmbeddedRedis
 
@@ -22,6 +21,32 @@ from semwatch.embedded_redis import EmbeddedRedis
 def server(tmp_path: Path):
     with EmbeddedRedis(tmp_path / "redis") as server:
         yield server
+
+
+@dataclass(frozen=True)
+class Worked:
+    """What a daemon left that found five images and a broken one, and was stopped after them."""
+
+    site: Site
+    dropped: dict[Path, os.stat_result]
+    """The files as they were before it started."""
+    metrics: str
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path) -> Worked:
+    """One run for all tests that look at what an uneventful run leaves."""
+    port = 19464 + os.getpid() % 1000
+    site = make_site(tmp_path_factory.mktemp("worked") / "site", tiny_repository, metrics={"port": port})
+    files = [site.put(f"lot/{index}.png", png(index)) for index in range(5)]
+    files.append(site.put("broken.png", b"no image"))
+    dropped = {file: file.stat() for file in files}
+    with Daemon(site) as daemon:
+        daemon.wait_for(lambda: (log := daemon.log()).count(" defects, ") == 5 and "broken.png quarantined" in log)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+        assert daemon.stop() == 0
+    return Worked(site, dropped, text)
 
 
 def test_no_file_at_all_is_ready_and_stops_cleanly(tmp_path, tiny_repository) -> None:
@@ -55,24 +80,27 @@ def test_one_file_gives_result_overlay_table_records_and_audit_line(tmp_path, ti
     assert report.ok
 
 
-def test_the_drop_folder_is_only_read(tmp_path, tiny_repository) -> None:
-    site = make_site(tmp_path / "site", tiny_repository)
-    before = site.put("a.png", png(1)).stat()
-    site.put("broken.png", b"no image")
-    with Daemon(site) as daemon:
-        daemon.wait_for(lambda: site.reviews() and site.reasons())
-        daemon.stop()
-    after = (site.drop / "a.png").stat()
-    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
-    assert sorted(p.name for p in site.drop.iterdir()) == ["a.png", "broken.png"]
+def test_the_drop_folder_is_only_read(worked) -> None:
+    for file, before in worked.dropped.items():
+        after = file.stat()
+        assert (before.st_mtime_ns, before.st_ino, before.st_mode) == (after.st_mtime_ns, after.st_ino, after.st_mode)
+    assert {path for path in worked.site.drop.rglob("*") if path.is_file()} == set(worked.dropped)
 
 
-def test_files_that_lay_there_before_the_start_are_reviewed(tmp_path, tiny_repository) -> None:
-    site = make_site(tmp_path / "site", tiny_repository)
-    for index in range(5):
-        site.put(f"{index}.png", png(index))
-    with Daemon(site) as daemon:
-        daemon.wait_for(lambda: len(site.reviews()) == 5)
+def test_files_that_lay_there_before_the_start_are_reviewed(worked) -> None:
+    assert [path.name for path in worked.site.reviews()] == [f"{index}.png.review.json" for index in range(5)]
+    assert list(worked.site.reasons()) == ["broken.png.reason.json"]
+
+
+def test_results_are_not_for_everyone_to_write(worked) -> None:
+    for path in (*worked.site.results.rglob("*"), *worked.site.state.rglob("*")):
+        assert not path.stat().st_mode & stat.S_IWOTH
+
+
+def test_metrics_tell_what_happened(worked) -> None:
+    assert f'semwatch_quarantined_total{{source="{SOURCE}"}} 1.0' in worked.metrics
+    assert 'semwatch_model_version{model="detector"} 1.0' in worked.metrics
+    assert "semwatch_stage_seconds" in worked.metrics
 
 
 def test_broken_files_are_quarantined_and_the_line_goes_on(tmp_path, tiny_repository) -> None:
@@ -91,10 +119,11 @@ def test_broken_files_are_quarantined_and_the_line_goes_on(tmp_path, tiny_reposi
     lines = [json.loads(line) for line in (site.state / "audit.jsonl").read_text().splitlines()]
     assert sorted(line["event"] for line in lines) == ["quarantined"] * 4 + ["reviewed"]
     with Daemon(site) as daemon:  # and they are not tried again
-        daemon.wait_ready()
-        time.sleep(1)
-        daemon.stop()
-    assert len((site.state / "audit.jsonl").read_text().splitlines()) == 5
+        site.put("later.png", png(3))  # whatever is tried again is older, and so comes before it
+        daemon.wait_for(lambda: len(site.reviews()) == 2)
+        assert daemon.stop() == 0
+    lines = [json.loads(line) for line in (site.state / "audit.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["path"]) for line in lines[5:]] == [("reviewed", "later.png")]
 
 
 def test_same_content_twice_is_one_review_and_a_logged_duplicate(tmp_path, tiny_repository) -> None:
@@ -170,7 +199,7 @@ def test_share_that_vanishes_and_returns_is_picked_up_again(tmp_path, tiny_repos
         site.put("a.png", png(1))
         daemon.wait_for(lambda: len(site.reviews()) == 1)
         site.drop.rename(site.folder / "away")
-        time.sleep(1)
+        daemon.wait_for(lambda: "is missing" in daemon.log())
         (site.folder / "away").rename(site.drop)
         site.put("b.png", png(2))
         daemon.wait_for(lambda: len(site.reviews()) == 2)
@@ -215,37 +244,14 @@ def test_recipe_that_pins_an_older_version_gets_it(tmp_path, tiny_repository) ->
     assert json.loads(site.reviews()[0].read_text())["model_versions"]["detector"] == 1
 
 
-def test_metrics_tell_what_happened(tmp_path, tiny_repository) -> None:
-    port = 19464 + os.getpid() % 1000
-    site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port})
-    with Daemon(site) as daemon:
-        site.put("a.png", png(1))
-        site.put("broken.png", b"no image")
-        daemon.wait_for(lambda: len(site.reviews()) == 1 and len(site.reasons()) == 1)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            text = answer.read().decode()
-    assert f'semwatch_quarantined_total{{source="{SOURCE}"}} 1.0' in text
-    assert 'semwatch_model_version{model="detector"} 1.0' in text
-    assert "semwatch_stage_seconds" in text
-
-
 def test_watchdog_is_fed_from_the_loop(tmp_path, tiny_repository) -> None:
     site = make_site(tmp_path / "site", tiny_repository)
     with Daemon(site, {"WATCHDOG_USEC": "1000000"}) as daemon:
         daemon.wait_ready()
         beats, end = 0, time.monotonic() + 3
-        while time.monotonic() < end:
+        while beats < 4 and time.monotonic() < end:
             beats += "WATCHDOG=1" in daemon.notices(0.2)
-        assert beats >= 4
-
-
-def test_results_are_not_for_everyone_to_write(tmp_path, tiny_repository) -> None:
-    site = make_site(tmp_path / "site", tiny_repository)
-    with Daemon(site) as daemon:
-        site.put("a.png", png(1))
-        daemon.wait_for(lambda: len(site.reviews()) == 1)
-    for path in (*site.results.rglob("*"), *site.state.rglob("*")):
-        assert not path.stat().st_mode & stat.S_IWOTH
+        assert beats == 4
 
 
 def test_results_folder_that_is_a_file_is_exit_code_2_in_words(tmp_path, tiny_repository) -> None:
@@ -277,17 +283,15 @@ def test_hung_review_does_not_hold_the_stop_beyond_its_bound(tmp_path, tiny_repo
     limits = {"min_free_mb": 0, "stop_timeout_s": 1}
     site = make_site(tmp_path / "site", tiny_repository, limits=limits)
     site.put("a.png", png(1))
+    hangs = tmp_path / "hangs"
     hang = (
-        "import sys, threading; from semwatch import pipeline; from semwatch.__main__ import main;"
-        "pipeline.review = lambda *_, **__: threading.Event().wait();"
-        f"sys.argv = ['semwatch', 'run', '--site', {str(site.file)!r}]; main()"
+        "import pathlib, sys, threading; from semwatch import pipeline; from semwatch.__main__ import main;"
+        f"pipeline.review = lambda *_, **__: (pathlib.Path({str(hangs)!r}).touch(), threading.Event().wait()); main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", hang])
-    try:
-        time.sleep(5)
-        process.terminate()
-        assert process.wait(8) == 0
-    finally:
-        process.kill()
+    with Daemon(site, program=("-c", hang)) as daemon:
+        daemon.wait_for(hangs.exists)
+        daemon.process.terminate()
+        assert daemon.process.wait(8) == 0
+    assert site.reviews() == []
     with Daemon(site) as daemon:
         daemon.wait_for(lambda: len(site.reviews()) == 1)

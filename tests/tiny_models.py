@@ -1,10 +1,21 @@
 """A model repository of real formats and random weights: exported in seconds, answering in milliseconds."""
 
+import hashlib
+import io
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
+from torch import nn
 
+from semwatch.model_repository import Meta
+from semwatch_training import export
 from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
@@ -28,11 +39,18 @@ def trunk(seed: int = 0) -> VisionTransformer:
     return model.eval().requires_grad_(False)
 
 
-def convolutional() -> EfficientNet:
-    """A convolutional trunk of random weights."""
+def shallow() -> EfficientNet:
+    """A convolutional trunk of torch's own random weights: of every stage the first two blocks."""
     torch.manual_seed(0)
     network = EfficientNet().eval().requires_grad_(False)
-    for parameter in network.parameters():  # torch's own start makes all patches alike
+    network.stages = nn.ModuleList(cast(nn.Sequential, stage)[:2] for stage in network.stages)
+    return network
+
+
+def convolutional() -> EfficientNet:
+    """A convolutional trunk of random weights that tell patches apart; torch's own make them all alike."""
+    network = shallow()
+    for parameter in network.parameters():
         if parameter.ndim > 1:
             torch.nn.init.kaiming_normal_(parameter)
     return network
@@ -66,3 +84,37 @@ def publish_all(repository: Path) -> Path:
     version = publish_encoder(encoder, repository, provenance={})
     publish_head(head(width, encoder.frozen_width), repository, encoder_version=version, provenance={})
     return repository
+
+
+class _ByValue(pickle.Pickler):
+    """Pickles equal networks to equal bytes: a tensor is its numbers, not the address of its storage."""
+
+    fast = True  # nor does it matter which of two equal strings are one object
+
+    def reducer_override(self, value: object) -> Any:
+        return (np.asarray, (value.detach().numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def _fingerprint(value: object) -> str:
+    pickled = io.BytesIO()
+    _ByValue(pickled).dump(value)
+    return hashlib.sha256(pickled.getvalue()).hexdigest()
+
+
+@contextmanager
+def exporting_once(kept: Path) -> Iterator[None]:
+    """Export each network once: an equal one under an equal signature gets a copy of the file kept of the first.
+
+    Torch takes seconds to export a network however small it is, and the file depends on these two alone.
+    """
+    to_onnx = export.to_onnx
+
+    def exported(graph: nn.Module, meta: Meta, path: Path) -> None:
+        file = kept / f"{_fingerprint((graph, meta.inputs, meta.outputs))}.onnx"
+        if not file.exists():
+            to_onnx(graph, meta, file)
+        shutil.copyfile(file, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "to_onnx", exported)
+        yield

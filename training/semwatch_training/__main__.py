@@ -1,31 +1,24 @@
 """The learning side's command line: argv -> parts -> files. No learning here."""
 
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import torch
 import typer
-from numpy.typing import NDArray
 
-from semwatch import micrograph, model_repository
-from semwatch.config import Recipe
-from semwatch.errors import ConfigError, SemwatchError
-from semwatch.inference import Embedded
+from semwatch import micrograph
+from semwatch.errors import SemwatchError
 from semwatch_training import build_repository
+from semwatch_training import ship as whole_run
 from semwatch_training.data import datasets
-from semwatch_training.data.backgrounds import backgrounds
-from semwatch_training.detection import fit_memory, memory_detector, train_detector
-from semwatch_training.detection.branch_views import synthetic_fields, synthetic_views, views
-from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
-from semwatch_training.detection.segmentation_branch import BranchForm, Evidence
-from semwatch_training.detection.train_branch import BranchSchedule, cache_samples, train_branch
+from semwatch_training.detection import detector_run, fit_memory, memory_detector
+from semwatch_training.detection.detector_run import MIN_NORMALS, BranchImages
+from semwatch_training.detection.ni_detector import DetectorForm
+from semwatch_training.detection.segmentation_branch import BranchForm
+from semwatch_training.detection.train_branch import BranchSchedule
 from semwatch_training.detection.train_detector import Schedule
-from semwatch_training.discovery import labelled_crops
-from semwatch_training.discovery.fit_head import HeadFit, fit_head
-from semwatch_training.discovery.head import save_head
+from semwatch_training.discovery import head_run
+from semwatch_training.encoding import self_supervision
+from semwatch_training.encoding.encoder_run import CropSource, train_encoder
 from semwatch_training.encoding.smg_vit import EncoderForm
 from semwatch_training.evaluation.evaluate_commands import evaluate_app
 from semwatch_training.evaluation.experiment_commands import experiment_app
@@ -46,7 +39,7 @@ app.add_typer(experiment_app, name="experiment")
 
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
 REPOSITORY = Path("model_repository")
-MIN_NORMALS = 8
+IMAGES = BranchImages()
 CacheOption = Annotated[Path, typer.Option(help="Where the converted backbone and frozen features are kept.")]
 
 
@@ -54,13 +47,19 @@ CacheOption = Annotated[Path, typer.Option(help="Where the converted backbone an
 def detector(
     out: Annotated[Path, typer.Option(help="Where the weights (fp16 safetensors) go.")],
     normals: Annotated[Path | None, typer.Option(help="Folder of normal images; synthetic ones without it.")] = None,
-    n_normals: Annotated[int, typer.Option(min=MIN_NORMALS, help="Synthetic normal fields.")] = 480,
-    n_labelled: Annotated[int, typer.Option(min=0, help="Synthetic fields with a labelled defect.")] = 900,
-    n_backgrounds: Annotated[int, typer.Option(min=0, help="Procedural backgrounds of no process.")] = 300,
-    held_out: Annotated[int, typer.Option(min=20, help="Normal images kept for the gate's threshold.")] = 600,
+    n_normals: Annotated[int, typer.Option(min=MIN_NORMALS, help="Synthetic normal fields.")] = IMAGES.n_normals,
+    n_labelled: Annotated[int, typer.Option(min=0, help="Synthetic fields with a labelled defect.")] = (
+        IMAGES.n_labelled
+    ),
+    n_backgrounds: Annotated[int, typer.Option(min=0, help="Procedural backgrounds of no process.")] = (
+        IMAGES.n_backgrounds
+    ),
+    held_out: Annotated[int, typer.Option(min=20, help="Normal images kept for the gate's threshold.")] = (
+        IMAGES.held_out
+    ),
     stage: Annotated[list[str] | None, typer.Option(help="Process stage to learn from; repeat. Default: all.")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 3000,
-    width: Annotated[int, typer.Option(min=8, help="Channels of the branch.")] = 64,
+    steps: Annotated[int, typer.Option(min=1)] = detector_run.STEPS,
+    width: Annotated[int, typer.Option(min=8, help="Channels of the branch.")] = detector_run.WIDTH,
     seed: int = 1,
     cache: CacheOption = Path(".cache"),
 ) -> None:
@@ -68,47 +67,11 @@ def detector(
 
     With --normals it learns from pseudo-defects planted in your images and in procedural backgrounds.
     """
-    torch.manual_seed(seed)
-    branch = BranchForm(width=width)
-    form = DetectorForm(evidence="branch", branch=branch)
-    fitted = NIDetector(form)
-    convolutional = backbone.load_efficientnet(cache)
-    if fitted.branch is None:
-        raise ConfigError("a detector of evidence 'branch' has no branch")
-    size, stages = form.input_px, tuple(stage or STAGES)
-    if normals is None:
-        pairs = synthetic_views(n_normals, n_backgrounds, n_labelled, seed=seed, size_px=size, stages=stages)
-        fields = synthetic_fields(
-            held_out, first_seed=datasets.SEED_HELD_OUT, size_px=size, stages=stages, defective=False
-        )
-        kept: Iterator[NDArray[np.uint8]] = (image for image, _ in fields)
-    else:
-        learnt, kept, held_out = _split_normals(normals, held_out, seed, size)
-        n_normals, n_labelled = len(learnt), 0
-        shown = chain(datasets.normal_images(learnt, size_px=size), backgrounds(n_backgrounds, seed=seed, size_px=size))
-        pairs = views(shown, (), seed=seed)
-    n = 2 * (n_normals + n_backgrounds) + n_labelled
+    form = DetectorForm(evidence="branch", branch=BranchForm(width=width))
+    images = BranchImages(normals, n_normals, n_labelled, n_backgrounds, held_out, tuple(stage or STAGES))
     schedule = BranchSchedule(steps=steps, seed=seed)
-    work = out.with_suffix(".work")
-    _claim(work, f"{normals} {stages} {n_normals} normal, {n_labelled} labelled, {n_backgrounds}, {width}, {schedule}")
     with Bars() as progress:
-        samples = cache_samples(Evidence(convolutional, branch), pairs, n, work, progress=progress)
-        curve = train_branch(fitted.branch, samples, schedule, work, progress=progress)
-        graph = train_detector.with_trunk(None, fitted, convolutional)
-        scores = train_detector.raw_scores(graph, kept, held_out, progress=progress)
-    provenance: dict[str, str | float | int] = {
-        "normals": f"synthetic {', '.join(stages)}" if normals is None else f"{n_normals} images of a folder",
-        "branch_trunk": backbone.EFFICIENTNET_WHEEL_SHA256,
-        "n_normals": n_normals,
-        "n_labelled": n_labelled,
-        "n_backgrounds": n_backgrounds,
-        "steps": steps,
-        "seed": seed,
-        "final_loss": curve[-1]["loss"],
-        "training_seconds": round(sum(row["seconds"] for row in curve)),
-        "device": "cpu",
-    }
-    train_detector.save(fitted, out, normal_scores=scores, provenance=provenance)
+        scores = detector_run.train_default(out, form, images, schedule, cache=cache, progress=progress)
     console.print(f"detector written to {out}; held-out normal scores {min(scores):.4f} to {max(scores):.4f}")
 
 
@@ -129,74 +92,72 @@ def ni_detector(
     cache: CacheOption = Path(".cache"),
 ) -> None:
     """Train the paper's NI-guided reconstruction on normal images alone. Resumes where it was stopped."""
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vit = _trunk(trunk, checkpoint, cache)
-    form = DetectorForm(trunk=trunk, width=vit.shape.width, heads=vit.shape.heads, input_px=32 * vit.shape.patch)
-    graph = train_detector.with_trunk(vit, NIDetector(form)).to(device)
     schedule = Schedule(epochs=epochs, batch=batch, pseudo_defects=pseudo_defects, seed=seed)
-    if normals is None:
-        images = datasets.synthetic_normals(n, first_seed=datasets.SEED_TRAIN, size_px=form.input_px)
-        kept = datasets.synthetic_normals(held_out, first_seed=datasets.SEED_HELD_OUT, size_px=form.input_px)
-    else:
-        learnt, kept, held_out = _split_normals(normals, held_out, seed, form.input_px)
-        images, n = datasets.normal_images(learnt, size_px=form.input_px), len(learnt)
-    work = out.with_suffix(".work")
-    _claim(work, f"{trunk} {checkpoint} {normals} {n} images, {schedule}")
+    vit = _trunk(trunk, checkpoint, cache)
     with Bars() as progress:
-        features = train_detector.cache_features(graph, images, n, work / "features.npy", progress=progress)
-        curve = train_detector.train(graph.detector, features, schedule, work, progress=progress)
-        scores = train_detector.raw_scores(graph.eval(), kept, held_out, progress=progress)
-    provenance: dict[str, str | float | int] = {
-        "normals": "synthetic BEOL, DEP, DPR" if normals is None else f"{n} images of a folder",
-        "backbone": backbone.WHEEL_SHA256 if checkpoint is None else model_repository.file_sha256(checkpoint),
-        "n_train": n,
-        "epochs": epochs,
-        "batch": batch,
-        "seed": seed,
-        "final_reconstruction_loss": curve[-1]["reconstruction_loss"],
-        "training_seconds": round(sum(row["seconds"] for row in curve)),
-        "device": device,
-    }
-    train_detector.save(graph.detector, out, normal_scores=scores, provenance=provenance)
+        scores = detector_run.train_reconstruction(
+            out, vit, trunk, checkpoint, schedule, normals=normals, n=n, held_out=held_out, progress=progress
+        )
     console.print(f"detector written to {out}; held-out normal scores {min(scores):.4f} to {max(scores):.4f}")
+
+
+@app.command()
+def encoder(
+    out: Annotated[Path, typer.Option(help="Where the trained layers (fp16 safetensors) go.")],
+    repository: RepositoryOption = REPOSITORY,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images to search, such as the daemon's archive; else synthetic ones.")
+    ] = None,
+    crops: Annotated[Path | None, typer.Option(help="Crops that an earlier run kept (crops-*.npz).")] = None,
+    n_images: Annotated[int, typer.Option(min=1, help="Images to search.")] = CropSource().n_images,
+    n_views: Annotated[int, typer.Option(min=2, help="Views of each crop, 0.2 MB each on disk.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    batch: Annotated[int, typer.Option(min=2)] = 32,
+    seed: int = 1,
+    cache: CacheOption = Path(".cache"),
+) -> None:
+    """Teach the encoder's last layers on crops without labels (self-distillation). Resumes where it was stopped.
+
+    The repository's detector finds the crops. `build --weights` takes the file from beside detector and head; a head
+    must then be fitted on the new encoder.
+    """
+    schedule = self_supervision.Schedule(epochs=epochs, batch=batch, seed=seed)
+    source = CropSource(crops, images, n_images)
+    with Bars() as progress:
+        last = train_encoder(
+            out, EncoderForm(), source, schedule,
+            repository=repository, cache=cache, n_views=n_views, progress=progress,
+        )  # fmt: skip
+    console.print(f"encoder written to {out}; loss {last['loss']:.4f}, spread of features {last['feature_std']:.3f}")
 
 
 @app.command()
 def head(
     out: Annotated[Path, typer.Option(help="Where the head (safetensors) goes.")],
     repository: RepositoryOption = REPOSITORY,
-    n_images: Annotated[int, typer.Option(min=60, help="Synthetic images to search for labelled crops.")] = 720,
+    n_images: Annotated[
+        int, typer.Option(min=60, help="Synthetic images to search for labelled crops.")
+    ] = head_run.N_IMAGES,
     seed: int = 0,
 ) -> None:
     """Fit the default head: search synthetic images with the repository's detector, label, encode, fit, calibrate."""
-    cache = out.with_suffix(".crops.npz")
-    with Embedded(repository, models=("detector", "encoder")) as models, Bars() as progress:
-        if cache.exists():
-            crops = labelled_crops.load(cache)
-        else:
-            crops = labelled_crops.collect(
-                models, Recipe(), n_images=n_images, first_seed=datasets.SEED_HEAD, progress=progress
-            )
-            labelled_crops.save(crops, cache)
-        frozen_width = int(models.meta("encoder").provenance["frozen_width"])
-    fit = HeadFit(frozen_width=frozen_width, seed=seed)
-    report = labelled_crops.hold_out_report(crops, fit)
+    served = build_repository.served_form(repository)
+    with Bars() as progress:
+        fitted, crops, report = head_run.fit_default(
+            repository, out, encoder_form=served, n_images=n_images, seed=seed, progress=progress
+        )
     for label in sorted(crops.n_planted):
         console.print(f"  {label:14} planted {crops.n_planted[label]:4}  found {crops.n_found.get(label, 0):4}")
     console.print(report)
-    provenance: dict[str, str | float | int] = {"crops": "synthetic", "n_images": n_images, "seed": seed, **report}
-    fitted = fit_head(crops.features, crops.labels, fit, images=crops.image_idx.tolist())
-    save_head(fitted, out, encoder_form=build_repository.form_text(EncoderForm()), provenance=provenance)
     console.print(f"head of {len(fitted.labels)} classes written to {out}")
 
 
 @app.command()
 def build(
     repository: RepositoryOption = REPOSITORY,
-    weights: Annotated[Path, typer.Option(help="Folder with detector.safetensors and head.safetensors.")] = (
-        build_repository.SHIPPED
-    ),
+    weights: Annotated[
+        Path, typer.Option(help="Folder with detector.safetensors, head.safetensors, perhaps encoder.safetensors.")
+    ] = (build_repository.SHIPPED),
     memory: Annotated[Path | None, typer.Option(help="Serve this memory in place of the detector.")] = None,
     without_head: Annotated[bool, typer.Option(help="Only detector and encoder, to fit a head with.")] = False,
     cache: CacheOption = Path(".cache"),
@@ -206,6 +167,24 @@ def build(
         repository, weights=weights, cache=cache, with_head=not without_head, memory=memory
     ):
         console.print(line, highlight=False)
+
+
+@app.command()
+def ship(
+    out: Annotated[Path, typer.Option(help="Folder of weights, repository and reports; a stopped run goes on there.")],
+    scale: Annotated[float, typer.Option(min=0.001, max=100, help="1 makes weights to ship, 0.01 tries it out.")] = 1.0,
+    self_supervise: Annotated[bool, typer.Option(help="Train the encoder's last layers too.")] = False,
+    seed: int = 1,
+    cache: CacheOption = Path(".cache"),
+) -> None:
+    """Run everything: train, build, and judge detection, discovery, unknown rule and k on synthetic images.
+
+    Parts that are whole are left alone. Uses the GPU to train where there is one.
+    """
+    plan = whole_run.plan(scale, seed=seed, self_supervise=self_supervise)
+    for part in whole_run.ship(out, plan, cache=cache):
+        done = "" if part.is_new else ", as it was"
+        console.print(f"{part.name:16} {part.seconds:8.1f} s  {part.summary}{done}", highlight=False)
 
 
 @app.command()
@@ -250,34 +229,12 @@ def memory(
     console.print(f"memory of {len(images)} images written to {out}")
 
 
-def _split_normals(
-    folder: Path, held_out: int, seed: int, size_px: int
-) -> tuple[list[Path], Iterator[NDArray[np.uint8]], int]:
-    """Paths to learn from, images (S, S) kept for the gate, and how many those are: at most a quarter."""
-    paths = datasets.folder_images(folder)
-    if len(paths) < MIN_NORMALS:
-        raise ConfigError(f"{folder} holds {len(paths)} images; a detector needs {MIN_NORMALS} normal ones or more")
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = min(held_out, len(paths) // 4)
-    kept = datasets.normal_images([paths[i] for i in order[:held_out]], size_px=size_px)
-    return [paths[i] for i in order[held_out:]], kept, held_out
-
-
 def _trunk(name: str, checkpoint: Path | None, cache: Path) -> VisionTransformer:
     if checkpoint is not None:
         return load_trunk(name, checkpoint)
     if name != backbone.TRUNK_NAME:
         raise typer.BadParameter(f"{name} does not install from a package; name its file with --checkpoint")
     return backbone.load(cache)
-
-
-def _claim(work: Path, run: str) -> None:
-    """Keep a run's features and checkpoint from being taken for those of another."""
-    note = work / "run.txt"
-    if note.exists() and note.read_text() != run:
-        raise ConfigError(f"{work} holds another run ({note.read_text()}); remove it or give another --out")
-    work.mkdir(parents=True, exist_ok=True)
-    note.write_text(run)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from semwatch.errors import ConfigError
 from semwatch_training.detection import memory_detector, train_detector
 from semwatch_training.detection.memory_detector import MemoryGraph, Trunks
 from semwatch_training.discovery.head import load_head
+from semwatch_training.encoding import self_supervision
 from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.export import publish_detector, publish_encoder, publish_head
 from semwatch_training.trunks import backbone
@@ -19,6 +20,8 @@ from semwatch_training.trunks.vit import VisionTransformer
 
 SHIPPED = Path(__file__).with_name("weights")
 """Folder of the weights that come with the package; MODEL_CARD.md there says how they were made."""
+TRAINED = "trained_layers"
+"""In an encoder's provenance: the hash of the file its last layers were taken from."""
 
 
 def build(
@@ -26,28 +29,25 @@ def build(
 ) -> Iterator[str]:
     """Publish detector, encoder and head unless this very content is published already; yield a line for each.
 
-    ``memory`` is a file of ``memory_detector.save``, to serve in the place of the detector.
+    ``encoder.safetensors`` among the weights, if it is there, goes over the encoder's last layers; without it they are
+    the trunk's own. ``memory`` is a file of ``memory_detector.save``, to serve in the place of the detector.
 
     Raises:
         ConfigError: weights are absent, or belong to another backbone or encoder.
         PublishError: an exported model differs from its original.
     """
-    form = EncoderForm()
     head_file = weights / "head.safetensors"
     trunk = backbone.load(cache)
     if memory is None:
         yield f"detector {_publish_trained(repository, weights / 'detector.safetensors', trunk, cache)}"
     else:
         yield f"detector {_publish_memory(repository, memory, trunk, cache)}"
-    made_from = hashlib.sha256(form_text(form).encode()).hexdigest()
-    if (encoder_version := _published(repository, "encoder", made_from)) is None:
-        graph = EncoderGraph(SmgVit(trunk, form), _second(cache, form.second_trunk != ""))
-        encoder_version = publish_encoder(graph, repository, provenance={"made_from": made_from})
+    encoder_version, form = _publish_encoder(repository, weights / "encoder.safetensors", trunk, cache)
     yield f"encoder {encoder_version}"
     if not with_head:
         return
     head, encoder_form, provenance = load_head(head_file)
-    if encoder_form != form_text(form):
+    if encoder_form != form:
         raise ConfigError(f"{head_file} was fitted on another encoder ({encoder_form}); fit it again")
     # An encoder published anew wants its head published anew: a head names the encoder's weights.
     encoder = model_repository.read_meta(repository, "encoder", encoder_version)
@@ -90,14 +90,48 @@ def _publish_memory(repository: Path, path: Path, trunk: VisionTransformer, cach
     )
 
 
+def _publish_encoder(repository: Path, path: Path, trunk: VisionTransformer, cache: Path) -> tuple[int, str]:
+    """The encoder's version, and what a head must have been fitted on to go with it."""
+    form = EncoderForm()
+    vit = SmgVit(trunk, form)
+    provenance: dict[str, str | float | int] = {}
+    if path.is_file():
+        provenance = {**self_supervision.load(path, vit), TRAINED: model_repository.file_sha256(path)}
+    text = form_text(form, trained=str(provenance.get(TRAINED, "")))
+    made_from = hashlib.sha256(text.encode()).hexdigest()
+    if (version := _published(repository, "encoder", made_from)) is None:
+        graph = EncoderGraph(vit, _second(cache, form.second_trunk != ""))
+        version = publish_encoder(graph, repository, provenance={**provenance, "made_from": made_from})
+    return version, text
+
+
 def _second(cache: Path, wanted: bool) -> EfficientNet | None:
     return backbone.load_efficientnet(cache) if wanted else None
 
 
-def form_text(form: EncoderForm) -> str:
-    """An encoder's form and backbone as one comparable string."""
+def form_text(form: EncoderForm, *, trained: str = "") -> str:
+    """An encoder's form, its backbones and, if any, the hash of its trained layers' file as one comparable string."""
     hashes = {"backbone": backbone.WHEEL_SHA256, "second_backbone": backbone.EFFICIENTNET_WHEEL_SHA256}
+    if trained:
+        hashes[TRAINED] = trained
     return json.dumps({**asdict(form), **hashes}, sort_keys=True)
+
+
+def served_form(repository: Path) -> str:
+    """What a head fitted on the repository's newest encoder is tied to, see ``form_text``.
+
+    Raises:
+        ModelMismatch: there is no encoder.
+        ConfigError: the encoder was built by another release.
+    """
+    provenance = model_repository.read_meta(
+        repository, "encoder", model_repository.latest(repository, "encoder")
+    ).provenance
+    text = form_text(EncoderForm(), trained=str(provenance.get(TRAINED, "")))
+    made_from = hashlib.sha256(text.encode()).hexdigest()
+    if provenance.get("made_from", made_from) != made_from:
+        raise ConfigError(f"the encoder in {repository} was built by another release; build the repository again")
+    return text
 
 
 def _published(repository: Path, model: str, made_from: str) -> int | None:

@@ -22,7 +22,6 @@ from semwatch.errors import ConfigError
 from semwatch_training import checkpoint, weights_file
 from semwatch_training.detection.branch_views import Image, Mask
 from semwatch_training.detection.segmentation_branch import BranchForm, Evidence, SegmentationBranch, branch_loss
-from semwatch_training.detection.train_detector import write_curve
 from semwatch_training.progress_bars import Progress
 
 CHECKPOINT_STEPS = 50
@@ -215,7 +214,7 @@ def _checkpoint(
     state = {"step": step, "curve": curve, "optimiser": optimiser.state_dict()}
     state |= {"branch": branch.state_dict(), "averaged": averaged.state_dict()}
     checkpoint.write(folder / "checkpoint.pt", settings, state)
-    write_curve(curve, folder / "metrics.csv")
+    checkpoint.write_curve(curve, folder / "metrics.csv")
 
 
 def _resume(

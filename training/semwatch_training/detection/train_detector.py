@@ -3,11 +3,10 @@
 Everything is resumable: the cache is reused where it fits, and a checkpoint is written after every epoch.
 """
 
-import csv
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,18 +119,8 @@ def train(
             }
         )
         _checkpoint(folder / "checkpoint.pt", epoch + 1, curve, settings, detector, optimiser, warm)
-        write_curve(curve, folder / "metrics.csv")
+        checkpoint.write_curve(curve, folder / "metrics.csv")
     return curve
-
-
-def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write a training curve as CSV, one row per entry."""
-    partial = path.with_suffix(".partial.csv")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(curve[0]))
-        writer.writeheader()
-        writer.writerows(curve)
-    weights_file.place(partial, path)
 
 
 def rate_factor(step: int, steps: int, schedule: Schedule) -> float:

@@ -32,6 +32,7 @@ from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograp
 
 MIN_OVERLAP = 0.25
 """Share of the smaller of region and truth that must be common for the region to be that defect."""
+NOT_A_DEFECT = -1
 SIDES_PX = (512, 768, 1024)
 
 
@@ -195,18 +196,17 @@ def synthetic_images(n: int, *, first_seed: int) -> Iterator[SyntheticMicrograph
 
 def match(candidates: tuple[Candidate, ...], image: SyntheticMicrograph) -> list[str]:
     """Label each candidate with the true defect it overlaps most, or as defect-free."""
-    height, width = image.pixels.shape
-    labels = []
-    for candidate in candidates:
-        region = cv2.resize(candidate.region.mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-        best, name = 0.0, DEFECT_FREE
-        for truth, label in zip(image.masks, image.labels, strict=True):
-            common = np.count_nonzero(truth & (region > 0))
-            share = common / max(1, min(int(truth.sum()), int(np.count_nonzero(region))))
-            if share >= MIN_OVERLAP and share > best:
-                best, name = share, label
-        labels.append(name)
-    return labels
+    numbers = (shown_defect(candidate, image.masks) for candidate in candidates)
+    return [DEFECT_FREE if number == NOT_A_DEFECT else image.labels[number] for number in numbers]
+
+
+def shown_defect(candidate: Candidate, masks: NDArray[np.bool_]) -> int:
+    """Number of the true mask, of (d, H, W), that a candidate shares the largest part with, or ``NOT_A_DEFECT``."""
+    height, width = masks.shape[1:]
+    region = cv2.resize(candidate.region.mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    common = (masks & region).sum(axis=(1, 2))
+    share = common / np.maximum(1, np.minimum(masks.sum(axis=(1, 2)), region.sum()))
+    return int(share.argmax()) if share.size and share.max() >= MIN_OVERLAP else NOT_A_DEFECT
 
 
 def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Embedded) -> Candidate:

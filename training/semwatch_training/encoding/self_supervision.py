@@ -85,8 +85,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Teach the guided part of ``vit`` in place, from the checkpoint in ``folder`` if there is one.
 
-    What ``vit`` holds at the end is the teacher, which DINO finds better than the student throughout. ``curve.csv`` in
-    ``folder`` gets one row per epoch:
+    What ``vit`` holds at the end is the teacher, which DINO finds better than the student throughout. In ``folder``
+    ``metrics.csv`` gets one row per epoch:
 
     - ``loss``: cross-entropy of student under teacher, mean over pairs of views.
     - ``teacher_entropy``: of one crop's answer, over log K. 1 is collapse to the uniform answer.
@@ -127,9 +127,11 @@ def train(
             done = f"epoch {epoch + 1}/{schedule.epochs}, loss {rows[-1]['loss']:.4f}"
             progress(done, epoch * n_steps + index + 1, schedule.epochs * n_steps)
         means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        curve.append({"epoch": epoch + 1, **means, "seconds": time.monotonic() - start})
+        seconds = time.monotonic() - start
+        times = {"seconds": seconds, "eta_seconds": seconds * (schedule.epochs - epoch - 1)}
+        curve.append({"epoch": epoch + 1, **means, **times})
         _checkpoint(folder / "checkpoint.pt", epoch + 1, curve, settings, run)
-        _write_curve(folder / "curve.csv", curve)
+        checkpoint.write_curve(curve, folder / "metrics.csv")
     vit.guided.load_state_dict(run.teacher.guided.state_dict())
     vit.guided.requires_grad_(False)
     return curve
@@ -181,10 +183,21 @@ def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
     return schedule.final_learning_rate + reach * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+def refuse_too_few(n_crops: int, schedule: Schedule) -> None:
+    """Check that crops fill a batch, before their views are made.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if schedule.batch < 2 or n_crops < schedule.batch:
+        raise ConfigError(
+            f"{n_crops} crops do not fill a batch of {schedule.batch}; give more crops, or a batch of 2 to {n_crops}"
+        )
+
+
 def _refuse_misfits(vit: SmgVit, views: Views, local: Views | None, schedule: Schedule) -> None:
     n, n_views = views.tokens.shape[:2]
-    if schedule.batch < 2 or n < schedule.batch:
-        raise ConfigError(f"{n} crops do not fill a batch of {schedule.batch}; give more crops, or a batch of 2 to {n}")
+    refuse_too_few(n, schedule)
     if n_views < 2:
         raise ConfigError("self-supervision compares two views of a crop; cache two or more of each")
     if local is not None and len(local.tokens) != n:
@@ -260,11 +273,6 @@ def _follow(run: _Run, answers: Tensor, schedule: Schedule, momentum: float) -> 
     for slow, fast in zip(run.teacher.parameters(), run.pupil.parameters(), strict=True):
         slow.lerp_(fast, 1 - momentum)
     run.centre.lerp_(answers.mean(dim=0), 1 - schedule.centre_momentum)
-
-
-def _write_curve(path: Path, curve: list[dict[str, float]]) -> None:
-    lines = [",".join(curve[0]), *(",".join(str(value) for value in row.values()) for row in curve)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _checkpoint(path: Path, epoch: int, curve: list[dict[str, float]], settings: dict[str, Any], run: _Run) -> None:

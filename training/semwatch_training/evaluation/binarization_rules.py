@@ -1,6 +1,6 @@
 """How well rules turn score maps into masks: the plateau, a fixed threshold, Otsu, the literal rule of the paper."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -8,10 +8,17 @@ from numpy.typing import NDArray
 
 from semwatch import binarization
 from semwatch.errors import ConfigError
-from semwatch_training.evaluation.report import Table
+from semwatch_training.evaluation.report import Cell, Table
 from semwatch_training.metrics.uncertainty import Spread
 
-RULES: tuple[binarization.Method, ...] = ("plateau", "fixed", "otsu", "literal")
+NAMES: dict[binarization.Method, str] = {
+    "fixed": "0.5",
+    "otsu": "Otsu",
+    "literal": "the paper's, as printed",
+    "lowest": "lowest of the plateau (MEBin)",
+    "plateau": "ours (middle of the plateau)",
+}
+RULES = tuple(NAMES)
 
 
 def mask_iou(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
@@ -25,22 +32,47 @@ def mask_iou(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
     return float((mask & wanted).sum() / union) if union else 1.0
 
 
-def mask_iou_table(
-    maps: Sequence[NDArray[np.float32]], truths: Sequence[NDArray[np.bool_]], *, title: str, floor: float = 0.1
+def count_error(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> int:
+    """How many regions, 8-connected, a mask (g, g) has more or fewer than the true mask (H, W)."""
+    return abs(_n_regions(mask) - _n_regions(truth))
+
+
+def _n_regions(mask: NDArray[np.bool_]) -> int:
+    return int(cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)[0]) - 1
+
+
+def mask_table(
+    groups: Mapping[str, tuple[Sequence[NDArray[np.float32]], Sequence[NDArray[np.bool_]]]],
+    *,
+    title: str,
+    floor: float = 0.1,
 ) -> Table:
-    """Mean IoU of each rule's mask with the truth over defective fields, and the share whose IoU passes ``floor``.
+    """Judge each rule's masks over the defective fields of each group: IoU with the truth and error of the count.
+
+    Args:
+        groups: score maps (h, w) and true masks (H, W), by name, such as that of a process stage.
+        title: of the table.
+        floor: IoU over which a mask points at its defect.
 
     Raises:
-        ConfigError: no field has a true mask.
+        ConfigError: no field of a group has a true mask.
     """
-    pairs = [(m, t) for m, t in zip(maps, truths, strict=True) if t.any()]
-    if not pairs:
-        raise ConfigError("no field has a true mask: masks cannot be judged")
-    rows = []
-    for rule in RULES:
-        found = np.array([mask_iou(binarization.binarize(m, method=rule).mask, t) for m, t in pairs])
-        rows.append((rule, Spread.of(found), float((found > floor).mean())))
-    note = f"{len(pairs)} defective fields, gate open; the spread is over fields."
+    rows: list[tuple[Cell, ...]] = []
+    n = 0
+    for group, (maps, truths) in groups.items():
+        pairs = [(m, t) for m, t in zip(maps, truths, strict=True) if t.any()]
+        if not pairs:
+            raise ConfigError(f"no field of {group} has a true mask: masks cannot be judged")
+        n += len(pairs)
+        for rule in RULES:
+            masks = [binarization.binarize(m, method=rule).mask for m, _ in pairs]
+            found = np.array([mask_iou(mask, t) for mask, (_, t) in zip(masks, pairs, strict=True)])
+            errors = [count_error(mask, t) for mask, (_, t) in zip(masks, pairs, strict=True)]
+            rows.append((group, NAMES[rule], Spread.of(found), float((found > floor).mean()), Spread.of(errors)))
+    note = (
+        f"{n} defective fields, gate open; spread over fields. The count error is in regions, 0 is best; it is 1 where "
+        f"a mask is empty and there is one defect."
+    )
     return Table(
-        f"Masks from the maps of {title}", ("rule", "IoU with the truth", f"IoU over {floor}"), tuple(rows), note
+        title, ("maps of", "rule", "IoU with the truth", f"IoU over {floor}", "count error"), tuple(rows), note
     )

@@ -20,13 +20,11 @@ from semwatch.detection import resize
 from semwatch.errors import ConfigError
 from semwatch_training.data.datasets import Sample, load_gray, load_mask, synthetic_set
 from semwatch_training.evaluation import plots
-from semwatch_training.evaluation.binarization_rules import mask_iou_table
-from semwatch_training.evaluation.report import Cell, Table
+from semwatch_training.evaluation.binarization_rules import mask_table
+from semwatch_training.evaluation.report import Cell, Result, Table
 from semwatch_training.metrics import detection_metrics
 from semwatch_training.metrics.uncertainty import Rate, Spread
 from semwatch_training.progress_bars import Progress
-
-Result = tuple[list[Table], dict[str, Figure]]
 
 MAX_EXAMPLES = 8
 
@@ -146,7 +144,7 @@ def detection(
     size = "x".join(map(str, detection_metrics.SIZE_HW))
     said = (
         f"{note} {len(kept)} fields, {int((~defective).sum())} normal; pixel figures at {size} over {len(drawn)} of "
-        f"them; the gate is set for {false_alarm_rate:.0%} false alarms from held-out normal images."
+        f"them; the gate is set for {false_alarm_rate:.0%} false alarms from held-out normal images: fewer is better."
     )
     header = ("engine", "normals shown", "image AUROC", "AP", "F1-max", "pixel AUROC", "AUPRO", "false alarms")
     tables = [
@@ -158,7 +156,8 @@ def detection(
         "ROC by image, first seed": plots.roc({name: (runs[0].raw, defective) for name, runs in judged.items()}),
         f"Examples: {best}": _examples(kept, judged[best][0], engines[best]),
     }
-    return [*tables, mask_iou_table(judged[best][0].maps, [field.mask for field in kept], title=best)], figures
+    of_best = {best: (judged[best][0].maps, [field.mask for field in kept])}
+    return [*tables, mask_table(of_best, title=f"Masks from the maps of {best}")], figures
 
 
 def _false_alarms(engine: Engine, runs: Sequence[Judged], normal: NDArray[np.bool_]) -> Rate | None:

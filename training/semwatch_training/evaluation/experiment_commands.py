@@ -1,7 +1,9 @@
 """The commands ``semwatch-train experiment``: the paper's experiments, arguments -> table -> report."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -12,13 +14,14 @@ from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.inference import Embedded
+from semwatch_training import build_repository
 from semwatch_training.data import datasets
-from semwatch_training.detection.memory_detector import Trunks
 from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.detection.train_branch import BranchSchedule
 from semwatch_training.detection.train_detector import Schedule
 from semwatch_training.discovery import estimate_k
-from semwatch_training.evaluation import evaluate_detection, experiments
+from semwatch_training.evaluation import crop_experiments, detection_experiments, engines
+from semwatch_training.evaluation.evaluate_detection import Field, of_samples, synthetic
 from semwatch_training.evaluation.evaluation_data import (
     CACHE,
     REPOSITORY,
@@ -30,6 +33,9 @@ from semwatch_training.evaluation.evaluation_data import (
     PerTypeOption,
     RepositoryOption,
     SeedsOption,
+    Source,
+    WeightsOption,
+    by_stage,
     crops_of,
     defects_only,
     finish,
@@ -62,7 +68,7 @@ def cross_process(
     if unknown := set(stage or ()) - set(STAGES):
         raise ConfigError(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     with Bars() as progress:
-        table = experiments.cross_process(
+        table = detection_experiments.cross_process(
             backbone.load_efficientnet(cache),
             out / "work" / f"{n_normal}-{n_labelled}-{n_backgrounds}",
             n_normal=n_normal,
@@ -75,27 +81,37 @@ def cross_process(
             stages=tuple(stage or STAGES),
             progress=progress,
         )
-    finish(out, "Cross-process detection", [table], {}, SYNTHETIC, range(seeds), as_json)
+    finish(out, "Cross-process detection", ([table], {}), SYNTHETIC, range(seeds), as_json=as_json)
 
 
 @experiment_app.command("k-shot")
 def k_shot(
     data: DataArgument,
     out: OutOption = Path("report-k-shot"),
-    shots: Annotated[list[int] | None, typer.Option(help="Normal images shown; repeat the option.")] = None,
+    weights: WeightsOption = build_repository.SHIPPED,
+    shots: Annotated[list[int] | None, typer.Option(help="Normal images shown; repeat. Default: 1 and 4.")] = None,
     seeds: SeedsOption = 3,
-    per_type: PerTypeOption = 8,
+    per_type: PerTypeOption = 4,
     cache: CacheOption = CACHE,
     as_json: JsonOption = False,
 ) -> None:
-    """Few-shot detection: 1 and 4 normal images for the memory (the paper's table 3)."""
-    trunks = Trunks(backbone.load(cache), backbone.load_efficientnet(cache))
-    normals, fields = _normals_and_fields(data, per_type)
+    """Few-shot detection: no, 1 and 4 normal images shown, alone and augmented (the paper's table 3).
+
+    The rows without a normal image are support-set-free inference: the shipped detector and self-matching.
+    """
+    trunks = engines.trunks(cache)
+    free = engines.support_set_free(trunks, weights, false_alarm_rate=0.01)
+    groups = _normals_and_fields(data, per_type)
     with Bars() as progress:
-        table = experiments.k_shot(
-            trunks, normals, fields, shots=shots or [1, 4], seeds=range(seeds), progress=progress
+        table = detection_experiments.k_shot(
+            trunks,
+            groups,
+            shots=shots or [1, 4],
+            seeds=range(seeds),
+            support_set_free=free,
+            progress=progress,
         )
-    finish(out, "Few-shot detection", [table], {}, data, range(seeds), as_json)
+    finish(out, "Few-shot detection", ([table], {}), data, range(seeds), as_json=as_json)
 
 
 @experiment_app.command("tokens")
@@ -110,10 +126,12 @@ def tokens(
     cache: CacheOption = CACHE,
     as_json: JsonOption = False,
 ) -> None:
-    """Number of normal tokens, by reconstruction and by direct matching (the paper's figure 10 and table 4)."""
+    """Direct matching against reconstruction (the paper's table 4), over the number of normal tokens (figure 10)."""
     vit = backbone.load(cache)
-    normals, fields = _normals_and_fields(data, per_type)
-    learnt = list(experiments.squares(normals[:n], size := 32 * vit.shape.patch))
+    groups = _normals_and_fields(data, per_type).values()
+    normals = [image for turn in zip_longest(*(images for images, _ in groups)) for image in turn if image is not None]
+    fields = [field for _, judged in groups for field in judged]
+    learnt = list(detection_experiments.squares(normals[:n], size := 32 * vit.shape.patch))
     # Cached features are taken for those of the same images: another data set works in another folder.
     work = out / "work" / hashlib.sha256(b"".join(image.tobytes() for image in learnt)).hexdigest()[:12]
 
@@ -122,7 +140,7 @@ def tokens(
         return DetectorGraph(vit, NIDetector(fitting))
 
     with Bars() as progress:
-        table = experiments.normal_tokens(
+        table = detection_experiments.normal_tokens(
             graph_of,
             learnt,
             fields,
@@ -132,7 +150,22 @@ def tokens(
             seeds=range(seeds),
             progress=progress,
         )
-    finish(out, "Normal tokens", [table], {}, data, range(seeds), as_json)
+    finish(out, "Normal tokens", ([table], {}), data, range(seeds), as_json=as_json)
+
+
+@experiment_app.command("binarization")
+def binarization(
+    data: DataArgument,
+    out: OutOption = Path("report-binarization"),
+    repository: RepositoryOption = REPOSITORY,
+    per_type: PerTypeOption = 12,
+    as_json: JsonOption = False,
+) -> None:
+    """Masks from score maps: 0.5, Otsu, the paper's rule and ours; IoU with the truth and error of the count."""
+    fields, n = _defective_fields(data, per_type)
+    with Embedded(repository, models=("detector",)) as models, Bars() as progress:
+        table = crop_experiments.binarization(models, fields, n, progress=progress)
+    finish(out, "Binarisation", ([table], {}), data, (), as_json=as_json)
 
 
 @experiment_app.command("mask-and-crop")
@@ -148,10 +181,10 @@ def mask_and_crop(
     test = [sample for sample in read_folder(data, require_masks=True).test if sample.label != DEFECT_FREE]
     drawn = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:limit]]
     with Embedded(repository, models=("encoder",)) as models, Bars() as progress:
-        table = experiments.mask_and_crop(
+        table = crop_experiments.mask_and_crop(
             drawn, models, Recipe(), frozen_width=frozen_width(models), seeds=range(seeds), progress=progress
         )
-    finish(out, "Mask and crop", [table], {}, data, range(seeds), as_json)
+    finish(out, "Mask and crop", ([table], {}), data, range(seeds), as_json=as_json)
 
 
 @experiment_app.command("k")
@@ -164,38 +197,46 @@ def k_per_stage(
     as_json: JsonOption = False,
 ) -> None:
     """Number of classes of each synthetic stage, the other two labelled (the paper's table 5)."""
-    crops, width, _ = crops_of(SYNTHETIC, repository, per_type, cache)
-    of_type = {name: stage for stage in STAGES for name in DEFECT_TYPES[stage]}
+    with Bars() as progress:
+        crops, width, _ = crops_of(Source(SYNTHETIC, repository, per_type, cache), progress=progress)
     features, labels = defects_only(crops, width)
-    table = experiments.k_per_stage(
+    of_type = {name: stage for stage, names in by_stage(labels).items() for name in names}
+    table = crop_experiments.k_per_stage(
         features,
         labels,
         [of_type[label] for label in labels],
         seeds=range(seeds),
         rules=get_args(estimate_k.Rule),
     )
-    finish(out, "Number of classes by stage", [table], {}, SYNTHETIC, range(seeds), as_json)
+    finish(out, "Number of classes by stage", ([table], {}), SYNTHETIC, range(seeds), as_json=as_json)
 
 
-def _normals_and_fields(data: str, per_type: int) -> tuple[list[experiments.Image], list[evaluate_detection.Field]]:
-    """Normal images to learn from, and fields to judge."""
+def _defective_fields(data: str, per_type: int) -> tuple[dict[str, Iterable[Field]], int]:
+    """Fields with a defect, by process stage or of the data set's test part, and how many they are."""
     if data == SYNTHETIC:
-        made = [
-            list(evaluate_detection.synthetic(s, n_normal=40, n_per_type=0, first_seed=datasets.SEED_TRAIN))
-            for s in STAGES
-        ]
-        normals = [field.image for turn in zip(*made, strict=True) for field in turn]
-        judged = [
-            field
+        made: dict[str, Iterable[Field]] = {
+            stage: synthetic(stage, n_normal=0, n_per_type=per_type, first_seed=datasets.SEED_EVALUATE)
             for stage in STAGES
-            for field in evaluate_detection.synthetic(
-                stage, n_normal=2 * per_type, n_per_type=per_type, first_seed=datasets.SEED_EVALUATE
+        }
+        return made, per_type * sum(map(len, DEFECT_TYPES.values()))
+    data_set = read_folder(data, require_masks=True)
+    defects = [sample for sample in data_set.test if sample.label != DEFECT_FREE]
+    return {data_set.name: of_samples(defects)}, len({sample.image for sample in defects})
+
+
+def _normals_and_fields(data: str, per_type: int) -> dict[str, tuple[list[detection_experiments.Image], list[Field]]]:
+    """Normal images to learn from, and fields to judge, by process stage or of a folder's train and test parts."""
+    if data == SYNTHETIC:
+        return {
+            stage: (
+                [f.image for f in synthetic(stage, n_normal=40, n_per_type=0, first_seed=datasets.SEED_TRAIN)],
+                list(synthetic(stage, n_normal=2 * per_type, n_per_type=per_type, first_seed=datasets.SEED_EVALUATE)),
             )
-        ]
-        return normals, judged
+            for stage in STAGES
+        }
     data_set = read_folder(data, require_masks=False)
     learnt = [datasets.load_gray(s) for s in data_set.train if s.label == DEFECT_FREE]
     if not learnt:
         raise ConfigError(f"{data_set.name} has no normal image to learn from; put some in train")
-    fields = evaluate_detection.of_samples(data_set.test)
-    return learnt, [field for field in fields if field.label == DEFECT_FREE or field.mask.any()]
+    fields = of_samples(data_set.test)
+    return {data_set.name: (learnt, [field for field in fields if field.label == DEFECT_FREE or field.mask.any()])}

@@ -17,7 +17,6 @@ Numbers are never rounded in JSON; Markdown and console show three decimals.
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from matplotlib.figure import Figure
 from rich.text import Text
 
 from semwatch.errors import ConfigError
+from semwatch_training import weights_file
 from semwatch_training.metrics.uncertainty import Rate, Spread
 
 Cell = str | int | float | Spread | Rate | None
@@ -57,6 +57,10 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ConfigError(f"table {self.title!r}: a row of {len(row)} cells for {len(self.columns)} columns")
+
+
+Result = tuple[list[Table], dict[str, Figure]]
+"""What a protocol gives: tables, and pictures by caption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +172,9 @@ def _head(head: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, head["seeds"])) or "none"
     return (
         f"- Data: {head['dataset']}\n- Seeds: {seeds}\n- semwatch {head['version']}\n- Command: `{head['command']}`\n\n"
-        f"Figures are mean ± standard deviation (number of seeds), rates [interval] (number of cases); "
-        f"{UNDEFINED} is undefined.\n"
+        f"Scores and shares run from 0 to 1 and higher is better, where a table's note says nothing else. Given are "
+        f"mean ± standard deviation (how many) and rates [95 % interval] (how many cases); {UNDEFINED} is "
+        f"undefined.\n"
     )
 
 
@@ -187,9 +192,6 @@ def _png(figure: Figure) -> bytes:
 
 
 def _write_whole(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    partial = target.with_name(f".{target.name}.tmp")
+    partial.write_bytes(content)
+    weights_file.place(partial, target)

@@ -1,41 +1,35 @@
-"""The paper's experiments, each a function that gives a table like the paper's with our figures.
+"""The paper's experiments of detection, each a function that gives a table like the paper's with our figures.
 
-Detection on the synthetic stages (cross-process, few-shot, matching against reconstruction, number of normal tokens),
-what a mask is worth to discovery (mask and crop), and the number of classes per stage. Sizes are arguments: the
-defaults finish on two cores, a GPU machine may take more. Every table names its seeds; test images come from seeds that
-no training uses.
+Sizes are arguments: the defaults finish on two cores, a GPU machine may take more. Every table names its seeds; test
+images come from seeds that no training uses.
 
-Source: IC-DefectNCD, tables 1 (cross-process), 3 (few-shot), 4 (matching), 5 (k) and 7 (mask and crop), figure 10
-(normal tokens).
+Source: IC-DefectNCD, tables 1 (cross-process), 3 (few-shot) and 4 (matching), figure 10 (normal tokens).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from semwatch.config import Recipe
-from semwatch.defects import DEFECT_FREE, Micrograph
+from semwatch.defects import DEFECT_FREE
 from semwatch.detection import resize
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
 from semwatch_training.data import datasets
 from semwatch_training.detection import train_detector
 from semwatch_training.detection.branch_views import synthetic_views
+from semwatch_training.detection.few_shot import few_shot_images
 from semwatch_training.detection.fit_memory import fit
-from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph, Trunks
+from semwatch_training.detection.memory_detector import Memory, MemoryForm, MemoryGraph, Trunks
 from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.detection.segmentation_branch import BranchForm, Evidence
 from semwatch_training.detection.train_branch import BranchSchedule, cache_samples, train_branch
-from semwatch_training.discovery import clustering, estimate_k
-from semwatch_training.discovery.labelled_crops import encode, given
-from semwatch_training.evaluation.evaluate import labelled_half
-from semwatch_training.evaluation.evaluate_detection import Engine, Field, judge, of_samples, synthetic
+from semwatch_training.evaluation.evaluate_detection import Engine, Field, judge, synthetic
 from semwatch_training.evaluation.report import Cell, Table
-from semwatch_training.metrics import class_metrics, detection_metrics
+from semwatch_training.metrics import detection_metrics
 from semwatch_training.metrics.uncertainty import Spread
 from semwatch_training.progress_bars import Progress
 from semwatch_training.synthetic import STAGES
@@ -134,49 +128,78 @@ def _graph(detector: NIDetector, convolutional: EfficientNet) -> DetectorGraph:
     return DetectorGraph(None, detector.eval(), convolutional).eval()
 
 
-def detection_scores(engine: Engine, fields: Sequence[Field], *, progress: Progress) -> tuple[Spread, Spread]:
-    """Image and pixel AUROC of an engine on labelled fields, over the engine's seeds."""
-    kept, judged = judge({"engine": engine}, fields, len(fields), progress=progress)
-    defective = np.array([field.label != DEFECT_FREE for field in kept])
-    masks = [field.mask for field in kept]
-    runs = judged["engine"]
-    return (
-        Spread.of([detection_metrics.image_auroc(run.raw, defective) for run in runs]),
-        Spread.of([detection_metrics.pixel_auroc(run.maps, masks) for run in runs]),
-    )
-
-
 # ---- few-shot ----
+
+Views = Literal["as they are", "8 turns", "22 views"]
+"""How k images are shown: alone; in all turns and mirrorings, as the memory does by itself; by ``few_shot_images``."""
 
 
 def k_shot(
     trunks: Trunks,
-    normals: Sequence[Image],
-    fields: Sequence[Field],
+    groups: Mapping[str, tuple[Sequence[Image], Sequence[Field]]],
     *,
     shots: Sequence[int],
     seeds: Sequence[int],
+    support_set_free: Mapping[str, Engine],
     form: MemoryForm | None = None,
     progress: Progress,
 ) -> Table:
-    """Show k normal images to the memory, seen from all sides, and judge; the draw of the k is the seed.
+    """Show k normal images to the memory, alone and augmented, and judge; the draw of the k is the seed.
+
+    One image alone gives no row: distances are scaled by those between two images. The first rows of a group are of the
+    engines that see no normal image at all.
+
+    Args:
+        trunks: frozen, in evaluation mode.
+        groups: normal images and fields to judge, by name, such as that of a process stage.
+        shots: values of k.
+        seeds: of the draw, the views and the memory.
+        support_set_free: engines by name.
+        form: of the memory.
+        progress: told all along.
 
     Raises:
         ConfigError: a shot of no image, or of more than there are normal ones.
     """
-    if not shots or min(shots) < 1 or max(shots) > len(normals):
-        raise ConfigError(f"shots {list(shots)} need 1 to {len(normals)} normal images each, as many as there are")
+    n_normals = min((len(normals) for normals, _ in groups.values()), default=0)
+    if not shots or min(shots) < 1 or max(shots) > n_normals:
+        raise ConfigError(f"shots {list(shots)} need 1 to {n_normals} normal images each, as many as there are")
     form = form or MemoryForm()
     rows: list[tuple[Cell, ...]] = []
-    for k in shots:
-        graphs = []
-        for seed in seeds:
-            drawn = np.random.default_rng(seed).permutation(len(normals))[:k]
-            memory = fit([normals[i] for i in drawn], trunks, form, seed=seed, progress=progress)
-            graphs.append(MemoryGraph(trunks, memory).eval())
-        rows.append((k, *detection_scores(Engine(tuple(graphs), form.input_px, str(k)), fields, progress=progress)))
-    note = f"{len(fields)} fields judged; k of {len(normals)} normal images at random, seeds {list(seeds)}."
-    return Table("Few-shot detection, memory", ("normal images", "image AUROC", "pixel AUROC"), tuple(rows), note)
+    for group, (normals, fields) in groups.items():
+        for name, engine in support_set_free.items():
+            rows.append((group, 0, name, "", *detection_scores(engine, fields, progress=progress)))
+        for k in sorted(set(shots)):
+            for views in get_args(Views)[1 if k == 1 else 0 :]:  # one alone is always augmented
+                graphs = []
+                for seed in seeds:
+                    drawn = [normals[i] for i in np.random.default_rng(seed).permutation(len(normals))[:k]]
+                    memory = _few_shot_memory(drawn, views, trunks, form, seed=seed, progress=progress)
+                    graphs.append(MemoryGraph(trunks, memory).eval())
+                engine = Engine(tuple(graphs), form.input_px, str(k))
+                rows.append((group, k, "memory", views, *detection_scores(engine, fields, progress=progress)))
+    n_fields = sum(len(fields) for _, fields in groups.values())
+    note = (
+        f"{n_fields} fields judged; k of {n_normals} normal images or more at random, seeds {list(seeds)}; no normal "
+        f"image is support-set-free inference. One image alone scales no distances, so it is always augmented."
+    )
+    columns = ("on", "normal images", "engine", "shown", "image AUROC", "pixel AUROC")
+    return Table("Few-shot detection", columns, tuple(rows), note)
+
+
+def _few_shot_memory(
+    images: Sequence[Image], views: Views, trunks: Trunks, form: MemoryForm, *, seed: int, progress: Progress
+) -> Memory:
+    if views == "8 turns":
+        turning = replace(form, few_shot=max(form.few_shot, len(images)))
+        return fit(images, trunks, turning, seed=seed, progress=progress)
+    alone = replace(form, few_shot=0)
+    if views == "as they are":
+        return fit(images, trunks, alone, seed=seed, progress=progress)
+    shown = few_shot_images(images, seed, size_px=form.input_px)
+    # Views of one image must not judge each other; of a single image there is nothing else to judge by.
+    owners = np.repeat(np.arange(len(images)), len(shown) // len(images)).tolist() if len(images) > 1 else None
+    return fit(shown, trunks, alone, groups=owners, seed=seed, progress=progress)
 
 
 # ---- reconstruction, matching, number of normal tokens ----
@@ -233,100 +256,19 @@ def normal_tokens(
     return Table("Normal tokens: reconstruction against direct matching", columns, tuple(rows), note)
 
 
-# ---- mask and crop ----
-
-MASKINGS = ("whole image", "crop alone", "crop, binary mask", "crop, soft mask")
-
-
-def mask_and_crop(
-    samples: Sequence[datasets.Sample],
-    models: Embedded,
-    recipe: Recipe,
-    *,
-    frozen_width: int,
-    seeds: Sequence[int],
-    progress: Progress,
-) -> Table:
-    """Cluster a data set's defects by what the encoder says of the whole image, of the crop, and of the masked crop.
-
-    Raises:
-        ConfigError: no sample has a mask that marks anything.
-    """
-    labels: list[str] = []
-    features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in MASKINGS}
-    for done, field in enumerate(of_samples(samples), start=1):
-        if field.label == DEFECT_FREE or not field.mask.any():
-            continue
-        labels.append(field.label)
-        for name, vector in _by_masking(field, models, recipe).items():
-            features[name].append(vector)
-        progress("crops", done, len(samples))
-    if not labels:
-        raise ConfigError("no sample has a mask that marks anything: there is no defect to cluster")
-    truth = np.array(labels)
-    k = len(set(labels))
-    rows: list[tuple[Cell, ...]] = []
-    for name, vectors in features.items():
-        stacked = np.stack(vectors)[:, :frozen_width]
-        runs = [clustering.plain_kmeans(stacked, k, seed=seed).assignment for seed in seeds]
-        figures = [
-            (class_metrics.nmi(truth, a), class_metrics.ari(truth, a), class_metrics.accuracy(truth, a)) for a in runs
-        ]
-        rows.append((name, *(Spread.of(column) for column in zip(*figures, strict=True))))
-    note = f"{len(labels)} defects of {k} classes, true masks, plain k-means, k given, seeds {list(seeds)}."
-    return Table("Mask and crop", ("the encoder sees", "NMI", "ARI", "accuracy"), tuple(rows), note)
-
-
-def _by_masking(field: Field, models: Embedded, recipe: Recipe) -> Mapping[str, NDArray[np.float32]]:
-    height, width = field.mask.shape
-    page = Micrograph(field.image, (0, 0, width, height), 0, None, None)
-    cropped = given(field.mask, page, recipe, models)
-    side = models.meta("encoder").inputs["crop"].shape[0]
-    blank = np.zeros_like(cropped.soft_mask)
-    whole = replace(cropped, crop=resize(field.image, (side, side)), soft_mask=blank)
-    return {
-        "whole image": encode(whole, models),
-        "crop alone": encode(replace(cropped, soft_mask=blank), models),
-        "crop, binary mask": encode(replace(cropped, soft_mask=(cropped.soft_mask >= 0.5).astype(np.float32)), models),
-        "crop, soft mask": encode(cropped, models),
-    }
-
-
-# ---- number of classes per stage ----
-
-
-def k_per_stage(
-    features: NDArray[np.float32],
-    labels: Sequence[str],
-    stages: Sequence[str],
-    *,
-    seeds: Sequence[int],
-    rules: Sequence[estimate_k.Rule],
-) -> Table:
-    """Estimate k of each stage's defects, the other stages' classes labelled (half of their samples).
-
-    Raises:
-        ConfigError: fewer than two stages, or features that are not finite.
-    """
-    truth, of_stage = np.array(labels), np.array(stages)
-    if len(set(stages)) < 2:
-        raise ConfigError(f"one stage is novel and the others are known; there is only {sorted(set(stages))}")
-    rows: list[tuple[Cell, ...]] = []
-    for stage in sorted(set(stages)):
-        known = sorted(set(truth[of_stage != stage].tolist()))
-        elsewhere = np.where(of_stage != stage, truth, "")  # the novel stage's samples are never labelled
-        answers: dict[str, list[float]] = {rule: [] for rule in rules}
-        for seed in seeds:
-            checked = clustering.checked(features, labelled_half(elsewhere, known, seed))
-            measured = estimate_k.measure(*checked, estimate_k.feasible(*checked), seed=seed)
-            for rule in rules:
-                answers[rule].append(float(estimate_k.decide(measured, rule).k))
-        rows.append((stage, len(known), len(set(labels)), *(Spread.of(answers[rule]) for rule in rules)))
-    note = f"{len(truth)} crops; seeds {list(seeds)}; k counts labelled and novel classes, defect-free not among them."
-    return Table("Number of classes by stage", ("novel stage", "labelled", "true k", *rules), tuple(rows), note)
-
-
 def squares(images: Sequence[Image], size_px: int) -> Iterator[Image]:
     """Images at a detector's input size."""
     for image in images:
         yield resize(image, (size_px, size_px))
+
+
+def detection_scores(engine: Engine, fields: Sequence[Field], *, progress: Progress) -> tuple[Spread, Spread]:
+    """Image and pixel AUROC of an engine on labelled fields, over the engine's seeds."""
+    kept, judged = judge({"engine": engine}, fields, len(fields), progress=progress)
+    defective = np.array([field.label != DEFECT_FREE for field in kept])
+    masks = [field.mask for field in kept]
+    runs = judged["engine"]
+    return (
+        Spread.of([detection_metrics.image_auroc(run.raw, defective) for run in runs]),
+        Spread.of([detection_metrics.pixel_auroc(run.maps, masks) for run in runs]),
+    )

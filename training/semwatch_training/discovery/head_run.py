@@ -1,0 +1,71 @@
+"""The default head in one call: search synthetic images, label what is found, encode, fit, calibrate, write."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from semwatch.config import Recipe
+from semwatch.errors import ConfigError
+from semwatch.inference import Embedded
+from semwatch_training.data import datasets
+from semwatch_training.discovery import labelled_crops
+from semwatch_training.discovery.fit_head import HeadFit, fit_head
+from semwatch_training.discovery.head import Head, save_head
+from semwatch_training.discovery.labelled_crops import Crops
+from semwatch_training.progress_bars import Progress
+
+N_IMAGES = 720
+"""Synthetic images to search for labelled crops."""
+
+
+class FittedHead(NamedTuple):
+    """A head, what it was fitted on, and what a head on three quarters of that makes of the rest."""
+
+    head: Head
+    crops: Crops
+    report: dict[str, float | int]
+
+
+def fit_default(
+    repository: Path, out: Path, *, encoder_form: str, n_images: int, seed: int, progress: Progress
+) -> FittedHead:
+    """Fit a head on what the repository's detector finds in synthetic images, and write it.
+
+    Crops are cut and encoded once for a detector and an encoder, and kept beside ``out``.
+
+    Args:
+        repository: with detector and encoder.
+        out: the weights file.
+        encoder_form: what the head is tied to, see ``build_repository.served_form``.
+        n_images: to search.
+        seed: of hold-out and fit.
+        progress: told after every image.
+
+    Raises:
+        ConfigError: the encoder does not say how wide its frozen features are, or what ``fit_head`` refuses.
+        ModelMismatch: the repository lacks detector or encoder.
+    """
+    with Embedded(repository, models=("detector", "encoder")) as models:
+        frozen_width = models.meta("encoder").provenance.get("frozen_width")
+        if not isinstance(frozen_width, int):
+            raise ConfigError("the encoder's meta.json names no frozen_width; build the model repository again")
+        crops = _crops(models, out, n_images, progress)
+    fit = HeadFit(frozen_width=frozen_width, seed=seed)
+    report = labelled_crops.hold_out_report(crops, fit)
+    fitted = fit_head(crops.features, crops.labels, fit, images=crops.image_idx.tolist())
+    provenance: dict[str, str | float | int] = {"crops": "synthetic", "n_images": n_images, "seed": seed, **report}
+    save_head(fitted, out, encoder_form=encoder_form, provenance=provenance)
+    return FittedHead(fitted, crops, report)
+
+
+def _crops(models: Embedded, out: Path, n_images: int, progress: Progress) -> Crops:
+    made_by = f"{models.meta('detector').weights_sha256} {models.meta('encoder').weights_sha256} {n_images}"
+    kept = out.with_suffix(f".crops-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}.npz")
+    if kept.exists():
+        return labelled_crops.load(kept)
+    crops = labelled_crops.collect(
+        models, Recipe(), n_images=n_images, first_seed=datasets.SEED_HEAD, progress=progress
+    )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    labelled_crops.save(crops, kept)
+    return crops

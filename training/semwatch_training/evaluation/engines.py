@@ -1,0 +1,60 @@
+"""The detectors that tables compare: the shipped one, the training-free ones, and their gates."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from semwatch import binarization
+from semwatch_training.data import datasets
+from semwatch_training.data.datasets import Sample
+from semwatch_training.data.public_sets import mtd_tiles
+from semwatch_training.detection import fit_memory, train_detector
+from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph, SelfMatchingGraph, Trunks
+from semwatch_training.evaluation.evaluate_detection import Engine
+from semwatch_training.progress_bars import Progress
+from semwatch_training.trunks import backbone
+
+
+def trunks(cache: Path) -> Trunks:
+    """Both frozen trunks, fetched below ``cache`` if they are not there."""
+    return Trunks(backbone.load(cache), backbone.load_efficientnet(cache))
+
+
+def support_set_free(trunks: Trunks, weights: Path, *, false_alarm_rate: float) -> dict[str, Engine]:
+    """Engines that see nothing but the image they judge; ``weights`` is the folder with detector.safetensors."""
+    detector, normal_scores, _ = train_detector.load(weights / "detector.safetensors")
+    graph = train_detector.with_trunk(trunks.vit, detector, trunks.efficientnet)
+    form = MemoryForm()
+    return {
+        "shipped": Engine((graph,), detector.form.input_px, "none", _thresholds([normal_scores], false_alarm_rate)),
+        "self-matching": Engine((SelfMatchingGraph(trunks, form).eval(),), form.input_px, "none"),
+    }
+
+
+def with_normals(
+    trunks: Trunks,
+    normals: Sequence[Sample],
+    data_set: str,
+    seeds: Sequence[int],
+    *,
+    false_alarm_rate: float,
+    progress: Progress,
+) -> dict[str, Engine]:
+    """The memory, fitted on a data set's normal training images with every seed; nothing where it has none."""
+    if not normals:
+        return {}
+    images = [datasets.load_gray(sample) for sample in normals]
+    groups = mtd_tiles(normals).tolist() if data_set == "MTD" else None
+    form = MemoryForm()
+    patches = fit_memory.look(images, trunks, form, groups=groups, progress=progress)
+    memories = [fit_memory.remember(patches, form, seed=seed, progress=progress) for seed in seeds]
+    graphs = tuple(MemoryGraph(trunks, memory).eval() for memory in memories)
+    thresholds = _thresholds([memory.normal_scores for memory in memories], false_alarm_rate)
+    return {"memory": Engine(graphs, form.input_px, str(len(images)), thresholds)}
+
+
+def _thresholds(scores: Sequence[Sequence[float]], rate: float) -> tuple[float, ...]:
+    """The gates' conformal thresholds, or none where too few normal scores are known for the rate."""
+    found = [binarization.conformal_threshold(np.array(s), false_alarm_rate=rate) for s in scores if len(s)]
+    return tuple(found) if len(found) == len(scores) and np.isfinite(found).all() else ()
