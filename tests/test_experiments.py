@@ -301,14 +301,22 @@ def test_each_stage_asked_for_is_learnt_twice_and_judged_on_all_three(tmp_path, 
         detection_experiments, "BranchForm", lambda: BranchForm(input_px=64, projection=4, width=4, dilations=(1,))
     )
     monkeypatch.setattr(detection_experiments, "DetectorForm", lambda **form: DetectorForm(**form, input_px=64))
-    trained: list[tuple[str, ...]] = []
+    drawn: list[tuple[str, ...]] = []
+    learnt: list[int] = []
+    real_train = detection_experiments.train_branch
     real_views, real_fields = detection_experiments.synthetic_views, evaluate_detection.synthetic
 
     def noted(*numbers: int, stages: tuple[str, ...], **options: int):
-        trained.append((*stages, *numbers, options["first_seed"]))
+        drawn.append((*stages, *numbers, options["first_seed"]))
         return real_views(*numbers, stages=stages, **options)
 
+    def counted(branch, samples, *rest, **options):
+        assert len(samples.evidence) == len(samples.cover)
+        learnt.append(len(samples.cover))
+        return real_train(branch, samples, *rest, **options)
+
     monkeypatch.setattr(detection_experiments, "synthetic_views", noted)
+    monkeypatch.setattr(detection_experiments, "train_branch", counted)
     monkeypatch.setattr(
         detection_experiments, "synthetic", lambda stage, **options: real_fields(stage, **options, side_px=384)
     )
@@ -326,10 +334,10 @@ def test_each_stage_asked_for_is_learnt_twice_and_judged_on_all_three(tmp_path, 
         stages=("DPR", "DEP"),
         progress=quiet,
     )
-    assert trained == [
-        (stage, 2, 1, n_labelled, 1_000_000 + 10_000_000 * seed)
-        for stage in ("DPR", "DEP") for n_labelled in (0, 2) for seed in (0, 1)
+    assert drawn == [
+        (stage, 2, 1, 2, 1_000_000 + 10_000_000 * seed) for stage in ("DPR", "DEP") for seed in (0, 1)
     ]  # fmt: skip
+    assert learnt == [6, 6, 8, 8] * 2  # planted alone, then with the labelled ones
     assert [cells[:3] for cells in table.rows] == [
         (stage, told, other if other != stage else f"{other} (seen)")
         for stage in ("DPR", "DEP") for told in ("normals", "labelled") for other in STAGES

@@ -26,7 +26,7 @@ from semwatch_training.detection.fit_memory import fit
 from semwatch_training.detection.memory_detector import Memory, MemoryForm, MemoryGraph, Trunks
 from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.detection.segmentation_branch import BranchForm, Evidence
-from semwatch_training.detection.train_branch import BranchSchedule, cache_samples, train_branch
+from semwatch_training.detection.train_branch import BranchSchedule, Samples, cache_samples, train_branch
 from semwatch_training.evaluation.evaluate_detection import Engine, Field, judge, synthetic
 from semwatch_training.evaluation.report import Cell, Table
 from semwatch_training.metrics import detection_metrics
@@ -59,31 +59,39 @@ def cross_process(
 
     Rows "normals" learn from planted pseudo-defects alone, rows "labelled" also from the training stage's own defects.
     """
-    form = DetectorForm(evidence="branch", branch=BranchForm())
+    branch = BranchForm()
+    form = DetectorForm(evidence="branch", branch=branch)
     fields = {
         stage: list(
             synthetic(stage, n_normal=n_test_normal, n_per_type=n_test_per_type, first_seed=datasets.SEED_EVALUATE)
         )
         for stage in STAGES
     }
+    n_planted = 2 * (n_normal + n_backgrounds)  # the labelled ones come after them
     rows: list[tuple[Cell, ...]] = []
     for stage in stages:
-        for told, n in (("normals", 0), ("labelled", n_labelled)):
+        samples = {
+            seed: _cached_views(
+                Evidence(convolutional, branch),
+                folder / f"{stage}-{seed}",
+                stage=stage,
+                n_normal=n_normal,
+                n_labelled=n_labelled,
+                n_backgrounds=n_backgrounds,
+                seed=seed,
+                progress=progress,
+            )
+            for seed in seeds
+        }
+        for told, n in (("normals", n_planted), ("labelled", n_planted + n_labelled)):
             graphs = []
-            for seed in seeds:
+            for seed, (evidence, cover) in samples.items():
                 torch.manual_seed(seed)
                 detector = NIDetector(form)
-                _train_on_stage(
-                    detector,
-                    convolutional,
-                    folder / f"{stage}-{told}-{seed}",
-                    stage=stage,
-                    n_normal=n_normal,
-                    n_labelled=n,
-                    n_backgrounds=n_backgrounds,
-                    schedule=replace(schedule, seed=seed),
-                    progress=progress,
-                )
+                if detector.branch is None:
+                    raise ValueError("a cross-process detector has a branch")
+                shown, work = Samples(evidence[:n], cover[:n]), folder / f"{stage}-{told}-{seed}"
+                train_branch(detector.branch, shown, replace(schedule, seed=seed), work, progress=progress)
                 graphs.append(_graph(detector, convolutional))
             engine = Engine(tuple(graphs), form.input_px, "none")
             for other in STAGES:
@@ -100,28 +108,28 @@ def cross_process(
     )
 
 
-def _train_on_stage(
-    detector: NIDetector,
-    convolutional: EfficientNet,
+def _cached_views(
+    evidence: Evidence,
     folder: Path,
     *,
     stage: str,
     n_normal: int,
     n_labelled: int,
     n_backgrounds: int,
-    schedule: BranchSchedule,
+    seed: int,
     progress: Progress,
-) -> None:
-    form = detector.form.branch
-    if form is None or detector.branch is None:
-        raise ValueError("a cross-process detector has a branch")
-    size, start = form.input_px, datasets.SEED_TRAIN + 10_000_000 * schedule.seed
+) -> Samples:
     pairs = synthetic_views(
-        n_normal, n_backgrounds, n_labelled, seed=schedule.seed, size_px=size, first_seed=start, stages=(stage,)
+        n_normal,
+        n_backgrounds,
+        n_labelled,
+        seed=seed,
+        size_px=evidence.form.input_px,
+        first_seed=datasets.SEED_TRAIN + 10_000_000 * seed,
+        stages=(stage,),
     )
     n = 2 * (n_normal + n_backgrounds) + n_labelled
-    samples = cache_samples(Evidence(convolutional, form), pairs, n, folder, progress=progress)
-    train_branch(detector.branch, samples, schedule, folder, progress=progress)
+    return cache_samples(evidence, pairs, n, folder, progress=progress)
 
 
 def _graph(detector: NIDetector, convolutional: EfficientNet) -> DetectorGraph:
