@@ -1,6 +1,7 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -55,6 +56,7 @@ def tiny_backbones() -> Iterator[None]:
         patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional)
         for module in (engines, fit_memory, detection_experiments):
             patch.setattr(module, "MemoryForm", lambda: FORM)
+        patch.setattr(engines, "CORESET", replace(FORM, alike=0))
         yield
     torch.set_num_threads(before)
 
@@ -147,10 +149,12 @@ def test_detection_judges_the_memory_beside_the_engines_that_see_no_normal_image
     tables = report(tmp_path)
     assert [row[:2] for row in tables["Detection"]["rows"]] == [
         ["shipped", "none"], ["self-matching", "none"], ["memory", "10"],
+        ["nearest patch", "10"],
     ]  # fmt: skip
-    shipped, alone, memory = tables["Detection"]["rows"]
-    assert memory[2]["n"] == 2
+    shipped, alone, memory, nearest = tables["Detection"]["rows"]
+    assert memory[2]["n"] == nearest[2]["n"] == 2
     assert memory[2]["mean"] > 0.9
+    assert nearest[2]["mean"] > 0.9
     assert (shipped[-1]["n"], alone[-1], memory[-1]["n"]) == (4, None, 4)
     assert "10 fields, 4 normal" in tables["Detection"]["note"]
     assert tables["Detection by class, image AUROC"]["columns"] == ["engine", "bar", "square"]

@@ -31,21 +31,17 @@ from semwatch_training.detection.memory_detector import (
     self_distances,
 )
 from semwatch_training.export import parity, random_inputs, to_onnx
-from semwatch_training.trunks.efficientnet import EfficientNet
-from tiny_models import trunk
+from tiny_models import convolutional, trunk
 
-FORM = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=200, candidates=300)
+FORM = MemoryForm(
+    input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), alike=0, patches=200, candidates=300
+)
+"""A coreset; the memory of whole images has its own tests."""
 
 
 @pytest.fixture(scope="module")
 def trunks() -> Trunks:
-    vit = trunk()
-    torch.manual_seed(0)
-    efficientnet = EfficientNet().eval().requires_grad_(False)
-    for parameter in efficientnet.parameters():  # torch's own start makes all patches alike
-        if parameter.ndim > 1:
-            torch.nn.init.kaiming_normal_(parameter)
-    return Trunks(vit, efficientnet)
+    return Trunks(trunk(), convolutional())
 
 
 def textures(n: int, seed: int = 0) -> list[np.ndarray]:

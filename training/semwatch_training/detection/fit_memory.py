@@ -1,4 +1,4 @@
-"""Make a memory of normal images: look at them, choose the patches to remember, measure distances on held-out ones.
+"""Make a memory of normal images: look at them, choose what to remember, measure distances on held-out ones.
 
 Source: PatchCore (Roth et al. 2022; greedy coreset, here of a random share of the patches) and AnomalyDINO (Damm et
 al. 2025; few images are turned).
@@ -22,8 +22,10 @@ from semwatch_training.detection.memory_detector import (
     TrunkFeatures,
     Trunks,
     as_map,
+    most_alike,
     nearest_distances,
     scored,
+    signatures,
 )
 from semwatch_training.progress_bars import Progress
 
@@ -95,17 +97,63 @@ def remember(patches: Patches, form: MemoryForm, *, seed: int = 1, progress: Pro
         progress: told after every held-out image.
     """
     rng = np.random.default_rng(seed)
-    folds = _folds(patches.owners, form.folds, rng)
-    held_out = rng.permutation(len(patches.owners))[: form.calibration_images]
-    banks, maps = [], []
-    for values, components in zip((patches.vit, patches.efficientnet), form.components, strict=True):
-        found = _held_out_maps(values, folds, held_out, components, form, rng, progress)
-        centre, spread = float(found.mean()), max(float(found.std()), MIN_SPREAD)
-        banks.append(Bank(*_remember(values, components, form, rng), centre, spread))
-        maps.append((found - centre) / spread)
+    kept, distances = (_images if form.alike else _coreset)(patches, form, rng, progress)
+    scales = [(float(found.mean()), max(float(found.std()), MIN_SPREAD)) for found in distances]
+    maps = [(found - centre) / spread for found, (centre, spread) in zip(distances, scales, strict=True)]
     scores = scored((maps[0] + maps[1]) / 2, form)[1].tolist()
     honest = scores if len(set(patches.owners.tolist())) > 1 and patches.are_images else []
-    return Memory(form, (banks[0], banks[1]), tuple(sorted(honest)))
+    first, second = (Bank(*bank, *scale) for bank, scale in zip(kept, scales, strict=True))
+    return Memory(form, (first, second), tuple(sorted(honest)))
+
+
+def _images(
+    patches: Patches, form: MemoryForm, rng: np.random.Generator, progress: Progress
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor]]:
+    """Mean, projection and patches (n, N, D) of each trunk, and distance maps of images without their owner's."""
+    chosen = _in_turn(patches.owners, rng)[
+        : max(form.images, 2)
+    ]  # the first two are of two owners, to judge each other
+    owners = torch.from_numpy(patches.owners[chosen])
+    kept = []
+    for values, components in zip((patches.vit, patches.efficientnet), form.components, strict=True):
+        drawn = _candidates(values, form.candidates, rng)
+        mean, projection = principal_components(drawn, components, whitening=form.whitening)
+        projected = [((torch.from_numpy(values[i]).float() - mean) @ projection).half() for i in chosen]
+        kept.append((mean, projection, torch.stack(projected)))
+    compared = signatures([bank[2] for bank in kept])
+    held_out = rng.permutation(len(chosen))[: form.calibration_images]
+    maps = [torch.empty(len(held_out), form.side, form.side) for _ in kept]
+    for done, index in enumerate(held_out.tolist()):
+        others = (owners != owners[index]).nonzero()[:, 0]
+        asked = others[most_alike(compared[index : index + 1], compared[others], form.alike)[0]]
+        for found, (_, _, remembered) in zip(maps, kept, strict=True):
+            query, bank = remembered[index : index + 1].float(), remembered[asked].float().flatten(0, 1)
+            found[done] = as_map(nearest_distances(query, bank), form.side)[0]
+        progress("held-out distances", done + 1, len(held_out))
+    return kept, maps
+
+
+def _in_turn(owners: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """All views in random order, save that no owner has its second before every owner had its first, and so on."""
+    order = rng.permutation(len(owners))
+    turns = np.zeros(len(owners), np.int64)
+    for owner in np.unique(owners):
+        own = order[owners[order] == owner]
+        turns[own] = np.arange(len(own))
+    return order[np.argsort(turns[order], kind="stable")].astype(np.int64)
+
+
+def _coreset(
+    patches: Patches, form: MemoryForm, rng: np.random.Generator, progress: Progress
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor]]:
+    """Mean, projection and patches (P, D) of each trunk, and distance maps of images to coresets without their fold."""
+    folds = _folds(patches.owners, form.folds, rng)
+    held_out = rng.permutation(len(patches.owners))[: form.calibration_images]
+    kept, maps = [], []
+    for values, components in zip((patches.vit, patches.efficientnet), form.components, strict=True):
+        maps.append(_held_out_maps(values, folds, held_out, components, form, rng, progress))
+        kept.append(_remember(values, components, form, rng))
+    return kept, maps
 
 
 def _check(images: Sequence[NDArray[np.uint8]], groups: Sequence[int] | None) -> None:
@@ -182,12 +230,15 @@ def _remember(
     features: NDArray[np.float16], components: int, form: MemoryForm, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, projection and remembered patches (fp16) of one trunk's features (n, N, C)."""
-    drawn = torch.from_numpy(
-        features[_drawn(len(features), features.shape[1], max(form.candidates, form.patches), rng)]
-    ).float()
+    drawn = _candidates(features, max(form.candidates, form.patches), rng)
     mean, projection = principal_components(drawn, components, whitening=form.whitening)
     projected = (drawn - mean) @ projection
     return mean, projection, projected[coreset(projected, form.patches, rng)].half()
+
+
+def _candidates(features: NDArray[np.float16], wanted: int, rng: np.random.Generator) -> Tensor:
+    """Patches (P, C) drawn from features (n, N, C), see ``_drawn``."""
+    return torch.from_numpy(features[_drawn(len(features), features.shape[1], wanted, rng)]).float()
 
 
 def _drawn(

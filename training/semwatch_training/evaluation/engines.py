@@ -10,7 +10,7 @@ from semwatch_training.data import datasets
 from semwatch_training.data.datasets import Sample
 from semwatch_training.data.public_sets import mtd_tiles
 from semwatch_training.detection import fit_memory, train_detector
-from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph, SelfMatchingGraph, Trunks
+from semwatch_training.detection.memory_detector import CORESET, MemoryForm, MemoryGraph, SelfMatchingGraph, Trunks
 from semwatch_training.evaluation.evaluate_detection import Engine
 from semwatch_training.progress_bars import Progress
 from semwatch_training.trunks import backbone
@@ -41,17 +41,22 @@ def with_normals(
     false_alarm_rate: float,
     progress: Progress,
 ) -> dict[str, Engine]:
-    """The memory, fitted on a data set's normal training images with every seed; nothing where it has none."""
+    """The memory of a data set's normal training images, and a coreset of their patches as baseline, with every seed.
+
+    Nothing where it has none. Source of the baseline: PatchCore (Roth et al. 2022), on both trunks.
+    """
     if not normals:
         return {}
     images = [datasets.load_gray(sample) for sample in normals]
     groups = mtd_tiles(normals).tolist() if data_set == "MTD" else None
-    form = MemoryForm()
-    patches = fit_memory.look(images, trunks, form, groups=groups, progress=progress)
-    memories = [fit_memory.remember(patches, form, seed=seed, progress=progress) for seed in seeds]
-    graphs = tuple(MemoryGraph(trunks, memory).eval() for memory in memories)
-    thresholds = _thresholds([memory.normal_scores for memory in memories], false_alarm_rate)
-    return {"memory": Engine(graphs, form.input_px, str(len(images)), thresholds)}
+    patches = fit_memory.look(images, trunks, MemoryForm(), groups=groups, progress=progress)
+    engines: dict[str, Engine] = {}
+    for name, form in (("memory", MemoryForm()), ("nearest patch", CORESET)):
+        memories = [fit_memory.remember(patches, form, seed=seed, progress=progress) for seed in seeds]
+        graphs = tuple(MemoryGraph(trunks, memory).eval() for memory in memories)
+        thresholds = _thresholds([memory.normal_scores for memory in memories], false_alarm_rate)
+        engines[name] = Engine(graphs, form.input_px, str(len(images)), thresholds)
+    return engines
 
 
 def _thresholds(scores: Sequence[Sequence[float]], rate: float) -> tuple[float, ...]:
