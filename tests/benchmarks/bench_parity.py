@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,7 @@ from semwatch_training.trunks import backbone
 N = 50
 
 
+@pytest.mark.timeout(1800)
 def test_onnx_against_torch_on_real_images(repository: Path, data: Path) -> None:
     trunk = backbone.load(repository.parent / ".cache")
     second = backbone.load_efficientnet(repository.parent / ".cache")

@@ -42,7 +42,7 @@ OutOption = Annotated[Path, typer.Option(help="Folder of the report: report.md, 
 SeedsOption = Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")]
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository whose models are judged.")]
 CacheOption = Annotated[Path, typer.Option(help="Where backbones, features and crops are kept.")]
-RateOption = Annotated[float, typer.Option(min=0.0001, max=0.5, help="Stated false alarm rate of the gate.")]
+RateOption = Annotated[float, typer.Option(min=0.0001, max=0.999, help="Stated false alarm rate of the gate.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Tables as JSON on standard output.")]
 PerTypeOption = Annotated[int, typer.Option(min=2, help="Synthetic images of each defect type.")]
 WeightsOption = Annotated[Path, typer.Option(help="Folder with detector.safetensors.")]
