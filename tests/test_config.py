@@ -596,7 +596,7 @@ def test_authority_file_without_tls_is_refused(write: Write) -> None:
 
 def test_recipe_of_defaults_has_a_known_identity() -> None:
     # It stands in results and audit logs for years: a change of a default or a key must be a decision.
-    assert Recipe().id == "a61d5b0fcc8bdf84"
+    assert Recipe().id == "fe84699263a18020"
 
 
 def test_identity_is_deaf_to_comments_order_spacing_and_written_out_defaults(write: Write) -> None:
@@ -616,7 +616,7 @@ def changed(value: Any) -> Any:  # noqa: PLR0911 - one line a type
         case bool():
             return not value
         case int():
-            return 1 - value if value in (0, 1) else value + 1
+            return value + 1
         case float():
             return value / 2 if value < 1 else value + 0.5
         case "plateau":

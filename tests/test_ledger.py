@@ -437,6 +437,66 @@ def test_operator_requeues_beside_a_running_daemon(ledger: Ledger, path: Path) -
     finish(ledger, held)
 
 
+# --- notes ---------------------------------------------------------------------------------------------------------
+
+
+def test_note_without_messages_is_an_audit_line(ledger: Ledger) -> None:
+    assert ledger.note(audit={"event": "named"})
+    assert [json.loads(line) for _, line in ledger.audit_after(0, 10)] == [{"event": "named"}]
+    assert ledger.n_unpublished() == 0
+    assert ledger.counts()["DONE"] == 0
+
+
+def test_note_takes_line_and_messages_or_neither(ledger: Ledger) -> None:
+    items = [OutboxItem("results", "1", b"a"), OutboxItem("results", "2", b"b")]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        ledger.note(audit={"score": float("nan")}, outbox=items, once="n")
+    assert (ledger.n_unpublished(), ledger.audit_after(0, 10)) == (0, [])
+    assert ledger.note(audit={}, outbox=items, once="n")  # the name was not used up
+    assert [item for _, item in ledger.unpublished(10)] == items
+
+
+def test_message_that_waits_already_is_left_out_of_a_note(ledger: Ledger) -> None:
+    ledger.note(audit={}, outbox=[OutboxItem("results", "1", b"first")])
+    ledger.note(audit={}, outbox=[OutboxItem("results", "1", b"again"), OutboxItem("results", "2", b"new")])
+    assert [(item.id, item.payload) for _, item in ledger.unpublished(10)] == [("1", b"first"), ("2", b"new")]
+    assert len(ledger.audit_after(0, 10)) == 2
+
+
+def test_note_of_one_name_is_taken_once_even_after_all_was_delivered(ledger: Ledger, path: Path) -> None:
+    item = OutboxItem("results", "1", b"a")
+    assert ledger.note(audit={"n": 1}, outbox=[item], once="revision 2")
+    ledger.mark_published([seq for seq, _ in ledger.unpublished(10)])
+    ledger.forget_audit(ledger.last_audit_seq())
+    ledger.close()
+    with Ledger(path) as again:
+        assert not again.note(audit={"n": 2}, outbox=[item], once="revision 2")
+        assert (again.n_unpublished(), again.audit_after(0, 10)) == (0, [])
+        assert again.note(audit={"n": 3}, once="revision 3")
+
+
+def test_operator_notes_beside_a_running_daemon(ledger: Ledger, path: Path) -> None:
+    held = claim(ledger, "a.tif")
+    with Ledger(path, exclusive=False) as operator:
+        assert operator.note(audit={"event": "named"}, once="decision 1")
+    finish(ledger, held, "1")
+    assert [json.loads(line) for _, line in ledger.audit_after(0, 10)] == [{"event": "named"}, {"path": "a.tif"}]
+
+
+def test_ledger_made_before_there_were_notes_takes_them(path: Path) -> None:
+    with Ledger(path) as ledger:
+        finish(ledger, claim(ledger, "a.tif"))
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE noted")
+    db.close()
+    with Ledger(path, read_only=True) as reader:
+        assert reader.counts()["DONE"] == 1
+    with Ledger(path) as ledger:
+        assert ledger.note(audit={}, once="n")
+        assert not ledger.note(audit={}, once="n")
+        assert ledger.counts()["DONE"] == 1
+
+
 def test_file_that_kills_the_process_reaches_quarantine(path: Path) -> None:
     code = (
         "import os, sys, pathlib; from semwatch.ledger import Ledger\n"

@@ -12,10 +12,11 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from factories import KINDS, make_review, make_verdict
+from factories import make_review, make_verdict
 from semwatch.defects import Verdict, VerdictKind
+from semwatch.drift import WATCHED
 from semwatch.errors import ConfigError
-from semwatch.metrics import STAGE_BUCKETS_S, Metrics, verdict_of
+from semwatch.metrics import SEVEREST_FIRST, STAGE_BUCKETS_S, Metrics, verdict_of
 
 HOST = "127.0.0.1"
 
@@ -47,7 +48,9 @@ def test_sources_start_at_zero_so_that_the_first_event_is_a_rise() -> None:
     metrics = Metrics(["tool-a"])
     for name in ("quarantined_total", "duplicates_total"):
         assert value(metrics, name, source="tool-a") == 0.0
-    assert [value(metrics, "reviews_total", source="tool-a", verdict=kind) for kind in KINDS] == [0.0] * 4
+    assert [value(metrics, "reviews_total", source="tool-a", verdict=kind) for kind in SEVEREST_FIRST] == [0.0] * 5
+    for name in ("drift", "drift_alarms_total"):
+        assert [value(metrics, name, source="tool-a", what=what) for what in WATCHED] == [0.0] * 3
 
 
 def test_two_daemons_in_one_process_do_not_share_counts() -> None:
@@ -93,11 +96,30 @@ def test_model_version_follows_a_swap(metrics: Metrics) -> None:
         (["defect-free"], "defect-free"),
         (["defect-free", "known"], "known"),
         (["known", "non-decidable"], "non-decidable"),
-        (["non-decidable", "unknown", "known"], "unknown"),
+        (["known", "novel", "non-decidable"], "novel"),
+        (["novel", "non-decidable", "unknown", "known"], "unknown"),
     ],
 )
 def test_file_counts_under_its_severest_verdict(kinds: list[VerdictKind], told: str) -> None:
-    assert verdict_of(make_review(len(kinds), verdicts=[make_verdict(kind) for kind in kinds])) == told
+    verdicts = [Verdict(kind, None, 1.0, ()) for kind in kinds]
+    assert verdict_of(make_review(len(kinds), verdicts=verdicts)) == told
+
+
+def test_class_that_a_machine_found_counts_under_its_own_label(metrics: Metrics) -> None:
+    metrics.observe(make_review(2, verdicts=[Verdict("novel", "novel-3", 0.9, ())]))
+    assert value(metrics, "reviews_total", source="tool-a", verdict="novel") == 1.0
+    assert value(metrics, "defects_total", source="tool-a", kind="novel", label="novel-3") == 2.0
+
+
+def test_learning_is_counted(metrics: Metrics) -> None:
+    metrics.swap_refused.labels("head").inc()
+    metrics.reread.labels("tool-a", "named").inc(3)
+    metrics.drift_alarms.labels("tool-a", "class mix").inc()
+    metrics.drift.labels("tool-a", "class mix").set(1.2)
+    assert value(metrics, "swap_refused_total", model="head") == 1.0
+    assert value(metrics, "reread_total", source="tool-a", outcome="named") == 3.0
+    assert value(metrics, "drift_alarms_total", source="tool-a", what="class mix") == 1.0
+    assert value(metrics, "drift", source="tool-a", what="class mix") == 1.2
 
 
 def test_verdicts_without_a_class_have_an_empty_label(metrics: Metrics) -> None:
@@ -137,6 +159,8 @@ def test_prometheus_reads_what_was_counted(metrics: Metrics) -> None:
 def test_names_keep_prometheus_conventions() -> None:
     metrics = Metrics(["a"])
     metrics.errors.labels("redis").inc()
+    metrics.swap_refused.labels("head").inc()
+    metrics.reread.labels("a", "named").inc()
     metrics.observe(make_review(1))
     for family in metrics.registry.collect():
         assert re.fullmatch(r"semwatch_[a-z_]+", family.name)

@@ -18,7 +18,7 @@ import pytest
 
 from factories import KINDS, make_review, make_verdict
 from semwatch import results, review_record
-from semwatch.defects import Review
+from semwatch.defects import Review, Verdict, VerdictKind
 from semwatch.errors import ImageError, ServiceUnavailable
 
 REPO = Path(__file__).resolve().parents[1]
@@ -345,6 +345,153 @@ def test_reason_says_why_and_what_to_do(tmp_path: Path) -> None:
     reason = json.loads(path.read_text())
     assert (reason["reason"], reason["attempts"], reason["size"]) == ("not a TIFF: \\xff", 3, 17)
     assert "requeue" in reason["what_to_do"]
+
+
+# --- a later head judges again -------------------------------------------------------------------------------------
+
+T1 = "2025-03-02T12:00:00Z"
+
+
+def said(kind: VerdictKind = "novel", label: str | None = "novel-1") -> review_record.VerdictRecord:
+    return review_record.verdict_record(Verdict(kind, label, 0.9, ()), 7)
+
+
+def unknown_result(folder: Path, n_defects: int = 2, **options: Any) -> Path:
+    review = make_review(n_defects, verdicts=[make_verdict("unknown")], **options)
+    return results.write(review, results_dir=folder).json
+
+
+def test_revising_nothing_changes_nothing(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    before = names(tmp_path), path.read_bytes()
+    same = {(0, 1): less_sure(path)}
+    for verdicts in ({}, same):
+        assert results.revise(path, verdicts, head_version=4, utc=T1) is None
+    assert (names(tmp_path), path.read_bytes()) == before
+
+
+def less_sure(path: Path) -> review_record.VerdictRecord:
+    """The standing verdict with another confidence: same kind, same label."""
+    return results.read(path).pages[0].defects[0].verdict.model_copy(update={"confidence": 0.01})
+
+
+def test_revision_replaces_what_it_is_given_and_keeps_the_one_before(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    before, first = path.read_bytes(), results.read(path)
+    revised = results.revise(path, {(0, 2): said()}, head_version=4, utc=T1)
+    assert revised == results.read(path)
+    assert (revised.revision, revised.revised_utc, revised.reviewed_utc) == (2, T1, first.reviewed_utc)
+    assert revised.model_versions == {"detector": 1, "encoder": 1, "head": 4}
+    assert revised.pages[0].defects == (
+        first.pages[0].defects[0],
+        first.pages[0].defects[1].model_copy(update={"verdict": said()}),
+    )
+    assert path.with_name("a.tif.r1.review.json").read_bytes() == before
+    validator = jsonschema.Draft202012Validator(json.loads(review_record.SCHEMA_PATH.read_text()))
+    validator.validate(json.loads(path.read_text()))
+
+
+def test_page_verdict_follows_its_defects(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path, n_pages=2)
+    clean = said("defect-free", "defect-free")
+    revised = results.revise(path, {(0, 1): clean, (0, 2): clean, (1, 1): clean}, head_version=4, utc=T1)
+    assert revised is not None
+    assert [page.verdict for page in revised.pages] == ["defect-free", "defects"]
+
+
+@pytest.mark.parametrize("head", [1, 3])
+def test_head_that_judged_already_or_an_earlier_one_changes_nothing(tmp_path: Path, head: int) -> None:
+    path = unknown_result(tmp_path)
+    assert results.revise(path, {(0, 1): said()}, head_version=head, utc=T1) is None
+    assert results.read(path).revision == 1
+
+
+def test_revisions_count_on_and_all_of_them_are_kept(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    for head, label in ((4, "novel-1"), (5, "novel-2"), (6, "residue")):
+        results.revise(path, {(0, 1): said(label=label)}, head_version=head, utc=T1)
+    kept = [results.read(results.revision_path(path, revision)) for revision in (1, 2, 3)]
+    assert [record.revision for record in [*kept, results.read(path)]] == [1, 2, 3, 4]
+    assert [record.pages[0].defects[0].verdict.label for record in kept] == [None, "novel-1", "novel-2"]
+
+
+def test_defect_that_the_result_does_not_have_is_refused(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    with pytest.raises(ImageError, match="no defect 3 on page 0"):
+        results.revise(path, {(0, 3): said()}, head_version=4, utc=T1)
+
+
+def test_kept_revision_of_other_bytes_is_never_overwritten(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    kept = results.revision_path(path, 1)
+    kept.write_text("mine")
+    with pytest.raises(ImageError, match=r"a\.tif\.r1\.review\.json is not revision 1"):
+        results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    assert (kept.read_text(), results.read(path).revision) == ("mine", 1)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, 4096])
+def test_full_disk_leaves_the_revision_before_in_its_place(tmp_path: Path, n_bytes: int) -> None:
+    path = unknown_result(tmp_path, n_defects=9)  # more than 4096 bytes
+    before = path.read_bytes()
+    with disk_that_ends_at(n_bytes), pytest.raises(ServiceUnavailable, match="cannot write"):
+        results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    assert path.read_bytes() == before
+    assert results.revise(path, {(0, 1): said()}, head_version=4, utc=T1) is not None
+    assert results.revision_path(path, 1).read_bytes() == before
+
+
+def test_result_written_before_there_were_revisions_reads_and_is_revised(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    old = json.loads(path.read_text())
+    del old["revision"], old["revised_utc"]
+    path.write_text(json.dumps(old))
+    assert (results.read(path).revision, results.read(path).revised_utc) == (1, None)
+    assert results.revise(path, {(0, 1): said()}, head_version=4, utc=T1) is not None
+    assert json.loads(results.revision_path(path, 1).read_text()) == old
+
+
+def test_review_anew_counts_on_and_overwrites_no_kept_revision(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    before = results.revision_path(path, 1).read_bytes()
+    for _ in range(2):  # a replay gives the same
+        unknown_result(tmp_path)
+        assert results.read(path).revision == 2
+    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    assert results.read(path).revision == 3
+    assert results.revision_path(path, 1).read_bytes() == before
+
+
+def test_kept_revisions_go_with_their_content_when_other_content_takes_the_name(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path, sha256="a" * 64)
+    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    unknown_result(tmp_path, sha256="b" * 64)
+    found = [name.name for name in path.parent.iterdir() if name.name.endswith("review.json")]
+    assert sorted(found) == ["a.tif.aaaaaaaa.r1.review.json", "a.tif.aaaaaaaa.review.json", "a.tif.review.json"]
+    assert results.read(path).revision == 1
+
+
+def test_lot_shows_the_latest_revision_alone(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    results.write(make_review(0, path="lot7/wafer01/b.tif"), results_dir=tmp_path)
+    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    table = rows(results.write_lot_csv(path.parent))
+    assert [(row["path"][-5:], row["label"], row["revision"]) for row in table] == [
+        ("a.tif", "novel-1", "2"),
+        ("a.tif", "", "2"),
+        ("b.tif", "", "1"),
+    ]
+    assert list(table[0])[-1] == "revision"
+
+
+def test_place_of_a_result_is_found_from_the_path_as_it_is_spelled_out(tmp_path: Path) -> None:
+    name = os.fsdecode(b"l\xff/" + b"x" * 250 + b".tif")
+    path = results.write(make_review(0, path=name), results_dir=tmp_path).json
+    for spelling in (name, review_record.printable(name)):
+        assert results.review_path(tmp_path, "tool-a", spelling) == path
+    with pytest.raises(ImageError, match="no relative path"):
+        results.review_path(tmp_path, "tool-a", "../a.tif")
 
 
 # --- a lot ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from semwatch.head_bank import Bank
 from semwatch.model_repository import Meta
 from semwatch_training import export
 from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
@@ -68,12 +69,18 @@ def encoder_graph() -> EncoderGraph:
 
 def head(width: int, frozen_width: int, seed: int = 0) -> Head:
     """A head fitted on three blobs."""
+    samples = blobs(width, seed)
+    return fit_head(samples.features, samples.labels, HeadFit(frozen_width=frozen_width, components=8))
+
+
+def blobs(width: int, seed: int = 0) -> Bank:
+    """Thirty samples of each label around its own axis."""
     rng = np.random.default_rng(seed)
-    labels = [LABELS[i % 3] for i in range(90)]
+    labels = tuple(LABELS[i % 3] for i in range(90))
     features = rng.normal(size=(90, width)).astype(np.float32)
     for row, label in zip(features, labels, strict=True):
         row[LABELS.index(label)] += 6
-    return fit_head(features, labels, HeadFit(frozen_width=frozen_width, components=8))
+    return Bank(features, labels, tuple(f"image {i}" for i in range(90)), ("",) * 90)
 
 
 def publish_all(repository: Path) -> Path:
@@ -82,7 +89,10 @@ def publish_all(repository: Path) -> Path:
     width = encoder.frozen_width + SHAPE.width
     publish_detector(detector_graph(), repository, normal_scores=[i / 1000 for i in range(60)], provenance={})
     version = publish_encoder(encoder, repository, provenance={})
-    publish_head(head(width, encoder.frozen_width), repository, encoder_version=version, provenance={})
+    publish_head(
+        head(width, encoder.frozen_width), repository, encoder_version=version, provenance={},
+        bank=blobs(width), golden=blobs(width, seed=1),
+    )  # fmt: skip
     return repository
 
 

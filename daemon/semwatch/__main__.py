@@ -22,11 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from semwatch import audit, binarization, detection, doctor, incoming, micrograph, pipeline, results
+from semwatch.commands import clusters as cluster_commands
+from semwatch.commands import models, queue
 from semwatch.config import EXAMPLES, Recipe, Site, load_recipe, load_site
 from semwatch.defects import Review
 from semwatch.demo import run_demo
 from semwatch.errors import ConfigError, ImageError, ModelMismatch, SemwatchError, ServiceUnavailable
 from semwatch.inference import Embedded
+from semwatch.learning_demo import run_learning_demo
 from semwatch.ledger import Ledger
 from semwatch.service import AUDIT, LEDGER, Service, codes, utc_now
 
@@ -49,6 +52,9 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(audit_app, name="audit")
 quarantine_app = typer.Typer(no_args_is_help=True, help="Files that could not be reviewed.")
 app.add_typer(quarantine_app, name="quarantine")
+app.add_typer(cluster_commands.app, name="clusters")
+app.add_typer(models.app, name="models")
+app.add_typer(queue.app, name="queue")
 
 out = Console()
 err = Console(stderr=True)
@@ -118,8 +124,12 @@ def demo(
     repository: RepositoryOption = REPOSITORY,
     n: Annotated[int, typer.Option(min=1, help="Images of the synthetic lot.")] = 24,
     seed: int = 7,
+    learn: Annotated[bool, typer.Option(help="Show how two unseen types become classes.")] = False,
 ) -> None:
     """Run the whole line on embedded defaults: own Redis, own daemon, a lot dropped image by image."""
+    if learn:
+        run_learning_demo(folder=folder, repository=repository, n=max(n, 90), seed=seed, console=out)
+        return
     run_demo(lot=lot, folder=folder, repository=repository, n=n, seed=seed, console=out)
 
 
@@ -312,7 +322,7 @@ def _review_file(file: Path, name: str, recipe: Recipe, models: Embedded, result
             models=models,
             reviewed_utc=utc_now(),
         )
-        written = results.write(found, results_dir=results_dir, **codes(recipe))
+        written = results.write(found, results_dir=results_dir, **codes(recipe, models.meta("head").codes))
     except ImageError as error:
         return {"file": str(file), "error": str(error)}
     return _summary(found, file, written.json, written.overlays)

@@ -7,7 +7,8 @@ The rule, in the order it is applied to one defect:
 2. Nothing fits: *unknown*.
 3. The head gives every class that fits less than ``1 - decide_confidence``: what looks right lies outside its own
    class's range, and what lies in range looks wrong. The two witnesses contradict each other: *unknown*.
-4. The head's probability of its favourite, among the classes that fit, reaches ``decide_confidence``: that class.
+4. The head's probability of its favourite, among the classes that fit, reaches ``decide_confidence``: that class;
+   *novel* where it was found among unknowns and no person has named it yet.
 5. Else *non-decidable*.
 
 Source: conformal prediction (Vovk et al. 2005), one calibration for all classes. IC-DefectNCD leaves the
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import DEFECT_FREE, Neighbour, Verdict, VerdictKind
+from semwatch.defects import DEFECT_FREE, NOVEL, Neighbour, Verdict, VerdictKind
 from semwatch.inference import Embedded
 
 
@@ -102,8 +103,18 @@ def decide(
         return Verdict("unknown", None, float(1 - probability[best]), nearest)
     if softmax(np.where(fits, logits, -np.inf))[best] < decide_confidence:
         return Verdict("non-decidable", None, float(probability[best]), nearest)
-    kind: VerdictKind = "defect-free" if labels[best] == DEFECT_FREE else "known"
-    return Verdict(kind, labels[best], float(probability[best]), nearest)
+    return Verdict(kind_of(labels[best]), labels[best], float(probability[best]), nearest)
+
+
+def kind_of(label: str) -> VerdictKind:
+    """The verdict that a label stands for.
+
+    >>> kind_of("bridge"), kind_of("novel-3"), kind_of("defect-free")
+    ('known', 'novel', 'defect-free')
+    """
+    if label == DEFECT_FREE:
+        return "defect-free"
+    return "novel" if label.startswith(NOVEL) else "known"
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

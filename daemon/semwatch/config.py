@@ -237,6 +237,25 @@ class Limits(_Settings):
     """Seconds that a stop waits for the files in flight."""
 
 
+class Learning(_Settings):
+    """How unknowns become classes; `semwatch-train retrain` reads it, and the daemon after a swap."""
+
+    folder: SitePath | None = None
+    """Folder of what learning keeps: seen unknowns, clusters, reports; null: learning in the state_dir."""
+    min_unknowns: Count = 30
+    """A cycle learns once this many unknowns wait."""
+    max_unknowns: Count = 4000
+    """Most unknowns that one cycle takes."""
+    forget_days: Positive = 60.0
+    """Days after which an unknown that no class came of leaves the queue; it stays in the archive."""
+    reread_days: Annotated[float, Field(ge=0)] = 14.0
+    """After a swap, unknowns of so many days are judged again by the new head; 0: none."""
+    keep_versions: Annotated[int, Field(ge=2)] = 10
+    """Versions of a head that are kept; the one in service and the one before it always are."""
+    swap_timeout_s: Positive = 60.0
+    """Seconds that a cycle waits until the daemon answers with the new head."""
+
+
 class MetricsEndpoint(_Settings):
     """Where Prometheus reads."""
 
@@ -259,6 +278,8 @@ class Site(_Settings):
     """The models and what runs them."""
     redis: Redis | None = None
     """The Redis server that takes the records; null: none."""
+    learning: Learning = Learning()
+    """How unknowns become classes."""
     limits: Limits = Limits()
     """What the machine takes on."""
     reconcile_s: Positive = 30.0
@@ -267,6 +288,11 @@ class Site(_Settings):
     """Seconds between looks at a polled folder."""
     metrics: MetricsEndpoint | None = None
     """Where Prometheus reads; null: nowhere."""
+
+    @property
+    def learning_dir(self) -> Path:
+        """Folder of what learning keeps."""
+        return self.learning.folder or self.state_dir / "learning"
 
     @model_validator(mode="after")
     def _folders_keep_apart(self) -> "Site":
@@ -378,6 +404,23 @@ class UnknownRule(_Settings):
     """Known: the head gives a class this probability among those that fit; else non-decidable."""
 
 
+class Promotion(_Settings):
+    """What a newly trained head must show before it serves this recipe."""
+
+    max_accuracy_loss: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Most accuracy that any known class may lose on the golden set."""
+    max_purity_loss: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Most purity that any known class may lose on the golden set."""
+    max_unknown_rate: Share = 0.2
+    """Largest share of the golden set that may be called unknown."""
+    min_cluster_size: Annotated[int, Field(ge=5)] = 12
+    """Fewest crops of a new class."""
+    min_cohesion: Annotated[float, Field(ge=-1, le=1)] = 0.05
+    """Smallest mean silhouette of a new class among all others, from -1 to 1."""
+    min_cycles: Count = 1
+    """Cycles in which a new class must have been seen before it is learned."""
+
+
 class KnownClass(_Settings):
     """One line of the fab's class table."""
 
@@ -409,8 +452,10 @@ class Recipe(_Settings):
         Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(dict[str, KnownClass])
     ] = Field(default_factory=dict, validate_default=True)
     """The fab's class table: label of the head to code. Labels that are not here have no code."""
+    promotion: Promotion = Promotion()
+    """What a newly trained head must show before it serves this recipe."""
     unknown_code: int | None = None
-    """Code of an unknown defect; null: none."""
+    """Code of an unknown defect, and of a new class that nobody has given a code; null: none."""
     non_decidable_code: int | None = None
     """Code of a non-decidable defect; null: none."""
 

@@ -14,10 +14,14 @@ from numpy.typing import NDArray
 Box = tuple[int, int, int, int]
 """Half-open pixel box ``(x0, y0, x1, y1)``."""
 
-VerdictKind = Literal["known", "unknown", "non-decidable", "defect-free"]
+VerdictKind = Literal["known", "novel", "unknown", "non-decidable", "defect-free"]
+"""``novel``: of a class that was found among unknowns and that no person has named yet."""
 
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""
+
+NOVEL = "novel-"
+"""How labels of found, not yet named classes begin: novel-1, novel-2, ..."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +74,7 @@ class Verdict:
 
     kind: VerdictKind
     label: str | None
-    """Class name for ``known`` and ``defect-free``; None otherwise."""
+    """Class name for ``known``, ``novel`` (novel-1, ...) and ``defect-free``; None otherwise."""
     confidence: float
     """Range [0, 1]; how it is made depends on the kind, see ``classification.decide``."""
     nearest: tuple[Neighbour, ...]

@@ -76,21 +76,21 @@ def run_demo(*, lot: Path | None, folder: Path, repository: Path, n: int, seed: 
         ServiceUnavailable: the daemon did not become ready, died, or stopped giving results.
     """
     layout = Layout(folder.absolute())
-    _clear(layout)
+    clear(layout)
     if lot is None:
-        _generate(layout.lot, n=n, seed=seed)
+        generate(layout.lot, n=n, seed=seed)
         lot = layout.lot
-    images = _images(lot)
+    images = images_of(lot)
     with EmbeddedRedis(layout.folder / "redis") as redis:
-        _write_settings(layout, redis.url, repository.absolute())
-        with _daemon(layout, console) as daemon:
-            reviews = _drop(images, layout, daemon, console)
+        write_settings(layout, redis.url, repository.absolute())
+        with running_daemon(layout, console) as daemon:
+            reviews = drop_one_by_one(images, layout, daemon, console)
         publisher = unknowns.Publisher(unknowns.connect(redis.url))
         depths = publisher.depths()
     sheet = layout.folder / "contact-sheet.png"
     overlays = [layout.results / SOURCE / f"{record.path}.overlay.png" for _, record in reviews]
     results.contact_sheet(overlays, sheet)
-    _show(reviews, _truth(lot), console)
+    _show(reviews, truth_of(lot), console)
     verified = audit.verify(layout.folder / "state" / "audit.jsonl", expected_last_seq=len(reviews))
     console.print(f"results and overlays  {layout.results}")
     console.print(f"contact sheet         {sheet}")
@@ -98,7 +98,12 @@ def run_demo(*, lot: Path | None, folder: Path, repository: Path, n: int, seed: 
     console.print(f"audit log             {'intact' if verified.ok else 'BROKEN'}, {verified.n_lines} lines")
 
 
-def _clear(layout: Layout) -> None:
+def clear(layout: Layout) -> None:
+    """Empty the demo's folder.
+
+    Raises:
+        ConfigError: it holds something that no demo made.
+    """
     folder = layout.folder
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise ConfigError(f"{folder} holds something that no demo made; give another --folder")
@@ -107,10 +112,15 @@ def _clear(layout: Layout) -> None:
     (folder / MARKER).touch()
 
 
-def _generate(folder: Path, *, n: int, seed: int) -> None:
+def generate(folder: Path, *, n: int, seed: int, options: Sequence[str] = ()) -> None:
+    """Write a synthetic lot with the learning side's command.
+
+    Raises:
+        ConfigError: the learning side is not installed.
+    """
     command = [sys.executable, "-m", "semwatch_training", "synth", "--out", str(folder), "--n", str(n)]
     try:
-        subprocess.run([*command, "--seed", str(seed)], check=True, timeout=600)
+        subprocess.run([*command, "--seed", str(seed), *options], check=True, timeout=600)
     except subprocess.CalledProcessError as error:
         raise ConfigError(
             "no synthetic lot could be made: install the learning side with `pip install 'semwatch[train]'`, or give a "
@@ -118,14 +128,20 @@ def _generate(folder: Path, *, n: int, seed: int) -> None:
         ) from error
 
 
-def _images(lot: Path) -> list[Path]:
+def images_of(lot: Path) -> list[Path]:
+    """Images of a folder, in the order of their names.
+
+    Raises:
+        ConfigError: there is none.
+    """
     found = sorted(path for path in lot.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES) if lot.is_dir() else []
     if not found:
         raise ConfigError(f"{lot} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
-def _write_settings(layout: Layout, redis_url: str, repository: Path) -> None:
+def write_settings(layout: Layout, redis_url: str, repository: Path) -> None:
+    """Write site and recipe of the demo."""
     (layout.folder / "recipe.yaml").write_text(RECIPE)
     folder = {"path": "drop", "source": SOURCE, "recipe": "recipe.yaml", "completeness": "rename"}
     site = {
@@ -139,7 +155,7 @@ def _write_settings(layout: Layout, redis_url: str, repository: Path) -> None:
 
 
 @contextmanager
-def _daemon(layout: Layout, console: Console) -> Iterator[subprocess.Popen[bytes]]:
+def running_daemon(layout: Layout, console: Console) -> Iterator[subprocess.Popen[bytes]]:
     """The daemon as systemd would run it: ready by notification, stopped by SIGTERM."""
     address = str(layout.folder / "notify")
     start = time.monotonic()
@@ -172,7 +188,7 @@ def _wait_ready(listener: socket.socket, process: subprocess.Popen[bytes], log: 
     raise ServiceUnavailable(f"the daemon did not become ready; it said:\n{Path(log).read_text()[-2000:]}")
 
 
-def _drop(
+def drop_one_by_one(
     images: Sequence[Path], layout: Layout, daemon: subprocess.Popen[bytes], console: Console
 ) -> list[tuple[Path, ReviewRecord]]:
     """Drop the images one by one, as a tool does, and collect their results as they come."""
@@ -204,7 +220,7 @@ def _drop(
     return [(image, found[image]) for image in images]
 
 
-def _truth(lot: Path) -> dict[str, list[str]]:
+def truth_of(lot: Path) -> dict[str, list[str]]:
     """True labels by file name, where the lot brings a labels.csv."""
     table = lot / "labels.csv"
     truth: dict[str, list[str]] = {}
@@ -231,7 +247,7 @@ def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[st
 
 def _said(verdicts: Sequence[VerdictRecord]) -> str:
     """The verdicts of one page in a line: named defects with their confidence, the others counted."""
-    named = [f"[green]{v.label} {v.confidence:.2f}[/]" for v in verdicts if v.kind == "known"]
+    named = [f"[green]{v.label} {v.confidence:.2f}[/]" for v in verdicts if v.kind in ("known", "novel")]
     colours = {"unknown": "magenta", "non-decidable": "yellow"}
     for kind, colour in colours.items():
         if n := sum(v.kind == kind for v in verdicts):

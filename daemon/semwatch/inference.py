@@ -2,25 +2,28 @@
 
 ``Embedded`` runs the model repository's ONNX files in this process with ONNX Runtime. It reads the same folders that
 Triton serves, and an answer carries the version that gave it, so labels are never read from another version's folder.
+Every version must answer its probe as the network did that it was made from, or it is not loaded.
 """
 
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from semwatch import model_repository
+from semwatch import model_repository, serving
 from semwatch.errors import ModelMismatch, ServiceUnavailable
-from semwatch.model_repository import MODELS, Meta
+from semwatch.model_repository import MODELS, Arrays, Meta
 
-Arrays = Mapping[str, NDArray[Any]]
+MAX_PROBE_DIFFERENCE = 1e-3
+"""Largest difference to the expected answer, relative to its largest value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,16 @@ class Answer:
     outputs: Mapping[str, NDArray[np.float32]]
     version: int
     meta: Meta
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One change of version, done or refused."""
+
+    model: str
+    version: int
+    refused: str | None = None
+    """Why the version may not serve; None: it serves now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +57,7 @@ class Embedded:
 
     Args:
         repository: folder with detector, encoder and head.
-        pins: version by model; a model without a pin serves its newest version.
+        pins: version by model; a model without a pin serves what ``serving.choice`` says.
         threads: processor threads of one network; None for all the machine has.
         models: which to load; training asks before there is a head.
 
@@ -60,12 +73,15 @@ class Embedded:
         threads: int | None = None,
         models: Sequence[str] = MODELS,
     ) -> None:
-        pins = pins or {}
+        self._repository, self._pins = repository, pins or {}
         # One network at a time has all the cores: two at once only evict each other's caches.
         self._turn = threading.Lock()
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._loaded = {model: self._load(repository, model, pins.get(model)) for model in models}
-        _check_fit({model: loaded.meta for model, loaded in self._loaded.items()})
+        self._refused: dict[tuple[str, int], str] = {}
+        self._loaded: dict[str, _Loaded] = {}
+        for model in models:
+            loaded = self._load_head() if model == "head" else self._load(model, self._wanted(model))
+            self._loaded[model] = loaded
 
     def __enter__(self) -> Self:
         return self
@@ -86,15 +102,28 @@ class Embedded:
             ModelMismatch: the arrays do not fit the model.
             ServiceUnavailable: the runtime could not answer now (out of memory).
         """
-        loaded = self._loaded[model]
-        _check_inputs(loaded.meta, inputs)
-        names = list(loaded.meta.outputs)
-        with self._turn:
-            try:
-                values = loaded.session.run(names, dict(inputs))
-            except Exception as error:
-                raise ServiceUnavailable(f"the embedded {model} could not answer: {error}") from error
-        return Answer(dict(zip(names, values, strict=True)), loaded.version, loaded.meta)
+        return self._ask(self._loaded[model], inputs)
+
+    def refresh(self) -> Swap | None:
+        """Let the head that should serve now serve, without an answer missed; None where it does already.
+
+        The new head is loaded and proven on its probe beside the old one, then takes its place between two answers. A
+        version that cannot be used is refused, said once, and the old one goes on. Detector and encoder change only
+        at a start: features of one encoder must not meet a head of another.
+        """
+        now = self._loaded["head"]
+        try:
+            version = self._wanted("head")
+        except ModelMismatch as error:
+            return self._refuse(-1, str(error))
+        if version == now.version or ("head", version) in self._refused:
+            return None
+        try:
+            loaded = self._fitting_head(version)
+        except ModelMismatch as error:
+            return self._refuse(version, str(error))
+        self._loaded = {**self._loaded, "head": loaded}
+        return Swap("head", version)
 
     def meta(self, model: str) -> Meta:
         """What travels with the version that would answer now."""
@@ -104,15 +133,58 @@ class Embedded:
         """Version in service, by model."""
         return {model: loaded.version for model, loaded in self._loaded.items()}
 
+    def refused(self) -> dict[int, str]:
+        """Versions of the head that could not be used, and why."""
+        return {version: why for (_, version), why in self._refused.items()}
+
     def close(self) -> None:
         """Let go of the networks' memory."""
         with self._turn:
             self._loaded = {}
 
-    def _load(self, repository: Path, model: str, pin: int | None) -> _Loaded:
-        version = model_repository.latest(repository, model) if pin is None else pin
-        meta = model_repository.read_meta(repository, model, version)
-        path = model_repository.weights_path(repository, model, version, meta)
+    def _ask(self, loaded: _Loaded, inputs: Arrays) -> Answer:
+        _check_inputs(loaded.meta, inputs)
+        names = list(loaded.meta.outputs)
+        with self._turn:
+            try:
+                values = loaded.session.run(names, dict(inputs))
+            except Exception as error:
+                raise ServiceUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
+        return Answer(dict(zip(names, values, strict=True)), loaded.version, loaded.meta)
+
+    def _load_head(self) -> _Loaded:
+        """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
+        wanted = self._wanted("head")
+        try:
+            return self._fitting_head(wanted)
+        except ModelMismatch as error:
+            if self._pins.get("head") is not None or serving.pin_of(self._repository, "head") is not None:
+                raise
+            self._refuse(wanted, str(error))
+            for version in reversed(model_repository.versions(self._repository, "head")):
+                if version < wanted and serving.why_withdrawn(self._repository, "head", version) is None:
+                    with suppress(ModelMismatch):
+                        return self._fitting_head(version)
+            raise
+
+    def _fitting_head(self, version: int) -> _Loaded:
+        loaded = self._load("head", version)
+        if "encoder" in self._loaded:
+            _check_fit(self._loaded["encoder"].meta, loaded.meta)
+        return loaded
+
+    def _wanted(self, model: str) -> int:
+        pin = self._pins.get(model)
+        return serving.choice(self._repository, model) if pin is None else pin
+
+    def _refuse(self, version: int, why: str) -> Swap | None:
+        is_news = self._refused.get(("head", version)) != why
+        self._refused["head", version] = why
+        return Swap("head", version, why) if is_news else None
+
+    def _load(self, model: str, version: int) -> _Loaded:
+        meta = model_repository.read_meta(self._repository, model, version)
+        path = model_repository.weights_path(self._repository, model, version, meta)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
@@ -124,7 +196,32 @@ class Embedded:
         found = {tensor.name for tensor in session.get_inputs()}, {tensor.name for tensor in session.get_outputs()}
         if found != (set(meta.inputs), set(meta.outputs)):
             raise ModelMismatch(f"{path} takes and gives {found}, its meta.json says otherwise; publish it again")
-        return _Loaded(session, version, meta)
+        loaded = _Loaded(session, version, meta)
+        self._check_probe(loaded)
+        return loaded
+
+    def _check_probe(self, loaded: _Loaded) -> None:
+        """A version must answer its probe as what it was made from did."""
+        probe = model_repository.read_probe(self._repository, loaded.meta.model, loaded.version)
+        if probe is None:
+            return
+        inputs, expected = probe
+        name = f"{loaded.meta.model} {loaded.version}"
+        try:
+            answered = self._ask(loaded, inputs).outputs
+        except ServiceUnavailable as error:
+            raise ModelMismatch(f"{name} cannot answer its own probe: {error}") from error
+        for output, values in expected.items():
+            if output not in answered or answered[output].shape != values.shape:
+                raise ModelMismatch(f"{name} gives no {output} of the shape that its probe says; publish it again")
+            difference = float(np.abs(answered[output] - values).max(initial=0)) / max(
+                float(np.abs(values).max()), 1e-6
+            )
+            if not difference <= MAX_PROBE_DIFFERENCE:
+                raise ModelMismatch(
+                    f"{name} answers its probe with another {output} than the network it was made from (off by "
+                    f"{difference:.1e} of the largest value, {MAX_PROBE_DIFFERENCE:.0e} allowed); publish it again"
+                )
 
 
 def _check_inputs(meta: Meta, inputs: Arrays) -> None:
@@ -134,10 +231,7 @@ def _check_inputs(meta: Meta, inputs: Arrays) -> None:
         raise ModelMismatch(f"the {meta.model} wants {expected} per item, got {given}")
 
 
-def _check_fit(metas: Mapping[str, Meta]) -> None:
-    encoder, head = metas.get("encoder"), metas.get("head")
-    if head is None or encoder is None:
-        return
+def _check_fit(encoder: Meta, head: Meta) -> None:
     if head.encoder_sha256 != encoder.weights_sha256:
         raise ModelMismatch(
             "this head was trained on another encoder's features; pin the encoder it belongs to in the recipe, or "

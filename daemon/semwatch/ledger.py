@@ -17,6 +17,7 @@ Layout, ``user_version`` 1, ``application_id`` "SEMW". Paths are BLOBs, because 
              seen_utc
     outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
     audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
+    noted    id                          what ``note`` has taken and must not take twice; added without a new layout
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
 """
@@ -59,6 +60,7 @@ _SCHEMA = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {_LAYOUT}",
 )
+_NOTED = "CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID"
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 _AWAY = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLITE_READONLY")
 _REMEDY = "move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed again"
@@ -115,8 +117,8 @@ class Ledger:
     """The open ledger. Every method may be called from any thread and is one transaction.
 
     ``read_only`` looks at a ledger that a daemon may be writing; ``exclusive=False`` writes beside a daemon, for
-    an operator's ``requeue`` and not for work. Otherwise the ledger is locked against a second daemon, and work that a
-    dead process had in flight goes back to SEEN with one attempt more.
+    ``note`` and an operator's ``requeue``, not for work. Otherwise the ledger is locked against a second daemon, and
+    work that a dead process had in flight goes back to SEEN with one attempt more.
 
     Raises: ConfigError when the file is no ledger, is broken, too new, or used by another daemon;
     ServiceUnavailable from every method while the disk is full or failing.
@@ -220,6 +222,24 @@ class Ledger:
 
     # --- outbox and audit ------------------------------------------------------------------------------------------
 
+    def note(self, *, audit: Mapping[str, object], outbox: Sequence[OutboxItem] = (), once: str | None = None) -> bool:
+        """Take an audit line and messages that belong to no work in flight, all or nothing.
+
+        Messages whose id waits in the outbox already are left out. With ``once``, a name unique for ever, a second call
+        under that name takes nothing and returns False: so a note can be repeated after a crash.
+        """
+        with self._transaction() as db:
+            if once is not None:
+                taken = db.execute("INSERT OR IGNORE INTO noted (id) VALUES (?)", (once,))
+                if taken.rowcount == 0:
+                    return False
+            db.executemany(
+                "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
+                [(item.id, item.stream, item.payload) for item in outbox],
+            )
+            _append_audit(db, audit)
+        return True
+
     def unpublished(self, limit: int) -> list[tuple[int, OutboxItem]]:
         """Return the oldest messages that wait, with the sequence number to name in ``mark_published``."""
         rows = self._rows("SELECT seq, stream, id, payload FROM outbox ORDER BY seq LIMIT ?", (limit,))
@@ -306,6 +326,7 @@ class Ledger:
                     raise ConfigError(f"ledger {self.path}: its disk cannot hold a WAL; put the ledger on a local disk")
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
+                db.execute(_NOTED)
 
     def _recover(self) -> None:
         with self._transaction() as db:

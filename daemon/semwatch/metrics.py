@@ -12,11 +12,12 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from semwatch.defects import Review, VerdictKind
+from semwatch.drift import WATCHED
 from semwatch.errors import ConfigError
 
 STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
-SEVEREST_FIRST: tuple[VerdictKind, ...] = ("unknown", "non-decidable", "known", "defect-free")
+SEVEREST_FIRST: tuple[VerdictKind, ...] = ("unknown", "novel", "non-decidable", "known", "defect-free")
 """A file counts once, under the first of these that any of its defects has."""
 
 CLOSE_TIMEOUT_S = 5.0
@@ -93,6 +94,9 @@ class Metrics:
         self.quarantined = counter("quarantined_total", "Files that could not be reviewed.", "source")
         self.duplicates = counter("duplicates_total", "Files whose content was reviewed before.", "source")
         self.errors = counter("errors_total", "Times a service was away.", "service")
+        self.swap_refused = counter("swap_refused_total", "Versions that were refused at load.", "model")
+        self.reread = counter("reread_total", "Unknowns judged again after a swap.", "source", "outcome")
+        self.drift_alarms = counter("drift_alarms_total", "Times a source left its reference window.", "source", "what")
 
     def _add_gauges(self) -> None:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
@@ -105,6 +109,7 @@ class Metrics:
         self.unpublished_records = gauge("unpublished_records", "Records not yet in Redis.")
         self.disk_free_bytes = gauge("disk_free_bytes", "Free space for results.")
         self.model_version = gauge("model_version", "Version that answered last.", "model")
+        self.drift = gauge("drift", "Change against the reference window; 1 is an alarm.", "source", "what")
         self.last_review_timestamp_seconds = gauge(
             "last_review_timestamp_seconds", "Unix time of the last review, 0 if none."
         )
@@ -114,6 +119,9 @@ class Metrics:
             self.reviews.labels(source, kind)
         self.quarantined.labels(source)
         self.duplicates.labels(source)
+        for what in WATCHED:
+            self.drift.labels(source, what)
+            self.drift_alarms.labels(source, what)
 
 
 def verdict_of(review: Review) -> VerdictKind:

@@ -3,6 +3,8 @@
     <repository>/<model>/config.pbtxt        for Triton; the embedded runtime does not read it
     <repository>/<model>/<version>/model.onnx
     <repository>/<model>/<version>/meta.json  see ``Meta``
+    <repository>/<model>/<version>/probe.npz  inputs, and what the original answered to them; checked at every load
+    <repository>/head/<version>/*.npz         what the head was fitted on and proven on, see ``head_bank``
 
 Versions are whole numbers counted from 1. A version folder appears by one rename, complete, and is never changed again:
 labels, calibration and weights of one version cannot come apart. The model repository is code: only the learning side
@@ -10,13 +12,18 @@ writes here, and every load checks the weights against the hash in ``meta.json``
 """
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from semwatch.errors import ModelMismatch, PublishError
@@ -24,8 +31,11 @@ from semwatch.errors import ModelMismatch, PublishError
 MODELS = ("detector", "encoder", "head")
 WEIGHTS = "model.onnx"
 META = "meta.json"
+PROBE = "probe.npz"
+"""Arrays ``input.<name>`` and ``output.<name>``: a few samples, and the answers of what the version was made from."""
 
 DType = Literal["uint8", "float32"]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 class Tensor(BaseModel):
@@ -53,6 +63,8 @@ class Meta(BaseModel):
     """Detector: raw scores of held-out normal images, what the gate's conformal threshold is computed from."""
     labels: tuple[str, ...] = ()
     """Head: class names in the order of its outputs."""
+    codes: Mapping[str, int] = {}
+    """Head: fab codes of classes that a person named; a recipe's class table goes before them."""
     encoder_sha256: str = ""
     """Head: the encoder's weights whose features it was trained on."""
     provenance: Mapping[str, str | float | int] = {}
@@ -116,8 +128,44 @@ def weights_path(repository: Path, model: str, version: int, meta: Meta) -> Path
     return path
 
 
-def publish(repository: Path, meta: Meta, weights: Path) -> int:
-    """Place a new version, whole, by one rename; the weights file is copied in.
+def read_probe(repository: Path, model: str, version: int) -> "tuple[Arrays, Arrays] | None":
+    """Inputs and expected outputs of a version, by tensor name; None where it was published without.
+
+    Raises:
+        ModelMismatch: the file is damaged.
+    """
+    path = repository / model / str(version) / PROBE
+    if not path.exists():
+        return None
+    arrays = read_arrays(path)
+    inputs = {name.removeprefix("input."): array for name, array in arrays.items() if name.startswith("input.")}
+    outputs = {name.removeprefix("output."): array for name, array in arrays.items() if name.startswith("output.")}
+    return inputs, outputs
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the arrays of an npz file; nothing in it is executed.
+
+    Raises:
+        ModelMismatch: the file is absent or damaged.
+    """
+    try:
+        content = io.BytesIO(path.read_bytes())  # read first: numpy leaves the file of a damaged archive open
+        with np.load(content, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ModelMismatch(f"{path} cannot be used: {error}; publish the version again") from error
+
+
+def write_probe(path: Path, inputs: "Arrays", outputs: "Arrays") -> None:
+    """Write what ``read_probe`` reads."""
+    named = {f"input.{k}": v for k, v in inputs.items()} | {f"output.{k}": v for k, v in outputs.items()}
+    with path.open("wb") as file:
+        np.savez(file, **named)  # type: ignore[arg-type]  # its stub takes a name for an option
+
+
+def publish(repository: Path, meta: Meta, weights: Path, *, beside: Mapping[str, Path] = MappingProxyType({})) -> int:
+    """Place a new version, whole, by one rename; the weights, and files to go ``beside`` them by name, are copied in.
 
     Returns:
         The new version number, one above the newest.
@@ -131,16 +179,17 @@ def publish(repository: Path, meta: Meta, weights: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
         shutil.copyfile(weights, staging / WEIGHTS)
+        for name, file in beside.items():
+            shutil.copyfile(file, staging / name)
         whole = meta.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS)})
         (staging / META).write_text(whole.model_dump_json(indent=1) + "\n")
         staging.chmod(0o755)
-        for entry in (staging / WEIGHTS, staging / META, staging):
+        for entry in (*staging.iterdir(), staging):
             _fsync(entry)
-        found = versions(repository, meta.model)
-        version = found[-1] + 1 if found else 1
+        version = _next(folder)
         staging.rename(folder / str(version))
         _fsync(folder)
-        _write_config(folder / "config.pbtxt", meta)
+        write_whole(folder / "config.pbtxt", config_pbtxt(meta).encode())
     except OSError as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -173,11 +222,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_config(path: Path, meta: Meta) -> None:
-    partial = path.with_name(".config.pbtxt.partial")
-    partial.write_text(config_pbtxt(meta))
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file by one rename, safe on disk.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
     _fsync(partial)
     partial.replace(path)
+    _fsync(path.parent)
+
+
+def _next(folder: Path) -> int:
+    """One above every number that was ever given: a withdrawn version that was deleted leaves its number behind."""
+    numbers = (entry.name.removesuffix(".withdrawn") for entry in folder.iterdir())
+    return max((int(number) for number in numbers if number.isdigit()), default=0) + 1
 
 
 def _fsync(path: Path) -> None:

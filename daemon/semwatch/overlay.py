@@ -31,6 +31,7 @@ HEAT_ALPHA = 0.45
 # Okabe and Ito's palette (BGR), the light ones: black text reads on all of them.
 COLOURS: dict[VerdictKind, Colour] = {
     "known": (233, 180, 86),
+    "novel": (115, 158, 240),
     "unknown": (66, 228, 240),
     "non-decidable": (190, 150, 240),
     "defect-free": (205, 205, 205),

@@ -6,7 +6,7 @@ Straight code without threads, folders, Redis or ledger: the daemon, ``semwatch 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,9 +18,10 @@ from semwatch.binarization import Region
 from semwatch.classification import classify, size_feature
 from semwatch.config import Recipe
 from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
-from semwatch.errors import ConfigError
+from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.inference import Embedded
 
+MAX_SWAPS = 3
 STAGES = ("decode", "detect", "binarize", "crop", "classify")
 """Keys of ``Review.timings_ms``; detect and classify hold the networks."""
 
@@ -80,8 +81,7 @@ def review(
     timings = dict.fromkeys(STAGES, 0.0)
     with _timed(timings, "decode"):
         micrographs = micrograph.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
-    versions: dict[str, int] = {}
-    pages = tuple(_review_page(page, recipe, models, timings, versions) for page in micrographs)
+    pages, versions = _review_pages(micrographs, recipe, models, timings)
     return Review(
         source=source,
         path=path,
@@ -162,6 +162,22 @@ def _whole_field(score_map: ScoreMap, mask: NDArray[np.bool_], size_hw: tuple[in
     """
     height, width = size_hw
     return Region((0, 0, width, height), height * width, float(score_map.values.max()), np.ones_like(mask))
+
+
+def _review_pages(
+    micrographs: Sequence[Micrograph], recipe: Recipe, models: Embedded, timings: dict[str, float]
+) -> tuple[tuple[PageReview, ...], dict[str, int]]:
+    """Review every page by the same versions: where a model was swapped between two pages, all are read once more."""
+    for _ in range(MAX_SWAPS):
+        asked: list[dict[str, int]] = []
+        pages = []
+        for page in micrographs:
+            asked.append({})
+            pages.append(_review_page(page, recipe, models, timings, asked[-1]))
+        versions = {model: version for answer in asked for model, version in answer.items()}
+        if all(versions[model] == version for answer in asked for model, version in answer.items()):
+            return tuple(pages), versions
+    raise ServiceUnavailable(f"a model changed {MAX_SWAPS} times within one file")
 
 
 def _review_page(

@@ -4,13 +4,13 @@ A record's fields in the stream; a consumer on another machine needs nothing els
 
     id         32 hex digits, made from file hash, source, page, defect and recipe: the same defect, the same id
     schema     b"1"; a new optional key in meta keeps the number, anything else raises it
-    meta       JSON, the plain fields of ``Record``; ``json_schemas()`` describes it
+    meta       JSON, the plain fields of ``Record``; ``schemas/unknown.schema.json`` describes it
     features   D little-endian float32
     soft_mask  t x t little-endian float32, row by row
     crop_png   S x S PNG, 8-bit gray
 
-A result summary has ``id``, ``schema`` and ``meta`` alone. Between review and Redis, the ledger's outbox keeps either
-as one ``pack``ed blob.
+A result summary has ``id``, ``schema`` and ``meta`` alone, described by ``schemas/result_summary.schema.json``. Between
+review and Redis, the ledger's outbox keeps either as one ``pack``ed blob.
 """
 
 import hashlib
@@ -23,12 +23,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import isqrt
-from typing import Any, ClassVar, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from semwatch.defects import Box, Defect, Neighbour, PageReview, Review
@@ -36,6 +37,11 @@ from semwatch.defects import Box, Defect, Neighbour, PageReview, Review
 UNKNOWNS = "unknowns"
 RESULTS = "results"
 SCHEMA = 1
+SCHEMA_PATHS = {
+    UNKNOWNS: Path(__file__).with_name("schemas") / "unknown.schema.json",
+    RESULTS: Path(__file__).with_name("schemas") / "result_summary.schema.json",
+}
+"""The published JSON schema of ``meta``, by stream."""
 
 Fields = dict[bytes, bytes]
 """One stream entry as it is on the wire."""
@@ -51,7 +57,7 @@ _MAX_CROP_PX = 4096
 class Record:
     """One defect that needs a name, with all that learning needs of it."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
     id: str
     created_utc: str
@@ -81,11 +87,15 @@ class Record:
     """(t, t) in [0, 1], aligned with the crop."""
     crop: SkipJsonSchema[NDArray[np.uint8]]
     """(S, S) gray."""
+    field_short_px: Annotated[int, Field(ge=1)] | None = None
+    """Short side of the field of view, for the size feature of a crop that is embedded again; None in old records."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResultSummary:
     """What became of one file, for systems that follow along; the whole result is on the tool's own disk."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     reviewed_utc: str
@@ -113,6 +123,7 @@ def records(review: Review) -> list[Record]:
 def _record(review: Review, page: PageReview, defect: Defect) -> Record:
     assert defect.verdict.kind in ("unknown", "non-decidable")
     page_no = page.micrograph.page
+    x0, y0, x1, y1 = page.micrograph.field_xyxy
     return Record(
         id=_id("unknown", review.sha256, review.source, page_no, defect.defect_id, review.recipe_id),
         created_utc=review.reviewed_utc,
@@ -136,6 +147,7 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         features=defect.features,
         soft_mask=defect.soft_mask,
         crop=defect.crop,
+        field_short_px=min(x1 - x0, y1 - y0),
     )
 
 
@@ -239,6 +251,15 @@ def json_schemas() -> dict[str, dict[str, Any]]:
         schema["required"].remove("id")
         schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schemas
+
+
+def schema_text(stream: str) -> str:
+    """Return the published JSON schema of one stream's ``meta``.
+
+    After a change of ``Record`` or ``ResultSummary``:
+    ``python -c 'from semwatch.records import *; [p.write_text(schema_text(s)) for s, p in SCHEMA_PATHS.items()]'``.
+    """
+    return json.dumps(json_schemas()[stream], indent=2, ensure_ascii=False) + "\n"
 
 
 @cache

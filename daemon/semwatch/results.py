@@ -4,6 +4,7 @@ A result lives beside the others of its lot, in ``results_dir/<source>/<folder o
 
     <image>.overlay.png, page p > 0: <image>.p<p>.overlay.png    written first
     <image>.review.json                                          written last: where it is, the result is whole
+    <image>.r<r>.review.json                                     kept revision r, when a later head has judged again
     <image>.reason.json                                          instead of these, for an image in quarantine
     <image>.<first 8 of its sha256>.*                            kept results of other content under the same name
     lot.csv                                                      derived from the folder's review.json files
@@ -37,7 +38,9 @@ from semwatch.review_record import (
     PageRecord,
     ReasonRecord,
     ReviewRecord,
+    VerdictRecord,
     first_fault,
+    page_verdict,
     printable,
     to_record,
 )
@@ -45,7 +48,8 @@ from semwatch.review_record import (
 log = logging.getLogger(__name__)
 
 REVIEW, OVERLAY, REASON, LOT = ".review.json", ".overlay.png", ".reason.json", "lot.csv"
-_OVERLAY_SUFFIX = re.compile(r"(\.p\d+)?\.overlay\.png")
+_BESIDE_SUFFIX = re.compile(r"(\.p\d+)?\.overlay\.png|\.r\d+\.review\.json")
+"""What goes with a review.json."""
 MAX_NAME_BYTES = 200
 """Longer names are shortened, so that the longest suffix still fits into a file system's 255 bytes."""
 MAX_PATH_BYTES = 3800
@@ -73,7 +77,8 @@ def write(
 ) -> ReviewPaths:
     """Write overlays and JSON, each whole; to repeat it after a crash gives the same files.
 
-    A result of other content under the same name is kept, with the first 8 digits of its sha256 in its names.
+    A result of other content under the same name is kept, with the first 8 digits of its sha256 in its names. One of
+    the same content is replaced; kept revisions of it stay, and the count goes on.
 
     Raises:
         ImageError: the path leads out of ``results_dir``, its name fits no file system, or a value is not finite.
@@ -92,8 +97,7 @@ def write(
             overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
             _write_whole(overlays[-1], overlay.encode_png(picture))
         _sync_folder(stem.parent)
-        _write_whole(target, record.model_dump_json(indent=2).encode() + b"\n")
-        _sync_folder(stem.parent)
+        _write_record(target, record.model_copy(update={"revision": _next_revision(target)}))
     return ReviewPaths(target, tuple(overlays))
 
 
@@ -150,13 +154,12 @@ def write_reason(
     target = _named(stem, REASON)
     with _disk(target):
         _make_folder(stem.parent)
-        _write_whole(target, record.model_dump_json(indent=2).encode() + b"\n")
-        _sync_folder(stem.parent)
+        _write_record(target, record)
     return target
 
 
 def _keep_other(stem: Path, sha256: str) -> None:
-    """Rename a result of other content: overlays first, so that after a crash the JSON still says whose they are."""
+    """Rename a result of other content: its JSON last, so that after a crash it still says whose the others are."""
     target = _named(stem, REVIEW)
     try:
         other = read(target).sha256
@@ -168,7 +171,7 @@ def _keep_other(stem: Path, sha256: str) -> None:
     kept = _named(stem, f".{other[:8]}")
     for old in list(stem.parent.iterdir()):
         suffix = old.name.removeprefix(stem.name)
-        if suffix != old.name and _OVERLAY_SUFFIX.fullmatch(suffix):
+        if suffix != old.name and _BESIDE_SUFFIX.fullmatch(suffix):
             old.replace(_named(kept, suffix))
     _sync_folder(stem.parent)
     target.replace(_named(kept, REVIEW))
@@ -180,12 +183,95 @@ def _caption(review: Review) -> str:
     return f"{review.recipe_name} {review.recipe_id}   {models}"
 
 
+# --- a later head judges again -------------------------------------------------------------------------------------
+
+
+def review_path(results_dir: Path, source: str, path: str) -> Path:
+    """Where ``write`` puts the review.json of an image, whether it is there or not; ``path`` may be spelled out.
+
+    Raises:
+        ImageError: the path leads out of ``results_dir``.
+    """
+    return _named(_stem(results_dir, source, path), REVIEW)
+
+
+def revision_path(path: Path, revision: int) -> Path:
+    """Where a revision of a review.json is kept once there is a later one."""
+    return path.with_name(f"{path.name.removesuffix(REVIEW)}.r{revision}{REVIEW}")
+
+
+def revise(
+    path: Path, verdicts: Mapping[tuple[int, int], VerdictRecord], *, head_version: int, utc: str
+) -> ReviewRecord | None:
+    """Put other verdicts into a result as its next revision and keep the one before; to repeat it does nothing.
+
+    Args:
+        path: of the review.json.
+        verdicts: by page and ``defect_id``; defects that are not here keep theirs.
+        head_version: who judged.
+        utc: when.
+
+    Returns:
+        The new revision; None where no kind or label changes, or where this head or a later one has judged already.
+
+    Raises:
+        ImageError: there is no whole result, it has no such defect, or another file lies where it should be kept.
+        ServiceUnavailable: the disk is full or broken.
+    """
+    record = read(path)
+    missing = verdicts.keys() - {(page.page, defect.defect_id) for page in record.pages for defect in page.defects}
+    if missing:
+        raise ImageError(f"{path} has no defect {min(missing)[1]} on page {min(missing)[0]}; review the image again")
+    pages = tuple(_revised_page(page, verdicts) for page in record.pages)
+    if pages == record.pages or record.model_versions.get("head", 0) >= head_version:
+        return None
+    changes = {
+        "revision": record.revision + 1,
+        "revised_utc": utc,
+        "model_versions": record.model_versions | {"head": head_version},
+        "pages": pages,
+    }
+    revised = record.model_copy(update=changes)
+    with _disk(path):
+        _keep_revision(path, record.revision)
+        _write_record(path, revised)
+    return revised
+
+
+def _revised_page(page: PageRecord, verdicts: Mapping[tuple[int, int], VerdictRecord]) -> PageRecord:
+    defects = []
+    for defect in page.defects:
+        said = verdicts.get((page.page, defect.defect_id), defect.verdict)
+        is_same = (said.kind, said.label) == (defect.verdict.kind, defect.verdict.label)
+        defects.append(defect if is_same else defect.model_copy(update={"verdict": said}))
+    kinds = [defect.verdict.kind for defect in defects]
+    return page.model_copy(update={"defects": tuple(defects), "verdict": page_verdict(kinds)})
+
+
+def _keep_revision(path: Path, revision: int) -> None:
+    """Copy, not rename: the result is in its place at every moment."""
+    kept, data = revision_path(path, revision), path.read_bytes()
+    if not kept.exists():
+        _write_whole(kept, data)
+        _sync_folder(kept.parent)
+    elif kept.read_bytes() != data:
+        raise ImageError(f"{kept} is not revision {revision} of {path.name}; move it aside")
+
+
+def _next_revision(path: Path) -> int:
+    """A review of content whose earlier revisions are kept counts on, so that none is ever overwritten."""
+    revision = 1
+    while revision_path(path, revision).exists():
+        revision += 1
+    return revision
+
+
 # --- a lot ---------------------------------------------------------------------------------------------------------
 
 LOT_COLUMNS = (
     "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
     "gate_threshold", "page_verdict", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
-    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score",
+    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision",
 )  # fmt: skip
 
 
@@ -243,12 +329,12 @@ def _lot_row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None
         record.recipe.id, models, page.image_score, page.gate_threshold, page.verdict,
     ]  # fmt: skip
     if defect is None:
-        return head + [None] * (len(LOT_COLUMNS) - len(head))
+        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 1), record.revision]
     verdict = defect.verdict
     nearest = ([near.label for near in verdict.nearest] + [None, None])[:2]
     return [
         *head, defect.defect_id, verdict.kind, verdict.label, verdict.class_code, verdict.confidence, *nearest,
-        *defect.box_xyxy, defect.area_px, defect.area_nm2, defect.peak_score,
+        *defect.box_xyxy, defect.area_px, defect.area_nm2, defect.peak_score, record.revision,
     ]  # fmt: skip
 
 
@@ -318,6 +404,11 @@ def _make_folder(folder: Path) -> None:
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync_folder(folder.parent)
+
+
+def _write_record(target: Path, record: ReviewRecord | ReasonRecord) -> None:
+    _write_whole(target, record.model_dump_json(indent=2).encode() + b"\n")
+    _sync_folder(target.parent)
 
 
 def _write_whole(target: Path, *parts: bytes) -> None:

@@ -1,7 +1,7 @@
 """The format of a result: the models are its one source of truth, ``schemas/`` holds the JSON schema made from them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -46,7 +46,7 @@ class VerdictRecord(_Record):
     """What was said of one defect."""
 
     kind: VerdictKind
-    label: str | None = Field(description="Class name of a known or defect-free verdict, else null.")
+    label: str | None = Field(description="Class name of a known, novel or defect-free verdict, else null.")
     confidence: Share
     class_code: int | None = Field(description="The fab's code, where the recipe has one.")
     nearest: tuple[NeighbourRecord, ...] = Field(description="The nearest classes, nearest first.")
@@ -89,8 +89,16 @@ class ReviewRecord(_Record):
     path: str = Field(description="POSIX, relative to the drop folder; bytes that are not UTF-8 stand as \\xNN.")
     sha256: Sha256
     reviewed_utc: str
+    revision: Annotated[int, Field(ge=1)] = Field(
+        default=1,
+        description="1: as first reviewed. Higher: verdicts were read again by a later head; revision r lies beside as "
+        "<image>.r<r>.review.json, and the overlays stay those of the first review.",
+    )
+    revised_utc: str | None = Field(default=None, description="When this revision was made; null for a review.")
     recipe: RecipeRecord
-    model_versions: dict[str, int] = Field(description="By model; models that were not asked are absent.")
+    model_versions: dict[str, int] = Field(
+        description="By model; models that were not asked are absent. In a revision, head is the one that read again."
+    )
     pages: tuple[PageRecord, ...]
     timings_ms: dict[str, Number] = Field(description="Milliseconds by stage, in the order of the line.")
 
@@ -120,13 +128,13 @@ def to_record(
     Args:
         review: what to say.
         class_codes: the fab's codes by label; labels that are not here have no code.
-        unknown_code: code of an unknown defect.
+        unknown_code: code of an unknown defect, and of one of a found class without a name.
         non_decidable_code: code of a non-decidable defect.
 
     Raises:
         ImageError: a value is not finite or out of its range; the message names it.
     """
-    codes = {"unknown": unknown_code, "non-decidable": non_decidable_code}
+    codes = {"unknown": unknown_code, "novel": unknown_code, "non-decidable": non_decidable_code}
     try:
         return ReviewRecord(
             source=printable(review.source),
@@ -145,7 +153,6 @@ def to_record(
 def _page_record(page: PageReview, class_codes: Mapping[str, int], codes: Mapping[str, int | None]) -> PageRecord:
     micrograph = page.micrograph
     height_px, width_px = micrograph.pixels.shape
-    is_clean = all(defect.verdict.kind == "defect-free" for defect in page.defects)
     return PageRecord(
         page=micrograph.page,
         width_px=width_px,
@@ -155,18 +162,19 @@ def _page_record(page: PageReview, class_codes: Mapping[str, int], codes: Mappin
         vendor=micrograph.vendor,
         image_score=float(page.score_map.raw_score),
         gate_threshold=float(page.gate_threshold),
-        verdict="defect-free" if is_clean else "defects",
+        verdict=page_verdict([defect.verdict.kind for defect in page.defects]),
         defects=tuple(_defect_record(defect, class_codes, codes) for defect in page.defects),
     )
+
+
+def page_verdict(kinds: Sequence[VerdictKind]) -> Literal["defect-free", "defects"]:
+    """Say of a page what the verdicts on its defects come to."""
+    return "defect-free" if all(kind == "defect-free" for kind in kinds) else "defects"
 
 
 def _defect_record(defect: Defect, class_codes: Mapping[str, int], codes: Mapping[str, int | None]) -> DefectRecord:
     verdict: Verdict = defect.verdict
     code = codes[verdict.kind] if verdict.kind in codes else class_codes.get(verdict.label or "")
-    nearest = tuple(
-        NeighbourRecord(label=near.label, probability=float(near.probability), p_value=float(near.p_value))
-        for near in verdict.nearest
-    )
     return DefectRecord(
         defect_id=defect.defect_id,
         box_xyxy=_box(defect.box_xyxy),
@@ -174,13 +182,22 @@ def _defect_record(defect: Defect, class_codes: Mapping[str, int], codes: Mappin
         area_nm2=None if defect.area_nm2 is None else float(defect.area_nm2),
         peak_score=float(defect.peak_score),
         crop_xyxy=_box(defect.crop_xyxy),
-        verdict=VerdictRecord(
-            kind=verdict.kind,
-            label=verdict.label,
-            confidence=float(verdict.confidence),
-            class_code=code,
-            nearest=nearest,
-        ),
+        verdict=verdict_record(verdict, code),
+    )
+
+
+def verdict_record(verdict: Verdict, class_code: int | None) -> VerdictRecord:
+    """Say one verdict in the words of the JSON."""
+    nearest = tuple(
+        NeighbourRecord(label=near.label, probability=float(near.probability), p_value=float(near.p_value))
+        for near in verdict.nearest
+    )
+    return VerdictRecord(
+        kind=verdict.kind,
+        label=verdict.label,
+        confidence=float(verdict.confidence),
+        class_code=class_code,
+        nearest=nearest,
     )
 
 

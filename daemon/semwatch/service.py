@@ -25,22 +25,38 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypedDict
 
-from semwatch import incoming, micrograph, pipeline, records, results, unknowns
+from semwatch import (
+    drift,
+    incoming,
+    micrograph,
+    model_repository,
+    pipeline,
+    records,
+    rereview,
+    results,
+    serving,
+    unknowns,
+)
+from semwatch.archive import ARCHIVE
 from semwatch.audit import AuditLog
 from semwatch.config import Pins, Recipe, Site, load_recipe
 from semwatch.defects import Review
+from semwatch.drift import DriftWatch
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.incoming import Arrival, Incoming
 from semwatch.inference import Embedded
 from semwatch.ledger import Claim, Ledger, OutboxItem
 from semwatch.metrics import Metrics
 from semwatch.notify import Notifier, watchdog_interval_s
+from semwatch.review_record import printable
 from semwatch.unknowns import Publisher
 
 log = logging.getLogger(__name__)
 
 LEDGER, AUDIT = "ledger.sqlite", "audit.jsonl"
 TICK_S = 0.5
+BESIDE_WORK_S = 0.02
+"""Seconds of re-review between two looks at files under way."""
 DELIVERY_BATCH = 100
 LOT_INTERVAL_S = 2.0
 MAX_BACKOFF_S = 30.0
@@ -108,6 +124,24 @@ class Service:
         self._next_lots = 0.0
         self._away = _Backoff()
         self._publishing = _Backoff()
+        self._head_codes: dict[int, Mapping[str, int]] = {}
+        self._drift = DriftWatch.load(site.state_dir / drift.STATE)
+        self._next_drift = time.monotonic() + drift.SAVE_EVERY_S
+        self._rereview = rereview.Rereview(
+            site.learning_dir / ARCHIVE,
+            self._models,
+            self.recipes,
+            self.ledger,
+            results_dir=site.results_dir,
+            state_dir=site.state_dir,
+            days=site.learning.reread_days,
+            publishes=self._publisher is not None,
+            is_busy=self._is_in_review,
+            on_revised=self._lot_changed,
+        )
+        keep.callback(self._rereview.close)
+        self._has_more_to_reread = False
+        self._say_serving()
 
     def run(self) -> bool:
         """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.
@@ -126,6 +160,7 @@ class Service:
                     self._beat()
                     self._take_files()
                     self._reap()
+                    self._reread()
                     self._deliver()
                 except ServiceUnavailable as error:  # the disk under ledger or audit log
                     self._away.failed()
@@ -147,7 +182,8 @@ class Service:
             if not self._working:
                 self._stop.wait(min(self._beat_s, TICK_S))
             return
-        timeout_s = min(self._beat_s, TICK_S) if not self._working else 0.02
+        is_idle = not self._working and not self._has_more_to_reread
+        timeout_s = min(self._beat_s, TICK_S) if is_idle else 0.02
         for arrival in self._incoming.arrivals(timeout_s, limit=free):
             self._working[self._pool.submit(self._process, arrival)] = arrival, time.monotonic()
 
@@ -166,6 +202,17 @@ class Service:
                 self._incoming.release(arrival)
         if time.monotonic() >= self._next_lots:
             self._write_lots()
+
+    def _reread(self) -> None:
+        """Judge unknowns again after a swap, a slice at a time: a long one between files, a short one beside them."""
+        self._has_more_to_reread = self._rereview.step(BESIDE_WORK_S if self._working else rereview.SLICE_S)
+
+    def _is_in_review(self, source: str, path: str) -> bool:
+        return any((a.source, printable(a.path)) == (source, path) for a, _ in self._working.values())
+
+    def _lot_changed(self, result: Path) -> None:
+        with self._lots_lock:
+            self._lots_to_write.add(result.parent)
 
     def _reason_to_wait(self) -> str | None:
         """Why no file is taken now; files wait in the folder, which is the buffer."""
@@ -206,6 +253,7 @@ class Service:
         if now < self._next_beat:
             return
         self._next_beat = now + min(self._beat_s, TICK_S)
+        self._swap()
         n_waiting, oldest_s = self._incoming.waiting()
         reason = self._reason_to_wait()
         longest_s = max((now - start for _, start in self._working.values()), default=0.0)
@@ -221,6 +269,31 @@ class Service:
         self.metrics.oldest_waiting_seconds.set(oldest_s)
         self.metrics.unpublished_records.set(self.ledger.n_unpublished())
         self.metrics.disk_free_bytes.set(shutil.disk_usage(self.site.results_dir).free)
+        for (source, what), value in self._drift.values().items():
+            self.metrics.drift.labels(source, what).set(value)
+        if now >= self._next_drift:
+            self._next_drift = now + drift.SAVE_EVERY_S
+            self._drift.save(self.site.state_dir / drift.STATE)
+
+    def _swap(self) -> None:
+        """Let newly published heads serve; answers under way are given by the old one."""
+        swaps = [swap for models in self._models.values() if (swap := models.refresh()) is not None]
+        for swap in swaps:
+            if swap.refused is None:
+                log.info("%s %d serves from now on", swap.model, swap.version)
+            else:
+                self.metrics.swap_refused.labels(model=swap.model).inc()
+                log.error("%s %d is refused, the one before it goes on: %s", swap.model, swap.version, swap.refused)
+        if swaps:
+            self._say_serving()
+
+    def _say_serving(self) -> None:
+        """Write down which versions serve and which were refused: what a learning cycle waits for."""
+        refused = {version: why for models in self._models.values() for version, why in models.refused().items()}
+        try:
+            serving.announce(self.site.state_dir, self._versions(), refused)
+        except OSError as error:
+            log.warning("cannot say what serves: %s", error)
 
     def _shut_down(self) -> bool:
         self._notifier.stopping()
@@ -234,6 +307,7 @@ class Service:
             self._deliver()
         except ServiceUnavailable as error:
             log.warning("left for the next start: %s", error)
+            self._drift.save(self.site.state_dir / drift.STATE)
         finally:
             self._open.close()
         log.info("stopped, %d reviews left unfinished", len(unfinished))
@@ -291,18 +365,35 @@ class Service:
             max_pixels=int(limits.max_image_mpx * 1_000_000),
             max_pages=limits.max_pages,
         )
-        paths = results.write(review, results_dir=self.site.results_dir, **codes(recipe))
+        named = self._codes_of_head(review.model_versions.get("head"))
+        paths = results.write(review, results_dir=self.site.results_dir, **codes(recipe, named))
         items = [OutboxItem(*message) for message in records.messages(review)] if self._publisher else []
         self.ledger.finish(claim, outbox=items, audit=audit_entry(review, paths.json), now_utc=review.reviewed_utc)
         with self._lots_lock:
             self._lots_to_write.add(paths.json.parent)
         self.metrics.observe(review)
+        self._watch_drift(review)
         stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
         log.info(
             "%s/%s: %d defects, %.0f ms (%s), models %s",
             claim.source, claim.path, review.n_defects, (time.perf_counter() - start) * 1000, stages,
             dict(review.model_versions),
         )  # fmt: skip
+
+    def _watch_drift(self, review: Review) -> None:
+        for alarm in self._drift.observe(review):
+            self.metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
+            log.warning("drift: %s", alarm.sentence)
+            drift.want_retrain(self.site.learning_dir, alarm, utc_now())
+
+    def _codes_of_head(self, version: int | None) -> Mapping[str, int]:
+        """Fab codes of the classes that people named, as the head that answered knows them."""
+        if version is None:
+            return {}
+        if version not in self._head_codes:
+            meta = model_repository.read_meta(self.site.models.repository, "head", version)
+            self._head_codes[version] = meta.codes
+        return self._head_codes[version]
 
     def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
         now_utc = utc_now()
@@ -352,8 +443,9 @@ class Service:
         self._next_lots = end + max(LOT_INTERVAL_S, 20 * (end - start))
 
     def _versions(self) -> dict[str, int]:
+        """Versions in service; of a model that some recipes pin and others do not, the one without a pin."""
         versions: dict[str, int] = {}
-        for models in self._models.values():
+        for _, models in sorted(self._models.items(), key=lambda item: item[0].head is None):
             versions |= models.versions()
         return versions
 
@@ -440,10 +532,10 @@ class Codes(TypedDict):
     non_decidable_code: int | None
 
 
-def codes(recipe: Recipe) -> Codes:
-    """The class codes of a recipe."""
+def codes(recipe: Recipe, named: Mapping[str, int]) -> Codes:
+    """The class codes of a recipe, and of classes that people ``named`` where the recipe has none."""
     return {
-        "class_codes": {label: known.code for label, known in recipe.classes.items()},
+        "class_codes": {**named, **{label: known.code for label, known in recipe.classes.items()}},
         "unknown_code": recipe.unknown_code,
         "non_decidable_code": recipe.non_decidable_code,
     }

@@ -12,7 +12,12 @@ The streams are never trimmed: an entry is deleted when it is acknowledged, and 
 back. What belongs together happens in one Lua script, so a crash leaves either all or nothing; only commands of Redis
 6.2 are used; 7.x and Valkey have them too. One server, with or without Sentinel: in a Redis Cluster the keys of a
 script would lie on different nodes. An ACL user needs
-``~semwatch:* +@stream +@connection +eval +set +exists``.
+``~semwatch:* +@stream +@connection +select +eval +set +exists``;
+one who only learns or consumes needs
+``~semwatch:* +@stream +@connection +select +eval``;
+an operator of ``semwatch queue`` needs
+``~semwatch:* +@stream +@connection +select +eval +time +memory|usage`` (without the last, ``stats`` says no memory).
+``+select`` is for an address with a database other than 0.
 """
 
 import logging
@@ -83,7 +88,13 @@ def connect(
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """Turn the driver's errors into ours.
+
+    Raises:
+        ServiceUnavailable: Redis is away or full.
+        ConfigError: Redis refuses us, is too old, or holds something else under a key of ours.
+    """
     try:
         yield
     except redis.RedisError as error:
@@ -116,7 +127,12 @@ def _as_ours(error: redis.RedisError) -> Exception:
     return error  # a bug of ours
 
 
-def _key(prefix: str, *parts: str) -> str:
+def redis_key(prefix: str, *parts: str) -> str:
+    """Join the parts of a key.
+
+    >>> redis_key("semwatch", "unknowns", "dead")
+    'semwatch:unknowns:dead'
+    """
     return ":".join((prefix, *parts))
 
 
@@ -161,7 +177,7 @@ class Publisher:
         if items:
             self.ping()  # without a password, a server hangs up on a long message before it says NOAUTH
         for batch in _batches(items):
-            with _translated():
+            with translated():
                 self._publish_batch(batch)
 
     def ping(self) -> None:
@@ -171,7 +187,7 @@ class Publisher:
             ServiceUnavailable: There is none.
             ConfigError: Redis refuses us.
         """
-        with _translated():
+        with translated():
             self._client.ping()
 
     def depths(self) -> dict[str, Depth]:
@@ -181,24 +197,24 @@ class Publisher:
             ServiceUnavailable: Redis is away.
             ConfigError: Redis refuses us.
         """
-        with _translated():
+        with translated():
             return {stream: self._depth(stream) for stream in (UNKNOWNS, RESULTS)}
 
     def _publish_batch(self, batch: Sequence[Message]) -> None:
         with self._client.pipeline(transaction=False) as pipe:
             for stream, id_, blob in batch:
                 flat = [part for item in unpack(blob).items() for part in item]
-                keys = _key(self._prefix, stream), _key(self._prefix, "sent", id_)
+                keys = redis_key(self._prefix, stream), redis_key(self._prefix, "sent", id_)
                 pipe.eval(_ADD, 2, *keys, self._sent_ttl_s, *flat)
             for answer in pipe.execute(raise_on_error=False):
                 if isinstance(answer, Exception):
                     raise answer
 
     def _depth(self, stream: str) -> Depth:
-        key = _key(self._prefix, stream)
+        key = redis_key(self._prefix, stream)
         with self._client.pipeline(transaction=False) as pipe:
             pipe.xlen(key)
-            pipe.xlen(_key(key, "dead"))
+            pipe.xlen(redis_key(key, "dead"))
             pipe.xinfo_groups(key)
             length, dead, groups = pipe.execute(raise_on_error=False)
         for answer in (length, dead):
@@ -356,8 +372,8 @@ class Consumer(Generic[T]):
         max_deliveries: int = 5,
     ) -> None:
         self._client = client
-        self._stream = _key(prefix, stream)
-        self._dead = _key(prefix, stream, "dead")
+        self._stream = redis_key(prefix, stream)
+        self._dead = redis_key(prefix, stream, "dead")
         self._decoder = decoder
         self._name = name
         self._group = group
@@ -376,7 +392,7 @@ class Consumer(Generic[T]):
             ConfigError: Redis refuses us.
         """
         deadline = time.monotonic() + block_s
-        with _translated():
+        with translated():
             while entries := self._own(n) or self._take("-", "", n, min_idle_s)[1] or self._new(n, deadline):
                 claimed, n_buried = self._decoded(entries)
                 if claimed or not n_buried:
@@ -393,7 +409,7 @@ class Consumer(Generic[T]):
         if not claimed:
             return 0
         ids = [item.entry_id for item in claimed]
-        with _translated():
+        with translated():
             return int(self._eval(_ACK, [self._stream], *ids))
 
     def give_back(self, claimed: Sequence[Claimed[T]]) -> int:
@@ -406,7 +422,7 @@ class Consumer(Generic[T]):
         if not claimed:
             return 0
         ids = [item.entry_id for item in claimed]
-        with _translated():
+        with translated():
             return int(self._eval(_GIVE_BACK, [self._stream], self._name, _GIVEN_BACK, *ids))
 
     def dead_letter(self, claimed: Claimed[T], reason: str) -> bool:
@@ -416,7 +432,7 @@ class Consumer(Generic[T]):
             ServiceUnavailable: Redis is away.
             ConfigError: Redis refuses us.
         """
-        with _translated():
+        with translated():
             return self._bury(claimed.entry_id, reason)
 
     def dead(self, n: int = 100) -> list[DeadLetter]:
@@ -426,7 +442,7 @@ class Consumer(Generic[T]):
             ServiceUnavailable: Redis is away.
             ConfigError: Redis refuses us.
         """
-        with _translated():
+        with translated():
             letters: Any = self._client.xrange(self._dead, count=n)
         return [_dead_letter(id_, fields) for id_, fields in letters]
 
@@ -438,7 +454,7 @@ class Consumer(Generic[T]):
             ConfigError: Redis refuses us.
         """
         n_back = 0
-        with _translated():
+        with translated():
             newest: Any = self._client.xrevrange(self._dead, count=1)
             while newest and (n := self._client.eval(_REQUEUE, 2, self._stream, self._dead, newest[0][0], 50)):
                 n_back += n

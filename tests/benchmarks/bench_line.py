@@ -15,8 +15,9 @@ from rich.table import Table
 from semwatch import detection, micrograph, pipeline, results
 from semwatch.audit import AuditLog
 from semwatch.config import Recipe
-from semwatch.inference import Arrays, Embedded
+from semwatch.inference import Embedded
 from semwatch.ledger import Ledger, OutboxItem
+from semwatch.model_repository import Arrays
 from semwatch.records import messages
 from semwatch.service import audit_entry, deliver_audit, utc_now
 from semwatch_training.synthetic import lot_images

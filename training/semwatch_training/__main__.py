@@ -22,6 +22,7 @@ from semwatch_training.encoding.encoder_run import CropSource, train_encoder
 from semwatch_training.encoding.smg_vit import EncoderForm
 from semwatch_training.evaluation.evaluate_commands import evaluate_app
 from semwatch_training.evaluation.experiment_commands import experiment_app
+from semwatch_training.learning import learning_commands
 from semwatch_training.progress_bars import Bars, console
 from semwatch_training.synthetic import STAGES, write_lot
 from semwatch_training.trunks import backbone
@@ -36,6 +37,8 @@ app = typer.Typer(
 
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(experiment_app, name="experiment")
+app.command("retrain")(learning_commands.retrain)
+app.command("refit")(learning_commands.refit)
 
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
 REPOSITORY = Path("model_repository")
@@ -194,6 +197,8 @@ def synth(
     seed: int = 7,
     size: Annotated[int, typer.Option(min=64, max=8192, help="Pixels a side.")] = 1024,
     stage: Annotated[list[str] | None, typer.Option(help="BEOL, DEP or DPR; all three without it.")] = None,
+    defect: Annotated[list[str] | None, typer.Option(help="Defect types to plant; all without it.")] = None,
+    defect_free: Annotated[float, typer.Option(min=0, max=1, help="Share of images without a defect.")] = 0.3,
     layout_svg: Annotated[Path | None, typer.Option(help="Draw BEOL from a real layout.")] = None,
 ) -> None:
     """Write a synthetic lot: micrographs, masks, labels.csv and a KLARF-like manifest."""
@@ -203,6 +208,8 @@ def synth(
             n=n,
             seed=seed,
             stages=tuple(stage or STAGES),
+            defect_types=defect,
+            defect_free_share=defect_free,
             size_hw=(size, size),
             layout_svg=layout_svg,
             on_image=lambda index, _: progress("images", index + 1, n),

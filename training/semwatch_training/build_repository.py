@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from semwatch import model_repository
+from semwatch import head_bank, model_repository
 from semwatch.errors import ConfigError
+from semwatch.head_bank import Bank
 from semwatch_training.detection import memory_detector, train_detector
 from semwatch_training.detection.memory_detector import MemoryGraph, Trunks
 from semwatch_training.discovery.head import load_head
@@ -51,11 +52,14 @@ def build(
         raise ConfigError(f"{head_file} was fitted on another encoder ({encoder_form}); fit it again")
     # An encoder published anew wants its head published anew: a head names the encoder's weights.
     encoder = model_repository.read_meta(repository, "encoder", encoder_version)
-    made_from = f"{_sha256(head_file)} on encoder {encoder.weights_sha256}"
+    bank, golden = (_bank(head_file, name) for name in (head_bank.BANK, head_bank.GOLDEN))
+    sizes = f"{len(bank or ())} and {len(golden or ())} crops"
+    made_from = f"{_sha256(head_file)} with {sizes} on encoder {encoder.weights_sha256}"
     if (version := _published(repository, "head", made_from)) is None:
         version = publish_head(
-            head, repository, encoder_version=encoder_version, provenance={**provenance, "made_from": made_from}
-        )
+            head, repository, encoder_version=encoder_version, provenance={**provenance, "made_from": made_from},
+            bank=bank, golden=golden,
+        )  # fmt: skip
     yield f"head {version}"
 
 
@@ -103,6 +107,12 @@ def _publish_encoder(repository: Path, path: Path, trunk: VisionTransformer, cac
         graph = EncoderGraph(vit, _second(cache, form.second_trunk != ""))
         version = publish_encoder(graph, repository, provenance={**provenance, "made_from": made_from})
     return version, text
+
+
+def _bank(head_file: Path, name: str) -> Bank | None:
+    """Crops beside a head's weights, None where it came without."""
+    path = head_file.with_suffix(f".{name}")
+    return head_bank.read(path) if path.is_file() else None
 
 
 def _second(cache: Path, wanted: bool) -> EfficientNet | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from semwatch import model_repository
+from semwatch import head_bank, model_repository
 from semwatch.errors import PublishError
-from semwatch.model_repository import Meta, Tensor
+from semwatch.head_bank import Bank
+from semwatch.model_repository import Arrays, Meta, Tensor
 from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph
 from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph
 from semwatch_training.discovery.head import Head
@@ -25,8 +27,9 @@ from semwatch_training.encoding.smg_vit import EncoderGraph
 
 OPSET = 20
 MAX_RELATIVE_DIFFERENCE = 1e-3
+N_PROBE = 16
+"""Crops whose answers travel with a head, to be asked again at every load."""
 
-Arrays = dict[str, NDArray[Any]]
 Provenance = Mapping[str, str | float | int]
 
 
@@ -87,8 +90,27 @@ def publish_encoder(graph: EncoderGraph, repository: Path, *, provenance: Proven
     return _publish(graph.eval(), meta, repository)
 
 
-def publish_head(head: Head, repository: Path, *, encoder_version: int, provenance: Provenance) -> int:
-    """Export and publish a head for the features of one encoder version; returns the version."""
+def publish_head(
+    head: Head,
+    repository: Path,
+    *,
+    encoder_version: int,
+    provenance: Provenance,
+    codes: Mapping[str, int] = MappingProxyType({}),
+    bank: Bank | None = None,
+    golden: Bank | None = None,
+) -> int:
+    """Export and publish a head for the features of one encoder version; returns the version.
+
+    Args:
+        head: to publish.
+        repository: where to.
+        encoder_version: whose features it reads.
+        provenance: how it was made.
+        codes: fab codes of classes that people named.
+        bank: what it was fitted on; without it the head cannot learn more classes.
+        golden: what it and its successors are proven on.
+    """
     encoder = model_repository.read_meta(repository, "encoder", encoder_version)
     K = len(head.labels)
     meta = Meta(
@@ -97,10 +119,14 @@ def publish_head(head: Head, repository: Path, *, encoder_version: int, provenan
         inputs={"features": encoder.outputs["features"]},
         outputs={"logits": Tensor(dtype="float32", shape=(K,)), "p_values": Tensor(dtype="float32", shape=(K,))},
         labels=head.labels,
+        codes={label: code for label, code in codes.items() if label in head.labels},
         encoder_sha256=encoder.weights_sha256,
         provenance=provenance,
     )
-    return _publish(head.eval(), meta, repository)
+    shown = golden if golden is not None and len(golden) else bank
+    probe = None if shown is None else {"features": shown.features[:: max(1, len(shown) // N_PROBE)][:N_PROBE]}
+    kept = {head_bank.BANK: bank, head_bank.GOLDEN: golden}
+    return _publish(head.eval(), meta, repository, probe=probe, banks={k: v for k, v in kept.items() if v is not None})
 
 
 def to_onnx(graph: nn.Module, meta: Meta, path: Path) -> None:
@@ -131,18 +157,22 @@ def parity(graph: nn.Module, meta: Meta, path: Path, batches: Sequence[Arrays]) 
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = dict.fromkeys(meta.outputs, 0.0)
     for inputs in batches:
-        with torch.no_grad():
-            answer = graph(*(torch.from_numpy(inputs[name]) for name in meta.inputs))
-        references = answer if isinstance(answer, tuple) else (answer,)
         values = session.run(list(meta.outputs), inputs)
-        for name, reference, value in zip(meta.outputs, references, values, strict=True):
-            expected = reference.numpy()
+        for (name, expected), value in zip(_answers(graph, meta, inputs).items(), values, strict=True):
             difference = np.abs(expected - value).max() / max(np.abs(expected).max(), 1e-12)
             worst[name] = max(worst[name], float(difference))
     return Parity(worst)
 
 
-def random_inputs(meta: Meta, *, batch: int, seed: int) -> Arrays:
+def _answers(graph: nn.Module, meta: Meta, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+    """What the torch original says, by output."""
+    with torch.no_grad():
+        answer = graph(*(torch.from_numpy(inputs[name]) for name in meta.inputs))
+    outputs = answer if isinstance(answer, tuple) else (answer,)
+    return {name: output.numpy() for name, output in zip(meta.outputs, outputs, strict=True)}
+
+
+def random_inputs(meta: Meta, *, batch: int, seed: int) -> dict[str, NDArray[Any]]:
     """Inputs of the right names, shapes and dtypes: uint8 noise, float32 in [0, 1]."""
     rng = np.random.default_rng(seed)
     return {
@@ -155,7 +185,15 @@ def random_inputs(meta: Meta, *, batch: int, seed: int) -> Arrays:
     }
 
 
-def _publish(graph: nn.Module, meta: Meta, repository: Path) -> int:
+def _publish(
+    graph: nn.Module,
+    meta: Meta,
+    repository: Path,
+    *,
+    probe: Arrays | None = None,
+    banks: Mapping[str, Bank] = MappingProxyType({}),
+) -> int:
+    """Publish with a probe: a few inputs, by default random ones, and what torch answers to them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / model_repository.WEIGHTS
         to_onnx(graph, meta, path)
@@ -163,7 +201,12 @@ def _publish(graph: nn.Module, meta: Meta, repository: Path) -> int:
         found = parity(graph, meta, path, [random_inputs(meta, batch=batch, seed=batch) for batch in (1, 3)])
         if not found.worst < MAX_RELATIVE_DIFFERENCE:
             raise PublishError(f"the exported {meta.model} differs from its torch original: {dict(found.relative)}")
-        return model_repository.publish(repository, meta, path)
+        beside = {name: Path(folder) / name for name in (model_repository.PROBE, *banks)}
+        inputs = probe if probe is not None else random_inputs(meta, batch=2, seed=0)
+        model_repository.write_probe(beside[model_repository.PROBE], inputs, _answers(graph, meta, inputs))
+        for name, bank in banks.items():
+            head_bank.write(bank, beside[name])
+        return model_repository.publish(repository, meta, path, beside=beside)
 
 
 def flat(form: Mapping[str, Any]) -> dict[str, str | float | int]:

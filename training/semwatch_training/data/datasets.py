@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 
 # Seeds of the generator by use, far apart, so that no image serves two purposes.
 SEED_TRAIN, SEED_HELD_OUT, SEED_HEAD = 1_000_000, 2_000_000, 3_000_000
-SEED_EVALUATE, SEED_ENCODER = 4_000_000, 5_000_000
+SEED_GOLDEN, SEED_EVALUATE, SEED_ENCODER = 3_500_000, 4_000_000, 5_000_000
 SEEDS_PER_TYPE = 50_000
 """Seeds that ``synthetic_set`` sets aside for its normal images, and for each type; far more than it draws."""
 MAX_SEEDS = 20

@@ -4,8 +4,10 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from semwatch import head_bank
 from semwatch.config import Recipe
 from semwatch.errors import ConfigError
+from semwatch.head_bank import Bank
 from semwatch.inference import Embedded
 from semwatch_training.data import datasets
 from semwatch_training.discovery import labelled_crops
@@ -31,7 +33,8 @@ def fit_default(
 ) -> FittedHead:
     """Fit a head on what the repository's detector finds in synthetic images, and write it.
 
-    Crops are cut and encoded once for a detector and an encoder, and kept beside ``out``.
+    Beside ``out`` go what it was fitted on and a golden set of as many other images, that no head is ever fitted on.
+    Crops are cut and encoded once for a detector and an encoder, and kept there too.
 
     Args:
         repository: with detector and encoder.
@@ -49,23 +52,31 @@ def fit_default(
         frozen_width = models.meta("encoder").provenance.get("frozen_width")
         if not isinstance(frozen_width, int):
             raise ConfigError("the encoder's meta.json names no frozen_width; build the model repository again")
-        crops = _crops(models, out, n_images, progress)
+        crops = _crops(models, out, n_images, datasets.SEED_HEAD, progress)
+        golden = _crops(models, out, n_images, datasets.SEED_GOLDEN, progress)
     fit = HeadFit(frozen_width=frozen_width, seed=seed)
     report = labelled_crops.hold_out_report(crops, fit)
     fitted = fit_head(crops.features, crops.labels, fit, images=crops.image_idx.tolist())
+    head_bank.write(as_bank(crops), out.with_suffix(f".{head_bank.BANK}"))
+    head_bank.write(as_bank(golden), out.with_suffix(f".{head_bank.GOLDEN}"))
     provenance: dict[str, str | float | int] = {"crops": "synthetic", "n_images": n_images, "seed": seed, **report}
     save_head(fitted, out, encoder_form=encoder_form, provenance=provenance)
     return FittedHead(fitted, crops, report)
 
 
-def _crops(models: Embedded, out: Path, n_images: int, progress: Progress) -> Crops:
-    made_by = f"{models.meta('detector').weights_sha256} {models.meta('encoder').weights_sha256} {n_images}"
+def as_bank(crops: Crops) -> Bank:
+    """Crops as they travel with a head."""
+    images = tuple(f"image {index}" for index in crops.image_idx.tolist())
+    return Bank(crops.features, crops.labels, images, ("",) * len(crops.labels))
+
+
+def _crops(models: Embedded, out: Path, n_images: int, first_seed: int, progress: Progress) -> Crops:
+    hashes = (models.meta(model).weights_sha256 for model in ("detector", "encoder"))
+    made_by = f"{' '.join(hashes)} {n_images} from {first_seed}"
     kept = out.with_suffix(f".crops-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}.npz")
     if kept.exists():
         return labelled_crops.load(kept)
-    crops = labelled_crops.collect(
-        models, Recipe(), n_images=n_images, first_seed=datasets.SEED_HEAD, progress=progress
-    )
+    crops = labelled_crops.collect(models, Recipe(), n_images=n_images, first_seed=first_seed, progress=progress)
     kept.parent.mkdir(parents=True, exist_ok=True)
     labelled_crops.save(crops, kept)
     return crops

@@ -24,7 +24,8 @@ from semwatch.classification import decide
 from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
-from semwatch.inference import Arrays, Embedded
+from semwatch.inference import Embedded
+from semwatch.model_repository import Arrays
 from semwatch.pipeline import Candidate, cut_out, gate_threshold, search
 from semwatch_training.data.datasets import MAX_SEEDS, Sample, first_with_room, load_gray, load_mask, synthetic_set
 from semwatch_training.discovery.fit_head import HeadFit, fit_head

@@ -1,0 +1,1 @@
+"""Learning on the job: unknowns become classes, judged before they serve."""

@@ -1,0 +1,54 @@
+"""`semwatch-train retrain` and `refit`: heads that learn on the job."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semwatch.config import EXAMPLES, load_site
+from semwatch_training.learning import refit as refitting
+from semwatch_training.learning.retrain import run_cycle
+from semwatch_training.progress_bars import Bars, console
+
+MARKS = {"learned": "green", "refused": "red"}
+
+
+def retrain(
+    site: Annotated[Path, typer.Option(help=f"Site settings; a commented example is {EXAMPLES / 'site.yaml'}.")],
+    seed: int = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for machines instead of a line.")] = False,
+) -> None:
+    """Learn once from the unknowns that wait in Redis: find new classes, fit a head, prove it, swap it in.
+
+    Made for a timer: with too few unknowns, with nothing new or beside another cycle it says so and ends well. A
+    candidate that the golden set speaks against does not serve; it is kept with its report, and the exit code is 1.
+    """
+    settings = load_site(site)
+    with Bars() as progress:
+        outcome = run_cycle(settings, seed=seed, progress=progress)
+    if as_json:
+        said = {
+            "status": outcome.status,
+            "said": outcome.sentence,
+            "head_version": outcome.head_version,
+            "report": str(outcome.report) if outcome.report else None,
+        }
+        typer.echo(json.dumps(said))
+    else:
+        mark = MARKS.get(outcome.status, "yellow")
+        console.print(f"[{mark}]{outcome.status}[/]: {outcome.sentence}", soft_wrap=True, highlight=False)
+        if outcome.report is not None:
+            console.print(f"report in {outcome.report / 'report.md'}", soft_wrap=True, highlight=False)
+    if outcome.status == "refused":
+        raise typer.Exit(1)
+
+
+def refit(
+    without: Annotated[list[str], typer.Option(help="A class to leave out; repeat.")],
+    repository: Annotated[Path, typer.Option(help="Model repository.")] = Path("model_repository"),
+    seed: int = 0,
+) -> None:
+    """Fit the head in service anew from its own bank, without some of its classes, and publish it."""
+    version = refitting.refit(repository, without=without, seed=seed)
+    console.print(f"head {version} knows nothing of {', '.join(without)}", highlight=False)

@@ -1,0 +1,238 @@
+"""The promotion gate: may a newly trained head serve, and may a found class be learned.
+
+Both heads are asked about the same golden crops, and the unknown rule of the recipe turns their answers into verdicts:
+what is judged is what the line would say. A candidate is refused for a loss on a class that the old head knew, or for
+an unknown rate outside its band.
+
+One crop proves nothing: of n golden crops each is worth 1 / n, so that a class of ten loses ten points by one of them.
+A loss is a reason only if it exceeds what the recipe allows *and* stems from two crops or more: of accuracy, two that
+were right before; of purity, two strangers more (fewer right ones are the accuracy's matter). The same holds for the
+unknown rate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semwatch.classification import decide
+from semwatch.config import Promotion
+from semwatch.defects import Verdict
+from semwatch.errors import ConfigError
+from semwatch.head_bank import Bank
+from semwatch_training.learning.candidates import Candidate
+from semwatch_training.metrics.adc_metrics import AdcFigures, adc_metrics
+
+PROOF = 2
+"""Fewest golden crops that a reason may rest on."""
+ROUNDING = 1e-9
+"""0.92 - 0.87 is a little more than 0.05 in floating point; it is not in a recipe."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """What a head says of the n golden crops."""
+
+    labels: tuple[str, ...]
+    """K class names."""
+    logits: NDArray[np.float32]
+    """(n, K)."""
+    p_values: NDArray[np.float32]
+    """(n, K) in (0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How one head does on one class of the golden set."""
+
+    n: int
+    """Golden crops of the class."""
+    n_right: int
+    n_called: int
+    """Golden crops that were decided as the class, whatever they are."""
+    n_unknown: int
+    """Of ``n``."""
+
+    @property
+    def accuracy(self) -> float:
+        """Decided right, of all of the class."""
+        return self.n_right / self.n
+
+    @property
+    def purity(self) -> float | None:
+        """Right, of those decided as the class; None where none was."""
+        return self.n_right / self.n_called if self.n_called else None
+
+    @property
+    def unknown_share(self) -> float:
+        """Called unknown, of all of the class."""
+        return self.n_unknown / self.n
+
+
+@dataclass(frozen=True, slots=True)
+class ClassChange:
+    """One class of the golden set under both heads."""
+
+    label: str
+    old: Figures | None
+    """None where the old head did not know the class, or there was none."""
+    new: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the golden set says of a candidate head, under one recipe."""
+
+    classes: tuple[ClassChange, ...]
+    """Every class of the golden set, sorted by name."""
+    unproven: tuple[str, ...]
+    """Classes that the old head knew and of which there is no golden crop: nothing is said of them."""
+    n_golden: int
+    old_unknown_rate: float | None
+    unknown_rate: float
+    reasons: tuple[str, ...]
+    """Why the candidate is refused, in plain words; empty where it is promoted."""
+
+    @property
+    def promoted(self) -> bool:
+        """True where nothing speaks against the candidate."""
+        return not self.reasons
+
+
+def judge(
+    old: Answers | None,
+    new: Answers,
+    golden: Bank,
+    promotion: Promotion,
+    *,
+    significance: float,
+    decide_confidence: float,
+) -> Judgement:
+    """Judge a candidate head against the head in service.
+
+    Classes that are new to the candidate count as strangers in both heads' purity, and have no old figures. Labels are
+    compared as they are: after a renaming or a merge, give the old head's labels and the golden set's their new names.
+
+    Args:
+        old: answers of the head in service; None for a first head, of which only the unknown rate is asked.
+        new: answers of the candidate.
+        golden: the crops that both were asked about, in the same order.
+        promotion: what the recipe asks for.
+        significance: of the recipe's unknown rule, see ``classification.classify``.
+        decide_confidence: the same.
+
+    Raises:
+        ConfigError: no golden crop, or answers that do not fit them, hold NaN or hold p-values outside 0 to 1.
+    """
+    if not len(golden):
+        raise ConfigError("the golden set is empty: nothing can be proven of a head; keep some crops of each class")
+    rule = {"significance": significance, "decide_confidence": decide_confidence}
+    now = _verdicts(new, golden, rule, "the candidate head")
+    before = None if old is None else _verdicts(old, golden, rule, "the head in service")
+    figures, known = _figures(golden.labels, now), set(old.labels if old else ())
+    earlier = {} if before is None else _figures(golden.labels, before)
+    classes = tuple(
+        ClassChange(label, earlier[label] if label in known else None, figures[label]) for label in sorted(figures)
+    )
+    reasons = [reason for change in classes for reason in _losses(change, promotion)]
+    reasons += _outside_band(now, before, promotion)
+    return Judgement(
+        classes=classes,
+        unproven=tuple(sorted(known - set(golden.labels))),
+        n_golden=len(golden),
+        old_unknown_rate=None if before is None else _n_unknown(before) / len(golden),
+        unknown_rate=_n_unknown(now) / len(golden),
+        reasons=tuple(reasons),
+    )
+
+
+def cluster_refusals(candidate: Candidate, cycles_seen: int, promotion: Promotion) -> list[str]:
+    """Say why a found class is not learned yet, in plain words; empty where it may be.
+
+    Args:
+        candidate: the class.
+        cycles_seen: cycles in which it has been seen, this one included.
+        promotion: what the recipe asks for.
+    """
+    refusals = []
+    if candidate.size < promotion.min_cluster_size:
+        refusals.append(f"has {candidate.size} crops; the recipe asks for {promotion.min_cluster_size}")
+    # Written so that a cohesion that is not a number is refused.
+    if not candidate.cohesion >= promotion.min_cohesion:
+        refusals.append(f"has a cohesion of {candidate.cohesion:.3f}; the recipe asks for {promotion.min_cohesion:g}")
+    if cycles_seen < promotion.min_cycles:
+        refusals.append(f"was seen in {_counted(cycles_seen, 'cycle')}; the recipe asks for {promotion.min_cycles}")
+    return refusals
+
+
+def _verdicts(answers: Answers, golden: Bank, rule: dict[str, float], whose: str) -> list[Verdict]:
+    expected = (len(golden), len(answers.labels))
+    if not answers.logits.shape == answers.p_values.shape == expected:
+        raise ConfigError(
+            f"{whose} answered with logits {answers.logits.shape} and p-values {answers.p_values.shape}; "
+            f"{len(golden)} golden crops and {len(answers.labels)} labels need {expected}"
+        )
+    p = answers.p_values
+    if not (np.isfinite(answers.logits).all() and ((p >= 0) & (p <= 1)).all()):
+        raise ConfigError(f"{whose} answered with logits that are not finite or p-values outside 0 to 1; fit it again")
+    return [decide(row, p, answers.labels, **rule) for row, p in zip(answers.logits, p, strict=True)]
+
+
+def _figures(truth: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, Figures]:
+    """Figures of every class of the golden set."""
+    adc = adc_metrics(truth, [verdict.label for verdict in verdicts])
+    unknown = [label for label, verdict in zip(truth, verdicts, strict=True) if verdict.kind == "unknown"]
+
+    def of(label: str, counts: AdcFigures) -> Figures:
+        return Figures(counts.n_true, counts.n_right, counts.n_called, unknown.count(label))
+
+    return {label: of(label, counts) for label, counts in adc.by_class.items() if counts.n_true}
+
+
+def _losses(change: ClassChange, promotion: Promotion) -> list[str]:
+    """Reasons that one class gives; none where only the new head knows it."""
+    old, new, reasons = change.old, change.new, []
+    if old is None:
+        return []
+    n_lost = max(0, old.n_right - new.n_right)
+    if n_lost >= PROOF and old.accuracy - new.accuracy > promotion.max_accuracy_loss + ROUNDING:
+        counts = f"{old.n_right} of {old.n} golden crops decided right before, {new.n_right} now"
+        reasons.append(
+            _reason(change.label, "accuracy", old.accuracy, new.accuracy, promotion.max_accuracy_loss, counts)
+        )
+    if old.purity is None or new.purity is None:
+        return reasons
+    n_strangers = max(0, (new.n_called - new.n_right) - (old.n_called - old.n_right))
+    if n_strangers >= PROOF and old.purity - new.purity > promotion.max_purity_loss + ROUNDING:
+        counts = (
+            f"{old.n_right} of {old.n_called} crops called so were right before, {new.n_right} of {new.n_called} now"
+        )
+        reasons.append(_reason(change.label, "purity", old.purity, new.purity, promotion.max_purity_loss, counts))
+    return reasons
+
+
+def _reason(label: str, what: str, old: float, new: float, allowed: float, counts: str) -> str:
+    return (
+        f"{label} would lose {100 * (old - new):.1f} points of {what} ({old:.2f} -> {new:.2f}: {counts}); "
+        f"the recipe allows {100 * allowed:.1f}"
+    )
+
+
+def _outside_band(now: Sequence[Verdict], before: Sequence[Verdict] | None, promotion: Promotion) -> list[str]:
+    n, n_unknown = len(now), _n_unknown(now)
+    if n_unknown < PROOF or n_unknown / n <= promotion.max_unknown_rate + ROUNDING:
+        return []
+    earlier = "" if before is None else f", the head in service {_n_unknown(before)}"
+    return [
+        f"{n_unknown} of {n} golden crops would be called unknown ({100 * n_unknown / n:.1f} %{earlier}); "
+        f"the recipe allows {100 * promotion.max_unknown_rate:.1f} %"
+    ]
+
+
+def _n_unknown(verdicts: Sequence[Verdict]) -> int:
+    return sum(verdict.kind == "unknown" for verdict in verdicts)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
