@@ -1,6 +1,7 @@
 """What every command shares: options, the exit codes in words, and how text reaches the terminal."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,13 @@ EPILOG = (
 )
 
 SiteOption = Annotated[Path, typer.Option(help=f"Site settings; a commented example is {EXAMPLES / 'site.yaml'}.")]
+RecipeOption = Annotated[Path | None, typer.Option(help="Recipe; the built-in defaults without it.")]
+RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
+REPOSITORY = Path("model_repository")
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON for machines instead of a table.")]
 
 out = Console()
+err = Console(stderr=True)
 
 
 def table(*columns: str, **looks: Any) -> Table:
@@ -38,3 +43,12 @@ def printable(text: str, style: str = "") -> Text:
 def say(text: str, mark: tuple[str, str] = ("", "")) -> None:
     """Print a line that is never wrapped, after a coloured mark."""
     out.print(Text.assemble(mark, printable(text)), soft_wrap=True)
+
+
+def in_words(value: object) -> str:
+    """A value as people write it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {in_words(item)}" for key, item in value.items()) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None or value == [] else str(value)
