@@ -4,7 +4,7 @@ BIN    := .venv/bin
 REPO   := model_repository
 STAMP  := .venv/.installed
 
-.PHONY: help install models demo test check bench clean
+.PHONY: help install models demo demo-learn test check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -22,6 +22,9 @@ models: $(STAMP)  ## fetch and check the backbone, build the model repository (s
 
 demo: models  ## a synthetic lot through the whole line, results on screen
 	$(BIN)/semwatch demo
+
+demo-learn: models  ## two unseen defect types become classes: a lot, a cycle, names, the next lot
+	$(BIN)/semwatch demo --learn
 
 test: models  ## all tests
 	$(BIN)/python -m pytest tests
