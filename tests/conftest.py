@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from semwatch import embedded_redis
+
 # Before torch and numpy are imported: on arrays as small as ours, a second thread only spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+if server := os.environ.get("SEMWATCH_REDIS_SERVER"):  # another Redis or Valkey than the one in the wheel
+    embedded_redis.find_executable = lambda: Path(server)
 
 
 @pytest.fixture(scope="session")

@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE, NOVEL, Neighbour, Verdict, VerdictKind
-from semwatch.inference import Embedded
+from semwatch.inference import Models
 
 
 def classify(
     crops: NDArray[np.uint8],
     soft_masks: NDArray[np.float32],
     sizes: NDArray[np.float32],
-    models: Embedded,
+    models: Models,
     *,
     significance: float,
     decide_confidence: float,

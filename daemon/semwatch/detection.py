@@ -5,10 +5,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import Micrograph, ScoreMap
-from semwatch.inference import Embedded
+from semwatch.inference import Models
 
 
-def detect(micrograph: Micrograph, models: Embedded) -> tuple[ScoreMap, int]:
+def detect(micrograph: Micrograph, models: Models) -> tuple[ScoreMap, int]:
     """Score one field of view.
 
     The field is resized, not cropped, to the detector's square input: a defect at the border counts as much as any

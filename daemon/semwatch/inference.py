@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -50,6 +50,28 @@ class _Loaded:
     session: ort.InferenceSession
     version: int
     meta: Meta
+
+
+class Models(Protocol):
+    """Whoever answers for the models: ``Embedded``, or a server behind a client."""
+
+    def infer(self, model: str, inputs: Arrays) -> Answer:
+        """Ask a model about a batch, see ``Embedded.infer``."""
+
+    def refresh(self) -> Swap | None:
+        """Let the head that should serve now serve; None where it does already."""
+
+    def meta(self, model: str) -> Meta:
+        """What travels with the version that would answer now."""
+
+    def versions(self) -> dict[str, int]:
+        """Version in service, by model."""
+
+    def refused(self) -> dict[int, str]:
+        """Versions of the head that could not be used, and why."""
+
+    def close(self) -> None:
+        """Let go of what is held."""
 
 
 class Embedded:

@@ -19,7 +19,7 @@ from semwatch.classification import classify, size_feature
 from semwatch.config import Recipe
 from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.inference import Embedded
+from semwatch.inference import Models
 
 MAX_SWAPS = 3
 STAGES = ("decode", "detect", "binarize", "crop", "classify")
@@ -55,7 +55,7 @@ def review(
     path: str,
     sha256: str,
     recipe: Recipe,
-    models: Embedded,
+    models: Models,
     reviewed_utc: str,
     max_pixels: int = 8192 * 8192,
     max_pages: int = 64,
@@ -95,7 +95,7 @@ def review(
     )
 
 
-def search(page: Micrograph, recipe: Recipe, models: Embedded, *, timings_ms: dict[str, float] | None = None) -> Search:
+def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict[str, float] | None = None) -> Search:
     """Detect and binarize one page; training uses it too, so that heads see the crops that the daemon cuts.
 
     Raises:
@@ -135,7 +135,7 @@ def search(page: Micrograph, recipe: Recipe, models: Embedded, *, timings_ms: di
     return Search(score_map, version, threshold, found.mask, candidates)
 
 
-def gate_threshold(recipe: Recipe, models: Embedded) -> float:
+def gate_threshold(recipe: Recipe, models: Models) -> float:
     """The raw score above which a page is searched: the recipe's own, or the conformal one of the detector's normals.
 
     Raises:
@@ -165,7 +165,7 @@ def _whole_field(score_map: ScoreMap, mask: NDArray[np.bool_], size_hw: tuple[in
 
 
 def _review_pages(
-    micrographs: Sequence[Micrograph], recipe: Recipe, models: Embedded, timings: dict[str, float]
+    micrographs: Sequence[Micrograph], recipe: Recipe, models: Models, timings: dict[str, float]
 ) -> tuple[tuple[PageReview, ...], dict[str, int]]:
     """Review every page by the same versions: where a model was swapped between two pages, all are read once more."""
     for _ in range(MAX_SWAPS):
@@ -181,7 +181,7 @@ def _review_pages(
 
 
 def _review_page(
-    page: Micrograph, recipe: Recipe, models: Embedded, timings: dict[str, float], versions: dict[str, int]
+    page: Micrograph, recipe: Recipe, models: Models, timings: dict[str, float], versions: dict[str, int]
 ) -> PageReview:
     found = search(page, recipe, models, timings_ms=timings)
     versions["detector"] = found.detector_version
@@ -192,7 +192,7 @@ def _review_page(
 
 
 def _name_defects(
-    found: Search, page: Micrograph, recipe: Recipe, models: Embedded
+    found: Search, page: Micrograph, recipe: Recipe, models: Models
 ) -> tuple[tuple[Defect, ...], Mapping[str, int]]:
     if not found.candidates:
         return (), {}
@@ -225,7 +225,7 @@ def _name_defects(
 
 
 def cut_out(
-    region: Region, page: Micrograph, saliency: NDArray[np.float32], recipe: Recipe, models: Embedded
+    region: Region, page: Micrograph, saliency: NDArray[np.float32], recipe: Recipe, models: Models
 ) -> Candidate:
     """Cut one region of a page out, as large and as sharp as the encoder wants it."""
     inputs = models.meta("encoder").inputs
