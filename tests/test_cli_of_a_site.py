@@ -1,7 +1,9 @@
 """The command line beside a site: ``doctor``, ``status``, ``audit`` and ``quarantine``."""
 
+import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster_files import T0, three
 from commands import Command, in_process, put, write_recipe
 from daemon import SOURCE, Daemon, Site, make_site, png
+from factories import make_review, make_verdict
+from semwatch import clusters, model_repository, records
+from semwatch.archive import ARCHIVE, Archive
 from semwatch.audit import AuditLog
 from semwatch.embedded_redis import EmbeddedRedis, find_executable
 from semwatch.errors import ConfigError
@@ -144,6 +150,135 @@ def test_doctor_prints_each_fault_with_its_remedy_below(semwatch, tmp_path) -> N
     faults = [at for at, line in enumerate(lines) if line.startswith("FIX ")]
     assert [lines[at].split(":")[0] for at in faults] == [f"FIX drop folder {SOURCE}", "FIX models", "FIX Redis"]
     assert all(lines[at + 1].startswith("    ") for at in faults)
+
+
+# --- doctor and status on learning -----------------------------------------------------------------------------------
+
+
+def publish_head(repository: Path, *, weights: bytes | None = None) -> int:
+    """The newest head once more, or other weights under its name."""
+    newest = repository / "head" / str(model_repository.latest(repository, "head"))
+    meta = model_repository.read_meta(repository, "head", int(newest.name))
+    file = newest / "model.onnx" if weights is None else put(repository.parent / "other.onnx", weights)
+    return model_repository.publish(repository, meta, file, beside={"probe.npz": newest / "probe.npz"})
+
+
+def write_cycle(site: Site, utc: str, **report: object) -> Path:
+    """What is read of the report that a cycle leaves, and something that is not."""
+    said = {"schema_version": 1, "started_utc": utc, "n_claimed": 40, **report}
+    folder = site.state / "learning" / "cycles" / utc.replace(":", "")
+    return put(folder / "report.json", json.dumps(said).encode())
+
+
+def archive_unknowns(site: Site, n: int) -> list[str]:
+    review = make_review(n, verdicts=[make_verdict("unknown")])
+    found = records.records(review)
+    with Archive(site.state / "learning" / ARCHIVE) as archive:
+        archive.add(found, now_utc=T0)
+    return [record.id for record in found]
+
+
+def test_doctor_of_a_site_that_has_never_learned_says_nothing_of_learning(semwatch, tmp_path, tiny_repository) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    code, checks = doctor(semwatch, site)
+    assert code == 0
+    assert not {"learning folder", "unknowns", "clusters", "last cycle", "in service"} & checks.keys()
+    (site.state / "learning").mkdir(parents=True)
+    code, checks = doctor(semwatch, site)
+    assert code == 0
+    told = [checks[name]["detail"] for name in ("unknowns", "clusters", "last cycle")]
+    assert told == ["none archived yet", "0 found so far", "none yet"]
+
+
+def test_doctor_and_status_tell_unknowns_clusters_last_cycle_and_wishes(semwatch, tmp_path, tiny_repository) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    ids = archive_unknowns(site, 5)
+    with Archive(site.state / "learning" / ARCHIVE) as archive:
+        archive.settle(ids[:2], "learned", "novel-1", now_utc=T0)
+    clusters.change(site.state / "learning", lambda _: three())
+    write_cycle(site, "2026-01-01T00:00:00Z", outcome="published", version=2)
+    write_cycle(site, "2026-01-02T00:00:00Z", outcome="refused", version=None, reasons=["bridge loses 12 points"])
+    put(site.state / "learning" / "retrain.wanted", b"2026-01-03T00:00:00Z sem-1: unknown rate rose\n")
+    code, checks = doctor(semwatch, site)
+    assert code == 0
+    assert checks["unknowns"]["detail"].startswith("3 waiting, 2 learned, 0 explained")
+    assert checks["clusters"]["detail"] == "3 found so far"
+    assert checks["last cycle"]["detail"] == "refused, 2026-01-02T00:00:00Z; bridge loses 12 points"
+    state = status(semwatch, site)
+    assert (state["unknowns"]["waiting"], state["unknowns"]["learned"]) == (3, 2)
+    assert (state["last_cycle"]["outcome"], state["last_cycle"]["reasons"]) == ("refused", ["bridge loses 12 points"])
+    assert state["retrain_wanted"] == ["2026-01-03T00:00:00Z sem-1: unknown rate rose"]
+    assert "unknown rate rose" in semwatch("status", "--site", site.file).words
+
+
+def break_archive(site: Site) -> None:
+    put(site.state / "learning" / ARCHIVE, b"no database at all" * 100)
+
+
+def break_clusters(site: Site) -> None:
+    put(site.state / "learning" / "clusters.json", b'{"clusters": 3}')
+
+
+def break_report(site: Site) -> None:
+    write_cycle(site, T0, outcome="went well", version=2)
+
+
+def put_file_for_learning(site: Site) -> None:
+    put(site.folder / "learned", b"")
+    change_settings(site, learning={"folder": "learned"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "faulty", "remedy"),
+    [
+        (break_archive, ["unknowns"], "move the file"),
+        (break_clusters, ["clusters"], "clusters.json"),
+        (break_report, ["last cycle"], "delete its folder"),
+        (put_file_for_learning, ["learning folder"], "move it away"),
+    ],
+)
+def test_doctor_names_what_is_wrong_with_learning(semwatch, tmp_path, tiny_repository, damage, faulty, remedy) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    damage(site)
+    code, checks = doctor(semwatch, site)
+    assert code == 1
+    assert [name for name, found in checks.items() if not found["ok"]] == faulty
+    assert remedy in checks[faulty[0]]["remedy"]
+    assert semwatch("status", "--site", site.file, "--json").code == 0  # a glance is always there
+
+
+def test_doctor_compares_what_serves_with_what_is_chosen_and_names_a_refused_head(
+    semwatch, tmp_path, tiny_repository
+) -> None:
+    repository = shutil.copytree(tiny_repository, tmp_path / "models")
+    site = make_site(tmp_path / "site", repository)
+    with Daemon(site) as daemon:
+        daemon.wait_ready()
+        assert publish_head(repository) == 2
+        daemon.wait_for(lambda: status(semwatch, site)["in_service"] == {"detector": 1, "encoder": 1, "head": 2})
+        _, checks = doctor(semwatch, site)
+        assert (checks["in service"]["ok"], checks["models"]["detail"]) == (True, "detector 1, encoder 1, head 2")
+
+        assert publish_head(repository, weights=b"no network") == 3
+        daemon.wait_for(lambda: "3" in status(semwatch, site)["refused_heads"])
+        state = status(semwatch, site)
+        assert (state["models"]["head"], state["in_service"]["head"]) == (3, 2)
+        assert "does not load" in state["refused_heads"]["3"]
+        code, checks = doctor(semwatch, site)
+        assert code == 1
+        assert [name for name, found in checks.items() if not found["ok"]] == ["head 3"]
+        assert "semwatch models rollback" in checks["head 3"]["remedy"]
+        assert semwatch("models", "rollback", "--site", site.file).code == 0
+        assert doctor(semwatch, site)[0] == 0
+
+        meta = model_repository.read_meta(repository, "detector", 1)
+        model_repository.publish(repository, meta, repository / "detector/1/model.onnx")
+        code, checks = doctor(semwatch, site)
+        assert (code, checks["in service"]["ok"]) == (1, False)
+        assert checks["in service"]["detail"] == "the daemon serves detector 1 instead of 2"
+        assert "restart the daemon" in checks["in service"]["remedy"]
+    assert status(semwatch, site)["in_service"] is None
+    assert doctor(semwatch, site)[0] == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")

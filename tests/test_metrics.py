@@ -17,6 +17,7 @@ from semwatch.defects import Verdict, VerdictKind
 from semwatch.drift import WATCHED
 from semwatch.errors import ConfigError
 from semwatch.metrics import SEVEREST_FIRST, STAGE_BUCKETS_S, Metrics, verdict_of
+from semwatch.review_record import to_record
 
 HOST = "127.0.0.1"
 
@@ -113,13 +114,21 @@ def test_class_that_a_machine_found_counts_under_its_own_label(metrics: Metrics)
 
 def test_learning_is_counted(metrics: Metrics) -> None:
     metrics.swap_refused.labels("head").inc()
-    metrics.reread.labels("tool-a", "named").inc(3)
     metrics.drift_alarms.labels("tool-a", "class mix").inc()
     metrics.drift.labels("tool-a", "class mix").set(1.2)
     assert value(metrics, "swap_refused_total", model="head") == 1.0
-    assert value(metrics, "reread_total", source="tool-a", outcome="named") == 3.0
     assert value(metrics, "drift_alarms_total", source="tool-a", what="class mix") == 1.0
     assert value(metrics, "drift", source="tool-a", what="class mix") == 1.2
+
+
+def test_revision_counts_under_its_severest_verdict_and_not_as_another_review() -> None:
+    metrics = Metrics(["tool-a"])
+    assert [value(metrics, "revised_total", source="tool-a", verdict=kind) for kind in SEVEREST_FIRST] == [0.0] * 5
+    novel = make_review(2, verdicts=[Verdict("novel", "novel-1", 0.9, ()), make_verdict("known")])
+    metrics.observe_revision(to_record(novel))
+    assert value(metrics, "revised_total", source="tool-a", verdict="novel") == 1.0
+    assert value(metrics, "revised_total", source="tool-a", verdict="known") == 0.0
+    assert value(metrics, "reviews_total", source="tool-a", verdict="novel") == 0.0
 
 
 def test_verdicts_without_a_class_have_an_empty_label(metrics: Metrics) -> None:
@@ -160,7 +169,6 @@ def test_names_keep_prometheus_conventions() -> None:
     metrics = Metrics(["a"])
     metrics.errors.labels("redis").inc()
     metrics.swap_refused.labels("head").inc()
-    metrics.reread.labels("a", "named").inc()
     metrics.observe(make_review(1))
     for family in metrics.registry.collect():
         assert re.fullmatch(r"semwatch_[a-z_]+", family.name)

@@ -45,6 +45,7 @@ class Line:
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.busy: set[tuple[str, str]] = set()
         self.revised: list[Path] = []
+        """Results that ``on_revised`` was told of."""
 
     @property
     def embedded(self) -> Embedded:
@@ -95,7 +96,7 @@ class Line:
         return Rereview(
             self.archive_path, self.models, self.recipes, self.ledger, results_dir=self.results_dir,
             state_dir=self.folder, is_busy=lambda source, path: (source, path) in self.busy,
-            on_revised=self.revised.append, **settings,
+            on_revised=lambda path, _: self.revised.append(path), **settings,
         )  # fmt: skip
 
     def audit(self) -> list[dict[str, Any]]:
@@ -185,6 +186,7 @@ def test_audit_line_and_summary_say_what_changed(line: Line, of_label: Any, noth
     assert entry["changes"] == [{"page": 0, "defect_id": 1, "from": "unknown", "to": "novel-1"}]
     (said,) = line.summaries()
     assert (said.n_by_kind, said.n_by_label) == ({"novel": 1, "unknown": 1}, {"novel-1": 1})
+    assert said.revision == 2
     assert said.model_versions["head"] == head
     assert line.ledger.unpublished(1)[0][1].stream == records.RESULTS
 
@@ -260,6 +262,25 @@ def test_result_that_is_gone_broken_or_of_other_content_is_left(line: Line, of_l
     assert (counts.stale, counts.revised) == (3, 0)
     assert (gone.exists(), broken.read_text(), results.read(other).sha256) == (False, "{", "0" * 64)
     assert line.audit() == []
+
+
+def test_record_or_result_that_takes_no_revision_is_counted_and_the_others_go_on(
+    line: Line, of_label: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream can hold a forged record, and a results folder a strange file: neither may end the daemon."""
+    taken, good = (line.review(f"lot/{name}.tif", features=[of_label("bridge")]) for name in "ab")
+    results.revision_path(taken, 1).write_text("somebody's notes")
+    review = replace(make_review(1, verdicts=[UNKNOWN]), recipe_id=RECIPE.id, model_versions={"encoder": 1, "head": 1})
+    (forged,) = (replace(r, path="../../etc/x", features=of_label("bridge")) for r in records.records(review))
+    with Archive(line.archive_path) as archive:
+        archive.add([replace(forged, created_utc=rereview.utc_of(NOW))], now_utc=rereview.utc_of(NOW))
+    line.publish(("bridge", "defect-free", "novel-1"))
+    counts = run(line)
+    assert (counts.stale, counts.revised) == (2, 1)
+    assert results.revision_path(taken, 1).read_text() == "somebody's notes"
+    assert results.read(good).revision == 2
+    assert "is no relative path inside a drop folder" in caplog.text
+    assert "move it aside" in caplog.text
 
 
 def test_defect_that_lies_elsewhere_now_is_left(line: Line, of_label: Any) -> None:

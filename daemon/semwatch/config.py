@@ -182,13 +182,28 @@ class Folder(_Settings):
     """Ends of the names that are images, in upper or lower case."""
 
 
+class Triton(_Settings):
+    """The Triton server that runs the models, for runtime: triton."""
+
+    url: Annotated[str, Field(pattern=r"^[^\s/:]+:\d+$")] = "127.0.0.1:8001"
+    """Its gRPC address, host:port."""
+    timeout_s: Positive = 30.0
+    """Seconds that one answer may take."""
+    attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    """Tries of one request while the server is away, each later than the one before."""
+    shared_memory: bool = False
+    """Hand images over in memory that the server shares; it must run on this machine and allow it."""
+
+
 class Models(_Settings):
     """The models and what runs them."""
 
     repository: SitePath
     """Model repository: detector, encoder and head in Triton's layout."""
-    runtime: Literal["embedded"] = "embedded"
-    """What runs the models; embedded: ONNX Runtime inside the daemon."""
+    runtime: Literal["embedded", "triton"] = "embedded"
+    """What runs the models; embedded: ONNX Runtime inside the daemon; triton: a server that serves the repository."""
+    triton: Triton = Triton()
+    """The Triton server, for runtime: triton."""
     threads: Count | None = None
     """CPU threads of one network; null: all the machine has."""
 

@@ -4,22 +4,31 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from semwatch import incoming, model_repository, pipeline
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from semwatch import clusters, drift, incoming, pipeline, serving
+from semwatch.archive import ARCHIVE, Archive
 from semwatch.config import Folder, Recipe, Site, load_recipe
+from semwatch.delivery import connect_publisher
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
 from semwatch.inference import Embedded
 from semwatch.ledger import Ledger
 from semwatch.model_repository import MODELS
-from semwatch.service import LEDGER, connect_publisher, load_models
+from semwatch.models_in_service import load_models, versions_of
+from semwatch.review_record import first_fault
+from semwatch.service import LEDGER
 
 RATE_WINDOW_S = 300
+CYCLES, REPORT = "cycles", "report.json"
+"""Where the learning side leaves what became of each cycle, below the learning folder."""
 LEDGER_FIGURES = ("reviews_per_minute", "seen", "claimed", "done", "quarantined", "unpublished_records")
 
 
@@ -33,8 +42,21 @@ class Check:
     remedy: str = ""
 
 
+class Cycle(BaseModel):
+    """What is read of a learning cycle's report; it has more."""
+
+    model_config = ConfigDict(frozen=True)
+
+    started_utc: str
+    outcome: Literal["published", "refused", "nothing-new"]
+    version: int | None
+    """Of the head that was published."""
+    reasons: tuple[str, ...] = ()
+    """Why the candidate does not serve."""
+
+
 def status(site: Site) -> dict[str, object]:
-    """Whether the daemon runs, waiting files, rate, queue depths, newest models, disk left.
+    """Whether the daemon runs, waiting files, rate, queue depths, models chosen and in service, learning, disk left.
 
     The keys are always the same; None where something cannot be asked.
 
@@ -42,21 +64,21 @@ def status(site: Site) -> dict[str, object]:
         ConfigError: the ledger is broken.
         ServiceUnavailable: the ledger's disk fails.
     """
-    path = site.state_dir / LEDGER
+    path, is_running = site.state_dir / LEDGER, _is_running(site)
     with ExitStack() as held:
         ledger = held.enter_context(Ledger(path, read_only=True)) if path.exists() else None
         ages = {folder.source: _waiting_ages(folder, ledger) for folder in site.folders}
         figures = _ledger_figures(ledger) if ledger else dict.fromkeys(LEDGER_FIGURES)
     waiting = [age for found in ages.values() for age in found or ()]
     return {
-        "daemon_running": _is_running(path.with_name(f"{path.name}.lock")),
+        "daemon_running": is_running,
         "waiting_files": len(waiting),
         "oldest_waiting_s": round(max(waiting, default=0.0)),
         "folders_away": [source for source, found in ages.items() if found is None],
         **figures,
-        "models": {
-            model: _or_none(partial(model_repository.latest, site.models.repository, model)) for model in MODELS
-        },
+        "models": {model: _or_none(partial(serving.choice, site.models.repository, model)) for model in MODELS},
+        **_serving_figures(site, is_running),
+        **_learning_figures(site),
         "disk_free_mb": _free_mb(site.results_dir),
         "redis": _or_none(partial(_depths, site)) if site.redis else "not configured",
     }
@@ -66,7 +88,7 @@ def examine(site: Site) -> list[Check]:
     """Check everything the daemon needs before it can work, and everything a person can mend."""
     checks = [_folder_check(folder) for folder in site.folders]
     checks += [_writable("results folder", site.results_dir), _writable("state folder", site.state_dir)]
-    checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER), *_model_checks(site)]
+    checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER), *_model_checks(site), *_learning_checks(site)]
     if site.redis is not None:
         checks.append(_redis_check(site))
     return checks
@@ -95,11 +117,27 @@ def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
         return None
 
 
-def _is_running(lock: Path) -> bool | None:
+def _serving_figures(site: Site, is_running: bool | None) -> dict[str, object]:
+    """What the daemon said that it serves and has refused; a daemon that is gone serves nothing."""
+    versions, refused = serving.announced(site.state_dir) if is_running else ({}, {})
+    return {"in_service": versions or None, "refused_heads": {str(v): why for v, why in refused.items() if v > 0}}
+
+
+def _learning_figures(site: Site) -> dict[str, object]:
+    cycle = _or_none(partial(last_cycle, site.learning_dir))
+    return {
+        "unknowns": _or_none(partial(_archived, site.learning_dir)),
+        "last_cycle": cycle.model_dump() if isinstance(cycle, Cycle) else None,
+        "retrain_wanted": _or_none(partial(drift.wanted, site.learning_dir)),
+    }
+
+
+def _is_running(site: Site) -> bool | None:
     """Say whether a daemon of this machine holds the ledger.
 
     The kernel's table answers: to try the lock, even for a moment, could turn away a daemon that starts just then.
     """
+    lock = site.state_dir / f"{LEDGER}.lock"
     if not lock.exists():
         return False
     try:
@@ -143,7 +181,7 @@ def _ledger_check(path: Path) -> Check:
 
     def look() -> str:
         with Ledger(path, read_only=True) as ledger:
-            return ", ".join(f"{n} {state.lower()}" for state, n in ledger.counts().items())
+            return _counted(ledger.counts().items())
 
     return _try("ledger", look)
 
@@ -164,8 +202,72 @@ def _model_checks(site: Site) -> Iterator[Check]:
         return
     versions = {", ".join(f"{model} {n}" for model, n in loaded.versions().items()) for loaded in models.values()}
     yield Check("models", True, "; ".join(sorted(versions)))
+    for version, why in sorted({item for loaded in models.values() for item in loaded.refused().items()}):
+        yield Check(
+            f"head {version}",
+            False,
+            f"cannot serve: {why}",
+            "take it back with `semwatch models rollback`, or publish it again",
+        )
+    if _is_running(site):
+        yield _service_check(versions_of(models), serving.announced(site.state_dir)[0])
     for source, recipe in recipes.items():
         yield _try(f"gate of {source}", partial(_gate, recipe, models[recipe.pins]))
+
+
+def _service_check(fit: Mapping[str, int], announced: Mapping[str, int]) -> Check:
+    """Compare what the daemon serves with what would serve after a start."""
+    late = [f"{model} {announced.get(model)} instead of {n}" for model, n in fit.items() if announced.get(model) != n]
+    if late:
+        return Check("in service", False, f"the daemon serves {', '.join(late)}", "restart the daemon, or see its log")
+    return Check("in service", True, "the daemon serves these")
+
+
+def _learning_checks(site: Site) -> Iterator[Check]:
+    """What learning keeps, and how its last cycle ended; nothing of a folder that is not there yet."""
+    folder = site.learning_dir
+    if site.learning.folder is None and not folder.exists():
+        return
+    place = _writable("learning folder", folder)
+    yield place
+    if not place.ok:
+        return
+    yield _try("unknowns", lambda: _counted((_archived(folder) or {}).items()) or "none archived yet")
+    yield _try("clusters", lambda: f"{len(clusters.read(folder).clusters)} found so far")
+    yield _try("last cycle", lambda: _cycle_in_words(last_cycle(folder)))
+
+
+def last_cycle(learning_dir: Path) -> "Cycle | None":
+    """How the newest cycle that left a report ended; None where there is none.
+
+    Raises:
+        ConfigError: the report is damaged.
+        ServiceUnavailable: the disk cannot be read.
+    """
+    reports = sorted((learning_dir / CYCLES).glob(f"*/{REPORT}"))
+    if not reports:
+        return None
+    try:
+        return Cycle.model_validate_json(reports[-1].read_bytes())
+    except ValidationError as error:
+        raise ConfigError(f"{reports[-1]} is no report of a cycle: {first_fault(error)}; delete its folder") from error
+    except OSError as error:
+        raise ServiceUnavailable(f"{reports[-1]} cannot be read: {error.strerror}") from error
+
+
+def _cycle_in_words(cycle: "Cycle | None") -> str:
+    if cycle is None:
+        return "none yet"
+    head = f", head {cycle.version}" if cycle.version is not None else ""
+    return f"{cycle.outcome}{head}, {cycle.started_utc}" + "".join(f"; {why}" for why in cycle.reasons)
+
+
+def _archived(folder: Path) -> dict[str, int] | None:
+    """Unknowns by what became of them; None where no cycle has kept any."""
+    if not (folder / ARCHIVE).exists():
+        return None
+    with Archive(folder / ARCHIVE, read_only=True) as archive:
+        return {str(state): n for state, n in archive.counts().items()}
 
 
 def _gate(recipe: Recipe, models: Embedded) -> str:
@@ -186,6 +288,10 @@ def _redis_check(site: Site) -> Check:
 def _depths(site: Site) -> dict[str, int] | None:
     publisher = connect_publisher(site)
     return None if publisher is None else {name: depth.length for name, depth in publisher.depths().items()}
+
+
+def _counted(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{n} {what.lower()}" for what, n in counts)
 
 
 def _free_mb(folder: Path) -> int:

@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 
 from semwatch import model_repository, serving
 from semwatch.errors import ModelMismatch, ServiceUnavailable
+from semwatch.model_checks import check_fit, check_inputs, check_probe
 from semwatch.model_repository import MODELS, Arrays, Meta
-
-MAX_PROBE_DIFFERENCE = 1e-3
-"""Largest difference to the expected answer, relative to its largest value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +163,7 @@ class Embedded:
             self._loaded = {}
 
     def _ask(self, loaded: _Loaded, inputs: Arrays) -> Answer:
-        _check_inputs(loaded.meta, inputs)
+        check_inputs(loaded.meta, inputs)
         names = list(loaded.meta.outputs)
         with self._turn:
             try:
@@ -192,7 +190,7 @@ class Embedded:
     def _fitting_head(self, version: int) -> _Loaded:
         loaded = self._load("head", version)
         if "encoder" in self._loaded:
-            _check_fit(self._loaded["encoder"].meta, loaded.meta)
+            check_fit(self._loaded["encoder"].meta, loaded.meta)
         return loaded
 
     def _wanted(self, model: str) -> int:
@@ -233,31 +231,4 @@ class Embedded:
             answered = self._ask(loaded, inputs).outputs
         except ServiceUnavailable as error:
             raise ModelMismatch(f"{name} cannot answer its own probe: {error}") from error
-        for output, values in expected.items():
-            if output not in answered or answered[output].shape != values.shape:
-                raise ModelMismatch(f"{name} gives no {output} of the shape that its probe says; publish it again")
-            difference = float(np.abs(answered[output] - values).max(initial=0)) / max(
-                float(np.abs(values).max()), 1e-6
-            )
-            if not difference <= MAX_PROBE_DIFFERENCE:
-                raise ModelMismatch(
-                    f"{name} answers its probe with another {output} than the network it was made from (off by "
-                    f"{difference:.1e} of the largest value, {MAX_PROBE_DIFFERENCE:.0e} allowed); publish it again"
-                )
-
-
-def _check_inputs(meta: Meta, inputs: Arrays) -> None:
-    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in meta.inputs.items()}
-    given = {name: (str(array.dtype), array.shape[1:]) for name, array in inputs.items()}
-    if expected != given:
-        raise ModelMismatch(f"the {meta.model} wants {expected} per item, got {given}")
-
-
-def _check_fit(encoder: Meta, head: Meta) -> None:
-    if head.encoder_sha256 != encoder.weights_sha256:
-        raise ModelMismatch(
-            "this head was trained on another encoder's features; pin the encoder it belongs to in the recipe, or "
-            "fit a head on this encoder with `semwatch-train head`"
-        )
-    if not head.labels:
-        raise ModelMismatch("the head's meta.json names no classes; publish it again")
+        check_probe(name, expected, answered)

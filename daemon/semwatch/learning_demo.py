@@ -106,22 +106,27 @@ def _speak(site: Site, layout: Layout, lot: Path, console: Console) -> None:
     """Name each learned cluster by the truth of its crops, as an engineer would by looking at them."""
     truth = demo.truth_of(lot)
     table = Table("cluster", "crops", "they show", "named", title="clusters")
-    for cluster in clusters.read(site.learning_dir).clusters:
-        with Archive(site.learning_dir / ARCHIVE, read_only=True) as archive:
-            shown = Counter(label for r in archive.read_many(cluster.members) for label in truth.get(r.path, []))
-        label, count = shown.most_common(1)[0] if shown else ("", 0)
-        may_name = cluster.state == "learned" and label in UNSEEN and count > MIN_SHARE * cluster.size
-        what = "-"
-        if may_name and label not in {other.label for other in clusters.read(site.learning_dir).clusters}:
-            what = label
-            _semwatch(layout, "clusters", "name", cluster.id, label)
-        elif may_name:
-            twin = next(other.id for other in clusters.read(site.learning_dir).clusters if other.label == label)
-            what = f"merged into {twin}"
-            _semwatch(layout, "clusters", "merge", cluster.id, twin)
-        looks = ", ".join(f"{name} {n}" for name, n in shown.most_common(3))
-        table.add_row(cluster.id, str(cluster.size), looks, what)
+    named: dict[str, str] = {}
+    with Archive(site.learning_dir / ARCHIVE, read_only=True) as archive:
+        for cluster in clusters.read(site.learning_dir).clusters:
+            crops = archive.read_many(cluster.members)
+            shown = Counter(label for crop in crops for label in set(truth.get(crop.path, [])))
+            label = _type_of(shown, len(crops)) if cluster.state == "learned" else None
+            what = "-" if label is None else f"merged into {named[label]}" if label in named else label
+            if label in named:
+                _semwatch(layout, "clusters", "merge", cluster.id, named[label])
+            elif label is not None:
+                _semwatch(layout, "clusters", "name", cluster.id, label)
+                named[label] = cluster.id
+            looks = ", ".join(f"{name} {n}" for name, n in shown.most_common(3))
+            table.add_row(cluster.id, str(cluster.size), looks, what)
     console.print(table)
+
+
+def _type_of(shown: Counter[str], n_crops: int) -> str | None:
+    """The unseen type that more than ``MIN_SHARE`` of a cluster's crops show, None where there is none."""
+    (label, count), *_ = [*shown.most_common(1), ("", 0)]
+    return label if label in UNSEEN and count > MIN_SHARE * n_crops else None
 
 
 def _semwatch(layout: Layout, *arguments: str) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from semwatch.defects import Review, VerdictKind
 from semwatch.drift import WATCHED
 from semwatch.errors import ConfigError
+from semwatch.review_record import ReviewRecord
 
 STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -56,6 +57,10 @@ class Metrics:
             self.model_version.labels(model).set(version)
         self.last_review_timestamp_seconds.set(datetime.fromisoformat(review.reviewed_utc).timestamp())
 
+    def observe_revision(self, result: ReviewRecord) -> None:
+        """Count one result that a later head judged again."""
+        self.revised.labels(result.source, verdict_of(result)).inc()
+
     def serve(self, host: str, port: int) -> int:
         """Show the metrics at ``http://host:port/metrics``; return the port, which the system chooses for 0.
 
@@ -95,7 +100,9 @@ class Metrics:
         self.duplicates = counter("duplicates_total", "Files whose content was reviewed before.", "source")
         self.errors = counter("errors_total", "Times a service was away.", "service")
         self.swap_refused = counter("swap_refused_total", "Versions that were refused at load.", "model")
-        self.reread = counter("reread_total", "Unknowns judged again after a swap.", "source", "outcome")
+        self.revised = counter(
+            "revised_total", "Results judged again after a swap, by their severest verdict now.", "source", "verdict"
+        )
         self.drift_alarms = counter("drift_alarms_total", "Times a source left its reference window.", "source", "what")
 
     def _add_gauges(self) -> None:
@@ -117,6 +124,7 @@ class Metrics:
     def _start_at_zero(self, source: str) -> None:
         for kind in SEVEREST_FIRST:
             self.reviews.labels(source, kind)
+            self.revised.labels(source, kind)
         self.quarantined.labels(source)
         self.duplicates.labels(source)
         for what in WATCHED:
@@ -124,7 +132,7 @@ class Metrics:
             self.drift_alarms.labels(source, what)
 
 
-def verdict_of(review: Review) -> VerdictKind:
+def verdict_of(review: Review | ReviewRecord) -> VerdictKind:
     """The severest verdict among a file's defects; a file without defects is defect-free."""
     kinds = {defect.verdict.kind for page in review.pages for defect in page.defects}
     return next((kind for kind in SEVEREST_FIRST if kind in kinds), "defect-free")

@@ -112,6 +112,8 @@ class ResultSummary:
     """Defects by verdict kind."""
     n_by_label: Mapping[str, int]
     """Defects by label, of those that have one."""
+    revision: Annotated[int, Field(ge=1)] = 1
+    """Of the result: 1 as the line said it, one more each time that a later head judged again."""
 
 
 def records(review: Review) -> list[Record]:

@@ -61,7 +61,7 @@ class Counts:
     other_recipe: int = 0
     """Records left alone: their source is judged by another recipe now, or is gone."""
     stale: int = 0
-    """Records left alone: their result is gone, broken, of other content, or has no such defect."""
+    """Records left alone: their result is gone, broken, of other content, has no such defect, or takes no revision."""
 
 
 class Marker(BaseModel):
@@ -88,7 +88,7 @@ class Rereview:
         days: how far back; 0: never.
         publishes: whether summaries leave for Redis.
         is_busy: says of (source, path as in the record) whether a worker has the image; it is waited for.
-        on_revised: is told each review.json that got a revision, for its lot.csv.
+        on_revised: is told each review.json that got a revision, and what it says now.
 
     Raises: ConfigError when ``reread.json`` is broken.
     """
@@ -105,7 +105,7 @@ class Rereview:
         days: float,
         publishes: bool,
         is_busy: Callable[[str, str], bool],
-        on_revised: Callable[[Path], None],
+        on_revised: Callable[[Path, ReviewRecord], None],
     ) -> None:
         self._archive, self._models, self._recipes, self._ledger = archive, models, recipes, ledger
         self._results_dir, self._marker_path, self._days = results_dir, state_dir / MARKER, days
@@ -188,14 +188,20 @@ class Rereview:
         fitting = self._fitting(source, found)
         if not fitting:
             return
-        recipe = self._recipes[source]
-        target = results.review_path(self._results_dir, source, path)
-        result = self._result(target, sha256, recipe)
-        if result is None:
+        try:
+            self._revise(results.review_path(self._results_dir, source, path), sha256, fitting)
+        except ImageError as error:  # broken, out of the results folder, or in the way of a kept revision
             self.counts.stale += len(fitting)
+            log.warning("not read again: %s", error)
+
+    def _revise(self, target: Path, sha256: str, found: list[Record]) -> None:
+        recipe = self._recipes[found[0].source]
+        result = results.read(target) if target.exists() else None
+        if result is None or (result.sha256, result.recipe.id) != (sha256, recipe.id):
+            self.counts.stale += len(found)
             return
         self._note(target, result)  # again, in case a crash came between the two
-        verdicts, version = self._changes(result, fitting, recipe)
+        verdicts, version = self._changes(result, found, recipe)
         revised = results.revise(target, verdicts, head_version=version, utc=utc_of(datetime.now(UTC)))
         if revised is not None:
             self.counts.revised += 1
@@ -214,16 +220,6 @@ class Rereview:
         fitting = [r for r in ours if r.model_versions.get("encoder") == encoder and r.features.shape == shape]
         self.counts.other_encoder += len(ours) - len(fitting)
         return fitting
-
-    def _result(self, target: Path, sha256: str, recipe: Recipe) -> ReviewRecord | None:
-        if not target.exists():
-            return None
-        try:
-            result = results.read(target)
-        except ImageError as error:
-            log.warning("not read again: %s", error)
-            return None
-        return result if (result.sha256, result.recipe.id) == (sha256, recipe.id) else None
 
     def _changes(
         self, result: ReviewRecord, found: list[Record], recipe: Recipe
@@ -256,7 +252,7 @@ class Rereview:
         message = summary(result)
         outbox = [OutboxItem(*message)] if self._publishes else []
         if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1]):
-            self._on_revised(target)
+            self._on_revised(target, result)
 
 
 # --- what is said of a revision ------------------------------------------------------------------------------------
@@ -330,6 +326,7 @@ def summary(result: ReviewRecord) -> records.Message:
         n_defects=len(verdicts),
         n_by_kind=Counter(verdict.kind for verdict in verdicts),
         n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
+        revision=result.revision,
     )
     meta = TypeAdapter(ResultSummary).dump_json(said, exclude={"id"})
     fields = {b"id": id_.encode(), b"schema": b"%d" % records.SCHEMA, b"meta": meta}

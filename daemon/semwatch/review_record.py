@@ -174,7 +174,7 @@ def page_verdict(kinds: Sequence[VerdictKind]) -> Literal["defect-free", "defect
 
 def _defect_record(defect: Defect, class_codes: Mapping[str, int], codes: Mapping[str, int | None]) -> DefectRecord:
     verdict: Verdict = defect.verdict
-    code = codes[verdict.kind] if verdict.kind in codes else class_codes.get(verdict.label or "")
+    code = class_codes.get(verdict.label or "", codes.get(verdict.kind))
     return DefectRecord(
         defect_id=defect.defect_id,
         box_xyxy=_box(defect.box_xyxy),

@@ -12,12 +12,11 @@ audit seq).
 """
 
 import hashlib
-import json
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -25,31 +24,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypedDict
 
-from semwatch import (
-    drift,
-    incoming,
-    micrograph,
-    model_repository,
-    pipeline,
-    records,
-    rereview,
-    results,
-    serving,
-    unknowns,
-)
+from semwatch import drift, incoming, micrograph, pipeline, records, rereview, results
 from semwatch.archive import ARCHIVE
 from semwatch.audit import AuditLog
-from semwatch.config import Pins, Recipe, Site, load_recipe
+from semwatch.config import Recipe, Site, load_recipe
 from semwatch.defects import Review
+from semwatch.delivery import Backoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.drift import DriftWatch
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.incoming import Arrival, Incoming
-from semwatch.inference import Embedded
 from semwatch.ledger import Claim, Ledger, OutboxItem
 from semwatch.metrics import Metrics
+from semwatch.models_in_service import ModelsInService
 from semwatch.notify import Notifier, watchdog_interval_s
-from semwatch.review_record import printable
-from semwatch.unknowns import Publisher
+from semwatch.review_record import ReviewRecord, printable
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +45,7 @@ LEDGER, AUDIT = "ledger.sqlite", "audit.jsonl"
 TICK_S = 0.5
 BESIDE_WORK_S = 0.02
 """Seconds of re-review between two looks at files under way."""
-DELIVERY_BATCH = 100
 LOT_INTERVAL_S = 2.0
-MAX_BACKOFF_S = 30.0
 
 
 class Service:
@@ -103,12 +89,18 @@ class Service:
                 f"{self._audit.path} ends at line {self._audit.last_seq}, further than the ledger has ever counted: it "
                 f"belongs to an earlier ledger; move it aside, keep it, and start again"
             )
-        self._models = load_models(site.models.repository, self.recipes.values(), threads=site.models.threads)
-        for recipe in self.recipes.values():
-            pipeline.gate_threshold(recipe, self._models[recipe.pins])  # refuses now rather than at the first file
-        self._publisher = connect_publisher(site)
         self.metrics = Metrics(self.recipes)
         keep.callback(self.metrics.close)
+        self._models = ModelsInService(
+            site.models.repository,
+            self.recipes.values(),
+            threads=site.models.threads,
+            state_dir=site.state_dir,
+            metrics=self.metrics,
+        )
+        for recipe in self.recipes.values():
+            pipeline.gate_threshold(recipe, self._models.of(recipe))  # refuses now rather than at the first file
+        self._publisher = connect_publisher(site)
         if site.metrics is not None:
             self.metrics.serve(site.metrics.host, site.metrics.port)
         folders = [incoming.Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
@@ -122,14 +114,14 @@ class Service:
         self._lots_to_write: set[Path] = set()
         self._lots_lock = threading.Lock()
         self._next_lots = 0.0
-        self._away = _Backoff()
-        self._publishing = _Backoff()
-        self._head_codes: dict[int, Mapping[str, int]] = {}
+        self._away = Backoff()
+        self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
+        keep.callback(self._drift.save, site.state_dir / drift.STATE)
         self._next_drift = time.monotonic() + drift.SAVE_EVERY_S
         self._rereview = rereview.Rereview(
             site.learning_dir / ARCHIVE,
-            self._models,
+            self._models.by_pins,
             self.recipes,
             self.ledger,
             results_dir=site.results_dir,
@@ -137,11 +129,10 @@ class Service:
             days=site.learning.reread_days,
             publishes=self._publisher is not None,
             is_busy=self._is_in_review,
-            on_revised=self._lot_changed,
+            on_revised=self._take_revision,
         )
         keep.callback(self._rereview.close)
         self._has_more_to_reread = False
-        self._say_serving()
 
     def run(self) -> bool:
         """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.
@@ -153,7 +144,7 @@ class Service:
         """
         self._notifier.ready()
         self.metrics.ready.set(1)
-        log.info("ready: %d folders, models %s", len(self.recipes), self._versions())
+        log.info("ready: %d folders, models %s", len(self.recipes), self._models.versions())
         try:
             while not self._stop.is_set():
                 try:
@@ -210,9 +201,10 @@ class Service:
     def _is_in_review(self, source: str, path: str) -> bool:
         return any((a.source, printable(a.path)) == (source, path) for a, _ in self._working.values())
 
-    def _lot_changed(self, result: Path) -> None:
+    def _take_revision(self, path: Path, result: ReviewRecord) -> None:
+        self.metrics.observe_revision(result)
         with self._lots_lock:
-            self._lots_to_write.add(result.parent)
+            self._lots_to_write.add(path.parent)
 
     def _reason_to_wait(self) -> str | None:
         """Why no file is taken now; files wait in the folder, which is the buffer."""
@@ -253,7 +245,7 @@ class Service:
         if now < self._next_beat:
             return
         self._next_beat = now + min(self._beat_s, TICK_S)
-        self._swap()
+        self._models.refresh()
         n_waiting, oldest_s = self._incoming.waiting()
         reason = self._reason_to_wait()
         longest_s = max((now - start for _, start in self._working.values()), default=0.0)
@@ -275,26 +267,6 @@ class Service:
             self._next_drift = now + drift.SAVE_EVERY_S
             self._drift.save(self.site.state_dir / drift.STATE)
 
-    def _swap(self) -> None:
-        """Let newly published heads serve; answers under way are given by the old one."""
-        swaps = [swap for models in self._models.values() if (swap := models.refresh()) is not None]
-        for swap in swaps:
-            if swap.refused is None:
-                log.info("%s %d serves from now on", swap.model, swap.version)
-            else:
-                self.metrics.swap_refused.labels(model=swap.model).inc()
-                log.error("%s %d is refused, the one before it goes on: %s", swap.model, swap.version, swap.refused)
-        if swaps:
-            self._say_serving()
-
-    def _say_serving(self) -> None:
-        """Write down which versions serve and which were refused: what a learning cycle waits for."""
-        refused = {version: why for models in self._models.values() for version, why in models.refused().items()}
-        try:
-            serving.announce(self.site.state_dir, self._versions(), refused)
-        except OSError as error:
-            log.warning("cannot say what serves: %s", error)
-
     def _shut_down(self) -> bool:
         self._notifier.stopping()
         self.metrics.ready.set(0)
@@ -307,7 +279,6 @@ class Service:
             self._deliver()
         except ServiceUnavailable as error:
             log.warning("left for the next start: %s", error)
-            self._drift.save(self.site.state_dir / drift.STATE)
         finally:
             self._open.close()
         log.info("stopped, %d reviews left unfinished", len(unfinished))
@@ -360,12 +331,12 @@ class Service:
             path=claim.path,
             sha256=claim.sha256,
             recipe=recipe,
-            models=self._models[recipe.pins],
+            models=self._models.of(recipe),
             reviewed_utc=utc_now(),
             max_pixels=int(limits.max_image_mpx * 1_000_000),
             max_pages=limits.max_pages,
         )
-        named = self._codes_of_head(review.model_versions.get("head"))
+        named = self._models.codes_of_head(review.model_versions.get("head"))
         paths = results.write(review, results_dir=self.site.results_dir, **codes(recipe, named))
         items = [OutboxItem(*message) for message in records.messages(review)] if self._publisher else []
         self.ledger.finish(claim, outbox=items, audit=audit_entry(review, paths.json), now_utc=review.reviewed_utc)
@@ -385,15 +356,6 @@ class Service:
             self.metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
             log.warning("drift: %s", alarm.sentence)
             drift.want_retrain(self.site.learning_dir, alarm, utc_now())
-
-    def _codes_of_head(self, version: int | None) -> Mapping[str, int]:
-        """Fab codes of the classes that people named, as the head that answered knows them."""
-        if version is None:
-            return {}
-        if version not in self._head_codes:
-            meta = model_repository.read_meta(self.site.models.repository, "head", version)
-            self._head_codes[version] = meta.codes
-        return self._head_codes[version]
 
     def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
         now_utc = utc_now()
@@ -441,71 +403,6 @@ class Service:
         # A table is written anew from all results of its lot: at most one twentieth of the time goes there.
         end = time.monotonic()
         self._next_lots = end + max(LOT_INTERVAL_S, 20 * (end - start))
-
-    def _versions(self) -> dict[str, int]:
-        """Versions in service; of a model that some recipes pin and others do not, the one without a pin."""
-        versions: dict[str, int] = {}
-        for _, models in sorted(self._models.items(), key=lambda item: item[0].head is None):
-            versions |= models.versions()
-        return versions
-
-
-class _Backoff:
-    """How long to leave a service alone: 0.5, 1, 2 ... 30 s after failures in a row."""
-
-    def __init__(self) -> None:
-        self._n_failures, self._until = 0, 0.0
-
-    def failed(self) -> bool:
-        """Note a failure; True for the first in a row."""
-        self._n_failures += 1
-        self._until = time.monotonic() + min(MAX_BACKOFF_S, 0.25 * 2**self._n_failures)
-        return self._n_failures == 1
-
-    def worked(self) -> None:
-        self._n_failures, self._until = 0, 0.0
-
-    def is_waiting(self) -> bool:
-        return time.monotonic() < self._until
-
-
-def load_models(repository: Path, recipes: Iterable[Recipe], *, threads: int | None) -> dict[Pins, Embedded]:
-    """One set of networks per distinct pins: recipes that pin nothing share one."""
-    distinct = dict.fromkeys(recipe.pins for recipe in recipes)
-    return {pins: Embedded(repository, pins=pins.model_dump(), threads=threads) for pins in distinct}
-
-
-def connect_publisher(site: Site) -> Publisher | None:
-    """The producer's end of the streams; None where the site has no Redis."""
-    redis = site.redis
-    if redis is None:
-        return None
-    client = unknowns.connect(
-        redis.url,
-        username=redis.username,
-        password_file=redis.password_file,
-        ca_file=redis.ca_file,
-        timeout_s=redis.timeout_s,
-    )
-    return Publisher(client, prefix=redis.prefix)
-
-
-def publish_outbox(ledger: Ledger, publisher: Publisher) -> None:
-    """Publish what the outbox holds, a batch at a time, and mark it published.
-
-    Raises:
-        ServiceUnavailable: Redis is away; nothing is lost, nothing is published twice under one id.
-    """
-    while batch := ledger.unpublished(DELIVERY_BATCH):
-        publisher.publish([(item.stream, item.id, item.payload) for _, item in batch])
-        ledger.mark_published([seq for seq, _ in batch])
-
-
-def deliver_audit(ledger: Ledger, audit: AuditLog) -> None:
-    """Append the ledger's audit lines to the audit log; a line is there exactly once, whatever crashed between."""
-    while lines := ledger.audit_after(audit.last_seq, DELIVERY_BATCH):
-        audit.append([(seq, json.loads(text)) for seq, text in lines])
-        ledger.forget_audit(audit.last_seq)
 
 
 def audit_entry(review: Review, result: Path) -> dict[str, object]:

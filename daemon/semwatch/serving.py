@@ -13,9 +13,10 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from semwatch import model_repository
@@ -97,10 +98,12 @@ def withdraw(repository: Path, model: str, version: int, reason: str) -> None:
         ModelMismatch: there is no such version.
         PublishError: it is pinned, is the last one that may serve, or the disk refused.
     """
-    model_repository.read_meta(repository, model, version)
+    found = model_repository.versions(repository, model)
+    if version not in found:  # one whose meta.json is damaged can be withdrawn too
+        raise ModelMismatch(f"{model} version {version} is not in the model repository {repository}")
     if pin_of(repository, model) == version:
         raise PublishError(f"{model} {version} is pinned; release the pin first")
-    others = [v for v in model_repository.versions(repository, model) if v != version]
+    others = [v for v in found if v != version]
     if all(why_withdrawn(repository, model, other) is not None for other in others):
         raise PublishError(f"{model} {version} is the last version that may serve; publish another first")
     try:
@@ -109,27 +112,44 @@ def withdraw(repository: Path, model: str, version: int, reason: str) -> None:
         raise PublishError(f"cannot withdraw {model} {version}: {error}") from error
 
 
-def roll_back(repository: Path, model: str, reason: str) -> tuple[int, int]:
-    """Withdraw the version that serves; return it and the one that serves now.
+def way_back(repository: Path, model: str, *, refused: Collection[int] = ()) -> tuple[int, int]:
+    """The version that serves, and the one that a rollback would let serve: the newest before it that can.
 
-    A pin is moved instead: to the newest version before it that may serve.
+    Raises:
+        ModelMismatch: nothing serves.
+        PublishError: there is no earlier version.
+    """
+    leaving = choice(repository, model)
+    earlier = _before(repository, model, leaving, refused)
+    if earlier is None:
+        raise PublishError(f"{model} {leaving} is the earliest version that may serve: there is nothing to go back to")
+    return leaving, earlier
+
+
+def roll_back(
+    repository: Path, model: str, reason: str, *, refused: Mapping[int, str] = MappingProxyType({})
+) -> tuple[int, int]:
+    """Withdraw the version that serves; return it and the one that serves now. A pin is moved instead.
+
+    Args:
+        repository: model repository.
+        model: which of its models.
+        reason: why, for people.
+        refused: versions that a daemon could not use, and why; those that lie between are withdrawn too.
 
     Raises:
         ModelMismatch: nothing serves.
         PublishError: there is no earlier version, or the disk refused.
     """
-    leaving = choice(repository, model)
-    earlier = [
-        v
-        for v in model_repository.versions(repository, model)
-        if v < leaving and why_withdrawn(repository, model, v) is None
-    ]
-    if not earlier:
-        raise PublishError(f"{model} {leaving} is the earliest version that may serve: there is nothing to go back to")
+    leaving, earlier = way_back(repository, model, refused=refused)
     if pin_of(repository, model) is not None:
-        pin(repository, model, earlier[-1])
-    else:
-        withdraw(repository, model, leaving, reason)
+        pin(repository, model, earlier)
+        return leaving, earlier
+    between = [v for v in model_repository.versions(repository, model) if earlier < v < leaving]
+    for version in between:
+        if why_withdrawn(repository, model, version) is None:
+            withdraw(repository, model, version, refused[version])
+    withdraw(repository, model, leaving, reason)  # last, so that none of them is ever chosen
     return leaving, choice(repository, model)
 
 
@@ -141,8 +161,8 @@ def prune(repository: Path, model: str, *, keep: int) -> list[int]:
     """
     found = model_repository.versions(repository, model)
     serving = choice(repository, model)
-    before = [v for v in found if v < serving and why_withdrawn(repository, model, v) is None][-1:]
-    gone = [v for v in found[: -keep or None] if v != serving and v not in before]
+    needed = {serving, _before(repository, model, serving)}
+    gone = [v for v in found[: -keep or None] if v not in needed]
     for version in gone:
         folder = repository / model / str(version)
         doomed = folder.with_name(f".gone-{version}")
@@ -153,6 +173,12 @@ def prune(repository: Path, model: str, *, keep: int) -> list[int]:
         except OSError as error:
             raise PublishError(f"cannot delete {folder}: {error}") from error
     return gone
+
+
+def _before(repository: Path, model: str, version: int, refused: Collection[int] = ()) -> int | None:
+    """The newest version before this one that may serve and was not refused."""
+    earlier = (v for v in reversed(model_repository.versions(repository, model)) if v < version and v not in refused)
+    return next((v for v in earlier if why_withdrawn(repository, model, v) is None), None)
 
 
 # --- what the daemon serves ------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from rich.table import Table
 from semwatch import detection, micrograph, pipeline, results
 from semwatch.audit import AuditLog
 from semwatch.config import Recipe
+from semwatch.delivery import deliver_audit
 from semwatch.inference import Embedded
 from semwatch.ledger import Ledger, OutboxItem
 from semwatch.model_repository import Arrays
 from semwatch.records import messages
-from semwatch.service import audit_entry, deliver_audit, utc_now
+from semwatch.service import audit_entry, utc_now
 from semwatch_training.synthetic import lot_images
 
 N = 24

@@ -7,7 +7,7 @@ import typer
 
 from semwatch import micrograph
 from semwatch.errors import SemwatchError
-from semwatch_training import build_repository
+from semwatch_training import build_repository, engine_commands
 from semwatch_training import ship as whole_run
 from semwatch_training.data import datasets
 from semwatch_training.detection import detector_run, fit_memory, memory_detector
@@ -37,6 +37,7 @@ app = typer.Typer(
 
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(experiment_app, name="experiment")
+app.command("export")(engine_commands.export)
 app.command("retrain")(learning_commands.retrain)
 app.command("refit")(learning_commands.refit)
 

@@ -1,16 +1,19 @@
 """`semwatch models`: which versions there are, which one serves, and how to change that."""
 
 import json
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from semwatch import model_repository, serving
+from semwatch.commands.clusters import login_name
 from semwatch.commands.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.config import Site, load_site
-from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.ledger import Ledger
-from semwatch.service import LEDGER
+from semwatch.service import LEDGER, utc_now
 
 app = typer.Typer(no_args_is_help=True, help="Versions of detector, encoder and head: which serve, and which shall.")
 
@@ -20,7 +23,7 @@ ROLLBACK_TIMEOUT_S = 10.0
 
 @app.command("list", epilog=EPILOG)
 def list_versions(site: SiteOption, as_json: JsonOption = False) -> None:
-    """List every version, which one serves, and why others may not."""
+    """List every version: which the daemon serves, which is chosen for its next chance, and why others are not."""
     settings = load_site(site)
     rows = [row for model in model_repository.MODELS for row in _rows(settings, model)]
     if as_json:
@@ -28,11 +31,14 @@ def list_versions(site: SiteOption, as_json: JsonOption = False) -> None:
         return
     shown = table("model", "version", "state", "made", "classes")
     for row in rows:
-        state = str(row["state"])
-        style = "green" if state.startswith("serves") else "red" if state.startswith("withdrawn") else ""
-        cells = (str(row[key]) for key in ("version", "state", "created_utc", "n_classes"))
-        shown.add_row(str(row["model"]), *(printable(cell, style) for cell in cells))
+        style = "green" if row["serves"] else "red" if row["withdrawn"] or row["refused"] else ""
+        cells = (row["version"], row["state"], row["created_utc"], len(row["labels"]) or "")
+        shown.add_row(row["model"], *(printable(str(cell), style) for cell in cells))
     out.print(shown)
+    for row in rows:
+        for what in ("withdrawn", "refused"):
+            if row[what] is not None:
+                say(f": {row['model']} {row['version']}: {row[what]}", (what, "red"))
 
 
 @app.command(epilog=EPILOG)
@@ -49,7 +55,7 @@ def pin(
     settings = load_site(site)
     if version is not None:
         model_repository.read_meta(settings.models.repository, model, version)
-    _note(settings, {"event": "model pinned" if version else "model released", "model": model, "version": version})
+    _note(settings, "model released" if release else "model pinned", {"model": model, "version": version})
     serving.pin(settings.models.repository, model, version)
     _say_outcome(settings, model)
 
@@ -60,12 +66,22 @@ def rollback(
     model: Annotated[str, typer.Argument(help="head, encoder or detector.")] = "head",
     reason: Annotated[str, typer.Option(help="Why; stands in the audit log and beside the version.")] = "rolled back",
 ) -> None:
-    """Withdraw the version that serves; the one before it serves at once, and the next publication by itself."""
+    """Withdraw the version that serves; the one before it serves at once, and the next publication by itself.
+
+    Where a version is pinned, the pin is moved to the one before it, and nothing is withdrawn.
+    """
     _check_model(model)
     settings = load_site(site)
-    _note(settings, {"event": "model rolled back", "model": model, "reason": reason})
-    left, _ = serving.roll_back(settings.models.repository, model, reason)
-    say(f": {model} {left}: {reason}", ("withdrawn", "yellow"))
+    repository = settings.models.repository
+    refused = serving.announced(settings.state_dir)[1] if model == "head" else {}
+    leaving, to = serving.way_back(repository, model, refused=refused)
+    is_pinned = serving.pin_of(repository, model) is not None
+    _note(settings, "model rolled back", {"model": model, "from": leaving, "to": to, "reason": reason})
+    serving.roll_back(repository, model, reason, refused=refused)
+    if is_pinned:
+        say(f": to {model} {to}; {leaving} is not withdrawn", ("pin moved", "yellow"))
+    else:
+        say(f": {model} {leaving}: {reason}", ("withdrawn", "yellow"))
     _say_outcome(settings, model)
 
 
@@ -92,34 +108,47 @@ def diff(site: SiteOption, model: ModelArgument, old: int, new: int, as_json: Js
         say("the two read features of different encoders")
 
 
-def _rows(settings: Site, model: str) -> list[dict[str, object]]:
-    repository = settings.models.repository
-    found = model_repository.versions(repository, model)
-    if not found:
-        return []
-    chosen, pinned = serving.choice(repository, model), serving.pin_of(repository, model)
+def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
+    repository, runs = settings.models.repository, serving.daemon_runs(settings.state_dir)
     announced, refused = serving.announced(settings.state_dir)
-    rows: list[dict[str, object]] = []
+    found = model_repository.versions(repository, model)
+    chosen, pinned = (serving.choice(repository, model), serving.pin_of(repository, model)) if found else (0, None)
+    rows = []
     for version in found:
-        meta = model_repository.read_meta(repository, model, version)
-        why = serving.why_withdrawn(repository, model, version)
-        state = "" if why is None else f"withdrawn: {why}"
-        if version == chosen:
-            state = "serves" + (" (pinned)" if pinned == version else "")
-            if serving.daemon_runs(settings.state_dir) and announced.get(model) != version:
-                at_start = "refused: " + refused[version] if version in refused else "comes at the daemon's next start"
-                state = f"chosen, not yet in service: {at_start}"
-        rows.append(
-            {
-                "model": model,
-                "version": version,
-                "state": state,
-                "created_utc": meta.created_utc,
-                "n_classes": len(meta.labels) or "",
-                "labels": list(meta.labels),
-            }
-        )
+        row = {
+            "model": model,
+            "version": version,
+            "serves": runs and announced.get(model) == version,
+            "chosen": version == chosen,
+            "pinned": version == pinned,
+            "withdrawn": serving.why_withdrawn(repository, model, version),
+            "refused": refused.get(version) if model == "head" else None,
+            **_made(repository, model, version),
+        }
+        rows.append({**row, "state": _state(row, runs)})
     return rows
+
+
+def _made(repository: Path, model: str, version: int) -> dict[str, Any]:
+    """When a version was made, and its classes; blank where its description is damaged."""
+    try:
+        meta = model_repository.read_meta(repository, model, version)
+    except ModelMismatch:
+        return {"created_utc": "", "labels": []}
+    return {"created_utc": meta.created_utc, "labels": list(meta.labels)}
+
+
+def _state(row: Mapping[str, Any], runs: bool) -> str:
+    comes = "not in service yet" if row["model"] == "head" else "comes at the daemon's next start"
+    said = {
+        "serves": row["serves"],
+        "chosen": row["chosen"] and not row["serves"],
+        comes: runs and row["chosen"] and not row["serves"] and not row["refused"],
+        "pinned": row["pinned"],
+        "withdrawn": row["withdrawn"] is not None,
+        "refused": row["refused"] is not None,
+    }
+    return ", ".join(words for words, holds in said.items() if holds)
 
 
 def _check_model(model: str) -> None:
@@ -127,11 +156,11 @@ def _check_model(model: str) -> None:
         raise ConfigError(f"there is no model {model!r}; choose one of {', '.join(model_repository.MODELS)}")
 
 
-def _note(settings: Site, audit: dict[str, object]) -> None:
+def _note(settings: Site, event: str, about: Mapping[str, object]) -> None:
     """Write the audit line before the change: there may be a line without a change, never the reverse."""
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     with Ledger(settings.state_dir / LEDGER, exclusive=False) as ledger:
-        ledger.note(audit=audit)
+        ledger.note(audit={"event": event, "utc": utc_now(), "by": login_name(), **about})
 
 
 def _say_outcome(settings: Site, model: str) -> None:

@@ -51,4 +51,6 @@ def in_words(value: object) -> str:
         return ", ".join(f"{key} {in_words(item)}" for key, item in value.items()) or "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "-" if value is None or value == [] else str(value)
+    if isinstance(value, list | tuple):
+        return "; ".join(map(in_words, value)) or "-"
+    return "-" if value is None else str(value)
