@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 REPO   := model_repository
+ENGINE ?= embedded
 STAMP  := .venv/.installed
 
-.PHONY: help install models demo demo-learn test check bench clean
+.PHONY: help install models demo demo-learn triton test check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -20,11 +21,14 @@ install: $(STAMP)  ## a local virtual environment with everything
 models: $(STAMP)  ## fetch and check the backbone, build the model repository (skips what is there)
 	$(BIN)/semwatch-train build --repository $(REPO)
 
-demo: models  ## a synthetic lot through the whole line, results on screen
-	$(BIN)/semwatch demo
+demo: models  ## a synthetic lot through the whole line, results on screen; ENGINE=triton runs it on a local Triton
+	$(BIN)/semwatch demo --engine $(ENGINE)
 
 demo-learn: models  ## two unseen defect types become classes: a lot, a cycle, names, the next lot
 	$(BIN)/semwatch demo --learn
+
+triton: models  ## a local Triton server, set up and running in the background; semwatch triton down ends it
+	$(BIN)/semwatch triton setup && $(BIN)/semwatch triton up
 
 test: models  ## all tests
 	$(BIN)/python -m pytest tests

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from semwatch import model_repository, serving
-from semwatch.config import Pins, Recipe
+from semwatch.config import Models, Pins, Recipe
 from semwatch.errors import ModelMismatch
 from semwatch.metrics import Metrics
 from semwatch.models_in_service import ModelsInService
@@ -24,7 +24,8 @@ def publish(repository: Path, **changes: object) -> int:
 
 
 def hold(repository: Path, *recipes: Recipe, state_dir: Path, metrics: Metrics | None = None) -> ModelsInService:
-    return ModelsInService(repository, recipes, threads=1, state_dir=state_dir, metrics=metrics or Metrics())
+    settings = Models(repository=repository, threads=1)
+    return ModelsInService(settings, recipes, state_dir=state_dir, metrics=metrics or Metrics())
 
 
 def test_repository_without_models_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.logging import RichHandler
@@ -19,6 +19,7 @@ from semwatch import doctor, incoming, micrograph, pipeline, results
 from semwatch.commands import audit_log, models, quarantine, queue
 from semwatch.commands import clusters as cluster_commands
 from semwatch.commands import recipe as recipe_commands
+from semwatch.commands import triton as triton_commands
 from semwatch.commands.given_files import image_files
 from semwatch.commands.options import (
     EPILOG,
@@ -57,6 +58,7 @@ app.add_typer(quarantine.app, name="quarantine")
 app.add_typer(cluster_commands.app, name="clusters")
 app.add_typer(models.app, name="models")
 app.add_typer(queue.app, name="queue")
+app.add_typer(triton_commands.app, name="triton")
 
 
 @app.command(epilog=EPILOG)
@@ -114,13 +116,15 @@ def demo(
     repository: RepositoryOption = REPOSITORY,
     n: Annotated[int, typer.Option(min=1, help="Images of the synthetic lot.")] = 24,
     seed: int = 7,
+    engine: Annotated[Literal["embedded", "triton"], typer.Option(help="What runs the models.")] = "embedded",
     learn: Annotated[bool, typer.Option(help="Show how two unseen types become classes.")] = False,
 ) -> None:
     """Run the whole line on embedded defaults: own Redis, own daemon, a lot dropped image by image."""
     if learn:
         run_learning_demo(folder=folder, repository=repository, n=max(n, 90), seed=seed, console=out)
         return
-    run_demo(lot=lot, folder=folder, repository=repository, n=n, seed=seed, console=out)
+    triton = triton_commands.FOLDER if engine == "triton" else None
+    run_demo(lot=lot, folder=folder, repository=repository, n=n, seed=seed, console=out, triton=triton)
 
 
 @app.command(epilog=EPILOG)

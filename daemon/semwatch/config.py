@@ -191,8 +191,6 @@ class Triton(_Settings):
     """Seconds that one answer may take."""
     attempts: Annotated[int, Field(ge=1, le=10)] = 3
     """Tries of one request while the server is away, each later than the one before."""
-    shared_memory: bool = False
-    """Hand images over in memory that the server shares; it must run on this machine and allow it."""
 
 
 class Models(_Settings):

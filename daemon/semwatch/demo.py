@@ -23,6 +23,8 @@ from semwatch.embedded_redis import EmbeddedRedis
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.incoming import IMAGE_SUFFIXES
 from semwatch.review_record import ReviewRecord, VerdictRecord
+from semwatch.triton import setup
+from semwatch.triton.server import LocalTriton
 
 MARKER = ".semwatch-demo"
 READY_TIMEOUT_S = 60.0
@@ -60,7 +62,9 @@ class Layout:
         return self.folder / "site.yaml"
 
 
-def run_demo(*, lot: Path | None, folder: Path, repository: Path, n: int, seed: int, console: Console) -> None:
+def run_demo(
+    *, lot: Path | None, folder: Path, repository: Path, n: int, seed: int, console: Console, triton: Path | None = None
+) -> None:
     """Run the demonstration from an empty folder to the table of verdicts.
 
     Args:
@@ -70,6 +74,7 @@ def run_demo(*, lot: Path | None, folder: Path, repository: Path, n: int, seed: 
         n: images of the synthetic lot.
         seed: of the synthetic lot.
         console: where progress and tables go.
+        triton: folder of a local Triton server, set up there if it is not; None for the embedded runtime.
 
     Raises:
         ConfigError: the folder holds something else, the lot is empty, or the learning side is not installed.
@@ -81,8 +86,8 @@ def run_demo(*, lot: Path | None, folder: Path, repository: Path, n: int, seed: 
         generate(layout.lot, n=n, seed=seed)
         lot = layout.lot
     images = images_of(lot)
-    with EmbeddedRedis(layout.folder / "redis") as redis:
-        write_settings(layout, redis.url, repository.absolute())
+    with EmbeddedRedis(layout.folder / "redis") as redis, _engine(triton, repository, console) as server:
+        write_settings(layout, redis.url, repository.absolute(), triton_url=server.url if server else None)
         with running_daemon(layout, console) as daemon:
             reviews = drop_one_by_one(images, layout, daemon, console)
         publisher = unknowns.Publisher(unknowns.connect(redis.url))
@@ -140,7 +145,20 @@ def images_of(lot: Path) -> list[Path]:
     return found
 
 
-def write_settings(layout: Layout, redis_url: str, repository: Path) -> None:
+@contextmanager
+def _engine(folder: Path | None, repository: Path, console: Console) -> Iterator[LocalTriton | None]:
+    """The Triton server that a demo runs on; None for the embedded runtime."""
+    if folder is None:
+        yield None
+        return
+    start = time.monotonic()
+    setup.set_up(folder)
+    with LocalTriton(folder, repository) as server:
+        console.print(f"Triton ready after {time.monotonic() - start:.1f} s, log {server.log}", highlight=False)
+        yield server
+
+
+def write_settings(layout: Layout, redis_url: str, repository: Path, *, triton_url: str | None = None) -> None:
     """Write site and recipe of the demo."""
     (layout.folder / "recipe.yaml").write_text(RECIPE)
     folder = {"path": "drop", "source": SOURCE, "recipe": "recipe.yaml", "completeness": "rename"}
@@ -148,10 +166,14 @@ def write_settings(layout: Layout, redis_url: str, repository: Path) -> None:
         "folders": [folder],
         "results_dir": "results",
         "state_dir": "state",
-        "models": {"repository": str(repository)},
+        "models": {"repository": str(repository), **_runtime(triton_url)},
         "redis": {"url": redis_url},
     }
     layout.site.write_text(yaml.safe_dump(site, sort_keys=False))
+
+
+def _runtime(triton_url: str | None) -> dict[str, object]:
+    return {} if triton_url is None else {"runtime": "triton", "triton": {"url": triton_url}}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from semwatch.archive import ARCHIVE, Archive
 from semwatch.config import Folder, Recipe, Site, load_recipe
 from semwatch.delivery import connect_publisher
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
-from semwatch.inference import Embedded
+from semwatch.inference import Models
 from semwatch.ledger import Ledger
 from semwatch.model_repository import MODELS
 from semwatch.models_in_service import load_models, versions_of
@@ -196,7 +196,7 @@ def _model_checks(site: Site) -> Iterator[Check]:
         except ConfigError as error:
             yield Check(f"recipe of {folder.source}", False, "cannot be used", str(error))
     try:
-        models = load_models(site.models.repository, recipes.values() or [Recipe()], threads=site.models.threads)
+        models = load_models(site.models, recipes.values() or [Recipe()])
     except SemwatchError as error:
         yield Check("models", False, "cannot be used", str(error))
         return
@@ -270,7 +270,7 @@ def _archived(folder: Path) -> dict[str, int] | None:
         return {str(state): n for state, n in archive.counts().items()}
 
 
-def _gate(recipe: Recipe, models: Embedded) -> str:
+def _gate(recipe: Recipe, models: Models) -> str:
     return f"opens above {pipeline.gate_threshold(recipe, models):.4g}"
 
 

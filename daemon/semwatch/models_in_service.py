@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from semwatch import model_repository, serving
+from semwatch.config import Models as ModelSettings
 from semwatch.config import Pins, Recipe
-from semwatch.inference import Embedded
+from semwatch.errors import ConfigError
+from semwatch.inference import Embedded, Models
 from semwatch.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -20,9 +22,8 @@ class ModelsInService:
     """Every network that a running daemon holds.
 
     Args:
-        repository: model repository.
+        settings: repository and runtime.
         recipes: whose pins are loaded.
-        threads: processor threads of one network; None for all the machine has.
         state_dir: takes ``serving.json``.
         metrics: counts refused versions.
 
@@ -30,17 +31,17 @@ class ModelsInService:
     """
 
     def __init__(
-        self, repository: Path, recipes: Iterable[Recipe], *, threads: int | None, state_dir: Path, metrics: Metrics
+        self, settings: ModelSettings, recipes: Iterable[Recipe], *, state_dir: Path, metrics: Metrics
     ) -> None:
-        self._repository, self._state_dir, self._metrics = repository, state_dir, metrics
-        self.by_pins = load_models(repository, recipes, threads=threads)
+        self._repository, self._state_dir, self._metrics = settings.repository, state_dir, metrics
+        self.by_pins = load_models(settings, recipes)
         self._codes: dict[int, Mapping[str, int]] = {}
         self._is_announced = True
         for version, why in self.refused_heads().items():
             self._say_refused("head", version, why)
         self._announce()
 
-    def of(self, recipe: Recipe) -> Embedded:
+    def of(self, recipe: Recipe) -> Models:
         """The networks that answer for a recipe."""
         return self.by_pins[recipe.pins]
 
@@ -54,6 +55,11 @@ class ModelsInService:
                 self._say_refused(swap.model, swap.version, swap.refused)
         if swaps or not self._is_announced:
             self._announce()
+
+    def close(self) -> None:
+        """Let go of networks and connections."""
+        for models in self.by_pins.values():
+            models.close()
 
     def versions(self) -> dict[str, int]:
         """Version in service, by model."""
@@ -86,7 +92,7 @@ class ModelsInService:
             self._is_announced = True
 
 
-def versions_of(by_pins: Mapping[Pins, Embedded]) -> dict[str, int]:
+def versions_of(by_pins: Mapping[Pins, Models]) -> dict[str, int]:
     """Version by model; of a model that some recipes pin and others do not, the one without a pin."""
     versions: dict[str, int] = {}
     for _, models in sorted(by_pins.items(), key=lambda item: item[0].head is None):
@@ -94,7 +100,22 @@ def versions_of(by_pins: Mapping[Pins, Embedded]) -> dict[str, int]:
     return versions
 
 
-def load_models(repository: Path, recipes: Iterable[Recipe], *, threads: int | None) -> dict[Pins, Embedded]:
-    """One set of networks per distinct pins: recipes that pin nothing share one."""
-    distinct = dict.fromkeys(recipe.pins for recipe in recipes)
-    return {pins: Embedded(repository, pins=pins.model_dump(), threads=threads) for pins in distinct}
+def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins, Models]:
+    """One set of networks per distinct pins: recipes that pin nothing share one.
+
+    Raises:
+        ModelMismatch: a model is absent or not what it should be.
+        ServiceUnavailable: the Triton server is away.
+        ConfigError: its client is not installed.
+    """
+    return {pins: _opened(settings, pins) for pins in dict.fromkeys(recipe.pins for recipe in recipes)}
+
+
+def _opened(settings: ModelSettings, pins: Pins) -> Models:
+    if settings.runtime == "embedded":
+        return Embedded(settings.repository, pins=pins.model_dump(), threads=settings.threads)
+    try:
+        from semwatch.triton.client import Triton  # noqa: PLC0415 - an extra that an embedded site does not install
+    except ImportError as error:
+        raise ConfigError("runtime: triton needs its client: pip install 'semwatch[triton]'") from error
+    return Triton(settings.repository, pins=pins.model_dump(), **settings.triton.model_dump())

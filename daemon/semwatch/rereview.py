@@ -29,7 +29,7 @@ from semwatch.archive import Archive
 from semwatch.config import Pins, Recipe
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable
-from semwatch.inference import Embedded
+from semwatch.inference import Models
 from semwatch.ledger import Ledger, OutboxItem
 from semwatch.model_repository import Meta
 from semwatch.records import Record, ResultSummary
@@ -96,7 +96,7 @@ class Rereview:
     def __init__(
         self,
         archive: Path,
-        models: Mapping[Pins, Embedded],
+        models: Mapping[Pins, Models],
         recipes: Mapping[str, Recipe],
         ledger: Ledger,
         *,

@@ -92,12 +92,9 @@ class Service:
         self.metrics = Metrics(self.recipes)
         keep.callback(self.metrics.close)
         self._models = ModelsInService(
-            site.models.repository,
-            self.recipes.values(),
-            threads=site.models.threads,
-            state_dir=site.state_dir,
-            metrics=self.metrics,
+            site.models, self.recipes.values(), state_dir=site.state_dir, metrics=self.metrics
         )
+        keep.callback(self._models.close)
         for recipe in self.recipes.values():
             pipeline.gate_threshold(recipe, self._models.of(recipe))  # refuses now rather than at the first file
         self._publisher = connect_publisher(site)

@@ -1,0 +1,155 @@
+"""Triton's model configuration, from the signatures that the daemon checks: one source for every target.
+
+    onnx-python    python backend that runs ``model.onnx`` with ONNX Runtime on the processor
+    tensorrt-rtx   python backend that runs a TensorRT-for-RTX plan, one for each compute capability
+    tensorrt       Triton's own TensorRT backend, ``platform: "tensorrt_plan"``
+
+Several versions of a model can serve side by side: a client asks for the one it has proven.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from semwatch.model_repository import Meta, Tensor
+
+Target = Literal["onnx-python", "tensorrt-rtx", "tensorrt"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+MAX_BATCH = MappingProxyType({"detector": 16, "encoder": 16, "head": 256})
+"""Largest batch of one request, by model."""
+PROFILE_BATCHES = (1, 4, 16)
+"""Batch sizes that a plan's optimisation profiles are tuned for."""
+QUEUE_DELAY_US = 500
+"""Longest that a request waits for others to share its run; none where images are not put together."""
+QUEUE_TIMEOUT_S = 60
+"""A request that waited longer is refused; clients set their own, shorter one."""
+MAX_QUEUE = 64
+"""A request that finds so many before it is refused at once: the daemon backs off, the drop folder is the buffer."""
+LIVE, BACKLOG = 1, 2
+"""Priorities: new files go before what was judged already and is judged again."""
+
+_TYPES = MappingProxyType({"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"})
+
+
+def config_pbtxt(
+    metas: Mapping[int, Meta],
+    target: Target,
+    *,
+    threads: int | None = None,
+    environment: Path | None = None,
+    plans: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Write the ``config.pbtxt`` of one model.
+
+    Args:
+        metas: of the versions that shall serve, at least one, all of the same model.
+        target: what runs the model.
+        threads: processor threads of one network (``onnx-python``); None for all the machine has.
+        environment: Python environment of the backend (python targets); None: the one on the server's ``PATH``.
+        plans: plan file by compute capability such as "8.9" (TensorRT targets), at least one.
+    """
+    meta = metas[max(metas)]
+    is_plan = target != "onnx-python"
+    parts = [
+        f"name: {_quoted(meta.model)}",
+        'platform: "tensorrt_plan"' if target == "tensorrt" else 'backend: "python"',
+        f"max_batch_size: {MAX_BATCH[meta.model]}",
+        _tensors("input", [m.inputs for m in metas.values()]),
+        _tensors("output", [m.outputs for m in metas.values()]),
+        f"version_policy {{ specific {{ versions: [ {', '.join(map(str, metas))} ] }} }}",
+        _batching(_preferred(meta.model, target)),
+        f"instance_group [ {{ count: 1 kind: {'KIND_GPU' if is_plan else 'KIND_CPU'} }} ]",
+        _warmup(meta.inputs, [n for n in PROFILE_BATCHES if n <= MAX_BATCH[meta.model]] if is_plan else [1]),
+        *_parameters(metas, target, threads, environment, plans),
+    ]
+    if target == "tensorrt":
+        named = ", ".join(f"{{ key: {_quoted(cc)} value: {_quoted(file)} }}" for cc, file in plans.items())
+        parts.append(f"cc_model_filenames [ {named} ]")
+        parts.append("optimization { cuda { graphs: true } }")
+    return "\n".join(parts) + "\n"
+
+
+def sha256_key(version: int) -> str:
+    """Parameter that holds the content hash of a version's weights."""
+    return f"weights_sha256.{version}"
+
+
+def dims(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The dims that fit every version: -1 where versions differ, as the number of classes of heads does.
+
+    Raises:
+        ValueError: the versions differ in the number of axes.
+    """
+    return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+
+
+def _tensors(kind: str, of_versions: Sequence[Mapping[str, Tensor]]) -> str:
+    rows = []
+    for name, tensor in of_versions[-1].items():
+        shape = dims([tensors[name].shape for tensors in of_versions if name in tensors])
+        # Triton has no scalars: one number per item travels as an axis of one.
+        sized = f"dims: [ {', '.join(map(str, shape))} ]" if shape else "dims: [ 1 ] reshape { shape: [ ] }"
+        rows.append(f"  {{ name: {_quoted(name)} data_type: {_TYPES[tensor.dtype]} {sized} }}")
+    return f"{kind} [\n" + ",\n".join(rows) + "\n]"
+
+
+def _preferred(model: str, target: Target) -> Sequence[int]:
+    """Sizes to which requests are put together; none: as many as wait."""
+    if target == "onnx-python":
+        # On a processor four images together take no less than four alone, and each would wait for all of them.
+        return () if model == "head" else (1,)
+    return [size for size in PROFILE_BATCHES if 1 < size <= MAX_BATCH[model]]
+
+
+def _batching(preferred: Sequence[int]) -> str:
+    sizes = f"  preferred_batch_size: [ {', '.join(map(str, preferred))} ]\n" if preferred else ""
+    return (
+        "dynamic_batching {\n"
+        f"{sizes}"
+        # With a delay, Triton would put together what waited longer, whatever the preferred size.
+        f"  max_queue_delay_microseconds: {0 if preferred == (1,) else QUEUE_DELAY_US}\n"
+        f"  priority_levels: {BACKLOG}\n"
+        f"  default_priority_level: {LIVE}\n"
+        "  default_queue_policy {\n"
+        f"    timeout_action: REJECT default_timeout_microseconds: {QUEUE_TIMEOUT_S * 1_000_000}\n"
+        f"    allow_timeout_override: true max_queue_size: {MAX_QUEUE}\n"
+        "  }\n"
+        "}"
+    )
+
+
+def _warmup(inputs: Mapping[str, Tensor], batches: Sequence[int]) -> str:
+    """A version is ready once it has answered these."""
+    tensors = "\n".join(
+        f"    inputs {{ key: {_quoted(name)} value {{ data_type: {_TYPES[tensor.dtype]} "
+        f"dims: [ {', '.join(map(str, tensor.shape or (1,)))} ] random_data: true }} }}"
+        for name, tensor in inputs.items()
+    )
+    rows = [f'  {{\n    name: "batch of {n}" batch_size: {n}\n{tensors}\n  }}' for n in batches]
+    return "model_warmup [\n" + ",\n".join(rows) + "\n]"
+
+
+def _parameters(
+    metas: Mapping[int, Meta],
+    target: Target,
+    threads: int | None,
+    environment: Path | None,
+    plans: Mapping[str, str],
+) -> list[str]:
+    found = {sha256_key(version): meta.weights_sha256 for version, meta in metas.items()}
+    if target == "onnx-python" and threads is not None:
+        found["threads"] = str(threads)
+    if target != "tensorrt" and environment is not None:
+        found["EXECUTION_ENV_PATH"] = str(environment)
+    if target == "tensorrt-rtx":
+        found |= {f"plan.{capability}": file for capability, file in plans.items()}
+    return [
+        f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
+        for key, value in found.items()
+    ]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
