@@ -1,22 +1,32 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from semwatch import head_bank
-from semwatch.config import Promotion
+from semwatch.config import Promotion, Recipe
 from semwatch.errors import ConfigError
 from semwatch.head_bank import Bank
-from semwatch_training.learning.candidates import Candidate
-from semwatch_training.learning.promotion import Answers, ClassChange, Figures, Judgement, cluster_refusals, judge
+from semwatch_training.learning.promotion import (
+    Answers,
+    ClassChange,
+    Figures,
+    Judgement,
+    Mark,
+    best_of,
+    cluster_refusals,
+    judge,
+    provenance_of,
+)
 
-STRICT = Promotion(max_accuracy_loss=0.05, max_purity_loss=0.05, max_unknown_rate=0.2)
+STRICT = Promotion(max_accuracy_loss=0.05, max_purity_loss=0.05, max_unknown_rate=0.2, loss_significance=1)
 UNKNOWN, UNDECIDED = "unknown", "non-decidable"
 
 
 def golden_of(truth: list[str]) -> Bank:
     n = len(truth)
-    return Bank(np.zeros((n, 2), np.float32), tuple(truth), ("",) * n, ("",) * n)
+    return Bank(np.zeros((n, 2), np.float32), tuple(truth), ("",) * n, ("a record",) * n)
 
 
 def answers_of(verdicts: list[str], labels: list[str]) -> Answers:
@@ -99,13 +109,13 @@ def test_loss_that_is_just_allowed_is_no_reason() -> None:
 @pytest.mark.parametrize("instead", [UNKNOWN, UNDECIDED])
 def test_loss_of_a_single_crop_is_never_a_reason(n: int, instead: str) -> None:
     truth = ["bridge"] * n + ["pit"] * 20
-    strictest = Promotion(max_accuracy_loss=0, max_purity_loss=0)
+    strictest = Promotion(max_accuracy_loss=0, max_purity_loss=0, loss_significance=1)
     assert judged(truth, truth, [instead, *truth[1:]], promotion=strictest).promoted
 
 
 def test_single_crop_that_is_called_another_class_is_no_reason_for_either() -> None:
     truth = ["bridge"] * 3 + ["pit"] * 3
-    strictest = Promotion(max_accuracy_loss=0, max_purity_loss=0)
+    strictest = Promotion(max_accuracy_loss=0, max_purity_loss=0, loss_significance=1)
     judgement = judged(truth, truth, ["pit", *truth[1:]], promotion=strictest)
     assert change_of(judgement, "pit").new.purity == 3 / 4
     assert judgement.promoted
@@ -253,29 +263,128 @@ def test_answers_that_cannot_be_are_refused(spoilt, fault: str, whose: str) -> N
         judge(old, new, golden_of(truth), STRICT, significance=0.05, decide_confidence=0.8)
 
 
+# ---- the lineage ----
+
+
+def of_first_head(truth: list[str]) -> Bank:
+    return replace(golden_of(truth), ids=("",) * len(truth))
+
+
+def of_lineage(truth: list[str], old: list[str] | None, new: list[str], best: Mark | None = None) -> Judgement:
+    before = None if old is None else answers_of(old, sorted(set(truth)))
+    lenient = Promotion(max_accuracy_loss=1, max_purity_loss=1, max_unknown_rate=1)
+    rule = {"significance": 0.05, "decide_confidence": 0.8}
+    return judge(before, answers_of(new, sorted(set(truth))), of_first_head(truth), lenient, **rule, best=best)
+
+
+def wrong(n: int, truth: list[str]) -> list[str]:
+    return [UNDECIDED] * n + truth[n:]
+
+
+TRUTH = ["bridge"] * 50 + ["pit"] * 50
+
+
+def test_golden_crops_of_learned_classes_say_nothing_of_a_lineage() -> None:
+    judgement = judged(TRUTH, TRUTH, wrong(2, TRUTH), promotion=Promotion(max_accuracy_loss=1))
+    assert judgement.best is None
+    assert judgement.promoted
+
+
+def test_many_small_losses_are_refused_once_they_make_a_large_one() -> None:
+    best, refused_at = None, 0
+    for n_lost in range(1, 10):
+        judgement = of_lineage(TRUTH, wrong(n_lost - 1, TRUTH), wrong(n_lost, TRUTH), best)
+        if not judgement.promoted:
+            refused_at = n_lost
+            break
+        best = judgement.best
+        assert best == Mark(1.0, 100)
+    assert refused_at == 4
+    assert judgement.reasons == (
+        "of the classes that the first head knew, 96.0 % of the golden crops would be decided right (96 of 100, mean "
+        "over classes), 100.0 % (100) by the best head before it; 2.0 points may be lost over all cycles together",
+    )
+
+
+def test_loss_that_chance_explains_is_no_reason_however_small_the_class() -> None:
+    truth = ["bridge"] * 4 + ["pit"] * 10
+    assert of_lineage(truth, truth, wrong(2, truth)).promoted  # a quarter, as the mean over classes sees it
+    assert not of_lineage(truth, truth, wrong(4, truth)).promoted
+    assert of_lineage(TRUTH, wrong(20, TRUTH), wrong(29, TRUTH)).promoted
+    assert not of_lineage(TRUTH, wrong(20, TRUTH), wrong(33, TRUTH)).promoted
+
+
+def test_every_class_counts_alike_in_a_lineage() -> None:
+    truth = ["bridge"] * 10 + ["pit"] * 490
+    assert not of_lineage(truth, truth, wrong(5, truth)).promoted
+    assert of_lineage(truth, truth, [*truth[:-5], *[UNDECIDED] * 5]).promoted
+
+
+def test_mark_that_cannot_be_is_no_crash() -> None:
+    assert not of_lineage(TRUTH, TRUTH, TRUTH, Mark(1.5, 1000)).promoted
+
+
+def test_first_head_founds_a_lineage_and_a_better_one_raises_it() -> None:
+    first = of_lineage(TRUTH, None, wrong(10, TRUTH))
+    assert first.promoted
+    assert first.best == Mark(0.9, 90)
+    assert of_lineage(TRUTH, wrong(10, TRUTH), wrong(4, TRUTH), first.best).best == Mark(0.96, 96)
+
+
+def test_best_mark_travels_in_the_provenance_of_each_recipe() -> None:
+    one, other = Recipe(), Recipe(version=2)
+    written = provenance_of(Mark(0.975, 97), one)
+    assert best_of(written, one) == Mark(0.975, 97)
+    assert best_of(written, other) is None
+    assert best_of({}, one) is None
+    assert best_of(dict.fromkeys(written, "much"), one) is None
+    assert provenance_of(None, one) == {}
+
+
 # ---- clusters ----
-
-
-def cluster(size: int = 20, cohesion: float = 0.3) -> Candidate:
-    return Candidate(np.arange(size), cohesion, "bridge", 0.8)
 
 
 def test_cluster_that_has_what_the_recipe_asks_for_is_not_refused() -> None:
     promotion = Promotion(min_cluster_size=12, min_cohesion=0.1, min_cycles=2)
-    assert cluster_refusals(cluster(12, 0.1), 2, promotion) == []
+    assert cluster_refusals(12, 0.1, 2, promotion) == []
 
 
 def test_each_shortcoming_of_a_cluster_is_named_with_its_numbers() -> None:
     promotion = Promotion(min_cluster_size=12, min_cohesion=0.1, min_cycles=3)
-    assert cluster_refusals(cluster(11, 0.0994), 1, promotion) == [
+    assert cluster_refusals(11, 0.0994, 1, promotion) == [
         "has 11 crops; the recipe asks for 12",
         "has a cohesion of 0.099; the recipe asks for 0.1",
         "was seen in 1 cycle; the recipe asks for 3",
     ]
-    assert cluster_refusals(cluster(), 2, promotion) == ["was seen in 2 cycles; the recipe asks for 3"]
+    assert cluster_refusals(20, 0.3, 2, promotion) == ["was seen in 2 cycles; the recipe asks for 3"]
 
 
 def test_cohesion_that_is_no_number_is_refused() -> None:
-    assert cluster_refusals(cluster(cohesion=float("nan")), 1, Promotion()) == [
-        "has a cohesion of nan; the recipe asks for 0.05"
-    ]
+    assert cluster_refusals(20, float("nan"), 1, Promotion()) == ["has a cohesion of nan; the recipe asks for 0.05"]
+
+
+# --- chance ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_lost", "n_gained", "promoted"),
+    [(4, 0, True), (5, 0, False), (6, 1, True), (7, 1, False), (8, 3, True)],
+)
+def test_loss_counts_only_where_chance_seldom_makes_one_like_it(n_lost: int, n_gained: int, promoted: bool) -> None:
+    """Sign test, one-sided, by hand: 4 of 4 is 1/16, 5 of 5 1/32, 6 of 7 8/128, 7 of 8 9/256, 8 of 11 0.11."""
+    truth = ["bridge"] * 30 + ["pit"] * 30
+    right = 30 - n_gained
+    old = ["bridge"] * right + [UNDECIDED] * n_gained + ["pit"] * 30
+    new = [UNDECIDED] * n_lost + ["bridge"] * (30 - n_lost) + ["pit"] * 30
+    judgement = judged(truth, old, new, promotion=Promotion(max_accuracy_loss=0.05))
+    assert judgement.promoted is promoted
+    to_the_letter = Promotion(max_accuracy_loss=0.05, loss_significance=1)
+    assert not judged(truth, old, new, promotion=to_the_letter).promoted
+
+
+def test_strangers_count_only_where_chance_seldom_makes_as_many() -> None:
+    truth = ["bridge"] * 20 + ["pit"] * 20
+    for n_strangers, promoted in ((4, True), (5, False)):
+        new = ["bridge"] * 20 + ["bridge"] * n_strangers + ["pit"] * (20 - n_strangers)
+        promotion = Promotion(max_purity_loss=0.05, max_accuracy_loss=1)
+        assert judged(truth, truth, new, promotion=promotion).promoted is promoted

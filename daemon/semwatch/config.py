@@ -424,6 +424,8 @@ class Promotion(_Settings):
     """Most accuracy that any known class may lose on the golden set."""
     max_purity_loss: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Most purity that any known class may lose on the golden set."""
+    loss_significance: Share = 0.05
+    """A loss counts where chance makes one like it at most this often (paired sign test); 1: every loss counts."""
     max_unknown_rate: Share = 0.2
     """Largest share of the golden set that may be called unknown."""
     min_cluster_size: Annotated[int, Field(ge=5)] = 12

@@ -13,6 +13,7 @@ from semwatch_training.evaluation.plots import COLOURS, MARKERS, one_axes, style
 MAX_POINTS = 3000
 """t-SNE of more points than this takes minutes and shows a blot; a seeded sample is shown instead."""
 MIN_TSNE = 50
+MAX_LEGEND_ROWS = 20
 
 
 def embed(features: NDArray[np.floating], *, seed: int) -> NDArray[np.float64]:
@@ -73,5 +74,6 @@ def feature_map(
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.margins(0.03)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
+    n_columns = 1 + len(axes.get_legend_handles_labels()[1]) // MAX_LEGEND_ROWS
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2, ncols=n_columns)
     return figure

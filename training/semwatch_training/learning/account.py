@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from semwatch import clusters
 from semwatch.archive import Archive
 from semwatch.clusters import Clusters
+from semwatch.config import Recipe
+from semwatch.errors import ServiceUnavailable
 from semwatch.head_bank import Bank
 from semwatch_training.learning import cycle_report
 from semwatch_training.learning.cycle_report import ClusterRecord, CycleReport, JudgementRecord, KRecord
 from semwatch_training.learning.intake import Sorted
+from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Judgement
-from semwatch_training.learning.standing import Findings, Group, Standing
+from semwatch_training.learning.standing import Group, Standing
 
 
 class Account:
@@ -45,13 +48,13 @@ class Account:
         yield
         self._timings[name] = self._timings.get(name, 0.0) + time.monotonic() - start
 
-    def found(self, base: Standing, n_claimed: int, settled: Sorted, f: Findings, archive: Archive) -> None:
+    def found(self, base: Standing, n_claimed: int, found: Sorted, f: Findings, archive: Archive) -> None:
         """Note what was claimed and found, and what is to be learned."""
         curves = f.clustered.k.curves
         self._told = {
             "old_version": base.version,
             "n_claimed": n_claimed,
-            "n_duplicates": sum(state == "duplicate" for state in settled.settled.values()),
+            "n_duplicates": found.n_duplicates,
             "n_learned": sum(len(f.groups[i].ids) for i in f.accepted),
             "n_bank": len(base.bank),
             "k": KRecord(
@@ -68,9 +71,9 @@ class Account:
             if shown and len({record.crop.shape for record in shown}) == 1:
                 self._crops[id_] = np.stack([record.crop for record in shown])
 
-    def judged(self, judgements: Mapping[str, Judgement], bank: Bank, frozen_width: int) -> None:
+    def judged(self, judgements: Sequence[tuple[Recipe, Judgement]], bank: Bank, frozen_width: int) -> None:
         """Note what the golden set says, and the crops that the head was fitted on: frozen features go on the map."""
-        self._judgements = tuple(cycle_report.judgement_record(name, judged) for name, judged in judgements.items())
+        self._judgements = tuple(cycle_report.judgement_record(recipe.name, judged) for recipe, judged in judgements)
         self._mapped = replace(bank, features=bank.features[:, :frozen_width])
 
     def write(
@@ -80,7 +83,11 @@ class Account:
         *,
         reasons: Sequence[str] = (),
     ) -> Path:
-        """Write the report; returns its folder."""
+        """Write the report; returns its folder.
+
+        Raises:
+            ServiceUnavailable: the disk refused.
+        """
         told = {
             **self._told,
             "started_utc": self.utc,
@@ -91,7 +98,10 @@ class Account:
             "timings_s": self._timings,
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        cycle_report.write(self.folder, CycleReport.model_validate(told), self._crops, mapped=self._mapped)
+        try:
+            cycle_report.write(self.folder, CycleReport.model_validate(told), self._crops, mapped=self._mapped)
+        except OSError as error:
+            raise ServiceUnavailable(f"cannot write {self.folder}: {error.strerror}; free or mend the disk") from error
         return self.folder
 
 

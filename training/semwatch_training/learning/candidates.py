@@ -18,12 +18,14 @@ from semwatch_training.discovery.clustering import UNLABELLED, class_means, plai
 from semwatch_training.discovery.discovery_heads import HeadSettings
 from semwatch_training.discovery.estimate_k import SPAN, KEstimate, estimate, silhouettes, unit_length
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
-from semwatch_training.discovery.novel_classes import discover
+from semwatch_training.discovery.novel_classes import discover, predict
 from semwatch_training.discovery.whitening import principal_components
 from semwatch_training.progress_bars import Progress
 
 COHESIVE = 0.05
 """Mean silhouette from which a class counts as one that stands out; the recipe's own bar comes later."""
+MAX_SOUGHT = 400
+"""Unknowns among which classes are sought at once."""
 MAX_BANK = 2000
 """Labelled crops that take part; of more, the largest classes are thinned: the rest says nothing new of novel ones."""
 
@@ -74,6 +76,9 @@ def find(
     No more classes are looked for than give ``MIN_PER_CLASS`` unknowns to each: fewer unknowns than that make none. Nor
     are more than ``SPAN`` at once: what is left is found in the next cycle.
 
+    Of more than ``MAX_SOUGHT`` unknowns, classes are sought among a chance part, and the others are given to them: with
+    thousands, every look of one class becomes a class of its own.
+
     Args:
         bank: labelled crops; may be empty.
         features: (m, D) of unknowns, the same features as the bank's; m = 0 finds nothing.
@@ -87,35 +92,40 @@ def find(
     """
     _check(bank, features)
     names = sorted(set(bank.labels))
-    n_new = min(SPAN, len(features) // MIN_PER_CLASS)
+    sought = np.sort(np.random.default_rng(seed).permutation(len(features))[:MAX_SOUGHT])
+    n_new = min(SPAN, len(sought) // MIN_PER_CLASS)
     if len(features) == 0 or (not names and n_new == 0):
         return _nothing(len(features), len(names))
     labelled = np.array([names.index(label) for label in bank.labels], np.int64)
     kept = _thinned(labelled, MAX_BANK, seed)
     everything = np.concatenate((bank.features[kept, :frozen_width], features[:, :frozen_width]))
     labels = np.concatenate((labelled[kept], np.full(len(features), UNLABELLED)))
+    shown = np.concatenate((np.arange(len(kept)), len(kept) + sought))
     ks = range(max(1, len(names)), len(names) + n_new + 1)
     progress("number of classes", 0, 1)
-    k = estimate(everything, labels, candidates=ks, seed=seed)
+    k = estimate(everything[shown], labels[shown], candidates=ks, seed=seed)
     progress("number of classes", 1, 1)
     believable = range(k.k, max(k.k, min(k.interval[1], ks[-1])) + 1)
-    tried = [_found(everything, labels, names, k, n, seed, progress) for n in believable]
+    tried = [_found(everything, labels, shown, names, k, n, seed, progress) for n in believable]
     return max(tried, key=_n_cohesive)  # the first of equals: no more classes than there is reason for
 
 
 def _found(
     everything: NDArray[np.float32],
     labels: NDArray[np.int64],
+    shown: NDArray[np.intp],
     names: Sequence[str],
     k: KEstimate,
     n: int,
     seed: int,
     progress: Progress,
 ) -> Candidates:
-    """What discovery finds when it looks for n classes, known ones included."""
-    found = discover(everything, labels, n, HeadSettings(seed=seed), progress=progress)
+    """What discovery finds when it looks for n classes, known ones included, in the rows that it is shown."""
+    found = discover(everything[shown], labels[shown], n, HeadSettings(seed=seed), progress=progress)
+    assignment = np.where(labels < 0, predict(found, everything).argmax(axis=1), labels)
+    assignment[shown] = found.assignment
     space = unit_length(np.asarray((everything - found.heads.mean) @ found.heads.directions, np.float32))
-    return _described(space, found.assignment, labels, names, k, n)
+    return _described(space, assignment, labels, names, k, n)
 
 
 def _n_cohesive(found: Candidates) -> int:

@@ -1,9 +1,12 @@
 """What a cycle learns from: unknowns claimed in Redis, kept in the archive, sorted out, seen by the encoder."""
 
 import hashlib
+import json
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -15,7 +18,7 @@ from semwatch.archive import Archive
 from semwatch.archive import State as Settled
 from semwatch.classification import size_feature
 from semwatch.config import Site
-from semwatch.errors import ConfigError
+from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.inference import Embedded
 from semwatch.model_repository import Arrays
 from semwatch.records import Record
@@ -27,26 +30,81 @@ MAX_DELIVERIES = 25
 """Above, a record is a dead letter: as many cycles died with it in their hands."""
 ABANDONED_S = 3600.0
 """What another learner has held for so long it will not finish."""
+ACK_ATTEMPTS, ACK_PAUSE_S = 5, 1.0
+"""An acknowledgement outlasts a restart of Redis."""
 EMBED_BATCH = 16
+LARGEST = float(np.finfo(np.float16).max)
+"""Of a feature: a bank keeps them in half precision."""
+OUT_OF_BOUNDS = 2**31
+"""No page, place or area of a micrograph is as large."""
 
 Progress = Callable[[str, int, int], None]
-Claims = Sequence[Claimed[Record]]
+Fate = tuple[Settled, str]
+"""What became of a record, and a note on it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sorted:
-    """Claimed records, told apart."""
+# --- records in our hands --------------------------------------------------------------------------------------------
 
-    fresh: tuple[Claimed[Record], ...]
-    """To learn from, oldest first."""
-    settled: Mapping[str, Settled]
-    """By record id: those that need no learning, and why; they are acknowledged once the cycle has come to its end."""
+
+@dataclass(slots=True)
+class Held:
+    """Records in our hands; whatever is not acknowledged goes back."""
+
+    queue: Consumer[Record]
+    claims: dict[str, list[Claimed[Record]]] = field(default_factory=dict)
+    """By record id: one record may stand in two entries, which share its fate."""
+
+    def take(self, n: int, progress: Progress) -> list[Record]:
+        """Claim up to n entries, those of a cycle that died first; return their records, each once.
+
+        Raises:
+            ServiceUnavailable: Redis is away; the next cycle takes them again.
+        """
+        n_held = 0
+        while n_held < n and (batch := self.queue.claim(min(CLAIM, n - n_held), min_idle_s=ABANDONED_S)):
+            for item in batch:
+                self.claims.setdefault(item.record.id, []).append(item)
+            n_held += len(batch)
+            progress("claimed", n_held, n_held)
+        return [items[0].record for items in self.claims.values()]
+
+    def put_aside(self, id_: str, reason: str) -> None:
+        """Make a record a dead letter; where Redis is too full for one, it goes back.
+
+        Raises:
+            ServiceUnavailable: Redis is away.
+        """
+        self.claims[id_] = [item for item in self.claims[id_] if not self.queue.dead_letter(item, reason)]
+
+    def acknowledge(self, ids: Sequence[str]) -> None:
+        """Say that these records are done; of those that we do not hold, nothing.
+
+        Raises:
+            ServiceUnavailable: Redis stayed away; the next cycle acknowledges them and learns nothing twice.
+        """
+        done = [item for id_ in ids for item in self.claims.get(id_, ())]
+        for attempt in range(1, ACK_ATTEMPTS + 1):
+            try:
+                _in_batches(self.queue.ack, done)
+                break
+            except ServiceUnavailable:
+                if attempt == ACK_ATTEMPTS:
+                    raise
+                time.sleep(ACK_PAUSE_S * attempt)
+        for id_ in ids:
+            self.claims.pop(id_, None)
+
+    def give_back(self) -> None:
+        """Return all that was not acknowledged; where Redis is away, it comes free by itself."""
+        with suppress(ServiceUnavailable):
+            _in_batches(self.queue.give_back, [item for items in self.claims.values() for item in items])
+        self.claims = {}
 
 
 def consumer(client: redis.Redis, prefix: str) -> Consumer[Record]:
     """The learner of this machine: under the same name it finds again what a killed cycle held."""
     name = f"retrain-{socket.gethostname()}"
-    return Consumer(client, records.UNKNOWNS, records.decode, name=name, prefix=prefix, max_deliveries=MAX_DELIVERIES)
+    return Consumer(client, records.UNKNOWNS, decoded, name=name, prefix=prefix, max_deliveries=MAX_DELIVERIES)
 
 
 def connect(site: Site) -> tuple[redis.Redis, str]:
@@ -67,76 +125,131 @@ def connect(site: Site) -> tuple[redis.Redis, str]:
     return client, site.redis.prefix
 
 
-def claim_all(queue: Consumer[Record], n: int, progress: Progress) -> list[Claimed[Record]]:
-    """Take up to n records, those of a cycle that died first.
+def decoded(fields: Mapping[bytes, bytes]) -> Record:
+    """Read a record that the archive can keep; one that it cannot would stop every cycle.
 
     Raises:
-        ServiceUnavailable: Redis is away; the next cycle takes them again.
+        ValueError: it is damaged; the message says plainly how.
     """
-    claimed: list[Claimed[Record]] = []
-    seen: set[str] = set()
-    while len(claimed) < n:
-        batch = queue.claim(min(CLAIM, n - len(claimed)), min_idle_s=ABANDONED_S)
-        if not batch:
-            break
-        claimed += [item for item in batch if item.entry_id not in seen]
-        seen |= {item.entry_id for item in batch}
-        progress("claimed", len(claimed), len(claimed))
-    return claimed
+    record = records.decode(fields)
+    numbers = (record.page, record.defect_id, *record.box_xyxy, *record.crop_xyxy)
+    if record.area_px < 0 or max(map(abs, (*numbers, record.area_px))) >= OUT_OF_BOUNDS:
+        raise ValueError(f"page, place or area is out of all bounds: {str((*numbers, record.area_px))[:200]}")
+    try:
+        json.dumps(json.loads(fields[b"meta"]), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("meta holds characters that are not Unicode") from None
+    return record
 
 
-def in_batches(act: Callable[[Claims], int], claims: Claims) -> int:
-    """Acknowledge or give back many records, a batch at a time; return how many were ours."""
-    return sum(act(claims[start : start + CLAIM]) for start in range(0, len(claims), CLAIM))
+def _in_batches(act: Callable[[Sequence[Claimed[Record]]], int], claims: Sequence[Claimed[Record]]) -> None:
+    for start in range(0, len(claims), CLAIM):
+        act(claims[start : start + CLAIM])
 
 
-def sort_out(claims: Claims, archive: Archive, *, learned_ids: set[str], forget_days: float, now_utc: str) -> Sorted:
+# --- what there is to learn from them --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sorted:
+    """Records, told apart."""
+
+    fresh: tuple[Record, ...]
+    """To learn from, oldest first."""
+    done: tuple[str, ...]
+    """Ids of those that need no learning. The archive says why, so they can be acknowledged."""
+    unfit: Mapping[str, str]
+    """Why nothing can be learned from these, by id."""
+    n_duplicates: int
+    """Of ``done``, found now."""
+
+
+def sort_out(
+    found: Sequence[Record],
+    archive: Archive,
+    *,
+    fates: Mapping[str, Fate],
+    fault: Callable[[Record], str | None],
+    forget_days: float,
+    now_utc: str,
+) -> Sorted:
     """Keep every record in the archive, and tell what is fresh from what needs no learning.
 
-    Needs none: what the head in service was fitted on, what an earlier cycle settled, a second record of one crop (the
-    same place of the same file under another recipe, or the same pixels), what has waited too long.
+    Needs none: what an earlier cycle settled, what has its fate, a second record of one defect (the same place of the
+    same file under another recipe, or the same pixels), what has waited too long.
+
+    Args:
+        found: records, each once.
+        archive: keeps them, and what became of them.
+        fates: by id: what the head in service was fitted on, what people rejected.
+        fault: says why nothing can be learned from a record, or None.
+        forget_days: how long a record may wait.
+        now_utc: the time.
     """
-    archive.add([item.record for item in claims], now_utc=now_utc)
-    before = archive.state_of([item.record.id for item in claims])
+    archive.add(found, now_utc=now_utc)
+    states = archive.state_of([record.id for record in found])
     too_old = _utc(_moment(now_utc) - timedelta(days=forget_days))
-    fresh: list[Claimed[Record]] = []
-    settled: dict[str, Settled] = {}
-    places: set[object] = set()
-    pixels: set[bytes] = set()
-    for item in sorted(claims, key=lambda item: (item.record.created_utc, item.record.id)):
-        record = item.record
-        place = (record.source, record.sha256, record.page, record.box_xyxy)
-        picture = hashlib.sha256(record.crop.tobytes() + record.soft_mask.tobytes()).digest()
-        state = before.get(record.id, "waiting")
-        if record.id in settled or any(record.id == other.record.id for other in fresh[-1:]):
-            continue  # the same record in two entries: acknowledged together
-        if record.id in learned_ids:
-            settled[record.id] = "learned"
-        elif state != "waiting":
-            settled[record.id] = state
-        elif place in places or picture in pixels:
-            settled[record.id] = "duplicate"
+    settled: dict[str, Fate] = {}
+    fresh, unfit, seen = [], {}, set[object]()
+    for record in sorted(found, key=lambda record: (record.created_utc, record.id)):
+        looks = {(record.source, record.sha256, record.page, record.box_xyxy), _pixels(record)}
+        if states[record.id] != "waiting":
+            pass  # an earlier cycle was about to acknowledge it
+        elif record.id in fates:
+            settled[record.id] = fates[record.id]
+        elif reason := fault(record):
+            unfit[record.id] = reason
+            continue
+        elif looks & seen:
+            settled[record.id] = "duplicate", "the same place or the same pixels as another record"
         elif record.created_utc < too_old:
-            settled[record.id] = "forgotten"
+            settled[record.id] = "forgotten", f"no class came of it in {forget_days:g} days"
+            continue
         else:
-            fresh.append(item)
-        places.add(place)
-        pixels.add(picture)
-    return Sorted(tuple(fresh), settled)
+            fresh.append(record)
+        seen |= looks
+    settle(archive, settled, now_utc)
+    done = tuple(id_ for id_, state in states.items() if state != "waiting" or id_ in settled)
+    return Sorted(tuple(fresh), done, unfit, sum(state == "duplicate" for state, _ in settled.values()))
+
+
+def settle(archive: Archive, fates: Mapping[str, Fate], now_utc: str) -> None:
+    """Write into the archive what became of records; one transaction for each fate."""
+    for state, note in dict.fromkeys(fates.values()):
+        archive.settle([id_ for id_, fate in fates.items() if fate == (state, note)], state, note, now_utc=now_utc)
+
+
+def fault_of(record: Record, models: Embedded) -> str | None:
+    """Why nothing can be learned from a record: it has no features of this encoder, and gets none from its crop."""
+    encoder, version = models.meta("encoder"), models.versions()["encoder"]
+    given = (record.crop.shape, record.soft_mask.shape)
+    wanted = (encoder.inputs["crop"].shape, encoder.inputs["soft_mask"].shape)
+    if _has_features(record, models):
+        return None
+    if given != wanted:
+        why = f"its crop and soft mask are {given[0]} and {given[1]}, not {wanted[0]} and {wanted[1]}"
+    elif record.field_short_px is None:
+        why = "it does not say how large its field was"
+    else:
+        return None
+    return f"it has no features of encoder {version}, and {why}: review its image again"
 
 
 def features_of(found: Sequence[Record], models: Embedded, progress: Progress) -> NDArray[np.float32]:
     """Features (n, D) by the encoder in service; crops that another encoder has seen are embedded again.
 
+    Args:
+        found: records without a fault, see ``fault_of``.
+        models: where the encoder answers.
+        progress: told after every batch.
+
     Raises:
-        ConfigError: a record cannot be embedded again, because it does not say how large its field was.
         ServiceUnavailable: the encoder could not answer now.
     """
-    serving, width = models.versions()["encoder"], models.meta("encoder").outputs["features"].shape[0]
-    features = np.zeros((len(found), width), np.float32)
+    features = np.zeros((len(found), *models.meta("encoder").outputs["features"].shape), np.float32)
     foreign = []
     for row, record in enumerate(found):
-        if record.model_versions.get("encoder") == serving and record.features.shape == (width,):
+        if _has_features(record, models):
             features[row] = record.features
         else:
             foreign.append(row)
@@ -147,30 +260,29 @@ def features_of(found: Sequence[Record], models: Embedded, progress: Progress) -
     return features
 
 
-def can_be_embedded(record: Record, models: Embedded) -> bool:
-    """Whether a record's features can be had: as they are, or by embedding its crop again."""
-    inputs, outputs = models.meta("encoder").inputs, models.meta("encoder").outputs
-    if record.model_versions.get("encoder") == models.versions()["encoder"]:
-        return record.features.shape == outputs["features"].shape
-    fits = record.crop.shape == inputs["crop"].shape and record.soft_mask.shape == inputs["soft_mask"].shape
-    return fits and record.field_short_px is not None
+def _has_features(record: Record, models: Embedded) -> bool:
+    is_own = record.model_versions.get("encoder") == models.versions()["encoder"]
+    fits = record.features.shape == models.meta("encoder").outputs["features"].shape
+    return is_own and fits and float(np.abs(record.features).max()) <= LARGEST
 
 
 def _embedded(found: Sequence[Record], models: Embedded) -> NDArray[np.float32]:
-    sizes = []
-    for record in found:
-        if record.field_short_px is None:
-            raise ConfigError(
-                f"record {record.id} does not say how large its field was; its image must be reviewed again"
-            )
-        x0, _, x1, _ = record.crop_xyxy
-        sizes.append(size_feature(x1 - x0, record.area_px, (record.field_short_px, record.field_short_px)))
     inputs: Arrays = {
         "crop": np.stack([record.crop for record in found]),
         "soft_mask": np.stack([record.soft_mask for record in found]),
-        "size": np.stack(sizes),
+        "size": np.stack([_size(record) for record in found]),
     }
     return np.asarray(models.infer("encoder", inputs).outputs["features"], np.float32)
+
+
+def _size(record: Record) -> NDArray[np.float32]:
+    assert record.field_short_px is not None  # see ``fault_of``
+    x0, _, x1, _ = record.crop_xyxy
+    return size_feature(x1 - x0, record.area_px, (record.field_short_px, record.field_short_px))
+
+
+def _pixels(record: Record) -> bytes:
+    return hashlib.sha256(record.crop.tobytes() + record.soft_mask.tobytes()).digest()
 
 
 def _moment(utc: str) -> datetime:

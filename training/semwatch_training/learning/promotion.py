@@ -7,25 +7,32 @@ an unknown rate outside its band.
 One crop proves nothing: of n golden crops each is worth 1 / n, so that a class of ten loses ten points by one of them.
 A loss is a reason only if it exceeds what the recipe allows *and* stems from two crops or more: of accuracy, two that
 were right before; of purity, two strangers more (fewer right ones are the accuracy's matter). The same holds for the
-unknown rate.
+unknown rate. Nor is a loss a reason that chance makes too: of heads fitted again on nine tenths of the same crops, half
+and more lose 10 points of some class of 20 to 40 golden crops. A paired sign test tells (the recipe's
+``loss_significance``; 1 is the letter: every loss counts). What many small losses add up to, the lineage guards.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.classification import decide
-from semwatch.config import Promotion
+from semwatch.config import Promotion, Recipe
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError
 from semwatch.head_bank import Bank
-from semwatch_training.learning.candidates import Candidate
 from semwatch_training.metrics.adc_metrics import AdcFigures, adc_metrics
 
 PROOF = 2
 """Fewest golden crops that a reason may rest on."""
+LINEAGE_LOSS, STANDARD_ERRORS = 0.02, 2
+"""What a head may lose against the best of its ancestors; a loss within so many standard errors is chance."""
+BEST = "best_golden_"
+"""Begins the provenance keys of ``Mark``."""
 ROUNDING = 1e-9
 """0.92 - 0.87 is a little more than 0.05 in floating point; it is not in a recipe."""
 
@@ -81,6 +88,15 @@ class ClassChange:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """How a head does on the golden crops of its lineage's first head: those that never were records."""
+
+    accuracy: float
+    """Decided right, mean over their classes."""
+    n_right: int
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """What the golden set says of a candidate head, under one recipe."""
 
@@ -93,6 +109,8 @@ class Judgement:
     unknown_rate: float
     reasons: tuple[str, ...]
     """Why the candidate is refused, in plain words; empty where it is promoted."""
+    best: Mark | None = None
+    """The best of the lineage, the candidate included; None where no golden crop is the first head's."""
 
     @property
     def promoted(self) -> bool:
@@ -108,6 +126,7 @@ def judge(
     *,
     significance: float,
     decide_confidence: float,
+    best: Mark | None = None,
 ) -> Judgement:
     """Judge a candidate head against the head in service.
 
@@ -121,6 +140,7 @@ def judge(
         promotion: what the recipe asks for.
         significance: of the recipe's unknown rule, see ``classification.classify``.
         decide_confidence: the same.
+        best: of the ancestors of the head in service.
 
     Raises:
         ConfigError: no golden crop, or answers that do not fit them, hold NaN or hold p-values outside 0 to 1.
@@ -135,8 +155,12 @@ def judge(
     classes = tuple(
         ClassChange(label, earlier[label] if label in known else None, figures[label]) for label in sorted(figures)
     )
-    reasons = [reason for change in classes for reason in _losses(change, promotion)]
+    pairs = _pairs(golden.labels, before or now, now)
+    reasons = [reason for change in classes for reason in _losses(change, pairs[change.label], promotion)]
     reasons += _outside_band(now, before, promotion)
+    mark = _mark(golden, now)
+    ancestors = [m for m in (best, None if before is None else _mark(golden, before)) if m is not None]
+    reasons += _eroded(mark, ancestors, golden.ids.count(""))
     return Judgement(
         classes=classes,
         unproven=tuple(sorted(known - set(golden.labels))),
@@ -144,23 +168,36 @@ def judge(
         old_unknown_rate=None if before is None else _n_unknown(before) / len(golden),
         unknown_rate=_n_unknown(now) / len(golden),
         reasons=tuple(reasons),
+        best=max([mark, *ancestors], key=_accuracy) if mark is not None else None,
     )
 
 
-def cluster_refusals(candidate: Candidate, cycles_seen: int, promotion: Promotion) -> list[str]:
+def best_of(provenance: Mapping[str, str | float | int], recipe: Recipe) -> Mark | None:
+    """The best mark of a lineage under a recipe, from the provenance of its last head; None where it has none."""
+    accuracy, n_right = (provenance.get(key) for key in _keys(recipe))
+    return Mark(float(accuracy), int(n_right)) if _is_number(accuracy) and _is_number(n_right) else None
+
+
+def provenance_of(best: Mark | None, recipe: Recipe) -> dict[str, float | int]:
+    """What ``best_of`` reads."""
+    return {} if best is None else dict(zip(_keys(recipe), (best.accuracy, best.n_right), strict=True))
+
+
+def cluster_refusals(size: int, cohesion: float, cycles_seen: int, promotion: Promotion) -> list[str]:
     """Say why a found class is not learned yet, in plain words; empty where it may be.
 
     Args:
-        candidate: the class.
+        size: crops.
+        cohesion: see ``Candidate``.
         cycles_seen: cycles in which it has been seen, this one included.
         promotion: what the recipe asks for.
     """
     refusals = []
-    if candidate.size < promotion.min_cluster_size:
-        refusals.append(f"has {candidate.size} crops; the recipe asks for {promotion.min_cluster_size}")
+    if size < promotion.min_cluster_size:
+        refusals.append(f"has {size} crops; the recipe asks for {promotion.min_cluster_size}")
     # Written so that a cohesion that is not a number is refused.
-    if not candidate.cohesion >= promotion.min_cohesion:
-        refusals.append(f"has a cohesion of {candidate.cohesion:.3f}; the recipe asks for {promotion.min_cohesion:g}")
+    if not cohesion >= promotion.min_cohesion:
+        refusals.append(f"has a cohesion of {cohesion:.3f}; the recipe asks for {promotion.min_cohesion:g}")
     if cycles_seen < promotion.min_cycles:
         refusals.append(f"was seen in {_counted(cycles_seen, 'cycle')}; the recipe asks for {promotion.min_cycles}")
     return refusals
@@ -190,21 +227,52 @@ def _figures(truth: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, Fig
     return {label: of(label, counts) for label, counts in adc.by_class.items() if counts.n_true}
 
 
-def _losses(change: ClassChange, promotion: Promotion) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Golden crops that the two heads judge differently, as one class has it."""
+
+    lost: int = 0
+    """Of the class: right before, not now."""
+    gained: int = 0
+    strangers: int = 0
+    """Not of the class: called so now, not before."""
+    rid: int = 0
+
+
+def _pairs(truth: Sequence[str], before: Sequence[Verdict], now: Sequence[Verdict]) -> dict[str, _Pairs]:
+    found = {}
+    for label in set(truth):
+        was = np.array([verdict.label == label for verdict in before])
+        is_ = np.array([verdict.label == label for verdict in now])
+        mine = np.array([true == label for true in truth])
+        counts = (mine & was & ~is_, mine & ~was & is_, ~mine & ~was & is_, ~mine & was & ~is_)
+        found[label] = _Pairs(*(int(rows.sum()) for rows in counts))
+    return found
+
+
+def _is_chance(worse: int, better: int, promotion: Promotion) -> bool:
+    """Whether chance alone makes so many worse with more than the recipe's probability: the paired sign test."""
+    n = worse + better
+    probability = sum(math.comb(n, k) for k in range(worse, n + 1)) / float(2**n)
+    return probability > promotion.loss_significance
+
+
+def _losses(change: ClassChange, pairs: _Pairs, promotion: Promotion) -> list[str]:
     """Reasons that one class gives; none where only the new head knows it."""
     old, new, reasons = change.old, change.new, []
     if old is None:
         return []
-    n_lost = max(0, old.n_right - new.n_right)
-    if n_lost >= PROOF and old.accuracy - new.accuracy > promotion.max_accuracy_loss + ROUNDING:
+    is_proven = old.n_right - new.n_right >= PROOF and not _is_chance(pairs.lost, pairs.gained, promotion)
+    if is_proven and old.accuracy - new.accuracy > promotion.max_accuracy_loss + ROUNDING:
         counts = f"{old.n_right} of {old.n} golden crops decided right before, {new.n_right} now"
         reasons.append(
             _reason(change.label, "accuracy", old.accuracy, new.accuracy, promotion.max_accuracy_loss, counts)
         )
     if old.purity is None or new.purity is None:
         return reasons
-    n_strangers = max(0, (new.n_called - new.n_right) - (old.n_called - old.n_right))
-    if n_strangers >= PROOF and old.purity - new.purity > promotion.max_purity_loss + ROUNDING:
+    n_strangers = (new.n_called - new.n_right) - (old.n_called - old.n_right)
+    is_proven = n_strangers >= PROOF and not _is_chance(pairs.strangers, pairs.rid, promotion)
+    if is_proven and old.purity - new.purity > promotion.max_purity_loss + ROUNDING:
         counts = (
             f"{old.n_right} of {old.n_called} crops called so were right before, {new.n_right} of {new.n_called} now"
         )
@@ -228,6 +296,44 @@ def _outside_band(now: Sequence[Verdict], before: Sequence[Verdict] | None, prom
         f"{n_unknown} of {n} golden crops would be called unknown ({100 * n_unknown / n:.1f} %{earlier}); "
         f"the recipe allows {100 * promotion.max_unknown_rate:.1f} %"
     ]
+
+
+def _mark(golden: Bank, verdicts: Sequence[Verdict]) -> Mark | None:
+    """None where every golden crop came with a class that was learned."""
+    rows = [row for row, id_ in enumerate(golden.ids) if not id_]
+    if not rows:
+        return None
+    figures = _figures([golden.labels[row] for row in rows], [verdicts[row] for row in rows])
+    accuracy = sum(of.accuracy for of in figures.values()) / len(figures)
+    return Mark(accuracy, sum(of.n_right for of in figures.values()))
+
+
+def _eroded(mark: Mark | None, ancestors: Sequence[Mark], n: int) -> list[str]:
+    """The reason that n golden crops of the first head give, if they do."""
+    best = max(ancestors, key=_accuracy, default=None)
+    if mark is None or best is None or best.accuracy - mark.accuracy <= LINEAGE_LOSS + ROUNDING:
+        return []
+    variance = sum(m.n_right * (n - m.n_right) / n for m in (mark, best))  # of the number of right ones: binomial
+    if best.n_right - mark.n_right <= STANDARD_ERRORS * math.sqrt(max(0.0, variance)):
+        return []
+    return [
+        f"of the classes that the first head knew, {100 * mark.accuracy:.1f} % of the golden crops would be decided "
+        f"right ({mark.n_right} of {n}, mean over classes), {100 * best.accuracy:.1f} % ({best.n_right}) by the best "
+        f"head before it; {100 * LINEAGE_LOSS:.1f} points may be lost over all cycles together"
+    ]
+
+
+def _accuracy(mark: Mark) -> float:
+    return mark.accuracy
+
+
+def _keys(recipe: Recipe) -> tuple[str, str]:
+    """A recipe of other content has another rule, and marks of its own."""
+    return f"{BEST}accuracy {recipe.id}", f"{BEST}right {recipe.id}"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float)
 
 
 def _n_unknown(verdicts: Sequence[Verdict]) -> int:

@@ -11,7 +11,7 @@ from semwatch.head_bank import Bank
 from semwatch.inference import Embedded
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.export import publish_head
-from semwatch_training.learning import standing
+from semwatch_training.learning import on_record, standing
 
 
 def refit(repository: Path, *, without: Sequence[str], seed: int = 0) -> int:
@@ -30,7 +30,7 @@ def refit(repository: Path, *, without: Sequence[str], seed: int = 0) -> int:
     bank, golden = (_without(crops, without) for crops in (base.bank, base.golden))
     fit = HeadFit(frozen_width=base.frozen_width, seed=seed)
     head = fit_head(bank.features, bank.labels, fit, images=standing.images_as_numbers(bank.images))
-    provenance = {**base.meta.provenance, "parent": base.version, "without": ", ".join(without)}
+    provenance = {**on_record.lineage(base.meta), "parent": base.version, "without": ", ".join(without)}
     return publish_head(
         head,
         repository,
