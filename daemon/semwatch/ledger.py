@@ -28,6 +28,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ _SCHEMA = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {_LAYOUT}",
 )
+LOCK_S = 0.3
 _NOTED = "CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID"
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 _AWAY = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLITE_READONLY")
@@ -439,7 +441,7 @@ def _lock_out_others(path: Path) -> int:
     except OSError as error:
         raise ConfigError(f"ledger {path} cannot be opened ({error}); check the folder and its rights") from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(fd, time.monotonic() + LOCK_S)
     except OSError as error:
         holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
         os.close(fd)
@@ -449,6 +451,18 @@ def _lock_out_others(path: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def _lock(fd: int, deadline: float) -> None:
+    """Lock at once, or shortly after: who only asks whether a daemon runs holds a shared lock for a moment."""
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from rich.table import Table
 import fresh_crops
 from daemon import make_site
 from semwatch import clusters, head_bank
-from semwatch.config import Site, load_site
+from semwatch.config import Learning, Site, load_site
 from semwatch.defects import NOVEL
 from semwatch.embedded_redis import EmbeddedRedis
 from semwatch.head_bank import Bank
@@ -87,7 +87,8 @@ def test_twenty_cycles(repository: Path, tmp_path: Path) -> None:
     table = Table(*COLUMNS, title=f"{N_CYCLES} cycles, {PER_CYCLE} new unknowns each")
     with EmbeddedRedis(tmp_path / "redis") as server:
         file = make_site(tmp_path / "site", models, redis_url=server.url).file
-        site = load_site(file)
+        every_head = Learning(keep_versions=N_CYCLES + 3)  # the first is asked again at the end
+        site = load_site(file).model_copy(update={"learning": every_head})
         for cycle in range(1, N_CYCLES + 1):
             shift = drift * LARGEST_DRIFT * (cycle - 1) / max(1, N_CYCLES - 1)
             n_drawn = queue(server.url, models, parts, cycle, shift, account, rng)
