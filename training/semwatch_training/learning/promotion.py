@@ -14,7 +14,7 @@ and more lose 10 points of some class of 20 to 40 golden crops. A paired sign te
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import numpy as np
@@ -29,8 +29,9 @@ from semwatch_training.metrics.adc_metrics import AdcFigures, adc_metrics
 
 PROOF = 2
 """Fewest golden crops that a reason may rest on."""
-LINEAGE_LOSS, STANDARD_ERRORS = 0.02, 2
-"""What a head may lose against the best of its ancestors; a loss within so many standard errors is chance."""
+LINEAGE_LOSS, STANDARD_ERRORS, CHANCE = 0.01, 2, 0.05
+"""What a head may lose against the best of its ancestors. Whether a loss is chance a paired sign test tells at this
+level, or, where the golden set has changed since, so many standard errors."""
 BEST = "best_golden_"
 """Begins the provenance keys of ``Mark``."""
 ROUNDING = 1e-9
@@ -94,6 +95,8 @@ class Mark:
     accuracy: float
     """Decided right, mean over their classes."""
     n_right: int
+    crops: str = field(default="", compare=False)
+    """Which of them, one bit each, hexadecimal; "" where nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +177,15 @@ def judge(
 
 def best_of(provenance: Mapping[str, str | float | int], recipe: Recipe) -> Mark | None:
     """The best mark of a lineage under a recipe, from the provenance of its last head; None where it has none."""
-    accuracy, n_right = (provenance.get(key) for key in _keys(recipe))
-    return Mark(float(accuracy), int(n_right)) if _is_number(accuracy) and _is_number(n_right) else None
+    accuracy, n_right, crops = (provenance.get(key) for key in _keys(recipe))
+    if not (_is_number(accuracy) and _is_number(n_right)):
+        return None
+    return Mark(float(accuracy), int(n_right), crops if isinstance(crops, str) else "")
 
 
-def provenance_of(best: Mark | None, recipe: Recipe) -> dict[str, float | int]:
+def provenance_of(best: Mark | None, recipe: Recipe) -> dict[str, str | float | int]:
     """What ``best_of`` reads."""
-    return {} if best is None else dict(zip(_keys(recipe), (best.accuracy, best.n_right), strict=True))
+    return {} if best is None else dict(zip(_keys(recipe), (best.accuracy, best.n_right, best.crops), strict=True))
 
 
 def cluster_refusals(size: int, cohesion: float, cycles_seen: int, promotion: Promotion) -> list[str]:
@@ -252,9 +257,13 @@ def _pairs(truth: Sequence[str], before: Sequence[Verdict], now: Sequence[Verdic
 
 def _is_chance(worse: int, better: int, promotion: Promotion) -> bool:
     """Whether chance alone makes so many worse with more than the recipe's probability: the paired sign test."""
+    return _chance_of(worse, better) > promotion.loss_significance
+
+
+def _chance_of(worse: int, better: int) -> float:
+    """Probability that of so many changes at least so many are for the worse, if each were a coin's throw."""
     n = worse + better
-    probability = sum(math.comb(n, k) for k in range(worse, n + 1)) / float(2**n)
-    return probability > promotion.loss_significance
+    return sum(math.comb(n, k) for k in range(worse, n + 1)) / float(2**n)
 
 
 def _losses(change: ClassChange, pairs: _Pairs, promotion: Promotion) -> list[str]:
@@ -305,7 +314,8 @@ def _mark(golden: Bank, verdicts: Sequence[Verdict]) -> Mark | None:
         return None
     figures = _figures([golden.labels[row] for row in rows], [verdicts[row] for row in rows])
     accuracy = sum(of.accuracy for of in figures.values()) / len(figures)
-    return Mark(accuracy, sum(of.n_right for of in figures.values()))
+    right = np.array([verdicts[row].label == golden.labels[row] for row in rows], np.bool_)
+    return Mark(accuracy, int(right.sum()), np.packbits(right).tobytes().hex())
 
 
 def _eroded(mark: Mark | None, ancestors: Sequence[Mark], n: int) -> list[str]:
@@ -313,8 +323,10 @@ def _eroded(mark: Mark | None, ancestors: Sequence[Mark], n: int) -> list[str]:
     best = max(ancestors, key=_accuracy, default=None)
     if mark is None or best is None or best.accuracy - mark.accuracy <= LINEAGE_LOSS + ROUNDING:
         return []
-    variance = sum(m.n_right * (n - m.n_right) / n for m in (mark, best))  # of the number of right ones: binomial
-    if best.n_right - mark.n_right <= STANDARD_ERRORS * math.sqrt(max(0.0, variance)):
+    if (paired := _discordant(best, mark)) is not None:
+        if _chance_of(*paired) > CHANCE:
+            return []
+    elif not _is_beyond_errors(best, mark, n):
         return []
     return [
         f"of the classes that the first head knew, {100 * mark.accuracy:.1f} % of the golden crops would be decided "
@@ -323,13 +335,29 @@ def _eroded(mark: Mark | None, ancestors: Sequence[Mark], n: int) -> list[str]:
     ]
 
 
+def _discordant(best: Mark, mark: Mark) -> tuple[int, int] | None:
+    """Crops that only the best decides right, and only the candidate; None where they were not the same crops."""
+    try:
+        before, now = (np.unpackbits(np.frombuffer(bytes.fromhex(m.crops), np.uint8)) for m in (best, mark))
+    except ValueError:
+        return None
+    if len(before) != len(now) or not len(now):
+        return None
+    return int((before > now).sum()), int((now > before).sum())
+
+
+def _is_beyond_errors(best: Mark, mark: Mark, n: int) -> bool:
+    variance = sum(m.n_right * (n - m.n_right) / n for m in (mark, best))  # of the number of right ones: binomial
+    return best.n_right - mark.n_right > STANDARD_ERRORS * math.sqrt(max(0.0, variance))
+
+
 def _accuracy(mark: Mark) -> float:
     return mark.accuracy
 
 
-def _keys(recipe: Recipe) -> tuple[str, str]:
+def _keys(recipe: Recipe) -> tuple[str, str, str]:
     """A recipe of other content has another rule, and marks of its own."""
-    return f"{BEST}accuracy {recipe.id}", f"{BEST}right {recipe.id}"
+    return f"{BEST}accuracy {recipe.id}", f"{BEST}right {recipe.id}", f"{BEST}crops {recipe.id}"
 
 
 def _is_number(value: object) -> TypeGuard[float]:
