@@ -43,4 +43,4 @@ bench: models  ## benchmarks: tables with ratios against a floor or a peer of th
 	$(BIN)/python -m pytest tests/benchmarks -s -o python_files='bench_*.py'
 
 clean:  ## remove what was built here
-	rm -rf .venv .cache demo $(REPO)/*/[0-9]*
+	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]*

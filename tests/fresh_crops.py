@@ -45,7 +45,6 @@ def copied_models(repository: Path, folder: Path) -> Path:
     for model in model_repository.MODELS:
         version = serving.choice(repository, model)
         shutil.copytree(repository / model / str(version), folder / model / "1")
-        shutil.copyfile(repository / model / "config.pbtxt", folder / model / "config.pbtxt")
     return folder
 
 

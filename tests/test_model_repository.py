@@ -60,7 +60,7 @@ def test_failed_publication_leaves_nothing_and_the_old_version_stays(tmp_path, w
     with pytest.raises(PublishError):
         model_repository.publish(tmp_path, meta(), tmp_path / "absent.onnx")
     assert model_repository.versions(tmp_path, "head") == [1]
-    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["1", "config.pbtxt"]
+    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["1"]
 
 
 def test_half_written_version_is_not_seen(tmp_path, weights) -> None:
@@ -68,9 +68,3 @@ def test_half_written_version_is_not_seen(tmp_path, weights) -> None:
     (tmp_path / "head/2").mkdir()
     (tmp_path / "head/2/model.onnx").write_bytes(b"half")
     assert model_repository.versions(tmp_path, "head") == [1]
-
-
-def test_triton_configuration_names_every_tensor() -> None:
-    text = model_repository.config_pbtxt(meta())
-    assert 'name: "features" data_type: TYPE_FP32 dims: [ 4 ]' in text
-    assert 'name: "p_values"' in text

@@ -80,7 +80,6 @@ def _models_without(unseen: Sequence[str], repository: Path, layout: Layout, con
         version = model_repository.latest(repository, model)
         model_repository.read_meta(repository, model, version)
         shutil.copytree(repository / model / str(version), mine / model / "1")
-        shutil.copyfile(repository / model / "config.pbtxt", mine / model / "config.pbtxt")
     without = [part for label in unseen for part in ("--without", label)]
     _semwatch_train("refit", "--repository", str(mine), *without)
     console.print(f"the head knows nothing of {' and '.join(unseen)}", highlight=False)

@@ -1,6 +1,5 @@
 """The model repository: Triton's folder layout, with what the daemon must know of a model in a ``meta.json`` beside it.
 
-    <repository>/<model>/config.pbtxt        for Triton; the embedded runtime does not read it
     <repository>/<model>/<version>/model.onnx
     <repository>/<model>/<version>/meta.json  see ``Meta``
     <repository>/<model>/<version>/probe.npz  inputs, and what the original answered to them; checked at every load
@@ -68,8 +67,8 @@ class Meta(BaseModel):
     encoder_sha256: str = ""
     """Head: the encoder's weights whose features it was trained on."""
     provenance: Mapping[str, str | float | int] = {}
-    """How it was made: form, seed, data, command, metrics; of a learned head also its cycle, parent, what it learned and
-    obeyed, and the best golden marks of its lineage: the next cycle reads these."""
+    """How it was made: form, seed, data, command, metrics; of a learned head also its cycle, parent, what it learned
+    and obeyed, and the best golden marks of its lineage: the next cycle reads these."""
 
 
 def versions(repository: Path, model: str) -> list[int]:
@@ -190,31 +189,11 @@ def publish(repository: Path, meta: Meta, weights: Path, *, beside: Mapping[str,
         version = _next(folder)
         staging.rename(folder / str(version))
         _fsync(folder)
-        write_whole(folder / "config.pbtxt", config_pbtxt(meta).encode())
     except OSError as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         raise PublishError(f"cannot publish a {meta.model} into {repository}: {error}") from error
     return version
-
-
-def config_pbtxt(meta: Meta) -> str:
-    """Triton's model configuration, from the same signature the daemon checks."""
-    names = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
-
-    def block(kind: str, tensors: Mapping[str, Tensor]) -> str:
-        rows = [
-            f'  {{ name: "{name}" data_type: {names[t.dtype]} dims: [ {", ".join(map(str, t.shape))} ] }}'
-            for name, t in tensors.items()
-        ]
-        return f"{kind} [\n" + ",\n".join(rows) + "\n]\n"
-
-    return (
-        f'name: "{meta.model}"\nbackend: "onnxruntime"\nmax_batch_size: 16\n'
-        + block("input", meta.inputs)
-        + block("output", meta.outputs)
-        + "dynamic_batching { }\nversion_policy: { latest { num_versions: 1 } }\n"
-    )
 
 
 def file_sha256(path: Path) -> str:
