@@ -5,11 +5,11 @@ REPO   := model_repository
 ENGINE ?= embedded
 STAMP  := .venv/.installed
 
-.PHONY: help install models demo demo-learn triton test check bench clean
+.PHONY: help install models demo demo-learn triton test test-systemd check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,9 @@ triton: models  ## a local Triton server, set up and running in the background; 
 
 test: models  ## all tests
 	$(BIN)/python -m pytest tests
+
+test-systemd: models  ## scenarios on a real systemd, booted in systemd-nspawn; root, systemd-container, debootstrap
+	$(BIN)/python -m pytest tests/systemd -s -o python_files='machine_*.py'
 
 check: models  ## what CI runs, and the linters: ruff, mypy, import contracts, tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -2,14 +2,16 @@ import json
 import logging
 import os
 import resource
+import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from semwatch.audit import GENESIS, AuditLog, verify
+from semwatch.audit import GENESIS, AuditLog, parts, verify
 from semwatch.errors import ConfigError, ServiceUnavailable
 
 
@@ -222,3 +224,108 @@ def test_closing_twice_does_no_harm(tmp_path: Path) -> None:
     audit = AuditLog(tmp_path / "audit.jsonl")
     audit.close()
     audit.close()
+
+
+# --- rights --------------------------------------------------------------------------------------------------------
+
+
+def test_log_is_made_for_owner_and_group_alone_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        path = written(tmp_path / "audit.jsonl")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(0o666, 0o640), (0o664, 0o640), (0o644, 0o640), (0o600, 0o600)])
+def test_wider_rights_are_narrowed_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, wide: int, narrow: int
+) -> None:
+    path = written(tmp_path / "audit.jsonl")
+    path.chmod(wide)
+    with AuditLog(path) as audit:
+        audit.append([event(6)])
+    assert stat.S_IMODE(path.stat().st_mode) == narrow
+    assert ("narrowed" in caplog.text) == (wide != narrow)
+    assert verify(path, expected_last_seq=6).ok
+
+
+def test_log_is_opened_to_append_and_works_where_the_file_system_allows_nothing_else(tmp_path: Path) -> None:
+    path = written(tmp_path / "audit.jsonl")
+    chattr = shutil.which("chattr")
+    if chattr is None or subprocess.run([chattr, "+a", path], capture_output=True, check=False).returncode:
+        pytest.skip("this user or file system has no chattr +a")
+    try:
+        with pytest.raises(PermissionError):
+            path.open("r+b")
+        for seq in (6, 7):
+            with AuditLog(path) as audit:
+                audit.append([event(seq)])
+    finally:
+        subprocess.run([chattr, "-a", path], check=True)
+    assert verify(path, expected_last_seq=7).ok
+
+
+# --- a log that has grown ---------------------------------------------------------------------------------------------
+
+
+def parted(path: Path, n: int = 7) -> list[Path]:
+    """A log that is set aside as soon as it holds anything, one line at a time, opened anew before every second."""
+    for first in range(1, n + 1, 2):
+        with AuditLog(path, max_bytes=1) as log:
+            for seq in range(first, min(first + 2, n + 1)):
+                log.append([event(seq)])
+    return parts(path)
+
+
+def test_log_that_has_grown_goes_on_in_a_new_file_with_the_chain_unbroken(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    files = parted(path)
+    assert [file.name for file in files] == [*(f"audit-{seq:012d}.jsonl" for seq in range(1, 7)), "audit.jsonl"]
+    report = verify(path, expected_last_seq=7)
+    assert (report.ok, report.first_seq, report.n_lines, report.last_seq) == (True, 1, 7, 7)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
+
+
+def test_replay_after_a_part_was_set_aside_writes_nothing_twice(tmp_path: Path) -> None:
+    path = written(tmp_path / "audit.jsonl", 3)
+    path.rename(tmp_path / "audit-000000000003.jsonl")  # a crash between setting aside and the new file's first line
+    with AuditLog(path) as log:
+        assert log.last_seq == 3
+        log.append([event(2), event(3), event(4)])
+    report = verify(path, expected_last_seq=4)
+    assert (report.ok, report.n_lines) == (True, 4)
+
+
+def test_edit_in_a_part_and_a_part_that_is_missing_show_with_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    files = parted(path)
+    whole = files[2].read_bytes()
+    files[2].write_bytes(whole.replace(b'"n":3', b'"n":4'))
+    assert verify(path).problems == (f"{files[2].name}, line 1: was edited: its hash does not fit it",)
+    files[2].unlink()
+    assert any("seq 3 to 3 missing" in problem for problem in verify(path).problems)
+
+
+def test_parts_kept_elsewhere_are_told_by_their_last_hash(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    files = parted(path)
+    (tmp_path / "elsewhere").mkdir()
+    for file in files[:3]:
+        file.rename(tmp_path / "elsewhere" / file.name)
+    last = json.loads((tmp_path / "elsewhere" / files[2].name).read_text())["hash"]
+    assert not verify(path).ok
+    report = verify(path, after=last)
+    assert (report.ok, report.first_seq, report.n_lines) == (True, 4, 4)
+    assert not verify(path, after="0" * 63 + "1").ok
+
+
+def test_log_that_cannot_be_set_aside_grows_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(tmp_path / "audit.jsonl", 2)
+    with AuditLog(path, max_bytes=1) as log:
+        (tmp_path / "audit-000000000002.jsonl").mkdir()  # a name that is taken by a folder refuses the rename
+        with caplog.at_level(logging.WARNING):
+            log.append([event(3)])
+    assert "cannot be set aside" in caplog.text
+    assert [json.loads(line)["seq"] for line in path.read_text().splitlines()] == [1, 2, 3]

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from semwatch import model_repository
 from semwatch.errors import ConfigError, ModelMismatch, PublishError
-from semwatch_training import engine_commands, engine_manifest, engine_parity, engines, onnx_precision
-from semwatch_training.engine_parity import Difference
+from semwatch.triton import config as triton_config
+from semwatch.triton import plans
+from semwatch.triton.plans import Batches, Difference
+from semwatch_training import engine_commands, engine_parity, engines, onnx_precision, tensorrt_compiler
 from semwatch_training.export import random_inputs
-from semwatch_training.tensorrt_compiler import TOOLKITS, Batches, compile_plan, load_toolkit, parse_capabilities
+from semwatch_training.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit, parse_capabilities
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
@@ -105,6 +107,13 @@ def test_absent_package_is_named_with_its_install_command(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(ConfigError, match="needs the package tensorrt_rtx: pip install tensorrt-rtx-cu13"):
         load_toolkit("tensorrt-rtx", (89,))
+
+
+def test_full_tensorrt_gets_a_profile_for_each_size_and_rtx_one_for_all() -> None:
+    assert tensorrt_compiler.profiles(TOOLKITS["tensorrt-rtx"], Batches()) == [(1, 4, 16)]
+    found = tensorrt_compiler.profiles(TOOLKITS["tensorrt"], Batches())
+    assert found == [(1, 1, 1), (1, 4, 4), (1, 16, 16)]
+    assert tuple(sizes.tuned for sizes in found) == triton_config.PROFILE_BATCHES
 
 
 @RTX
@@ -241,7 +250,7 @@ def test_empty_batch_is_not_judged() -> None:
 
 
 def test_there_are_no_engines_in_an_empty_folder(tmp_path) -> None:
-    assert engine_manifest.engines(tmp_path / "absent") == []
+    assert plans.engines(tmp_path / "absent") == []
 
 
 def test_absent_models_are_said_before_anything_is_made(tmp_path) -> None:
@@ -264,7 +273,7 @@ def some(onnx_engines, tmp_path) -> Path:
 
 
 def test_onnx_of_another_precision_is_an_engine_too(onnx_engines, tiny_repository) -> None:
-    found = engine_manifest.engines(onnx_engines)
+    found = plans.engines(onnx_engines)
     assert [str(m.folder) for m in found] == [f"{model}/1/onnx-fp16" for model in MODELS]
     assert len({m.engine_id for m in found}) == 3
     for manifest in found:
@@ -288,7 +297,7 @@ def test_engine_that_is_up_to_date_is_not_made_again(some, tiny_repository) -> N
 @pytest.mark.parametrize("harm", ["weights", "truncated manifest", "no manifest", "other source", "other tolerance"])
 def test_engine_that_is_not_what_it_says_is_made_again(some, tiny_repository, harm) -> None:
     folder = some / "head/1/onnx-fp16"
-    path, before = folder / "manifest.json", engine_manifest.read(folder)
+    path, before = folder / "manifest.json", plans.read(folder)
     if harm == "weights":
         (folder / "model.onnx").write_bytes(b"other")
     elif harm == "truncated manifest":
@@ -300,14 +309,14 @@ def test_engine_that_is_not_what_it_says_is_made_again(some, tiny_repository, ha
         path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     made = list(engines.export(tiny_repository, some, target="onnx", n_images=1, progress=quiet))
     assert [each.is_new for each in made] == [False, False, True]
-    assert engine_manifest.read(folder).onnx_sha256 == before.onnx_sha256
+    assert plans.read(folder).onnx_sha256 == before.onnx_sha256
     assert [entry.name for entry in folder.parent.iterdir()] == ["onnx-fp16"]
 
 
 def test_damaged_engine_is_said_by_name(some) -> None:
     (some / "encoder/1/onnx-fp16/model.onnx").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"encoder/1/onnx-fp16/manifest\.json describes other files .*model\.onnx"):
-        engine_manifest.engines(some)
+        plans.engines(some)
 
 
 def test_disk_that_refuses_is_a_plain_error(some, tiny_repository) -> None:
@@ -343,7 +352,7 @@ def test_command_refuses_before_it_reads_anything(command, tmp_path) -> None:
 def test_command_prints_a_table_of_what_is_there(command, some, tiny_repository) -> None:
     result = command("--out", some, "--target", "onnx", "--repository", tiny_repository, "--model", "head")
     assert result.exit_code == 0, result.output
-    assert engine_manifest.read(some / "head/1/onnx-fp16").engine_id in result.output
+    assert plans.read(some / "head/1/onnx-fp16").engine_id in result.output
     assert "as it was" in result.output
 
 
@@ -384,5 +393,5 @@ def test_fp16_makes_it_compile_for_turing_and_plans_of_two_gpus_differ(tiny_repo
     kit = TOOLKITS["tensorrt-rtx"]
     trt = load_toolkit("tensorrt-rtx", (75, 89))
     network, _ = engines.convert(onnx.load(tiny_repository / "head/1/model.onnx"), "fp16")
-    plans = [compile_plan(trt, kit, network.SerializeToString(), c, Batches()).plan for c in (75, 89)]
-    assert len({engines.sha256(plan) for plan in plans}) == 2
+    made = [compile_plan(trt, kit, network.SerializeToString(), c, Batches()).plan for c in (75, 89)]
+    assert len({engines.sha256(plan) for plan in made}) == 2

@@ -333,11 +333,11 @@ def test_an_absent_folder_is_refused(tiny_repository, tmp_path, command) -> None
         run("evaluate", command, tmp_path / "absent", "--repository", tiny_repository, "--out", tmp_path / "out")
 
 
-def test_an_expected_error_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys) -> None:
+def test_an_expected_error_is_one_line_and_its_exit_code(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["semwatch-train", "experiment", "mask-and-crop", "synthetic"])
     with pytest.raises(SystemExit) as stopped:
         command_line.main()
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("ConfigError: this command reads images from a folder")
 
 

@@ -13,10 +13,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from semwatch import ledger as ledger_module
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.ledger import Claim, Ledger, OutboxItem
 
@@ -62,7 +64,7 @@ def test_empty_ledger_has_nothing_to_say(ledger: Ledger) -> None:
     assert ledger.n_done_since(T0) == 0
     assert ledger.prune(T2) == 0
     assert not ledger.is_settled("tool", "a.tif", 7, 1)
-    assert not ledger.requeue("tool", sha("a.tif"))
+    assert not ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
     ledger.mark_published([])
     ledger.forget_audit(0)
 
@@ -129,8 +131,10 @@ def test_quarantined_work_is_settled_until_it_is_requeued(ledger: Ledger) -> Non
     [work] = ledger.listing("QUARANTINED")
     assert (work.path, work.reason, work.finished_utc) == ("a.tif", "not a TIFF", T1)
     assert ledger.n_done_since(T0) == 0
-    assert ledger.requeue("tool", sha("a.tif"))
-    assert not ledger.requeue("tool", sha("a.tif"))
+    assert ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
+    assert json.loads(ledger.audit_after(0, 10)[-1][1]) == {"event": "requeued"}
+    assert not ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
+    assert len(ledger.audit_after(0, 10)) == 2
     assert not ledger.is_settled("tool", "a.tif", 7, 1)
     again = claim(ledger, "a.tif")
     assert (again.outcome, again.attempts) == ("retry", 0)
@@ -138,7 +142,7 @@ def test_quarantined_work_is_settled_until_it_is_requeued(ledger: Ledger) -> Non
 
 def test_done_work_cannot_be_requeued(ledger: Ledger) -> None:
     finish(ledger, claim(ledger, "a.tif"))
-    assert not ledger.requeue("tool", sha("a.tif"))
+    assert not ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
 
 
 def test_waiting_work_whose_file_is_gone_can_be_quarantined(ledger: Ledger) -> None:
@@ -305,8 +309,50 @@ def test_ledger_of_a_newer_layout_is_a_config_error(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(ConfigError, match="layout 99"):
+    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 2.*backup"):
         Ledger(path)
+
+
+def of_layout_1(path: Path) -> None:
+    """What the first release left: work in flight, a line and a message that wait."""
+    with Ledger(path) as ledger:
+        finish(ledger, claim(ledger, "a.tif"), "m")
+        claim(ledger, "b.tif")
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("DROP TABLE noted")
+        db.execute("PRAGMA user_version = 1")
+
+
+def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: Path) -> None:
+    of_layout_1(path)
+    with Ledger(path) as ledger:
+        assert ledger.counts() == {"SEEN": 1, "CLAIMED": 0, "DONE": 1, "QUARANTINED": 0}
+        assert ledger.n_unpublished() == 1
+        assert ledger.note(audit={"event": "x"}, once="x")
+        assert not ledger.note(audit={"event": "x"}, once="x")
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+def test_older_ledger_may_be_looked_at_but_not_written_beside_the_daemon(path: Path) -> None:
+    of_layout_1(path)
+    with Ledger(path, read_only=True) as reader:
+        assert reader.counts()["DONE"] == 1
+    with pytest.raises(ConfigError, match="start the daemon"):
+        Ledger(path, exclusive=False)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+
+
+def test_migration_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_layout_1(path)
+    before = ledger_module._MIGRATIONS[1]
+    monkeypatch.setattr(ledger_module, "_MIGRATIONS", {1: (*before, "SELECT 1 FROM nowhere")})
+    with pytest.raises(sqlite3.OperationalError, match="nowhere"):
+        Ledger(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'noted'").fetchone() == (0,)
 
 
 def test_broken_pages_are_a_config_error(path: Path) -> None:
@@ -399,7 +445,7 @@ def test_reader_sees_what_is_committed_while_a_writer_works(ledger: Ledger, path
         finish(ledger, held, "x")
         assert (reader.counts()["DONE"], reader.n_unpublished()) == (1, 1)
         with pytest.raises(ServiceUnavailable):
-            reader.requeue("tool", held.sha256)
+            reader.requeue("tool", held.sha256, audit={})
     assert ledger.counts()["CLAIMED"] == 0
 
 
@@ -432,7 +478,7 @@ def test_operator_requeues_beside_a_running_daemon(ledger: Ledger, path: Path) -
     ledger.quarantine(claim(ledger, "a.tif"), "not a TIFF", audit={}, now_utc=T1)
     held = claim(ledger, "b.tif")
     with Ledger(path, exclusive=False) as operator:
-        assert operator.requeue("tool", sha("a.tif"))
+        assert operator.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
     assert not ledger.is_settled("tool", "a.tif", 7, 1)
     finish(ledger, held)
 
@@ -481,20 +527,6 @@ def test_operator_notes_beside_a_running_daemon(ledger: Ledger, path: Path) -> N
         assert operator.note(audit={"event": "named"}, once="decision 1")
     finish(ledger, held, "1")
     assert [json.loads(line) for _, line in ledger.audit_after(0, 10)] == [{"event": "named"}, {"path": "a.tif"}]
-
-
-def test_ledger_made_before_there_were_notes_takes_them(path: Path) -> None:
-    with Ledger(path) as ledger:
-        finish(ledger, claim(ledger, "a.tif"))
-    with sqlite3.connect(path) as db:
-        db.execute("DROP TABLE noted")
-    db.close()
-    with Ledger(path, read_only=True) as reader:
-        assert reader.counts()["DONE"] == 1
-    with Ledger(path) as ledger:
-        assert ledger.note(audit={}, once="n")
-        assert not ledger.note(audit={}, once="n")
-        assert ledger.counts()["DONE"] == 1
 
 
 def test_file_that_kills_the_process_reaches_quarantine(path: Path) -> None:

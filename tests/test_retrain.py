@@ -925,7 +925,7 @@ def test_help_teaches_and_errors_are_one_line(lab: Lab, train: Command) -> None:
         assert word in said.words
     lab.change(redis=None)
     said = train("retrain", "--site", lab.file)
-    assert said.code == 1
+    assert said.code == 2
     assert "ConfigError: the site has no redis section" in said.words
 
 

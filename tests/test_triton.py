@@ -1,5 +1,6 @@
 """A real Triton, set up from its wheel, with tiny networks: the same answers as embedded, and every way to lose it."""
 
+import http.client
 import os
 import shutil
 import signal
@@ -7,8 +8,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,22 @@ import psutil
 import pytest
 from onnx import TensorProto, helper
 from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 from semwatch import head_bank, model_repository, serving
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.inference import Answer, Embedded, Swap
 from semwatch.model_repository import Tensor
 from semwatch.triton import background as triton_background
+from semwatch.triton import config as triton_config
+from semwatch.triton import control
 from semwatch.triton import setup as triton_setup
 from semwatch.triton import view as triton_view
 from semwatch.triton.client import Triton
 from semwatch.triton.server import LocalTriton
 from semwatch.triton.setup import set_up
+from semwatch.triton.view import Settings
+from triton_line import backend_with_faults
 
 INSTALLED = Path(__file__).resolve().parents[1] / ".cache" / "triton"
 WIDTH = 74
@@ -57,7 +63,7 @@ def running(installed: Path, repository: Path, **options: object) -> Iterator[Lo
     folder.mkdir(exist_ok=True)
     if not (folder / "venv").exists():
         (folder / "venv").symlink_to(installed / "venv")
-    server = LocalTriton(folder, repository, threads=1, **options)  # type: ignore[arg-type]
+    server = LocalTriton(folder, repository, settings=Settings(threads=1), **options)  # type: ignore[arg-type]
     try:
         server.start()
         yield server
@@ -138,9 +144,20 @@ def crops(n: int) -> dict[str, np.ndarray]:
     }
 
 
-def stranger(url: str) -> InferenceServerClient:
-    """Somebody else who may control the server."""
-    return InferenceServerClient(url)
+@contextmanager
+def stranger(url: str) -> Iterator[InferenceServerClient]:
+    """Somebody else at the server."""
+    client = InferenceServerClient(url)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def unload(server: LocalTriton, model: str) -> None:
+    """What somebody else may do who knows the server's secret."""
+    with stranger(server.url) as other:
+        other.unload_model(model, headers=control.grpc_headers(control.beside(server.view)))
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
@@ -229,6 +246,50 @@ def test_threads_of_live_work_and_backlog_get_their_own_answers(shared: tuple[st
         for worker in workers:
             worker.join(30)
     np.testing.assert_allclose([found[seed] for seed in range(8)], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_backlog", [False, True])
+def test_live_request_passes_the_backlog_that_waits(
+    installed: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, is_backlog: bool
+) -> None:
+    monkeypatch.setattr("semwatch.triton.client.BACKLOG_TIMEOUT_S", 30.0)
+    answered: list[str] = []
+    with (
+        backend_with_faults(repository.parent),
+        running(installed, repository) as server,
+        Triton(repository, url=server.url) as models,
+    ):
+        (repository.parent / "fault").write_text("slow 0.1")
+
+        def ask(name: str, backlog: bool) -> None:
+            models.infer("detector", images(1), backlog=backlog)  # one after the other; heads' are put together
+            answered.append(name)
+
+        askers = [threading.Thread(target=ask, args=("old", True)) for _ in range(12)]
+        askers.append(threading.Thread(target=ask, args=("new", is_backlog)))
+        for asker in askers:
+            asker.start()
+            time.sleep(0.01)
+        for asker in askers:
+            asker.join(40)
+    place = answered.index("new")
+    assert len(answered) == 13
+    print(f"\nplace of the request that came last: {place + 1} of 13")
+    assert place <= 4 if not is_backlog else place == 12
+
+
+def test_backlog_gives_up_sooner_than_live_work(
+    server: LocalTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("semwatch.triton.client.BACKLOG_TIMEOUT_S", 0.5)
+    with Triton(repository, url=server.url, timeout_s=20) as models:
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(ServiceUnavailable):
+            models.infer("head", rows(), backlog=True)
+        assert time.monotonic() - start < 1.5
+        os.kill(server.pid, signal.SIGCONT)
 
 
 def test_repository_is_not_touched(shared: tuple[str, Path], tiny_repository: Path) -> None:
@@ -404,22 +465,162 @@ def test_killed_process_of_one_model_comes_back(models: Triton, server: LocalTri
     assert _first_answer(lambda: models.infer("head", rows())).version == 1
 
 
+def test_model_whose_process_was_killed_while_it_started_is_found_stuck(
+    server: LocalTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton never ends such a load; what then helps is another server."""
+    monkeypatch.setattr("semwatch.triton.server.STUCK_S", 1.0)
+    assert server.stuck_model() is None
+    assert server.pid is not None
+    old = {child.pid for child in psutil.Process(server.pid).children()}
+    unload(server, "head")
+    headers = control.grpc_headers(control.beside(server.view))
+    with stranger(server.url) as other:
+        loading = threading.Thread(target=_load_in_vain, args=(other, headers))
+        loading.start()
+        killed = False
+        deadline = time.monotonic() + 10
+        while not killed and time.monotonic() < deadline:
+            for child in psutil.Process(server.pid).children():
+                with suppress(psutil.Error):
+                    if child.pid not in old and "head_0_0" in " ".join(child.cmdline()):
+                        child.kill()
+                        killed = True
+        assert killed
+        found = [server.stuck_model()]
+        while found[-1] is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            found.append(server.stuck_model())
+        loading.join()
+    assert found[0] is None
+    assert found[-1] == "head"
+    server.stop(timeout_s=0.05)
+    server.start()
+    assert server.stuck_model() is None
+    with Triton(repository, url=server.url) as models:
+        assert models.infer("head", rows()).version == 1
+
+
+def _load_in_vain(client: InferenceServerClient, headers: Mapping[str, str]) -> None:
+    with pytest.raises(InferenceServerException):
+        client.load_model("head", headers=headers, client_timeout=3)
+
+
 def test_unloaded_model_is_loaded_again(models: Triton, server: LocalTriton) -> None:
-    other = stranger(server.url)
-    other.unload_model("head")
+    unload(server, "head")
     answer = models.infer("head", rows())
     assert answer.version == 1
-    other.close()
 
 
 def test_server_that_others_manage_is_asked_for_and_never_told(server: LocalTriton, repository: Path) -> None:
     copy = shutil.copytree(repository, repository.parent / "copy")  # no view beside it
     with Triton(copy, url=server.url) as models:
-        other = stranger(server.url)
-        other.unload_model("head")
-        other.close()
+        unload(server, "head")
         with pytest.raises(ServiceUnavailable, match="does not hold head 1"):
             models.infer("head", rows())
+
+
+# --- who may load models ---------------------------------------------------------------------------------------------
+
+
+def test_stranger_without_the_secret_may_ask_and_not_load(server: LocalTriton, models: Triton) -> None:
+    with stranger(server.url) as other:
+        assert other.is_model_ready("head", "1")
+        for forbidden in (
+            lambda: other.load_model("head"),
+            lambda: other.unload_model("head"),
+            lambda: other.load_model("head", headers={"triton-grpc-protocol-semwatch-control": "guessed"}),
+            other.get_system_shared_memory_status,
+            lambda: other.update_log_settings({"log_verbose_level": 1}),
+            lambda: other.update_trace_settings(settings={"trace_level": "OFF"}),
+        ):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                forbidden()
+    for path in (
+        "repository/index",
+        "repository/models/head/unload",
+        "systemsharedmemory/region/x/register",
+        "logging",
+    ):
+        assert _posted(server.http_port, f"/v2/{path}") == 403
+    assert models.infer("head", rows()).version == 1
+
+
+def test_secret_is_its_users_alone_new_at_each_start_and_not_in_the_command_line(
+    server: LocalTriton, models: Triton, repository: Path
+) -> None:
+    path = control.beside(server.view)
+    first = control.read(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    command_line = Path(f"/proc/{server.pid}/cmdline").read_bytes()
+    assert b"semwatch-control=xxxx" in command_line
+    assert first.encode() not in command_line
+    assert first not in server.log.read_text()
+    server.stop(timeout_s=0.05)
+    server.start()
+    assert control.read(path) != first
+    republish(repository)
+    assert _first_swap(models) == Swap("head", 2)  # the new secret is read, not the one of the start
+
+
+def test_client_without_the_secret_is_told_so_and_serves_what_is_loaded(
+    installed: Path, repository: Path, tmp_path: Path
+) -> None:
+    given = tmp_path / "secret"
+    control.write_new(given)
+    with running(installed, repository, control_secret_file=given) as server:
+        assert not control.beside(server.view).exists()
+        with Triton(repository, url=server.url) as models:
+            republish(repository)
+            assert models.refresh() is None
+            assert models.infer("head", rows()).version == 1
+        with pytest.raises(ConfigError, match=r"loads models only for those who know its secret.*control_secret_file"):
+            Triton(repository, url=server.url)
+        wrong = tmp_path / "wrong"
+        control.write_new(wrong)
+        with pytest.raises(ConfigError, match="holds another one"):
+            Triton(repository, url=server.url, control_secret_file=wrong)
+        with Triton(repository, url=server.url, control_secret_file=given) as models:
+            assert models.versions()["head"] == 2
+
+
+def test_secret_is_read_by_those_who_may_write_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    tmp_path.chmod(0o755)
+    control.write_new(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    tmp_path.chmod(0o2770)
+    os.chown(tmp_path, -1, os.getgid())
+    control.write_new(path)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert path.stat().st_gid == tmp_path.stat().st_gid
+    assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
+
+
+@pytest.mark.parametrize("text", ["", "short", "with space in the secret", "semi;colon=semi;colon=", "x" * 257])
+def test_secret_that_no_option_can_carry_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="16 to 256 letters"):
+        control.read(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        control.read(tmp_path / "absent")
+
+
+def _posted(port: int, path: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    try:
+        connection.request("POST", path, body=b"{}")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def _first_swap(models: Triton, timeout_s: float = 10.0) -> Swap | None:
+    deadline = time.monotonic() + timeout_s
+    while (swap := models.refresh()) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return swap
 
 
 # --- another server --------------------------------------------------------------------------------------------------
@@ -459,8 +660,45 @@ def test_other_models_behind_the_same_address_are_noticed_before_the_next_answer
         port = int(server.url.rpartition(":")[2])
         server.stop(timeout_s=0.05)
         shutil.rmtree(triton_view.beside(repository))
-        with running(installed, other, grpc_port=port), pytest.raises(ModelMismatch, match="head 1 on Triton at"):
-            _first_answer(lambda: models.infer("head", rows()))
+        with running(installed, other, grpc_port=port):
+            deadline = time.monotonic() + 10
+            said = ""
+            while "head 1 on Triton at" not in said and time.monotonic() < deadline:
+                with pytest.raises(ServiceUnavailable) as refused:
+                    models.infer("head", rows())
+                said = str(refused.value)
+        assert "let the server serve this model repository" in said
+        with running(installed, repository, grpc_port=port):  # mended: the line goes on by itself
+            assert _first_answer(lambda: models.infer("head", rows())).version == 1
+
+
+def test_head_that_another_server_cannot_load_is_not_refused_for_it(
+    installed: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("semwatch.triton.client.SWAP_PAUSE_S", 0.3)
+    secret = tmp_path / "secret"
+    control.write_new(secret)
+    other = shutil.copytree(repository, tmp_path / "other" / "models")
+    publish_four_classes(other)
+    shutil.rmtree(other / "head/1")
+    (other / "head/2").rename(other / "head/1")
+    options = {"control_secret_file": secret}
+    with (
+        running(installed, repository, **options) as server,
+        Triton(repository, url=server.url, timeout_s=5, control_secret_file=secret) as models,
+    ):
+        port = int(server.url.rpartition(":")[2])
+        server.stop(timeout_s=0.05)
+        good = republish(repository)
+        with running(installed, other, grpc_port=port, **options):
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline:
+                assert models.refresh() is None
+                time.sleep(0.1)
+            assert models.refused() == {}
+        with running(installed, repository, grpc_port=port, **options):
+            assert _first_swap(models) == Swap("head", good)
+            assert models.infer("head", rows()).version == good
 
 
 def test_numpy_2_under_the_backend_is_told_at_the_start(installed: Path, repository: Path) -> None:
@@ -520,7 +758,7 @@ def test_models_that_outlive_a_killed_server_do_not_keep_the_next_from_starting(
     family.kill()
     family.wait(5)
     assert hanging.is_running()
-    second = LocalTriton(server.log.parent, repository, threads=1)
+    second = LocalTriton(server.log.parent, repository, settings=Settings(threads=1))
     try:
         second.start()
         assert second.pid is not None
@@ -537,7 +775,7 @@ def test_server_listens_on_this_machine_alone_and_leaves_nothing_behind(installe
         ]
         family = [process, *process.children(recursive=True)]
         assert set(listening) == {"127.0.0.1"}
-        assert len(family) == 4
+        assert len(family) == 1 + len(model_repository.MODELS) * triton_config.INSTANCES
         server.stop()
         _, alive = psutil.wait_procs(family, timeout=3)
     assert alive == []
@@ -547,7 +785,7 @@ def test_background_server_is_mended_and_ends(installed: Path, repository: Path,
     folder = tmp_path / "background"
     folder.mkdir()
     (folder / "venv").symlink_to(installed / "venv")
-    now = triton_background.up(folder, repository, grpc_port=0, http_port=0, threads=1)
+    now = triton_background.up(folder, repository, grpc_port=0, http_port=0, settings=Settings(threads=1))
     try:
         assert now["models"] == {"detector": [1], "encoder": [1], "head": [1]}
         with Triton(repository, url=f"127.0.0.1:{now['grpc_port']}") as models:
@@ -568,7 +806,7 @@ def test_supervisor_that_is_killed_takes_its_server_along(installed: Path, repos
     folder = tmp_path / "background"
     folder.mkdir()
     (folder / "venv").symlink_to(installed / "venv")
-    now = triton_background.up(folder, repository, grpc_port=0, http_port=0, threads=1)
+    now = triton_background.up(folder, repository, grpc_port=0, http_port=0, settings=Settings(threads=1))
     family = [psutil.Process(now["server_pid"]), *psutil.Process(now["server_pid"]).children()]
     os.kill(now["pid"], signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=15)

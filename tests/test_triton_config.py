@@ -9,9 +9,21 @@ from tritonclient.grpc import model_config_pb2
 
 from semwatch.model_repository import Meta, Tensor
 from semwatch.triton import config as triton_config
+from semwatch.triton.plans import Batches, Manifest, Plan
 
 BYTE, FLOAT = "TYPE_UINT8", "TYPE_FP32"
-PLANS = {"8.6": "model_sm86.plan", "8.9": "model_sm89.plan"}
+FILES = {"8.6": "model_sm86.plan", "12.0": "model_sm120.plan"}
+
+
+def plan(capability: int, sha256: str) -> Plan:
+    made = Manifest(
+        model="encoder", version=1, target="tensorrt", precision="fp16", compute_capability=capability,
+        toolkit_version="10.1", converter=1, source_sha256="ab", batches=Batches(), tolerance=0.1, plan_sha256=sha256,
+    )  # fmt: skip
+    return Plan(Path("model.plan"), made)
+
+
+PLANS = {k: {"8.6": plan(86, f"{k}-86"), "12.0": plan(120, f"{k}-120")} for k in (1, 4)}
 
 
 def meta(model: Any = "encoder", *, n_classes: int = 3, sha256: str = "ab") -> Meta:
@@ -74,7 +86,9 @@ def test_onnx_runs_in_the_python_backend_on_the_processor() -> None:
     config = read({1: meta()}, "onnx-python", threads=2, environment=Path('/opt/a "b"'))
     (group,) = config.instance_group
     assert (config.backend, config.platform) == ("python", "")
-    assert (group.count, group.kind) == (1, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    assert (group.count, group.kind) == (2, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    (resource,) = group.rate_limiter.resources  # of both: one network at a time
+    assert (resource.count, getattr(resource, "global")) == (1, True)
     assert config.parameters["threads"].string_value == "2"
     assert config.parameters["EXECUTION_ENV_PATH"].string_value == '/opt/a "b"'
     assert not config.cc_model_filenames
@@ -98,17 +112,18 @@ def test_nothing_is_said_of_threads_and_environment_where_nothing_was_asked() ->
 def test_tensorrt_plans_are_told_by_compute_capability() -> None:
     config = read({1: meta()}, "tensorrt", plans=PLANS)
     assert (config.platform, config.backend) == ("tensorrt_plan", "")
-    assert dict(config.cc_model_filenames) == PLANS
+    assert dict(config.cc_model_filenames) == FILES
     assert list(config.dynamic_batching.preferred_batch_size) == [4, 16]
     assert config.optimization.cuda.graphs
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+    assert list(config.instance_group[0].profile) == [str(k) for k, _ in enumerate(triton_config.PROFILE_BATCHES)]
 
 
-def test_tensorrt_rtx_runs_in_the_python_backend_on_the_gpu() -> None:
+def test_tensorrt_rtx_runs_in_the_python_backend_which_takes_the_gpu_itself() -> None:
     config = read({1: meta()}, "tensorrt-rtx", plans=PLANS)
     assert (config.backend, config.platform) == ("python", "")
-    assert config.parameters["plan.8.9"].string_value == "model_sm89.plan"
-    assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+    assert {cc: config.parameters[f"plan.{cc}"].string_value for cc in FILES} == FILES
+    assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_MODEL
 
 
 @pytest.mark.parametrize(("target", "sizes"), [("onnx-python", [1]), ("tensorrt", [1, 4, 16])])
@@ -124,6 +139,18 @@ def test_several_versions_serve_together_each_with_its_content_hash() -> None:
     assert list(config.version_policy.specific.versions) == [2, 7]
     assert config.parameters[triton_config.sha256_key(2)].string_value == "aa"
     assert config.parameters[triton_config.sha256_key(7)].string_value == "bb"
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
+def test_plans_of_a_fleet_are_told_apart_by_content_hash(target: triton_config.Target) -> None:
+    parameters = read({1: meta(), 4: meta()}, target, plans=PLANS).parameters
+    found = {
+        (version, cc): parameters[triton_config.plan_sha256_key(version, cc)].string_value
+        for version in (1, 4)
+        for cc in FILES
+    }
+    assert found == {(1, "8.6"): "1-86", (1, "12.0"): "1-120", (4, "8.6"): "4-86", (4, "12.0"): "4-120"}
+    assert parameters["plan_toolkit.4.12.0"].string_value == "10.1"
 
 
 def test_versions_with_other_numbers_of_classes_leave_that_number_open() -> None:

@@ -15,12 +15,14 @@ from rich.logging import RichHandler
 from rich.progress import track
 from rich.text import Text
 
-from semwatch import doctor, incoming, micrograph, pipeline, results
+from semwatch import doctor, incoming, journal, micrograph, pipeline, results
 from semwatch.commands import audit_log, models, quarantine, queue
 from semwatch.commands import clusters as cluster_commands
+from semwatch.commands import install as install_commands
 from semwatch.commands import recipe as recipe_commands
 from semwatch.commands import triton as triton_commands
 from semwatch.commands.given_files import image_files
+from semwatch.commands.logs import logs
 from semwatch.commands.options import (
     EPILOG,
     REPOSITORY,
@@ -35,15 +37,18 @@ from semwatch.commands.options import (
     say,
     table,
 )
+from semwatch.commands.redis_server import redis_server
 from semwatch.config import Recipe, load_recipe, load_site
 from semwatch.defects import Review
 from semwatch.demo import run_demo
-from semwatch.errors import ConfigError, ImageError, ModelMismatch, SemwatchError, ServiceUnavailable
+from semwatch.errors import EXIT_CODES, ConfigError, ImageError, SemwatchError
 from semwatch.inference import Embedded
 from semwatch.learning_demo import run_learning_demo
 from semwatch.service import Service, codes, utc_now
 
-EXIT_CODES: dict[type[SemwatchError], int] = {ConfigError: 2, ModelMismatch: 3, ServiceUnavailable: 4}
+log = logging.getLogger("semwatch")
+
+LogFormat = Literal["auto", "text", "json"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,9 +70,12 @@ app.add_typer(triton_commands.app, name="triton")
 def run(
     site: SiteOption,
     verbose: Annotated[bool, typer.Option(help="One line for every file.")] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="auto: the journal's own fields where stderr is the journal, else text.")
+    ] = "auto",
 ) -> None:
     """Watch the drop folders and review what lands there, until SIGTERM or Ctrl-C; a second signal leaves at once."""
-    _log_to_stderr(logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING)
+    _log_to_stderr(logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING, log_format)
     stop = threading.Event()
 
     def on_signal(number: int, _: object) -> None:
@@ -125,6 +133,13 @@ def demo(
         return
     triton = triton_commands.FOLDER if engine == "triton" else None
     run_demo(lot=lot, folder=folder, repository=repository, n=n, seed=seed, console=out, triton=triton)
+
+
+app.command("logs", epilog=EPILOG)(logs)
+app.command("redis", epilog=EPILOG)(redis_server)
+app.command("install", epilog=EPILOG)(install_commands.install)
+app.command("upgrade", epilog=EPILOG)(install_commands.upgrade_command)
+app.command("uninstall", epilog=EPILOG)(install_commands.uninstall)
 
 
 @app.command(epilog=EPILOG)
@@ -200,13 +215,18 @@ def _show_reviews(rows: list[dict[str, Any]], as_json: bool) -> None:
     out.print(shown)
 
 
-def _log_to_stderr(level: int) -> None:
-    if sys.stderr.isatty():
-        handler: logging.Handler = RichHandler(console=err, show_path=False)
+def _log_to_stderr(level: int, form: LogFormat) -> None:
+    if form == "auto" and journal.is_stderr(os.environ):
+        handler: logging.Handler = journal.JournalHandler()
+    elif sys.stderr.isatty() and form == "auto":
+        handler = RichHandler(console=err, show_path=False)
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        text = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+        handler.setFormatter(journal.JsonFormatter() if form == "json" else text)
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    if journal.is_for_machines(logging.getLogger()):  # a traceback is one entry, not a line for each of its lines
+        sys.excepthook = lambda *error: log.critical("a bug ends the daemon", exc_info=error)
 
 
 def main() -> None:
@@ -214,7 +234,10 @@ def main() -> None:
     try:
         app(prog_name="semwatch")
     except SemwatchError as error:
-        err.print(Text.assemble((type(error).__name__, "red"), f": {error}"), soft_wrap=True)
+        if journal.is_for_machines(logging.getLogger()):
+            log.error("%s: %s", type(error).__name__, error)
+        else:
+            err.print(Text.assemble((type(error).__name__, "red"), f": {error}"), soft_wrap=True)
         raise SystemExit(EXIT_CODES.get(type(error), 1)) from error
 
 

@@ -210,7 +210,8 @@ class Archive:
                 raise ConfigError(f"{self.path} is not an archive of semwatch; move it away or name another folder")
             if identity[1] != _LAYOUT:
                 raise ConfigError(
-                    f"archive {self.path} has layout {identity[1]}, not {_LAYOUT}; use the semwatch that made it"
+                    f"archive {self.path} was made by a newer semwatch (layout {identity[1]}, this one knows "
+                    f"{_LAYOUT}): upgrade again, or put back the archive of the backup that the upgrade made"
                 )
             if not read_only:
                 mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
@@ -255,10 +256,12 @@ def _place(record: Record) -> tuple[str, str, str, int, int, str]:
 
 
 def _identity(db: sqlite3.Connection) -> tuple[int, int, int]:
-    """Return application id, layout and number of tables."""
-    application_id = db.execute("PRAGMA application_id").fetchone()[0]
-    layout = db.execute("PRAGMA user_version").fetchone()[0]
-    return application_id, layout, db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    """Return application id, layout and number of tables at one moment: another may be making the file."""
+    found: tuple[int, int, int] = db.execute(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"
+        " FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    return found
 
 
 def _create(db: sqlite3.Connection) -> None:

@@ -4,17 +4,23 @@ One JSON object a line, keys sorted, ``\\n`` after each:
 
     seq     number the ledger gave the event; strictly increasing
     ...     the event as handed over: event, utc, source, path, sha256, recipe, models, ...
-    prev    hash of the line before; 64 zeros in the first
+    prev    hash of the line before, in this file or in the part before it; 64 zeros in the first
     hash    SHA-256 of ``prev``, a newline, and the canonical JSON of the line without ``hash``
 
 The chain proves order and integrity of what is there. Lines missing at the end show only against a number or a hash
 from elsewhere, such as the ledger's: see ``expected_last_seq``. Canonical JSON: keys sorted, no spaces, ASCII.
+
+A log that has grown is set aside whole and goes on in a new file, with the chain unbroken:
+
+    audit-000000123456.jsonl    a part that is full; its last line has seq 123456; may be moved away, oldest first
+    audit.jsonl                 what is appended to
 """
 
 import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +32,22 @@ from semwatch.errors import ConfigError, ServiceUnavailable
 log = logging.getLogger(__name__)
 
 GENESIS = "0" * 64
+_PART_DIGITS = 12
 RESERVED = frozenset({"seq", "prev", "hash"})
 TAIL_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 24
+MAX_BYTES = 100_000_000
+"""A log of this size is set aside; about 200,000 images."""
+MODE = 0o640
+"""Rights of the log: its owner appends, its group may look."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
     """What ``verify`` found."""
 
+    first_seq: int
+    """Above 1 where parts before are elsewhere; 0 where there is no line."""
     n_lines: int
     last_seq: int
     """0 where there is no line."""
@@ -54,32 +67,40 @@ class AuditLog:
 
     A last line that a crash left torn is cut off: the ledger still holds its event and hands it over again.
 
+    It is opened to append, so a root who wants more than rights may add the file system's own: ``chattr +a``; then it
+    is never set aside.
+
     Args:
-        path: made, with mode 0640, where it is not there.
+        path: made, with mode 0640, where it is not there; wider rights are narrowed.
+        max_bytes: it is set aside once it has this size, and goes on in a new file.
 
     Raises:
         ConfigError: the last whole line is not one of ours.
         ServiceUnavailable: the disk is full or broken.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES) -> None:
+        self.path, self._max_bytes = path, max_bytes
+        self._fd = -1
         try:
-            is_new = not path.exists()
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        except OSError as error:
-            raise ServiceUnavailable(f"cannot open {path}: {error.strerror}") from error
-        try:
-            if is_new:
-                _sync_folder(path.parent)
-            self._end = _cut_torn_line(self._fd, path)
-            self.last_seq, self._last_hash = _last_link(self._fd, self._end, path)
+            self._open()
         except OSError as error:
             self.close()
-            raise ServiceUnavailable(f"cannot read {path}: {error.strerror}") from error
+            raise ServiceUnavailable(f"cannot open {path}: {error.strerror}") from error
         except BaseException:
             self.close()
             raise
+
+    def _open(self) -> None:
+        is_new = not self.path.exists()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, MODE)
+        if is_new:
+            _sync_folder(self.path.parent)
+        _narrow_rights(self._fd, self.path)
+        self._end = _cut_torn_line(self._fd, self.path)
+        self.last_seq, self._last_hash = _last_link(self._fd, self._end, self.path)
+        if self._end == 0 and (before := parts(self.path)[:-1]):
+            self.last_seq, self._last_hash = _last_link_of(before[-1])
 
     def append(self, entries: Sequence[tuple[int, Mapping[str, object]]]) -> None:
         """Append events and make them safe with one fsync; those with ``seq`` up to ``last_seq`` are skipped.
@@ -97,19 +118,37 @@ class AuditLog:
             last_seq = seq
         if not lines:
             return
+        if self._end >= self._max_bytes:
+            self._set_aside()
         self._write(b"".join(lines))
         self.last_seq, self._last_hash = last_seq, last_hash
 
     def _write(self, data: bytes) -> None:
         try:
-            os.ftruncate(self._fd, self._end)  # a failed batch before this one may have left a part of itself
+            if os.fstat(self._fd).st_size != self._end:
+                os.ftruncate(self._fd, self._end)  # a failed batch before this one has left a part of itself
             written = 0
             while written < len(data):
-                written += os.pwrite(self._fd, data[written:], self._end + written)
+                written += os.write(self._fd, data[written:])
             os.fsync(self._fd)
         except OSError as error:
             raise ServiceUnavailable(f"cannot write {self.path}: {error.strerror}; free or mend the disk") from error
         self._end += len(data)
+
+    def _set_aside(self) -> None:
+        """Let what is full be a part, and go on in a new file; a crash between the two is mended at the next start."""
+        try:
+            self.path.rename(_part(self.path, self.last_seq))
+            _sync_folder(self.path.parent)
+        except OSError as error:  # chattr +a; a long log is better than none
+            log.warning("%s cannot be set aside and grows on: %s", self.path, error.strerror)
+            self._max_bytes *= 2
+            return
+        self.close()
+        try:
+            self._open()
+        except OSError as error:
+            raise ServiceUnavailable(f"cannot open {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file; closing twice does no harm."""
@@ -126,29 +165,40 @@ class AuditLog:
         self.close()
 
 
-def verify(path: Path, *, expected_last_seq: int | None = None) -> AuditReport:
-    """Check every line of a log against its chain, reading only.
+def parts(path: Path) -> list[Path]:
+    """The files of a log in the order of their lines: parts set aside, then ``path`` itself."""
+    digits = "[0-9]" * _PART_DIGITS
+    return [*sorted(path.parent.glob(f"{path.stem}-{digits}{path.suffix}")), path]
+
+
+def verify(path: Path, *, expected_last_seq: int | None = None, after: str = "") -> AuditReport:
+    """Check every line of a log, and of its parts beside it, against its chain, reading only.
 
     Args:
         path: of the log; one that is not there has no lines.
         expected_last_seq: the last number that must be there, as the ledger knows it.
+        after: hash of the last line of the parts that are kept elsewhere; none are.
 
     Raises:
         ServiceUnavailable: the disk cannot be read.
     """
     problems: list[str] = []
-    seq, last_hash, n_lines = 0, GENESIS, 0
+    seq, last_hash, n_lines, first_seq = 0, after or GENESIS, 0, 0
     try:
-        for line in _lines(path):
+        for file, number, line in _lines(path):
             n_lines += 1
+            if n_lines == 1 and after and (event := _parsed(line)):
+                seq = event["seq"] - 1  # what comes before is told by its hash alone
             found, seq, last_hash = _check_line(line, seq, last_hash)
-            problems += [f"line {n_lines}: {problem}" for problem in found]
+            first_seq = first_seq or seq
+            where = f"line {number}" if file == path else f"{file.name}, line {number}"
+            problems += [f"{where}: {problem}" for problem in found]
     except OSError as error:
         raise ServiceUnavailable(f"cannot read {path}: {error.strerror}") from error
     if expected_last_seq is not None and seq != expected_last_seq:
         what = "lines are missing at the end" if seq < expected_last_seq else "there is more than was handed over"
         problems.append(f"line {n_lines}: ends with seq {seq}, not {expected_last_seq}: {what}")
-    return AuditReport(n_lines, seq, last_hash, tuple(problems))
+    return AuditReport(first_seq, n_lines, seq, last_hash, tuple(problems))
 
 
 def _check_line(line: bytes, seq: int, last_hash: str) -> tuple[list[str], int, str]:
@@ -181,12 +231,15 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event.get("prev"), str) and isinstance(event.get("hash"), str) else None
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        while line := file.readline(MAX_LINE_BYTES):
-            yield line
+def _lines(path: Path) -> Iterator[tuple[Path, int, bytes]]:
+    """Lines of a log and of its parts, with file and number."""
+    for file in parts(path):
+        if file.exists():
+            with file.open("rb") as opened:
+                number = 0
+                while line := opened.readline(MAX_LINE_BYTES):
+                    number += 1
+                    yield file, number, line
 
 
 def _strictly_increasing(
@@ -216,6 +269,14 @@ def _canonical(event: Mapping[str, object]) -> bytes:
     return json.dumps(event, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
+def _narrow_rights(fd: int, path: Path) -> None:
+    """Take away what others than owner and group, and a group that writes, may do."""
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    if mode & ~MODE:
+        log.warning("%s: its rights %o are wider than %o and are narrowed", path.name, mode, MODE)
+        os.fchmod(fd, mode & MODE)
+
+
 def _cut_torn_line(fd: int, path: Path) -> int:
     """Cut what follows the last newline; return the size."""
     size = os.fstat(fd).st_size
@@ -235,6 +296,18 @@ def _last_link(fd: int, end: int, path: Path) -> tuple[int, str]:
     if event is None:
         raise ConfigError(f"{path}: the last line is no line of an audit log; move the file away and look into it")
     return event["seq"], event["hash"]
+
+
+def _last_link_of(part: Path) -> tuple[int, str]:
+    fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _last_link(fd, os.fstat(fd).st_size, part)
+    finally:
+        os.close(fd)
+
+
+def _part(path: Path, last_seq: int) -> Path:
+    return path.with_name(f"{path.stem}-{last_seq:0{_PART_DIGITS}d}{path.suffix}")
 
 
 def _after_last_newline(fd: int, end: int) -> int:

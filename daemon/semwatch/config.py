@@ -191,6 +191,8 @@ class Triton(_Settings):
     """Seconds that one answer may take."""
     attempts: Annotated[int, Field(ge=1, le=10)] = 3
     """Tries of one request while the server is away, each later than the one before."""
+    control_secret_file: SitePath | None = None
+    """File with the secret of those who may load models; null: the one that `semwatch triton` leaves in its view."""
 
 
 class Models(_Settings):

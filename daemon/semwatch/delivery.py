@@ -28,9 +28,11 @@ class Backoff:
         self._until = time.monotonic() + min(MAX_BACKOFF_S, 0.25 * 2**self._n_failures)
         return self._n_failures == 1
 
-    def worked(self) -> None:
-        """Note a success."""
+    def worked(self) -> bool:
+        """Note a success; True where it ends a row of failures."""
+        had_failed = self._n_failures > 0
         self._n_failures, self._until = 0, 0.0
+        return had_failed
 
     def is_waiting(self) -> bool:
         """Say whether the service is left alone now."""

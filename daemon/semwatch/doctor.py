@@ -88,7 +88,10 @@ def examine(site: Site) -> list[Check]:
     """Check everything the daemon needs before it can work, and everything a person can mend."""
     checks = [_folder_check(folder) for folder in site.folders]
     checks += [_writable("results folder", site.results_dir), _writable("state folder", site.state_dir)]
-    checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER), *_model_checks(site), *_learning_checks(site)]
+    checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER)]
+    if site.models.runtime == "triton":
+        checks.append(_try("Triton", partial(_triton_in_words, site.models.triton.url)))
+    checks += [*_model_checks(site), *_learning_checks(site)]
     if site.redis is not None:
         checks.append(_redis_check(site))
     return checks
@@ -201,7 +204,8 @@ def _model_checks(site: Site) -> Iterator[Check]:
         yield Check("models", False, "cannot be used", str(error))
         return
     versions = {", ".join(f"{model} {n}" for model, n in loaded.versions().items()) for loaded in models.values()}
-    yield Check("models", True, "; ".join(sorted(versions)))
+    proven = ": signatures, weights and probes match" if site.models.runtime == "triton" else ""
+    yield Check("models", True, "; ".join(sorted(versions)) + proven)
     for version, why in sorted({item for loaded in models.values() for item in loaded.refused().items()}):
         yield Check(
             f"head {version}",
@@ -213,6 +217,17 @@ def _model_checks(site: Site) -> Iterator[Check]:
         yield _service_check(versions_of(models), serving.announced(site.state_dir)[0])
     for source, recipe in recipes.items():
         yield _try(f"gate of {source}", partial(_gate, recipe, models[recipe.pins]))
+
+
+def _triton_in_words(url: str) -> str:
+    """The server and what it holds; that signatures and weights match, loading the models proves."""
+    try:
+        from semwatch.triton.inquiry import ask_server  # noqa: PLC0415 - an extra that an embedded site does not install
+    except ImportError as error:
+        raise ConfigError("runtime: triton needs its client: pip install 'semwatch[triton]'") from error
+    state = ask_server(url)
+    held = ", ".join(f"{model} {' '.join(map(str, ready)) or 'none'}" for model, ready in state.ready.items())
+    return f"{state.version} at {url} holds {held}"
 
 
 def _service_check(fit: Mapping[str, int], announced: Mapping[str, int]) -> Check:

@@ -52,6 +52,7 @@ class EmbeddedRedis:
     def __init__(self, folder: Path, *, port: int | None = 0, timeout_s: float = 10.0) -> None:
         self._folder = folder.absolute()
         self._port = port
+        self._socket = self._folder / "redis.sock" if port is None else None
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -59,7 +60,7 @@ class EmbeddedRedis:
     def url(self) -> str:
         """Where it listens; with ``port`` 0 known only after the start."""
         if self._port is None:
-            return "unix://" + quote(str(self._socket_path))
+            return "unix://" + quote(str(self._socket))
         return f"redis://127.0.0.1:{self._port}/0"
 
     @property
@@ -80,7 +81,7 @@ class EmbeddedRedis:
             return
         executable = find_executable()
         deadline = time.monotonic() + self._timeout_s
-        lock_fd = self._lock(deadline)
+        lock_fd = lock(self._folder, socket_path=self._socket, deadline=deadline)
         try:
             said = self._launch(executable, lock_fd, deadline)
         finally:
@@ -110,31 +111,8 @@ class EmbeddedRedis:
         self.stop()
 
     @property
-    def _socket_path(self) -> Path:
-        return self._folder / "redis.sock"
-
-    @property
     def _log_path(self) -> Path:
         return self._folder / "redis.log"
-
-    def _lock(self, deadline: float) -> int:
-        """Take the folder's lock and return its descriptor; a server that is about to end gets until ``deadline``."""
-        if self._port is None and len(os.fsencode(self._socket_path)) > _SOCKET_PATH_LIMIT:
-            raise ConfigError(f"{self._socket_path} is too long for a unix socket: use a port or a shorter folder")
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(self._folder / "redis.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(f"Redis cannot use its data folder: {error}") from error
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(fd)
-                    raise ConfigError(f"another redis-server uses {self._folder}: stop it or use its address") from None
-                time.sleep(_POLL_S)
 
     def _launch(self, executable: Path, lock_fd: int, deadline: float) -> str | None:
         """Start the server and wait for it; return what it said where it ended instead."""
@@ -162,7 +140,11 @@ class EmbeddedRedis:
         with self._log_path.open("ab") as log:
             log_from = log.tell()
             self._process = subprocess.Popen(
-                [*launcher, *self._options()], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock_fd,)
+                [*launcher, *options(self._folder, port=self._port, socket_path=self._socket)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(lock_fd,),
             )
         return log_from
 
@@ -183,19 +165,53 @@ class EmbeddedRedis:
                 time.sleep(_POLL_S)
         return False
 
-    def _options(self) -> list[str]:
-        if self._port is None:
-            listen = ["--port", "0", "--unixsocket", str(self._socket_path), "--unixsocketperm", "700"]
-        else:
-            listen = ["--port", str(self._port), "--bind", "127.0.0.1", "--protected-mode", "yes"]
-        durable = ["--appendonly", "yes", "--appendfsync", "always", "--aof-load-truncated", "yes", "--save", ""]
-        kept = ["--maxmemory-policy", "noeviction", "--dir", str(self._folder), "--daemonize", "no"]
-        return [*listen, *durable, *kept, "--loglevel", "warning"]
-
     def _what_to_do(self, said: str) -> str:
         if _TAKEN in said:
             return f"port {self._port} on 127.0.0.1 is taken: name a free one, or 0 to have one picked"
         return f"redis-server ended while it started; mend what it says (all of it is in {self._log_path}):\n{said}"
+
+
+def options(folder: Path, *, port: int | None, socket_path: Path | None = None, socket_mode: str = "700") -> list[str]:
+    """Arguments of a ``redis-server`` that loses nothing: every write on disk before its answer, nothing evicted.
+
+    Args:
+        folder: where its data lie.
+        port: on loopback; None listens on ``socket_path`` alone.
+        socket_mode: who may open the socket, octal.
+    """
+    if port is None:
+        listen = ["--port", "0", "--unixsocket", str(socket_path), "--unixsocketperm", socket_mode]
+    else:
+        listen = ["--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"]
+    durable = ["--appendonly", "yes", "--appendfsync", "always", "--aof-load-truncated", "yes", "--save", ""]
+    kept = ["--maxmemory-policy", "noeviction", "--dir", str(folder), "--daemonize", "no"]
+    return [*listen, *durable, *kept, "--loglevel", "warning"]
+
+
+def lock(folder: Path, *, socket_path: Path | None, deadline: float) -> int:
+    """Make the folder, take its lock and return the lock's descriptor.
+
+    A server that is about to end gets until ``deadline`` (``time.monotonic``). Who inherits the descriptor holds it.
+
+    Raises:
+        ConfigError: the folder or the socket's path cannot be used, or another server uses the folder.
+    """
+    if socket_path is not None and len(os.fsencode(socket_path)) > _SOCKET_PATH_LIMIT:
+        raise ConfigError(f"{socket_path} is too long for a unix socket: use a port or a shorter folder")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(folder / "redis.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"Redis cannot use its data folder: {error}") from error
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise ConfigError(f"another redis-server uses {folder}: stop it or use its address") from None
+            time.sleep(_POLL_S)
 
 
 def find_executable() -> Path:

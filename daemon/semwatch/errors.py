@@ -11,6 +11,9 @@ Drivers' errors are translated where the driver is used; anything that is not in
 daemon: the ledger brings the work back.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 
 class SemwatchError(Exception):
     """Root of every error that semwatch raises on purpose."""
@@ -34,3 +37,9 @@ class ServiceUnavailable(SemwatchError):
 
 class PublishError(SemwatchError):
     """A model version could not be published; what served before goes on serving."""
+
+
+EXIT_CODES: Mapping[type[SemwatchError], int] = MappingProxyType(
+    {ConfigError: 2, ModelMismatch: 3, ServiceUnavailable: 4}
+)
+"""What a command ends with; any other error of ours is 1. The units' restart rules hang on them."""

@@ -53,7 +53,7 @@ class _Loaded:
 class Models(Protocol):
     """Whoever answers for the models: ``Embedded``, or a server behind a client."""
 
-    def infer(self, model: str, inputs: Arrays) -> Answer:
+    def infer(self, model: str, inputs: Arrays, *, backlog: bool = False) -> Answer:
         """Ask a model about a batch, see ``Embedded.infer``."""
 
     def refresh(self) -> Swap | None:
@@ -111,12 +111,13 @@ class Embedded:
     ) -> None:
         self.close()
 
-    def infer(self, model: str, inputs: Arrays) -> Answer:
+    def infer(self, model: str, inputs: Arrays, *, backlog: bool = False) -> Answer:  # noqa: ARG002
         """Ask a model about a batch.
 
         Args:
             model: "detector", "encoder" or "head".
             inputs: arrays by name, batch axis first, dtypes as in the model's ``Meta``.
+            backlog: the work may wait; for a server with a queue, without effect here.
 
         Raises:
             ModelMismatch: the arrays do not fit the model.

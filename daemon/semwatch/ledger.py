@@ -3,7 +3,7 @@
 Whether a file is settled is never stored, it follows: its path resolves to a content, and that content's work is
 finished. So a duplicate of something still in flight becomes settled with it, and comes back if the original fails.
 
-Layout, ``user_version`` 1, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
+Layout, ``user_version`` 2, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
 
     work     source, sha256     primary key: a content reviewed for one tool is one piece of work
              path               where the content lay when it was claimed last, relative to the drop folder
@@ -17,7 +17,7 @@ Layout, ``user_version`` 1, ``application_id`` "SEMW". Paths are BLOBs, because 
              seen_utc
     outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
     audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
-    noted    id                          what ``note`` has taken and must not take twice; added without a new layout
+    noted    id                          what ``note`` has taken and must not take twice; since layout 2
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
 """
@@ -43,7 +43,7 @@ State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
 _APPLICATION_ID = 0x53454D57  # "SEMW"
-_LAYOUT = 1
+_LAYOUT = 2
 _SCHEMA = (
     """CREATE TABLE work (
         source TEXT NOT NULL, sha256 TEXT NOT NULL, path BLOB NOT NULL,
@@ -58,11 +58,16 @@ _SCHEMA = (
     """CREATE TABLE outbox (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, stream TEXT NOT NULL, payload BLOB NOT NULL)""",
     "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
+    "CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID",
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {_LAYOUT}",
 )
+_MIGRATIONS: Mapping[int, tuple[str, ...]] = {
+    # Some ledgers of layout 1 have the table already.
+    1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
+}
+"""What brings a ledger from one layout to the next; the daemon does it at its start, all or nothing."""
 LOCK_S = 0.3
-_NOTED = "CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID"
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 _AWAY = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLITE_READONLY")
 _REMEDY = "move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed again"
@@ -90,6 +95,16 @@ class Work:
     reason: str | None
     first_seen_utc: str
     finished_utc: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One file as it was when it was last hashed."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    seen_utc: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +227,19 @@ class Ledger:
             _leave(db, claim, "state = 'SEEN', attempts = attempts + 1, reason = ?", _clean(reason))
         return claim.attempts + 1
 
-    def requeue(self, source: str, sha256: str) -> bool:
-        """Let quarantined work wait again with no attempts counted; False where nothing such is in quarantine."""
+    def requeue(self, source: str, sha256: str, *, audit: Mapping[str, object]) -> bool:
+        """Let quarantined work wait again with no attempts counted; False where nothing such is in quarantine.
+
+        The audit line is taken in the same transaction, and only where there was something.
+        """
         with self._transaction() as db:
             changed = db.execute(
                 "UPDATE work SET state = 'SEEN', attempts = 0, reason = 'requeued', finished_utc = NULL"
                 " WHERE source = ? AND sha256 = ? AND state = 'QUARANTINED'",
                 (source, sha256),
             )
+            if changed.rowcount == 1:
+                _append_audit(db, audit)
         return changed.rowcount == 1
 
     # --- outbox and audit ------------------------------------------------------------------------------------------
@@ -296,6 +316,40 @@ class Ledger:
         )
         return [Work(source, sha256, _text(path), *rest) for source, sha256, path, *rest in rows]
 
+    def find(self, *, digits: str = "", part: str = "", limit: int = 1000) -> list[tuple[str, Work]]:
+        """Return work whose sha256 begins with ``digits``, or work with a path that holds ``part``, shortest first.
+
+        Beside each stands the path: the one it was found by, or was claimed under. One of the two must be given.
+        """
+        value: str | bytes
+        columns = "w.source, w.sha256, w.path, state, attempts, reason, first_seen_utc, finished_utc"
+        if digits:
+            sql, value = "SELECT w.path, w.source, w.sha256 FROM work AS w WHERE sha256 GLOB ?1", f"{digits}*"
+        else:
+            by_path = "SELECT path, source, sha256 FROM {} WHERE instr(path, ?1)"
+            sql, value = f"{by_path.format('work')} UNION {by_path.format('paths')}", _blob(part)
+        rows = self._rows(
+            f"WITH found (at, source, sha256) AS ({sql}) SELECT at, {columns} FROM found JOIN work AS w"
+            " USING (source, sha256) ORDER BY length(at), at, first_seen_utc LIMIT ?2",
+            (value, limit),
+        )
+        return [(_text(at), Work(source, sha, _text(path), *rest)) for at, source, sha, path, *rest in rows]
+
+    def seen_as(self, source: str, sha256: str) -> list[Seen]:
+        """Return the files that hold this content as far as the ledger knows, first hashed first."""
+        rows = self._rows(
+            "SELECT path, size, mtime_ns, seen_utc FROM paths WHERE source = ? AND sha256 = ? ORDER BY seen_utc, path",
+            (source, sha256),
+        )
+        return [Seen(_text(path), *rest) for path, *rest in rows]
+
+    def unpublished_with(self, text: bytes, limit: int = 1000) -> list[OutboxItem]:
+        """Return messages that wait and whose payload holds ``text``, such as a sha256, oldest first."""
+        rows = self._rows(
+            "SELECT stream, id, payload FROM outbox WHERE instr(payload, ?) ORDER BY seq LIMIT ?", (text, limit)
+        )
+        return [OutboxItem(*row) for row in rows]
+
     def prune(self, seen_before_utc: str) -> int:
         """Forget finished paths last resolved before that moment; return how many.
 
@@ -318,17 +372,22 @@ class Ledger:
             application_id, layout, _ = _identity(db)
             if application_id != _APPLICATION_ID:
                 raise ConfigError(f"{self.path} is not a ledger of semwatch; name another file as the ledger")
-            if layout != _LAYOUT:
+            if layout > _LAYOUT:
                 raise ConfigError(
-                    f"ledger {self.path} has layout {layout}, not {_LAYOUT}; use the semwatch that made it"
+                    f"ledger {self.path} was made by a newer semwatch (layout {layout}, this one knows {_LAYOUT}): "
+                    f"upgrade again, or put back the ledger of the backup that the upgrade made"
                 )
+            if layout < _LAYOUT and not read_only:
+                if self._lock_fd is None:
+                    raise ConfigError(f"ledger {self.path} is of an older semwatch: start the daemon, it sees to that")
+                _migrate(db, layout)
+                log.info("ledger %s brought from layout %d to %d", self.path, layout, _LAYOUT)
             if not read_only:
                 mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
                 if mode != "wal":
                     raise ConfigError(f"ledger {self.path}: its disk cannot hold a WAL; put the ledger on a local disk")
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
-                db.execute(_NOTED)
 
     def _recover(self) -> None:
         with self._transaction() as db:
@@ -407,16 +466,27 @@ def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:
 
 
 def _identity(db: sqlite3.Connection) -> tuple[int, int, int]:
-    """Return application id, layout and number of tables."""
-    application_id = db.execute("PRAGMA application_id").fetchone()[0]
-    layout = db.execute("PRAGMA user_version").fetchone()[0]
-    return application_id, layout, db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    """Return application id, layout and number of tables at one moment: another may be making the file."""
+    found: tuple[int, int, int] = db.execute(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"
+        " FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    return found
 
 
 def _create(db: sqlite3.Connection) -> None:
     db.execute("BEGIN IMMEDIATE")
     for statement in _SCHEMA:
         db.execute(statement)
+    db.execute("COMMIT")
+
+
+def _migrate(db: sqlite3.Connection, layout: int) -> None:
+    db.execute("BEGIN IMMEDIATE")
+    for older in range(layout, _LAYOUT):
+        for statement in _MIGRATIONS[older]:
+            db.execute(statement)
+    db.execute(f"PRAGMA user_version = {_LAYOUT}")
     db.execute("COMMIT")
 
 

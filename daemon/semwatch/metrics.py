@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from semwatch.defects import Review, VerdictKind
 from semwatch.drift import WATCHED
 from semwatch.errors import ConfigError
+from semwatch.model_repository import MODELS
 from semwatch.review_record import ReviewRecord
 
 STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -21,6 +22,8 @@ STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 SEVEREST_FIRST: tuple[VerdictKind, ...] = ("unknown", "novel", "non-decidable", "known", "defect-free")
 """A file counts once, under the first of these that any of its defects has."""
 
+SERVICES = ("line", "redis")
+"""What can be away: models or disk, and the streams."""
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -44,6 +47,10 @@ class Metrics:
         )
         for source in sources:
             self._start_at_zero(source)
+        for service in SERVICES:
+            self.errors.labels(service)
+        for model in MODELS:
+            self.swap_refused.labels(model)
         self._endpoint: tuple[WSGIServer, threading.Thread] | None = None
 
     def observe(self, review: Review) -> None:

@@ -13,6 +13,7 @@ from semwatch.config import Models as ModelSettings
 from semwatch.config import Pins, Recipe
 from semwatch.errors import ConfigError
 from semwatch.inference import Embedded, Models
+from semwatch.journal import about
 from semwatch.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class ModelsInService:
         swaps = [swap for models in self.by_pins.values() if (swap := models.refresh()) is not None]
         for swap in swaps:
             if swap.refused is None:
-                log.info("%s %d serves from now on", swap.model, swap.version)
+                extra = about("swapped", models={swap.model: swap.version})
+                log.info("%s %d serves from now on", swap.model, swap.version, extra=extra)
             else:
                 self._say_refused(swap.model, swap.version, swap.refused)
         if swaps or not self._is_announced:
@@ -79,7 +81,8 @@ class ModelsInService:
 
     def _say_refused(self, model: str, version: int, why: str) -> None:
         self._metrics.swap_refused.labels(model=model).inc()
-        log.error("%s %d is refused, the one before it goes on: %s", model, version, why)
+        extra = about("refused", models={model: version})
+        log.error("%s %d is refused, the one before it goes on: %s", model, version, why, extra=extra)
 
     def _announce(self) -> None:
         try:

@@ -30,6 +30,7 @@ from semwatch.config import Pins, Recipe
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable
 from semwatch.inference import Models
+from semwatch.journal import about
 from semwatch.ledger import Ledger, OutboxItem
 from semwatch.model_repository import Meta
 from semwatch.records import Record, ResultSummary
@@ -192,7 +193,7 @@ class Rereview:
             self._revise(results.review_path(self._results_dir, source, path), sha256, fitting)
         except ImageError as error:  # broken, out of the results folder, or in the way of a kept revision
             self.counts.stale += len(fitting)
-            log.warning("not read again: %s", error)
+            log.warning("not read again: %s", error, extra=about("not read again", source, path, sha256))
 
     def _revise(self, target: Path, sha256: str, found: list[Record]) -> None:
         recipe = self._recipes[found[0].source]
@@ -230,7 +231,8 @@ class Rereview:
         self.counts.stale += len(found) - len(known)
         if not known:
             return {}, 0
-        answer = self._models[recipe.pins].infer("head", {"features": np.stack([r.features for r in known])})
+        features = np.stack([r.features for r in known])
+        answer = self._models[recipe.pins].infer("head", {"features": features}, backlog=True)
         changes = {}
         for record, logits, p_values in zip(known, answer.outputs["logits"], answer.outputs["p_values"], strict=True):
             place = record.page, record.defect_id
@@ -252,6 +254,8 @@ class Rereview:
         message = summary(result)
         outbox = [OutboxItem(*message)] if self._publishes else []
         if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1]):
+            head, extra = result.model_versions.get("head"), _about(result)
+            log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
             self._on_revised(target, result)
 
 
@@ -293,6 +297,20 @@ def audit_entry(target: Path, result: ReviewRecord) -> dict[str, object]:
         "changes": changes,
         "result": target.name,
     }
+
+
+def _about(result: ReviewRecord) -> dict[str, dict[str, str]]:
+    """The journal's fields of a revision."""
+    return about(
+        "revised",
+        result.source,
+        result.path,
+        result.sha256,
+        recipe=result.recipe.name,
+        recipe_id=result.recipe.id,
+        verdicts=Counter(defect.verdict.kind for defect in defects_of(result).values()),
+        models=result.model_versions,
+    )
 
 
 def _differences(before: Mapping[Place, DefectRecord], after: Mapping[Place, DefectRecord]) -> list[dict[str, object]]:

@@ -30,9 +30,10 @@ from semwatch.audit import AuditLog
 from semwatch.config import Recipe, Site, load_recipe
 from semwatch.defects import Review
 from semwatch.delivery import Backoff, connect_publisher, deliver_audit, publish_outbox
-from semwatch.drift import DriftWatch
+from semwatch.drift import Alarm, DriftWatch
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.incoming import Arrival, Incoming
+from semwatch.journal import about
 from semwatch.ledger import Claim, Ledger, OutboxItem
 from semwatch.metrics import Metrics
 from semwatch.models_in_service import ModelsInService
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 
 LEDGER, AUDIT = "ledger.sqlite", "audit.jsonl"
 TICK_S = 0.5
+_AWAY = "a service is away"
+SAY_AGAIN_S = 60.0
+"""Seconds after which a fault that lasts is said again."""
 BESIDE_WORK_S = 0.02
 """Seconds of re-review between two looks at files under way."""
 LOT_INTERVAL_S = 2.0
@@ -108,6 +112,7 @@ class Service:
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
         self._next_beat = 0.0
+        self._pause, self._say_again = "", 0.0
         self._lots_to_write: set[Path] = set()
         self._lots_lock = threading.Lock()
         self._next_lots = 0.0
@@ -141,7 +146,8 @@ class Service:
         """
         self._notifier.ready()
         self.metrics.ready.set(1)
-        log.info("ready: %d folders, models %s", len(self.recipes), self._models.versions())
+        versions = self._models.versions()
+        log.info("ready: %d folders, models %s", len(self.recipes), versions, extra=about(models=versions))
         try:
             while not self._stop.is_set():
                 try:
@@ -151,8 +157,9 @@ class Service:
                     self._reread()
                     self._deliver()
                 except ServiceUnavailable as error:  # the disk under ledger or audit log
-                    self._away.failed()
-                    log.warning("the line waits: %s", error)
+                    if self._away.failed() or time.monotonic() >= self._say_again:
+                        self._say_again = time.monotonic() + SAY_AGAIN_S
+                        log.error("the line waits: %s", error)
                     self._stop.wait(TICK_S)
         finally:
             all_finished = self._shut_down()
@@ -183,7 +190,7 @@ class Service:
             except ServiceUnavailable as error:
                 self._away.failed()
                 self.metrics.errors.labels(service="line").inc()
-                log.warning("%s waits in its folder: %s", arrival.path, error)
+                log.warning("%s waits in its folder: %s", arrival.path, error, extra=self._about(arrival, "waits"))
             else:
                 self._away.worked()
             finally:
@@ -206,7 +213,7 @@ class Service:
     def _reason_to_wait(self) -> str | None:
         """Why no file is taken now; files wait in the folder, which is the buffer."""
         if self._away.is_waiting():
-            return "a service is away"
+            return _AWAY
         free_mb = shutil.disk_usage(self.site.results_dir).free / 1e6
         if free_mb < self.site.limits.min_free_mb:
             return f"disk nearly full, {free_mb:.0f} MB free"
@@ -234,7 +241,8 @@ class Service:
                 log.warning("records wait in the outbox: %s", error)
             self.metrics.errors.labels(service="redis").inc()
         else:
-            self._publishing.worked()
+            if self._publishing.worked():
+                log.info("Redis takes records again")
 
     def _beat(self) -> None:
         """Tell systemd and Prometheus how it stands; a hang of this loop or of a review in a worker silences it."""
@@ -249,7 +257,8 @@ class Service:
         if longest_s < self.site.limits.review_timeout_s:
             self._notifier.watchdog()
         else:
-            reason = f"a review hangs since {longest_s:.0f} s"
+            reason = f"a review hangs, since {longest_s:.0f} s"
+        self._log_pause(reason)
         self._notifier.status(
             f"{n_waiting} waiting, {len(self._working)} in review" + (f"; paused: {reason}" if reason else "")
         )
@@ -264,14 +273,26 @@ class Service:
             self._next_drift = now + drift.SAVE_EVERY_S
             self._drift.save(self.site.state_dir / drift.STATE)
 
+    def _log_pause(self, reason: str | None) -> None:
+        """Say once that the line pauses and why, and once that it goes on; a service away has lines of its own."""
+        what = (reason or "").partition(",")[0]
+        if what in (self._pause, _AWAY):
+            return
+        if what:
+            # Redis comes back by itself; a disk is freed, and a hang looked into, by a person.
+            log.log(logging.WARNING if what == "Redis away" else logging.ERROR, "paused: %s", reason)
+        else:
+            log.info("goes on after a pause: %s", self._pause)
+        self._pause = what
+
     def _shut_down(self) -> bool:
         self._notifier.stopping()
         self.metrics.ready.set(0)
         unfinished = wait(self._working, timeout=self.site.limits.stop_timeout_s).not_done
         try:
-            for future in self._working:
+            for future, (arrival, _) in self._working.items():
                 if future.done() and (error := future.exception()):
-                    log.error("a review failed while stopping: %s", error)
+                    log.error("a review failed while stopping: %s", error, extra=self._about(arrival, "waits"))
             self._write_lots()
             self._deliver()
         except ServiceUnavailable as error:
@@ -345,13 +366,19 @@ class Service:
         log.info(
             "%s/%s: %d defects, %.0f ms (%s), models %s",
             claim.source, claim.path, review.n_defects, (time.perf_counter() - start) * 1000, stages,
-            dict(review.model_versions),
+            dict(review.model_versions), extra=_about_review(review),
         )  # fmt: skip
+
+    def _about(self, it: Arrival | Claim | Alarm, event: str) -> dict[str, dict[str, str]]:
+        """The journal's fields of a file, or of a drop folder."""
+        recipe, image = self.recipes[it.source], None if isinstance(it, Alarm) else it.path
+        sha256 = it.sha256 if isinstance(it, Claim) else None
+        return about(event, it.source, image, sha256, recipe=recipe.name, recipe_id=recipe.id)
 
     def _watch_drift(self, review: Review) -> None:
         for alarm in self._drift.observe(review):
             self.metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
-            log.warning("drift: %s", alarm.sentence)
+            log.warning("drift: %s", alarm.sentence, extra=self._about(alarm, "drift"))
             drift.want_retrain(self.site.learning_dir, alarm, utc_now())
 
     def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
@@ -368,6 +395,7 @@ class Service:
         )
         audit = {
             "event": "quarantined",
+            "utc": now_utc,
             "source": claim.source,
             "path": claim.path,
             "sha256": claim.sha256,
@@ -375,7 +403,8 @@ class Service:
         }
         self.ledger.quarantine(claim, reason, audit=audit, now_utc=now_utc)
         self.metrics.quarantined.labels(source=claim.source).inc()
-        log.warning("%s/%s quarantined: %s", claim.source, claim.path, reason)
+        extra = self._about(claim, "quarantined")
+        log.error("%s/%s quarantined: %s", claim.source, claim.path, reason, extra=extra)
 
     def _refuse_unread(self, arrival: Arrival, reason: str) -> None:
         """Quarantine a file that is not even read: its identity is its size and name."""
@@ -389,7 +418,9 @@ class Service:
     def _note_not_mine(self, claim: Claim) -> None:
         if claim.outcome == "duplicate":
             self.metrics.duplicates.labels(source=claim.source).inc()
-            log.info("%s/%s has the content of %s: not reviewed again", claim.source, claim.path, claim.original)
+            extra = self._about(claim, "duplicate")
+            text = "%s/%s has the content of %s: not reviewed again"
+            log.info(text, claim.source, claim.path, claim.original, extra=extra)
 
     def _write_lots(self) -> None:
         with self._lots_lock:
@@ -402,9 +433,28 @@ class Service:
         self._next_lots = end + max(LOT_INTERVAL_S, 20 * (end - start))
 
 
+def _about_review(review: Review) -> dict[str, dict[str, str]]:
+    """The journal's fields of a finished review."""
+    return about(
+        "reviewed",
+        review.source,
+        review.path,
+        review.sha256,
+        recipe=review.recipe_name,
+        recipe_id=review.recipe_id,
+        verdicts=count_kinds(review),
+        models=review.model_versions,
+    )
+
+
+def count_kinds(review: Review) -> dict[str, int]:
+    """Defects of a review by verdict kind."""
+    kinds = [defect.verdict.kind for page in review.pages for defect in page.defects]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
 def audit_entry(review: Review, result: Path) -> dict[str, object]:
     """The audit line of one review: what was judged, by which recipe and models, and what came out."""
-    kinds = [defect.verdict.kind for page in review.pages for defect in page.defects]
     return {
         "event": "reviewed",
         "utc": review.reviewed_utc,
@@ -413,7 +463,7 @@ def audit_entry(review: Review, result: Path) -> dict[str, object]:
         "sha256": review.sha256,
         "recipe": review.recipe_id,
         "models": dict(review.model_versions),
-        "verdicts": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "verdicts": count_kinds(review),
         "result": result.name,
     }
 

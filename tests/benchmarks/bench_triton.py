@@ -25,6 +25,7 @@ from semwatch.model_repository import Arrays
 from semwatch.triton.client import Triton
 from semwatch.triton.server import LocalTriton
 from semwatch.triton.setup import set_up
+from semwatch.triton.view import Settings
 from semwatch_training.data.datasets import folder_images
 from semwatch_training.synthetic import lot_images
 
@@ -43,7 +44,7 @@ def runtimes(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     threads = len(os.sched_getaffinity(0))
     view = tmp_path_factory.mktemp("view")
     with (
-        LocalTriton(folder, repository, threads=threads, view=view) as server,
+        LocalTriton(folder, repository, settings=Settings(threads=threads), view=view) as server,
         Triton(repository, url=server.url, view=view) as triton,
         Embedded(repository, threads=threads) as embedded,
     ):

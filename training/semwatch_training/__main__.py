@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from semwatch import micrograph
-from semwatch.errors import SemwatchError
+from semwatch.errors import EXIT_CODES, SemwatchError
 from semwatch_training import build_repository, engine_commands
 from semwatch_training import ship as whole_run
 from semwatch_training.data import datasets
@@ -22,6 +22,7 @@ from semwatch_training.encoding.encoder_run import CropSource, train_encoder
 from semwatch_training.encoding.smg_vit import EncoderForm
 from semwatch_training.evaluation.evaluate_commands import evaluate_app
 from semwatch_training.evaluation.experiment_commands import experiment_app
+from semwatch_training.gpu.__main__ import gpu
 from semwatch_training.learning import learning_commands
 from semwatch_training.progress_bars import Bars, console
 from semwatch_training.synthetic import STAGES, write_lot
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(experiment_app, name="experiment")
 app.command("export")(engine_commands.export)
+app.command("gpu")(gpu)
 app.command("retrain")(learning_commands.retrain)
 app.command("refit")(learning_commands.refit)
 
@@ -246,12 +248,12 @@ def _trunk(name: str, checkpoint: Path | None, cache: Path) -> VisionTransformer
 
 
 def main() -> None:
-    """Run a command; an expected error is one plain line and exit code 1."""
+    """Run a command; an expected error is one plain line and its exit code, the same as the daemon's."""
     try:
         app()
     except SemwatchError as error:
         console.print(f"[red]{type(error).__name__}[/]: {error}", soft_wrap=True, highlight=False)
-        raise SystemExit(1) from error
+        raise SystemExit(EXIT_CODES.get(type(error), 1)) from error
 
 
 if __name__ == "__main__":

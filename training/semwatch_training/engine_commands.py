@@ -7,7 +7,8 @@ import typer
 from rich.table import Table
 
 from semwatch.model_repository import MODELS
-from semwatch_training import engine_manifest, engines
+from semwatch.triton import plans
+from semwatch_training import engines
 from semwatch_training.progress_bars import Bars, console
 from semwatch_training.tensorrt_compiler import parse_capabilities
 
@@ -55,7 +56,7 @@ def export(
         )  # fmt: skip
     for manifest, is_new in made:
         worst = max(off for row in manifest.parity for off in row.relative.values())
-        size = manifest.plan_bytes or (out / manifest.folder / engine_manifest.ONNX).stat().st_size
+        size = manifest.plan_bytes or (out / manifest.folder / plans.ONNX).stat().st_size
         table.add_row(
             f"{manifest.model} {manifest.version}",
             manifest.folder.name,

@@ -9,14 +9,13 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
-from pydantic import BaseModel, ConfigDict
 
 from semwatch import micrograph
 from semwatch.config import Recipe
@@ -26,22 +25,12 @@ from semwatch.errors import PublishError
 from semwatch.inference import Embedded
 from semwatch.model_repository import Arrays, Meta
 from semwatch.pipeline import search
+from semwatch.triton.plans import Difference
 from semwatch_training.data.datasets import folder_images
 from semwatch_training.synthetic import lot_images
 
 BATCH = 4
 """Samples asked at once."""
-
-
-class Difference(BaseModel):
-    """Worst relative difference by output, over some inputs, judged in one way."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    inputs: Literal["noise", "images"]
-    way: Literal["onnxruntime", "rounded", "gpu"]
-    samples: int
-    relative: Mapping[str, float]
 
 
 def judge(source: ModelProto, converted: Mapping[str, ModelProto], inputs: Mapping[str, Arrays]) -> list[Difference]:

@@ -1,6 +1,6 @@
 """Published ONNX networks to TensorRT plans for a fleet of GPUs: converted, proven, compiled, placed whole.
 
-What comes out, and where, see ``engine_manifest``.
+What comes out, and where, see ``semwatch.triton.plans``.
 """
 
 import hashlib
@@ -18,22 +18,23 @@ from onnx import ModelProto
 from semwatch import model_repository, serving
 from semwatch.errors import ConfigError, PublishError
 from semwatch.model_repository import MODELS, Arrays, Meta, write_whole
-from semwatch_training import engine_parity, onnx_precision, tensorrt_compiler
-from semwatch_training.engine_manifest import (
+from semwatch.triton.plans import (
     LOG,
     MANIFEST,
     ONNX,
     PLAN,
     TIMING_CACHE,
+    Batches,
+    Difference,
+    EngineTarget,
     Manifest,
     Precision,
-    Target,
-    up_to_date,
 )
-from semwatch_training.engine_parity import Difference
+from semwatch_training import engine_parity, onnx_precision, tensorrt_compiler
+from semwatch_training.engine_manifest import up_to_date
 from semwatch_training.export import random_inputs, utc_now
 from semwatch_training.progress_bars import Progress
-from semwatch_training.tensorrt_compiler import TOOLKITS, Batches, compile_plan, load_toolkit
+from semwatch_training.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit
 
 CONVERTER = 1
 """Raised when a conversion changes, so that old plans are compiled again."""
@@ -105,7 +106,7 @@ def export(
 
 
 def check_order(target: str, precision: str, capabilities: Sequence[int], models: Sequence[str]) -> (
-    tuple[Target, Precision]
+    tuple[EngineTarget, Precision]
 ):  # fmt: skip
     """Return target and precision, if all of it is possible.
 
@@ -128,12 +129,12 @@ def check_order(target: str, precision: str, capabilities: Sequence[int], models
     if target == "onnx":
         if capabilities:
             raise ConfigError("an ONNX file belongs to no GPU; leave --compute-capability out")
-        return cast(Target, target), cast(Precision, precision)
+        return cast(EngineTarget, target), cast(Precision, precision)
     if not capabilities:
         raise ConfigError("a plan belongs to one kind of GPU; name them, such as --compute-capability 75,86,89,120")
     for capability in capabilities:
         tensorrt_compiler.check_gpu(TOOLKITS[target], precision, capability)
-    return cast(Target, target), cast(Precision, precision)
+    return cast(EngineTarget, target), cast(Precision, precision)
 
 
 def convert(source: ModelProto, precision: Precision) -> tuple[ModelProto, dict[str, ModelProto]]:
@@ -173,7 +174,7 @@ def sha256(content: bytes) -> str:
 def _wanted(
     repository: Path,
     model: str,
-    target: Target,
+    target: EngineTarget,
     precision: Precision,
     capability: int | None,
     toolkit: ModuleType | None,

@@ -20,6 +20,7 @@ from semwatch import head_bank, model_repository
 from semwatch.errors import PublishError
 from semwatch.head_bank import Bank
 from semwatch.model_repository import Arrays, Meta, Tensor
+from semwatch_training.detection import folding
 from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph
 from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph
 from semwatch_training.discovery.head import Head
@@ -69,7 +70,8 @@ def publish_detector(
         normal_scores=tuple(sorted(round(score, 7) for score in normal_scores)),
         provenance={**flat(asdict(form)), **provenance},
     )
-    return _publish(graph.eval(), meta, repository)
+    exported = graph if isinstance(graph, MemoryGraph) else folding.folded(graph)
+    return _publish(exported.eval(), meta, repository)
 
 
 def publish_encoder(graph: EncoderGraph, repository: Path, *, provenance: Provenance) -> int:

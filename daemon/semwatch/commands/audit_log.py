@@ -18,19 +18,22 @@ app = typer.Typer(no_args_is_help=True, help="The hash-chained log of every revi
 @app.command("verify", epilog=EPILOG)
 def verify(
     log: Annotated[Path, typer.Argument(help="The audit log, audit.jsonl in the site's state_dir.")],
+    after: Annotated[
+        str, typer.Option(help="Hash of the last line that is kept elsewhere, where old parts were moved away.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Check the chain of an audit log: any edit, gap, insertion or reordering shows."""
+    """Check the chain of an audit log and of its parts beside it: any edit, gap, insertion or reordering shows."""
     if not log.is_file():
         raise ConfigError(f"no audit log at {log}; the daemon keeps {AUDIT} in the state_dir of its site")
     n_delivered = _n_delivered(log.with_name(LEDGER))  # asked first: the daemon may append meanwhile
-    report = audit.verify(log)
+    report = audit.verify(log, after=after)
     problems = list(report.problems)
     if report.last_seq < n_delivered:
         problems.append(f"ends with seq {report.last_seq}: the ledger beside it has handed over {n_delivered}")
     if as_json:
-        said = {"ok": not problems, "n_lines": report.n_lines, "last_hash": report.last_hash, "problems": problems}
-        typer.echo(json.dumps(said))
+        lines = {"n_lines": report.n_lines, "first_seq": report.first_seq, "last_hash": report.last_hash}
+        typer.echo(json.dumps({"ok": not problems, **lines, "problems": problems}))
     elif not problems:
         say(f": {report.n_lines} lines; note elsewhere: {report.last_hash}", ("intact", "green"))
     else:

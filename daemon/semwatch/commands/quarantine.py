@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
+from semwatch.commands.clusters import login_name
 from semwatch.commands.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.config import Site, load_site
 from semwatch.errors import ConfigError
 from semwatch.ledger import Ledger
-from semwatch.service import LEDGER
+from semwatch.service import LEDGER, utc_now
 
 app = typer.Typer(no_args_is_help=True, help="Files that could not be reviewed.")
 
@@ -51,7 +52,11 @@ def requeue(
                     f"nothing in quarantine begins with {digits!r}; `semwatch quarantine list` shows what is"
                 )
         for work in found:
-            if work.sha256.startswith(tuple(map(str.lower, sha256))) and ledger.requeue(work.source, work.sha256):
+            if not work.sha256.startswith(tuple(map(str.lower, sha256))):
+                continue
+            who = {"event": "requeued", "utc": utc_now(), "by": login_name()}
+            audit = {**who, "source": work.source, "path": work.path, "sha256": work.sha256}
+            if ledger.requeue(work.source, work.sha256, audit=audit):
                 is_there = work.source in drops and (drops[work.source] / work.path).exists()
                 what_to_do = "" if is_there else " (is not in the drop folder now: drop it again)"
                 say(f": {work.source}/{work.path}{what_to_do}", ("queued again", "green"))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.model_repository import MODELS
 from semwatch.triton.server import START_TIMEOUT_S, LocalTriton, ask, text_from
 from semwatch.triton.setup import Installation
+from semwatch.triton.view import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,9 @@ MAX_RESTARTS, RESTART_WINDOW_S = 5, 600.0
 
 _STATE, _LOG = "triton.json", "supervisor.log"
 _POLL_S = 0.05
+_LOOK_S = 5.0
+_PAUSE_S = 5.0
+"""Longest pause before a server is started again."""
 
 
 def up(
@@ -36,7 +41,8 @@ def up(
     *,
     grpc_port: int = GRPC_PORT,
     http_port: int = HTTP_PORT,
-    threads: int | None = None,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    control_secret_file: Path | None = None,
     timeout_s: float = START_TIMEOUT_S,
 ) -> dict[str, Any]:
     """Start a supervised server in the background and wait until it answers; return its ``status``.
@@ -47,14 +53,19 @@ def up(
     """
     if status(folder)["running"]:
         raise ConfigError(f"a Triton runs already from {folder}; `semwatch triton down` ends it")
-    if not Installation(folder.absolute()).is_current():
-        raise ConfigError(f"no Triton in {folder}: `semwatch triton setup --folder {folder}` installs it")
-    options = {"grpc_port": grpc_port, "http_port": http_port, "threads": threads, "timeout_s": timeout_s}
-    arguments = json.dumps({"folder": str(folder.absolute()), "repository": str(repository.absolute()), **options})
+    if not Installation(folder.absolute()).is_current(settings.target):
+        raise ConfigError(
+            f"no Triton in {folder}: `semwatch triton setup --folder {folder} --target {settings.target}` installs it"
+        )
+    options: dict[str, object] = {"grpc_port": grpc_port, "http_port": http_port, "timeout_s": timeout_s}
+    options["settings"] = settings.model_dump_json()
+    arguments = {"folder": str(folder.absolute()), "repository": str(repository.absolute()), **options}
+    if control_secret_file is not None:
+        arguments["control_secret_file"] = str(control_secret_file.absolute())
     (folder / _STATE).unlink(missing_ok=True)
     with (folder / _LOG).open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "semwatch.triton.background", arguments],
+            [sys.executable, "-m", "semwatch.triton.background", json.dumps(arguments)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -107,7 +118,8 @@ def supervise(server: LocalTriton, folder: Path, repository: Path) -> None:
     """Keep a server running until SIGTERM: one that died is started again, later each time, not without end.
 
     Raises:
-        ConfigError, ServiceUnavailable: it cannot start, or died ``MAX_RESTARTS`` times in ``RESTART_WINDOW_S``.
+        ConfigError, ServiceUnavailable: it cannot start, cannot start again for ``RESTART_WINDOW_S``, or died more than
+            ``MAX_RESTARTS`` times in that time.
     """
     is_asked_to_stop = False
 
@@ -120,12 +132,11 @@ def supervise(server: LocalTriton, folder: Path, repository: Path) -> None:
     deaths: list[float] = []
     state: dict[str, object] = {"pid": os.getpid(), "repository": str(repository), "restarts": 0, "last_end": None}
     try:
+        server.start()
         while not is_asked_to_stop:
-            server.start()
             state |= {"server_pid": server.pid, "grpc_port": _port(server.url), "http_port": server.http_port}
             model_repository.write_whole(folder / _STATE, json.dumps(state).encode())
-            while server.pid is not None and not is_asked_to_stop:
-                time.sleep(_POLL_S)
+            _watch(server, lambda: is_asked_to_stop)
             if is_asked_to_stop:
                 break
             now = time.monotonic()
@@ -135,10 +146,39 @@ def supervise(server: LocalTriton, folder: Path, repository: Path) -> None:
             if len(deaths) > MAX_RESTARTS:
                 raise ServiceUnavailable(f"Triton died {len(deaths)} times in a row; its log is {server.log}")
             server.stop(timeout_s=1)  # its models' processes and their memory
-            time.sleep(min(0.2 * 2 ** (len(deaths) - 1), 5.0))
+            time.sleep(min(0.2 * 2 ** (len(deaths) - 1), _PAUSE_S))
+            _start_again(server, lambda: is_asked_to_stop)
     finally:
         server.stop()
         (folder / _STATE).unlink(missing_ok=True)
+
+
+def _watch(server: LocalTriton, is_asked_to_stop: Callable[[], bool]) -> None:
+    """Return once the server died, can never load a model again, or shall stop."""
+    next_look = 0.0
+    while server.pid is not None and not is_asked_to_stop():
+        if time.monotonic() >= next_look:
+            next_look = time.monotonic() + _LOOK_S
+            if model := server.stuck_model():
+                logger.error("Triton can load %s no more: it is ended", model)
+                return
+        time.sleep(_POLL_S)
+
+
+def _start_again(server: LocalTriton, is_asked_to_stop: Callable[[], bool]) -> None:
+    """Start a server that ran before; what is in its way now, such as its port taken by another, may go away."""
+    deadline = time.monotonic() + RESTART_WINDOW_S
+    while not is_asked_to_stop():
+        try:
+            return server.start()
+        except (ConfigError, ServiceUnavailable) as error:
+            if time.monotonic() > deadline:
+                raise
+            logger.error("Triton cannot start again, next try in %g s: %s", _PAUSE_S, error)
+        next_try = time.monotonic() + _PAUSE_S
+        while time.monotonic() < next_try and not is_asked_to_stop():
+            time.sleep(_POLL_S)
+    return None
 
 
 def main(arguments: str) -> None:
@@ -146,6 +186,9 @@ def main(arguments: str) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     asked = json.loads(arguments)
     folder, repository = Path(asked.pop("folder")), Path(asked.pop("repository"))
+    asked["settings"] = Settings.model_validate_json(asked["settings"])
+    if secret_file := asked.pop("control_secret_file", None):
+        asked["control_secret_file"] = Path(secret_file)
     try:
         supervise(LocalTriton(folder, repository, **asked), folder, repository)
     except (ConfigError, ServiceUnavailable) as error:

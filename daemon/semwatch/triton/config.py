@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from semwatch.model_repository import Meta, Tensor
+from semwatch.triton.plans import Plan
 
 Target = Literal["onnx-python", "tensorrt-rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -30,6 +31,20 @@ MAX_QUEUE = 64
 LIVE, BACKLOG = 1, 2
 """Priorities: new files go before what was judged already and is judged again."""
 
+INSTANCES = 2
+"""Of each model. Triton 2.51 loses the wake-up for a request that comes while the only instance hands over its
+answer, and lets it lie for 500 ms: with queue limits or priorities nothing is fetched ahead, which would hide that.
+With a second instance the next request always has a place to go."""
+_INSTANCE = MappingProxyType(
+    {
+        # One network at a time has all the cores, as in the daemon: two at once only evict each other's caches.
+        "onnx-python": 'kind: KIND_CPU rate_limiter { resources [ { name: "cores" count: 1 global: true } ] }',
+        # Our own backend takes the GPU itself: where there is none it says so in its own words, with what to do.
+        "tensorrt-rtx": "kind: KIND_MODEL",
+        # A profile for each of PROFILE_BATCHES, in their order; Triton takes the one nearest to a batch.
+        "tensorrt": 'kind: KIND_GPU profile: [ "0", "1", "2" ]',
+    }
+)
 _TYPES = MappingProxyType({"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"})
 
 
@@ -39,7 +54,7 @@ def config_pbtxt(
     *,
     threads: int | None = None,
     environment: Path | None = None,
-    plans: Mapping[str, str] = MappingProxyType({}),
+    plans: Mapping[int, Mapping[str, Plan]] = MappingProxyType({}),
 ) -> str:
     """Write the ``config.pbtxt`` of one model.
 
@@ -48,7 +63,8 @@ def config_pbtxt(
         target: what runs the model.
         threads: processor threads of one network (``onnx-python``); None for all the machine has.
         environment: Python environment of the backend (python targets); None: the one on the server's ``PATH``.
-        plans: plan file by compute capability such as "8.9" (TensorRT targets), at least one.
+        plans: of each version, by compute capability such as "8.9" (TensorRT targets), at least one. A GPU that one
+            version has no plan for does not load that version.
     """
     meta = metas[max(metas)]
     is_plan = target != "onnx-python"
@@ -60,12 +76,12 @@ def config_pbtxt(
         _tensors("output", [m.outputs for m in metas.values()]),
         f"version_policy {{ specific {{ versions: [ {', '.join(map(str, metas))} ] }} }}",
         _batching(_preferred(meta.model, target)),
-        f"instance_group [ {{ count: 1 kind: {'KIND_GPU' if is_plan else 'KIND_CPU'} }} ]",
+        f"instance_group [ {{ count: {INSTANCES} {_INSTANCE[target]} }} ]",
         _warmup(meta.inputs, [n for n in PROFILE_BATCHES if n <= MAX_BATCH[meta.model]] if is_plan else [1]),
         *_parameters(metas, target, threads, environment, plans),
     ]
     if target == "tensorrt":
-        named = ", ".join(f"{{ key: {_quoted(cc)} value: {_quoted(file)} }}" for cc, file in plans.items())
+        named = ", ".join(f"{{ key: {_quoted(cc)} value: {_quoted(file)} }}" for cc, file in _files(plans).items())
         parts.append(f"cc_model_filenames [ {named} ]")
         parts.append("optimization { cuda { graphs: true } }")
     return "\n".join(parts) + "\n"
@@ -74,6 +90,11 @@ def config_pbtxt(
 def sha256_key(version: int) -> str:
     """Parameter that holds the content hash of a version's weights."""
     return f"weights_sha256.{version}"
+
+
+def plan_sha256_key(version: int, capability: str) -> str:
+    """Parameter that holds the content hash of a version's plan for one GPU: it tells a fleet's engines apart."""
+    return f"plan_sha256.{version}.{capability}"
 
 
 def dims(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
@@ -136,7 +157,7 @@ def _parameters(
     target: Target,
     threads: int | None,
     environment: Path | None,
-    plans: Mapping[str, str],
+    plans: Mapping[int, Mapping[str, Plan]],
 ) -> list[str]:
     found = {sha256_key(version): meta.weights_sha256 for version, meta in metas.items()}
     if target == "onnx-python" and threads is not None:
@@ -144,11 +165,20 @@ def _parameters(
     if target != "tensorrt" and environment is not None:
         found["EXECUTION_ENV_PATH"] = str(environment)
     if target == "tensorrt-rtx":
-        found |= {f"plan.{capability}": file for capability, file in plans.items()}
+        found |= {f"plan.{capability}": file for capability, file in _files(plans).items()}
+    for version, of_version in plans.items():
+        for capability, plan in of_version.items():
+            found[plan_sha256_key(version, capability)] = plan.manifest.plan_sha256
+            found[f"plan_toolkit.{version}.{capability}"] = plan.manifest.toolkit_version
     return [
         f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
         for key, value in found.items()
     ]
+
+
+def _files(plans: Mapping[int, Mapping[str, Plan]]) -> dict[str, str]:
+    """Name of the plan in every version's folder, by compute capability."""
+    return {capability: plan.file_name for of_version in plans.values() for capability, plan in of_version.items()}
 
 
 def _quoted(text: str) -> str:

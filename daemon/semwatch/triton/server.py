@@ -7,7 +7,8 @@ becomes the server by ``exec``, as in ``embedded_redis``.
     <folder>/triton.log     what server and models say
     <folder>/triton.lock    held by the server itself
 
-Whoever may load models may run code: the server listens on this machine alone, and its folder is its user's.
+Whoever may load models may run code: the server listens on this machine alone, loads for those alone who know its
+secret (``control``), and its folder is its user's.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from semwatch import serving
-from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
+from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.model_repository import MODELS
+from semwatch.triton import control
 from semwatch.triton import view as triton_view
 from semwatch.triton.setup import Installation
 from semwatch.triton.view import Settings, View
@@ -37,6 +38,8 @@ from semwatch.triton.view import Settings, View
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
+STUCK_S = 90.0
+"""A model that loads for longer never will."""
 
 _LAUNCHER = """
 import ctypes, os, sys
@@ -63,9 +66,10 @@ class LocalTriton:
         repository: the model repository; it is not changed.
         grpc_port: port on loopback; 0 takes a free one and keeps it over restarts.
         http_port: the same for health questions over HTTP.
-        threads: processor threads of one network; None for all the machine has.
+        settings: what runs the models.
         view: the folder to serve; None: the one beside the repository.
         environment: Python environment of the models; None: the one that ``set_up`` made.
+        control_secret_file: holds the secret of those who may load models; None: a new one in the view at each start.
         timeout_s: longest wait for the start.
     """
 
@@ -76,17 +80,21 @@ class LocalTriton:
         *,
         grpc_port: int = 0,
         http_port: int = 0,
-        threads: int | None = None,
+        settings: Settings = Settings(),  # noqa: B008 - frozen
         view: Path | None = None,
         environment: Path | None = None,
+        control_secret_file: Path | None = None,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._made = Installation(folder.absolute())
         self._repository = repository.absolute()
         self._ports = (grpc_port, http_port)
-        self._settings = Settings(threads=threads)
+        self._settings = settings
         self.view = (view or triton_view.beside(repository)).absolute()
         self._environment = (environment or self._made.venv).absolute()
+        self._given_secret = control_secret_file
+        self._secret = ""
+        self._loading_since: dict[str, float] = {}
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -122,12 +130,22 @@ class LocalTriton:
         """
         if self.pid is not None:
             return
-        if not self._made.is_current():
-            raise ConfigError(f"no Triton in {self._made.folder}: `semwatch triton setup --folder ...` installs it")
+        target = self._settings.target
+        if target == "tensorrt":
+            raise ConfigError(
+                "this server has no TensorRT backend: serve the view with NVIDIA's container, or let it run "
+                "tensorrt-rtx plans"
+            )
+        if not self._made.is_current(target):
+            raise ConfigError(
+                f"no Triton in {self._made.folder}: `semwatch triton setup --folder ... --target {target}` installs it"
+            )
         self._fill_view()
         deadline = time.monotonic() + self._timeout_s
         lock_fd = self._lock(deadline)
         try:
+            given = self._given_secret
+            self._secret = control.read(given) if given else control.write_new(control.beside(self.view))
             said = self._launch(lock_fd, deadline)
         finally:
             os.close(lock_fd)  # the server has inherited the lock
@@ -135,9 +153,22 @@ class LocalTriton:
             raise ConfigError(self._what_to_do(said))
         logger.info("Triton ready at %s", self.url)
 
+    def stuck_model(self) -> str | None:
+        """Model that the server loads since ``STUCK_S``, as far as asked; None where there is none.
+
+        Triton waits for ever for a model's process that was killed while it started, and never loads that model again:
+        the server must be started anew. Whoever supervises it asks this every few seconds.
+        """
+        listed = ask(self.http_port, "/v2/repository/index", headers={control.KEY: self._secret}) or []
+        loading = {row["name"] for row in listed if row.get("state") == "LOADING"}
+        now = time.monotonic()
+        self._loading_since = {model: self._loading_since.get(model, now) for model in loading}
+        return next((model for model, since in self._loading_since.items() if now - since >= STUCK_S), None)
+
     def stop(self, timeout_s: float = 15.0) -> None:
         """Let answers under way finish, at most ``timeout_s``, then kill server and models."""
         process, self._process = self._process, None
+        self._loading_since = {}
         if process is None:
             return
         process.terminate()
@@ -156,13 +187,8 @@ class LocalTriton:
         self.stop()
 
     def _fill_view(self) -> None:
-        view = View(self.view, self._repository)
-        view.prepare(self._settings)
-        for model in MODELS:
-            try:
-                view.place(model, serving.choice(self._repository, model))
-            except ModelMismatch as error:
-                logger.warning("Triton starts without this %s: %s", model, error)
+        for model, why in View(self.view, self._repository).fill(self._settings).items():
+            logger.warning("Triton starts without this %s: %s", model, why)
 
     def _lock(self, deadline: float) -> int:
         """Take the folder's lock and return its descriptor; a server that is about to end gets until ``deadline``."""
@@ -188,7 +214,7 @@ class LocalTriton:
         for _ in range(_PORT_TRIES if 0 in asked else 1):  # somebody may take a free port before the server
             self._ports = (asked[0] or _free_port(), asked[1] or _free_port())
             log_from = self._spawn(lock_fd)
-            if self._wait_ready(deadline):
+            if self._wait_ready(deadline, log_from):
                 return None
             hung = self.pid is not None
             self.stop(timeout_s=1.0)
@@ -239,6 +265,9 @@ class LocalTriton:
             "model-control-mode": "explicit",
             "strict-readiness": "true",
             "exit-on-error": "false",
+            # Else what is set per model (see config) does not hold; and without it, requests that are put together
+            # while queues have timeouts starve a model bit by bit (triton-inference-server/server issue 8870).
+            "rate-limit": "execution_count",
             "exit-timeout-secs": "10",
             "backend-config": f"python,shm-region-prefix-name={self._shm_prefix}",
         }
@@ -246,13 +275,19 @@ class LocalTriton:
         return [
             "--disable-auto-complete-config",
             *(f"--{name}={value}" for name, value in {**listen, **models}.items()),
+            *control.options(self._secret),
             *loaded,
         ]
 
-    def _wait_ready(self, deadline: float) -> bool:
+    def _wait_ready(self, deadline: float, log_from: int) -> bool:
         """Wait for our own child's answer; False where it ended or the deadline passed."""
         assert self._process is not None
+        is_hidden = False
         while self._process.poll() is None and time.monotonic() < deadline:
+            if not is_hidden and self.log.stat().st_size > log_from:  # it speaks: it has read its options
+                is_hidden = True
+                if not control.hide(self._process.pid, self._secret):
+                    logger.warning("Triton's secret stays readable in its command line for this machine's users")
             # A stranger on our port answers too; then our child ends within a moment, and says why.
             if ask(self._ports[1], "/v2/health/live") is not None and self._listens():
                 return True
@@ -283,11 +318,20 @@ class LocalTriton:
 # --- small questions to the system -----------------------------------------------------------------------------------
 
 
-def ask(port: int, path: str) -> Mapping[str, Any] | None:
-    """Answer of a server on loopback: a JSON object, empty where it says nothing; None where it is not well."""
+def ask(port: int, path: str, *, headers: Mapping[str, str] | None = None) -> Any:
+    """Answer of a server on loopback, from JSON, empty where it says nothing; None where it is not well.
+
+    Args:
+        port: HTTP port.
+        path: of the question.
+        headers: of a question that is posted; None: it is got.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
     try:
-        connection.request("GET", path)
+        if headers is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, body=b"{}", headers=dict(headers))
         response = connection.getresponse()
         body = response.read()
         return (json.loads(body) if body else {}) if response.status == http.HTTPStatus.OK else None

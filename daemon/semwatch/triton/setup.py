@@ -13,17 +13,21 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from semwatch import model_repository
 from semwatch.errors import ConfigError
+from semwatch.triton.config import Target
 
 SERVER = "nvidia-pytriton==0.7.0"
 """Holds tritonserver 2.51.0 and its python backend."""
 PACKAGES = ("numpy==1.26.4", f"onnxruntime=={version('onnxruntime')}")
 """What the python backend needs; with numpy 2 it would answer with empty tensors and no error."""
+TENSORRT_RTX = "tensorrt-rtx-cu13==1.7.1.116"
+"""What runs TensorRT-for-RTX plans, of the version that the extra `tensorrt` compiles them with."""
 PYTHONS = ("3.11", "3.12")
 """Python versions for which server and packages both have wheels."""
 INSTALL_TIMEOUT_S = 600.0
@@ -62,23 +66,30 @@ class Installation:
         """Where the wheel's own libraries and this Python's library lie."""
         return f"{self.packages / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}"
 
-    def is_current(self) -> bool:
-        """Whether everything that this release asks for was installed."""
+    def is_current(self, target: Target = "onnx-python") -> bool:
+        """Whether everything that this release asks for was installed; an installation may have more."""
         try:
             found = json.loads((self.venv / _STAMP).read_bytes())
-        except (OSError, ValueError):
+            is_ours = found | {"packages": None} == _stamp(()) | {"packages": None}
+            is_whole = {*packages(target)} <= {*found["packages"]}
+        except (OSError, ValueError, TypeError, KeyError):
             return False
-        return bool(found == _stamp()) and os.access(self.stub, os.X_OK)
+        return is_ours and is_whole and os.access(self.stub, os.X_OK)
 
 
-def set_up(folder: Path) -> Installation:
+def packages(target: Target) -> tuple[str, ...]:
+    """What the python backend needs in its environment."""
+    return (*PACKAGES, TENSORRT_RTX) if target == "tensorrt-rtx" else PACKAGES
+
+
+def set_up(folder: Path, target: Target = "onnx-python") -> Installation:
     """Install the server into ``folder``; does nothing where that was done already.
 
     Raises:
         ConfigError: the package index is out of reach, the disk refuses, or a system library is missing.
     """
     made = Installation(folder.absolute())
-    if made.is_current():
+    if made.is_current(target):
         return made
     if _PYTHON not in PYTHONS:
         raise ConfigError(f"the local Triton needs Python {' or '.join(PYTHONS)}, this is {_PYTHON}: run it from one")
@@ -89,17 +100,17 @@ def set_up(folder: Path) -> Installation:
         pip = [str(made.venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         # Its own requirements are those of a Python binding that nobody uses here.
         _command([*pip, "--no-deps", SERVER], f"install {SERVER}")
-        _command([*pip, *PACKAGES], f"install {', '.join(PACKAGES)}")
+        _command([*pip, *packages(target)], f"install {', '.join(packages(target))}")
         shutil.copy2(made.server / "python_backend_stubs" / _PYTHON / made.stub.name, made.stub)
         _check_libraries(made)
-        model_repository.write_whole(made.venv / _STAMP, json.dumps(_stamp()).encode())
+        model_repository.write_whole(made.venv / _STAMP, json.dumps(_stamp(packages(target))).encode())
     except OSError as error:
         raise ConfigError(f"Triton cannot be set up in {folder}: {error}") from error
     return made
 
 
-def _stamp() -> dict[str, object]:
-    return {"server": SERVER, "packages": list(PACKAGES), "python": _PYTHON}
+def _stamp(packages: Sequence[str]) -> dict[str, object]:
+    return {"server": SERVER, "packages": list(packages), "python": _PYTHON}
 
 
 def _command(command: list[str], purpose: str) -> None:

@@ -12,6 +12,12 @@ from semwatch.errors import ModelMismatch
 from semwatch.model_repository import Arrays, Meta, Tensor
 
 DTYPES = {"uint8": "UINT8", "float32": "FP32"}
+RETRIED = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
+"""gRPC's words for a server that is away, ending, or slow; everything else would only fail again."""
+_BUSY = ("maximum queue size", "timeout expired")
+"""What an UNAVAILABLE says that comes from a living server."""
+_DEAD = "Stub process"
+"""What a server says that lost the process of a model; it starts none before the model is loaded again."""
 
 
 def parts(inputs: Arrays, largest: int) -> Iterator[Arrays]:
@@ -81,6 +87,16 @@ def code(error: InferenceServerException) -> str:
 def is_absent(error: InferenceServerException) -> bool:
     """Whether the server says that it has no such model or version."""
     return code(error) == "NOT_FOUND" or "is not found" in str(error) or "no available versions" in str(error)
+
+
+def is_busy(error: InferenceServerException) -> bool:
+    """Whether a living server says that too many wait before this request."""
+    return code(error) in RETRIED and any(word in str(error) for word in _BUSY)
+
+
+def is_dead(error: InferenceServerException) -> bool:
+    """Whether the server says that it lost the process of this model."""
+    return _DEAD in str(error)
 
 
 def words(error: Exception | None) -> str:

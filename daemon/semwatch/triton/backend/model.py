@@ -1,20 +1,17 @@
-"""Triton python backend that runs the ``model.onnx`` beside it with ONNX Runtime.
+"""Triton python backend: answers requests with the network that ``semwatch_network`` beside it makes of a version.
 
 It runs in Triton's own environment (numpy below 2) and imports nothing of semwatch. Requests that Triton hands over
 together are answered by one run. Which version answered, Triton itself says in every response.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+import semwatch_network  # type: ignore[import-not-found,unused-ignore]  # a copy of ``onnx_network`` or ``plan_network``
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found,unused-ignore]  # only inside Triton
-
-WEIGHTS = "model.onnx"
 
 
 class TritonPythonModel:
@@ -28,28 +25,24 @@ class TritonPythonModel:
                 f"tensors and no error; install 'numpy<2' there, or run `semwatch triton setup`"
             )
         config = json.loads(args["model_config"])
-        threads = config["parameters"].get("threads", {}).get("string_value", "")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = int(threads) if threads else len(os.sched_getaffinity(0))
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        path = Path(args["model_repository"]) / args["model_version"] / WEIGHTS
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise pb_utils.TritonModelException(f"{path} does not load: {error}") from error
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        folder = Path(args["model_repository"]) / args["model_version"]
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._outputs = [tensor["name"] for tensor in config["output"]]
-        found = {t.name for t in self._session.get_inputs()}, {t.name for t in self._session.get_outputs()}
+        try:
+            self._network = semwatch_network.Network(folder, parameters, device=int(args["model_instance_device_id"]))
+        except Exception as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        found = self._network.signature
         if found != (set(self._inputs), set(self._outputs)):
-            raise pb_utils.TritonModelException(f"{path} takes and gives {found}, config.pbtxt says otherwise")
+            raise pb_utils.TritonModelException(f"{folder} takes and gives {found}, config.pbtxt says otherwise")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request, in order."""
         batches = [self._read(request) for request in requests]
         try:
             return self._answer(batches)
-        except Exception as error:  # noqa: BLE001 - whatever ONNX Runtime raises belongs into the responses
+        except Exception as error:  # noqa: BLE001 - whatever the network raises belongs into the responses
             if len(batches) == 1:
                 return [_refusal(f"the network could not answer: {error}")]
         return [self._answer_alone(batch) for batch in batches]  # one bad request must not cost its neighbours
@@ -66,7 +59,7 @@ class TritonPythonModel:
     def _answer(self, batches: Sequence[dict[str, Any]]) -> list[Any]:
         sizes = [len(batch[self._inputs[0]]) for batch in batches]
         joined = {name: np.concatenate([batch[name] for batch in batches]) for name in self._inputs}
-        values = self._session.run(self._outputs, joined)
+        values = self._network.run(self._outputs, joined)
         ends = np.cumsum(sizes)
         return [
             self._response([value[end - size : end] for value in values]) for size, end in zip(sizes, ends, strict=True)

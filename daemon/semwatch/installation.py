@@ -1,0 +1,247 @@
+"""An installation on a machine: what is there, what a version wants there, and the steps between the two.
+
+    /var/lib/semwatch-install/installed.json   what was installed, each file with its sha256
+    /var/lib/semwatch-install/backups/         see ``backups``
+
+A file that a person has changed (its sha256 is not the one in ``installed.json``, or there is a link in its place) is
+never written: what this version would put there goes beside it as ``FILE.new``. A file that a person has deleted comes
+back with ``install``, which is how one mends an installation, and stays away with ``upgrade``. Each file appears by one
+rename, and keeps the owner and mode that a person gave it.
+"""
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from semwatch import model_repository, serving
+from semwatch.errors import ConfigError, ModelMismatch
+from semwatch.installed_files import DOCS, REPOSITORY, SETTINGS
+from semwatch.model_repository import MODELS, write_whole
+from semwatch.releases import Place
+
+KEPT = Path("/var/lib/semwatch-install")
+RECORD = KEPT / "installed.json"
+
+Action = Literal["new", "unchanged", "replaced", "kept", "absent", "removed"]
+"""``kept``: a person changed it, ours lies beside it as ``.new``. ``absent``: a person deleted it, it stays away."""
+
+
+class Record(BaseModel):
+    """``installed.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    version: str
+    """The version that serves."""
+    previous: str | None = None
+    """The version that served before it."""
+    prefix: Path
+    tools: tuple[str, ...]
+    """Names of the tools; ``""`` is the machine's only one."""
+    files: Mapping[str, str]
+    """Path to sha256, as it was installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What happens to one file."""
+
+    path: Path
+    """On the machine, without the root."""
+    action: Action
+    content: bytes | None = None
+    """To be written to ``path``, or ``beside`` it; None where nothing is written."""
+    sha256: str | None = None
+    """What the record says of ``path`` afterwards; None: nothing."""
+    beside: Path | None = None
+    """Where ours lies, where a person's is kept."""
+
+
+def read_record(at: Place) -> Record | None:
+    """What was installed; None where nothing was.
+
+    Raises:
+        ConfigError: the record cannot be used.
+    """
+    path = at.on_disk(RECORD)
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise ConfigError(
+            f"{path} cannot be used ({error}); move it aside, install takes every file as edited"
+        ) from None
+
+
+def plan(at: Place, files: Mapping[Path, bytes], recorded: Mapping[str, str], *, puts_back: bool) -> list[Step]:
+    """Compare the files that a version wants with those that are there, and with those that were installed.
+
+    Args:
+        at: where.
+        files: wanted, by their path on the machine.
+        recorded: path to sha256 of what was installed.
+        puts_back: what a person deleted comes back.
+
+    Returns:
+        One step for each file wanted, then one for each file that is wanted no more.
+    """
+    steps = [_step(at, path, content, recorded.get(str(path)), puts_back=puts_back) for path, content in files.items()]
+    beside = {step.beside for step in steps if step.beside}
+    return steps + plan_removal(at, {Path(path) for path in recorded} - files.keys() - beside, recorded)
+
+
+def plan_removal(at: Place, paths: "set[Path]", recorded: Mapping[str, str], *, edited_too: bool = False) -> list[Step]:
+    """Steps that remove installed files; what a person changed is kept unless ``edited_too``."""
+    steps = []
+    for path in sorted(paths):
+        found = _sha256(at.on_disk(path))
+        is_ours = edited_too or found == recorded[str(path)]
+        steps.append(Step(path, "absent" if found is None else "removed" if is_ours else "kept"))
+    return steps
+
+
+def apply(at: Place, steps: Sequence[Step], before: Record | None, after: Record) -> Record:
+    """Take the steps and write the record of what was done, also of a part of it; ``after.files`` is filled in here.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    files = dict(before.files) if before else {}
+    try:
+        for step in steps:
+            _take(at, step, files)
+        done = after.model_copy(update={"files": dict(sorted(files.items()))})
+        _write_record(at, done)
+    except BaseException:
+        if before:
+            _write_record(at, before.model_copy(update={"files": dict(sorted(files.items()))}))
+        raise
+    return done
+
+
+def copy_models(at: Place, source: Path, *, dry_run: bool) -> list[str]:
+    """Publish the versions of a built model repository that this machine has not; return them as ``model/version``.
+
+    A version that is there stays as it is. The owner is the one of the repository's folder.
+
+    Raises:
+        ModelMismatch: no models in ``source``, or a version that is not whole.
+        OSError: the disk refused.
+    """
+    repository = at.on_disk(REPOSITORY)
+    given = {model: model_repository.versions(source, model) for model in MODELS}
+    if not all(given.values()):
+        missing = ", ".join(model for model, found in given.items() if not found)
+        raise ModelMismatch(f"{source} has no {missing}; give a built repository (`semwatch-train build`)")
+    copied = []
+    for model, found in given.items():
+        for version in sorted(set(found) - set(model_repository.versions(repository, model))):
+            model_repository.weights_path(source, model, version, model_repository.read_meta(source, model, version))
+            copied.append(f"{model}/{version}")
+            if not dry_run:
+                _copy_version(source / model, repository / model, version)
+    return copied
+
+
+def _copy_version(source: Path, folder: Path, version: int) -> None:
+    repository = folder.parent
+    repository.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir()
+        _give(folder, repository, stat.S_IMODE(repository.stat().st_mode))  # its set-gid bit too: Triton reads by group
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+    try:
+        shutil.copytree(source / str(version), staging, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        for path in (staging, *staging.rglob("*")):
+            _give(path, repository, 0o755 if path.is_dir() else 0o644)
+        withdrawn = source / f"{version}{serving.WITHDRAWN}"
+        if withdrawn.is_file():  # first, so that it never serves
+            write_whole(folder / withdrawn.name, withdrawn.read_bytes())
+            _give(folder / withdrawn.name, repository, 0o644)
+        os.sync()
+        staging.rename(folder / str(version))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _give(path: Path, like: Path, mode: int) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, like.stat().st_uid, like.stat().st_gid)
+    path.chmod(mode)
+
+
+def _step(at: Place, path: Path, content: bytes, recorded: str | None, *, puts_back: bool) -> Step:
+    found, sha256 = _sha256(at.on_disk(path)), hashlib.sha256(content).hexdigest()
+    if found is None:
+        if recorded is not None and not puts_back:
+            return Step(path, "absent", sha256=recorded)
+        return Step(path, "new", content, sha256)
+    if found == sha256:
+        return Step(path, "unchanged", sha256=sha256)
+    if found == recorded:
+        return Step(path, "replaced", content, sha256)
+    beside = path.with_name(f"{path.name}.new")
+    return Step(path, "kept", None if _sha256(at.on_disk(beside)) == sha256 else content, recorded, beside)
+
+
+def _take(at: Place, step: Step, files: dict[str, str]) -> None:
+    path = at.on_disk(step.path)
+    if step.action == "removed":
+        path.unlink(missing_ok=True)
+        files.pop(str(step.path), None)
+        _remove_empty(at, step.path.parent)
+        return
+    if step.content is not None:
+        target = step.beside or step.path
+        _write(at.on_disk(target), step.content)
+        files[str(target)] = hashlib.sha256(step.content).hexdigest()
+    if step.sha256 is not None:
+        files[str(step.path)] = step.sha256
+    elif step.content is None:
+        files.pop(str(step.path), None)  # wanted no more: a person's own now, or gone
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat() if path.is_file() else None
+    write_whole(path, content)
+    path.chmod(before.st_mode & 0o7777 if before else 0o644)
+    if before and os.geteuid() == 0:
+        os.chown(path, before.st_uid, before.st_gid)
+
+
+def _write_record(at: Place, record: Record) -> None:
+    if read_record(at) != record:
+        _write(at.on_disk(RECORD), record.model_dump_json(indent=1).encode() + b"\n")
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a file; something that is no hash where there is a link or folder in its place, None for nothing."""
+    if path.is_symlink() or path.is_dir():
+        return "not a file"
+    try:
+        return model_repository.file_sha256(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); run it with sudo") from error
+
+
+def _remove_empty(at: Place, folder: Path) -> None:
+    """Remove folders that are semwatch's alone, once nothing is in them."""
+    while folder.is_relative_to(DOCS) or folder.is_relative_to(SETTINGS):
+        with suppress(OSError):
+            at.on_disk(folder).rmdir()
+        folder = folder.parent
