@@ -34,7 +34,7 @@ test: models  ## all tests
 	$(BIN)/python -m pytest tests
 
 test-systemd: models  ## scenarios on a real systemd, booted in systemd-nspawn; root, systemd-container, debootstrap
-	$(BIN)/python -m pytest tests/systemd -s -o python_files='machine_*.py'
+	$(BIN)/python -m pytest tests/systemd -s -o python_files='machine_*.py' $(if $(SCENARIOS),-k "$(SCENARIOS)")
 
 check: models  ## what CI runs, and the linters: ruff, mypy, import contracts, tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

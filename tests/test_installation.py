@@ -9,13 +9,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from semwatch import installed_files, model_repository, releases, serving, systemctl
+from semwatch import model_repository, serving
 from semwatch.commands import install as commands
 from semwatch.config import EXAMPLES, load_recipe, load_site
+from semwatch.deployment import installed_files, releases, systemctl
+from semwatch.deployment.installation import copy_models
+from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
-from semwatch.installation import copy_models
 from semwatch.model_repository import Meta
-from semwatch.releases import Place
 
 SITE = Path("/etc/semwatch/site.yaml")
 UNIT = Path("/etc/systemd/system/semwatch.service")
@@ -328,10 +329,10 @@ def test_where_nothing_is_installed_that_is_said(command: str, tmp_path: Path) -
 def test_a_version_that_lives_elsewhere_is_told_the_commands(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "0.1.0"], check=True, timeout=60)
     check = (
-        "import sys; from pathlib import Path; from semwatch.releases import Place, check_own_environment\n"
+        "import sys; from pathlib import Path; from semwatch.deployment.releases import Place, check_own_environment\n"
         "check_own_environment(Place(Path(sys.argv[1])), sys.argv[2])"
     )
-    site_packages = str(Path(installed_files.__file__).parents[1])
+    site_packages = str(Path(installed_files.__file__).parents[2])
 
     def checked(version: str) -> subprocess.CompletedProcess[str]:
         command: list[str | Path] = [tmp_path / "0.1.0" / "bin" / "python", "-c", check, tmp_path, version]

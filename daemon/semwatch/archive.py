@@ -21,6 +21,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +61,8 @@ _BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 _AWAY = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLITE_READONLY")
 _REMEDY = "move the file and its -wal and -shm aside; the next cycle makes a new one of what still waits in Redis"
 
+_POLL_S = 0.02
+
 
 class Archive:
     """The open archive. Every method may be called from any thread; each one that writes is one transaction.
@@ -77,7 +80,7 @@ class Archive:
         self._db: sqlite3.Connection | None = None
         try:
             self._db = _connect(path, read_only=read_only, busy_s=busy_s)
-            self._prepare(read_only=read_only)
+            self._prepare_in(busy_s, read_only=read_only)
         except BaseException:
             self.close()
             raise
@@ -197,6 +200,18 @@ class Archive:
         return dict.fromkeys(_STATES, 0) | dict(self._rows("SELECT state, count(*) FROM unknowns GROUP BY state"))
 
     # --- the connection --------------------------------------------------------------------------------------------
+
+    def _prepare_in(self, busy_s: float, *, read_only: bool) -> None:
+        """Prepare, and again while another makes the file: SQLite does not wait where the journal becomes a WAL."""
+        deadline = time.monotonic() + busy_s
+        while True:
+            try:
+                return self._prepare(read_only=read_only)
+            except ServiceUnavailable as error:
+                is_busy = getattr(error.__cause__, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+                if not is_busy or time.monotonic() >= deadline:
+                    raise
+            time.sleep(_POLL_S)
 
     def _prepare(self, *, read_only: bool) -> None:
         with self._opened() as db:

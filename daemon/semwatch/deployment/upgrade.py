@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from semwatch import backups, installation, releases, serving, systemctl
-from semwatch.backups import Kept
+from semwatch import serving
 from semwatch.config import load_recipe, load_site
+from semwatch.deployment import backups, installation, releases, systemctl
+from semwatch.deployment.backups import Kept
+from semwatch.deployment.installation import Record, Step
+from semwatch.deployment.installed_files import SYSUSERS, TMPFILES, UNITS, settings_folder, wanted
+from semwatch.deployment.releases import Place, Release
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
-from semwatch.installation import Record, Step
-from semwatch.installed_files import SYSUSERS, TMPFILES, UNITS, settings_folder, wanted
-from semwatch.releases import Place, Release
 
 READY_S = 180.0
 

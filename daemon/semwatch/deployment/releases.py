@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import semwatch
+from semwatch.deployment.installed_files import PREFIX
 from semwatch.errors import ConfigError
-from semwatch.installed_files import PREFIX
 
 CURRENT = "current"
 

@@ -23,10 +23,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from semwatch import model_repository, serving
+from semwatch.deployment.installed_files import DOCS, REPOSITORY, SETTINGS
+from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ModelMismatch
-from semwatch.installed_files import DOCS, REPOSITORY, SETTINGS
 from semwatch.model_repository import MODELS, write_whole
-from semwatch.releases import Place
 
 KEPT = Path("/var/lib/semwatch-install")
 RECORD = KEPT / "installed.json"

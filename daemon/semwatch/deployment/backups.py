@@ -19,9 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from semwatch.config import Site, load_site
+from semwatch.deployment.installed_files import REPOSITORY, SETTINGS, STATE, settings_folder
+from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError
-from semwatch.installed_files import REPOSITORY, SETTINGS, STATE, settings_folder
-from semwatch.releases import Place
 
 BACKUPS = Path("/var/lib/semwatch-install/backups")
 KEEP = 5
