@@ -124,13 +124,16 @@ class Archive:
             )
         return changed.rowcount
 
-    def prune(self, before_utc: str) -> int:
-        """Delete records that were settled before that moment, never one that waits; return how many.
+    def prune(self, before_utc: str, *, keep: Sequence[str] = ()) -> int:
+        """Delete records that were settled before that moment, never one that waits or to ``keep``; return how many.
 
         The file keeps its size, the room is used again. A record that Redis delivers once more after that is new.
         """
         with self._transaction() as db:
-            gone = db.execute("DELETE FROM unknowns WHERE state != 'waiting' AND settled_utc < ?", (before_utc,))
+            gone = db.execute(
+                f"DELETE FROM unknowns WHERE state != 'waiting' AND settled_utc < ? AND NOT ({_AMONG})",
+                (before_utc, json.dumps(list(keep))),
+            )
         return gone.rowcount
 
     # --- what is read ----------------------------------------------------------------------------------------------

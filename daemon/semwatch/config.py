@@ -265,10 +265,20 @@ class Learning(_Settings):
     """Days after which an unknown that no class came of leaves the queue; it stays in the archive."""
     reread_days: Annotated[float, Field(ge=0)] = 14.0
     """After a swap, unknowns of so many days are judged again by the new head; 0: none."""
+    keep_days: Positive = 365.0
+    """Days after which an unknown that was settled leaves the archive; no fewer than reread_days."""
+    keep_reports: Count = 100
+    """Reports of cycles that are kept, the newest."""
     keep_versions: Annotated[int, Field(ge=2)] = 10
     """Versions of a head that are kept; the one in service and the one before it always are."""
     swap_timeout_s: Positive = 60.0
     """Seconds that a cycle waits until the daemon answers with the new head."""
+
+    @model_validator(mode="after")
+    def _what_is_reread_is_kept(self) -> "Learning":
+        if self.keep_days < self.reread_days:
+            raise _refusal("keep_days is smaller than reread_days: what shall be judged again would be gone")
+        return self
 
 
 class MetricsEndpoint(_Settings):

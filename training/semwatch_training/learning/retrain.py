@@ -1,7 +1,7 @@
 """The learning line: one cycle from the unknowns in Redis to a head in service, in straight code.
 
     claim -> sort out -> obey people's decisions -> find classes -> choose -> fit -> judge on the golden set
-          -> publish -> the daemon answers with it -> put on record -> settle and acknowledge
+          -> publish -> the daemon answers with it -> put on record -> settle and acknowledge -> tidy up
 
 A cycle begins with the bank and the golden set of the head in service, and what it ends with travels with the head that
 it publishes: a crash leaves either the old state or the new one. Records are acknowledged last. What a cycle that died
@@ -32,14 +32,15 @@ from semwatch.records import Record
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_head
 from semwatch_training.discovery.head import Head, save_head
 from semwatch_training.export import publish_head
-from semwatch_training.learning import candidates, intake, new_classes, on_record, promotion, standing
+from semwatch_training.learning import candidates, housekeeping, intake, new_classes, on_record, promotion, standing
 from semwatch_training.learning.account import Account
+from semwatch_training.learning.housekeeping import REPORTS
 from semwatch_training.learning.intake import Held, Sorted
 from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Answers, Judgement
 from semwatch_training.learning.standing import Obeyed, Standing
 
-LOCK, CYCLES, CANDIDATE = "retrain.lock", "cycles", "head.safetensors"
+LOCK, CANDIDATE = "retrain.lock", "head.safetensors"
 FEW_AFTER_DRIFT = 10
 """Unknowns that suffice for a cycle once the drift watch has asked for one."""
 N_REJECTED = 100
@@ -106,8 +107,10 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
                 Embedded(repository, threads=site.models.threads, models=("encoder", "head")) as models,
             ):
                 base = standing.standing(repository, models)
-                account = Account(folder / CYCLES / utc.replace(":", ""), utc)
-                return _run(_Cycle(site, recipes, archive, models, held, base, account, seed, utc, progress))
+                account = Account(folder / REPORTS / utc.replace(":", ""), utc)
+                outcome = _run(_Cycle(site, recipes, archive, models, held, base, account, seed, utc, progress))
+                housekeeping.tidy(folder, archive, site.learning, now_utc=utc)
+                return outcome
         finally:
             held.give_back()
             client.close()
