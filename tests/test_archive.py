@@ -305,9 +305,9 @@ def test_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
 def test_ledger_is_no_archive_and_archive_no_ledger(path: Path, tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger.sqlite").close()
     Archive(path).close()
-    with pytest.raises(ConfigError, match="not an archive"):
+    with pytest.raises(ConfigError, match="no archive of semwatch"):
         Archive(tmp_path / "ledger.sqlite")
-    with pytest.raises(ConfigError, match="not a ledger"):
+    with pytest.raises(ConfigError, match="no ledger of semwatch"):
         Ledger(path, exclusive=False)
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -299,7 +300,7 @@ def test_database_of_another_program_is_left_alone(path: Path) -> None:
         db.execute("CREATE TABLE recipes (name)")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match="not a ledger"):
+    with pytest.raises(ConfigError, match="no ledger of semwatch"):
         Ledger(path)
     assert path.read_bytes() == before
 
@@ -338,7 +339,7 @@ def test_older_ledger_may_be_looked_at_but_not_written_beside_the_daemon(path: P
     of_layout_1(path)
     with Ledger(path, read_only=True) as reader:
         assert reader.counts()["DONE"] == 1
-    with pytest.raises(ConfigError, match="start the daemon"):
+    with pytest.raises(ConfigError, match="older semwatch; the daemon"):
         Ledger(path, exclusive=False)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
@@ -346,8 +347,9 @@ def test_older_ledger_may_be_looked_at_but_not_written_beside_the_daemon(path: P
 
 def test_migration_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_layout_1(path)
-    before = ledger_module._MIGRATIONS[1]
-    monkeypatch.setattr(ledger_module, "_MIGRATIONS", {1: (*before, "SELECT 1 FROM nowhere")})
+    kind = ledger_module._KIND
+    broken = {1: (*kind.migrations[1], "SELECT 1 FROM nowhere")}
+    monkeypatch.setattr(ledger_module, "_KIND", replace(kind, migrations=broken))
     with pytest.raises(sqlite3.OperationalError, match="nowhere"):
         Ledger(path)
     with closing(sqlite3.connect(path)) as db:

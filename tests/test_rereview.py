@@ -473,7 +473,7 @@ def test_death_at_any_step_leaves_one_revision_with_one_audit_line(
         path.write_bytes(before)
         results.revision_path(path, 1).unlink()
         (line.folder / rereview.MARKER).unlink()
-        with line.ledger._transaction() as db:
+        with line.ledger._file.transaction() as db:
             db.execute("DELETE FROM noted")
     assert n_deaths >= 14  # kept file, result, ledger: each written, synced, renamed, synced
 

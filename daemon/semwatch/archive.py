@@ -18,18 +18,14 @@ work while one writes. A local disk, not a network share.
 """
 
 import json
-import os
-import sqlite3
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self, get_args
 
 from semwatch import records
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.records import Record
+from semwatch.sqlite_file import Kind, SqliteFile
 
 ARCHIVE = "unknowns.sqlite"
 """Its name in the learning folder."""
@@ -40,28 +36,26 @@ class known before. ``duplicate``: of a record that is kept. ``rejected``: a per
 it waited too long."""
 
 _STATES: tuple[State, ...] = get_args(State)
-_APPLICATION_ID = 0x53454D55  # "SEMU"
-_LAYOUT = 1
-_SCHEMA = (
-    f"""CREATE TABLE unknowns (
-        id TEXT PRIMARY KEY NOT NULL, created_utc TEXT NOT NULL, source TEXT NOT NULL, path TEXT NOT NULL,
-        sha256 TEXT NOT NULL, page INTEGER NOT NULL, defect_id INTEGER NOT NULL, kind TEXT NOT NULL,
-        added_utc TEXT NOT NULL, state TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN {_STATES}),
-        state_note TEXT NOT NULL DEFAULT '', settled_utc TEXT, record BLOB NOT NULL,
-        CHECK ((state = 'waiting') = (settled_utc IS NULL)))""",
-    "CREATE INDEX unknowns_by_state ON unknowns (state, settled_utc)",
-    "CREATE INDEX unknowns_by_image ON unknowns (source, path, sha256, page, defect_id, id, created_utc)",
-    f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {_LAYOUT}",
+_KIND = Kind(
+    noun="archive",
+    application_id=0x53454D55,  # "SEMU"
+    schema=(
+        f"""CREATE TABLE unknowns (
+            id TEXT PRIMARY KEY NOT NULL, created_utc TEXT NOT NULL, source TEXT NOT NULL, path TEXT NOT NULL,
+            sha256 TEXT NOT NULL, page INTEGER NOT NULL, defect_id INTEGER NOT NULL, kind TEXT NOT NULL,
+            added_utc TEXT NOT NULL, state TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN {_STATES}),
+            state_note TEXT NOT NULL DEFAULT '', settled_utc TEXT, record BLOB NOT NULL,
+            CHECK ((state = 'waiting') = (settled_utc IS NULL)))""",
+        "CREATE INDEX unknowns_by_state ON unknowns (state, settled_utc)",
+        "CREATE INDEX unknowns_by_image ON unknowns (source, path, sha256, page, defect_id, id, created_utc)",
+    ),
+    migrations={},
+    made_by="the first `semwatch-train retrain` makes it",
+    remedy="move the file and its -wal and -shm aside; the next cycle makes a new one of what still waits in Redis",
 )
 _PLACE = "source, path, sha256, page, defect_id, id"
 """The order of ``since``."""
 _AMONG = "id IN (SELECT value FROM json_each(?))"
-_BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
-_AWAY = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLITE_READONLY")
-_REMEDY = "move the file and its -wal and -shm aside; the next cycle makes a new one of what still waits in Redis"
-
-_POLL_S = 0.02
 
 
 class Archive:
@@ -76,14 +70,7 @@ class Archive:
 
     def __init__(self, path: Path, *, read_only: bool = False, busy_s: float = 10.0) -> None:
         self.path = path
-        self._lock = threading.Lock()
-        self._db: sqlite3.Connection | None = None
-        try:
-            self._db = _connect(path, read_only=read_only, busy_s=busy_s)
-            self._prepare_in(busy_s, read_only=read_only)
-        except BaseException:
-            self.close()
-            raise
+        self._file = SqliteFile(path, _KIND, read_only=read_only, busy_s=busy_s)
 
     def __enter__(self) -> Self:
         return self
@@ -93,17 +80,14 @@ class Archive:
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            if self._db is not None:
-                self._db.close()
-            self._db = None
+        self._file.close()
 
     # --- what is written -------------------------------------------------------------------------------------------
 
     def add(self, found: Sequence[Record], *, now_utc: str) -> int:
         """Keep records as ``waiting``, all or none; return how many were new. A known id changes nothing."""
         rows = [(*_place(r), r.created_utc, r.kind, now_utc, records.pack(records.encode(r))) for r in found]
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             added = db.executemany(
                 f"INSERT INTO unknowns ({_PLACE}, created_utc, kind, added_utc, record)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
@@ -117,7 +101,7 @@ class Archive:
         ``waiting`` takes it back: a cluster was split, and its records need a class again.
         """
         settled_utc = None if state == "waiting" else now_utc
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             changed = db.execute(
                 f"UPDATE unknowns SET state = ?, state_note = ?, settled_utc = ? WHERE {_AMONG}",
                 (state, note, settled_utc, json.dumps(list(ids))),
@@ -129,7 +113,7 @@ class Archive:
 
         The file keeps its size, the room is used again. A record that Redis delivers once more after that is new.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             gone = db.execute(
                 f"DELETE FROM unknowns WHERE state != 'waiting' AND settled_utc < ? AND NOT ({_AMONG})",
                 (before_utc, json.dumps(list(keep))),
@@ -140,11 +124,11 @@ class Archive:
 
     def state_of(self, ids: Sequence[str]) -> dict[str, State]:
         """Return the state of each id that is here."""
-        return dict(self._rows(f"SELECT id, state FROM unknowns WHERE {_AMONG}", json.dumps(list(ids))))
+        return dict(self._file.rows(f"SELECT id, state FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
 
     def note_of(self, ids: Sequence[str]) -> dict[str, str]:
         """Return the note beside the state of each id that is here, "" where nobody has said anything."""
-        return dict(self._rows(f"SELECT id, state_note FROM unknowns WHERE {_AMONG}", json.dumps(list(ids))))
+        return dict(self._file.rows(f"SELECT id, state_note FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
 
     def read(self, id_: str) -> Record:
         """Return one record.
@@ -163,7 +147,7 @@ class Archive:
         Raises:
             ConfigError: One of them is broken.
         """
-        blobs = dict(self._rows(f"SELECT id, record FROM unknowns WHERE {_AMONG}", json.dumps(list(ids))))
+        blobs = dict(self._file.rows(f"SELECT id, record FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
         return [self._decoded(id_, blobs[id_]) for id_ in ids if id_ in blobs]
 
     def since(self, utc: str, *, after_id: str = "", limit: int) -> list[Record]:
@@ -178,140 +162,36 @@ class Archive:
         """
         start: tuple[object, ...] = ("", "", "", 0, 0, "")
         if after_id:
-            places = self._rows(f"SELECT {_PLACE} FROM unknowns WHERE id = ?", after_id)
+            places = self._file.rows(f"SELECT {_PLACE} FROM unknowns WHERE id = ?", (after_id,))
             if not places:
                 raise ServiceUnavailable(f"archive {self.path}: {after_id} was pruned while it was read; begin again")
             start = places[0]
         # The end of the page is found in the index alone; only then are blobs read.
-        ends = self._rows(
+        ends = self._file.rows(
             f"SELECT source, path, sha256 FROM (SELECT {_PLACE} FROM unknowns WHERE created_utc >= ?"
             f" AND ({_PLACE}) > (?, ?, ?, ?, ?, ?) ORDER BY {_PLACE} LIMIT ?)"
             " ORDER BY source DESC, path DESC, sha256 DESC LIMIT 1",
-            *(utc, *start, limit),
+            (utc, *start, limit),
         )
         if not ends:
             return []
-        rows = self._rows(
+        rows = self._file.rows(
             f"SELECT id, record FROM unknowns WHERE created_utc >= ? AND ({_PLACE}) > (?, ?, ?, ?, ?, ?)"
             f" AND (source, path, sha256) <= (?, ?, ?) ORDER BY {_PLACE}",
-            *(utc, *start, *ends[0]),
+            (utc, *start, *ends[0]),
         )
         return [self._decoded(id_, blob) for id_, blob in rows]
 
     def counts(self) -> dict[State, int]:
         """Count the records by state; every state is there."""
-        return dict.fromkeys(_STATES, 0) | dict(self._rows("SELECT state, count(*) FROM unknowns GROUP BY state"))
-
-    # --- the connection --------------------------------------------------------------------------------------------
-
-    def _prepare_in(self, busy_s: float, *, read_only: bool) -> None:
-        """Prepare, and again while another makes the file: SQLite does not wait where the journal becomes a WAL."""
-        deadline = time.monotonic() + busy_s
-        while True:
-            try:
-                return self._prepare(read_only=read_only)
-            except ServiceUnavailable as error:
-                is_busy = getattr(error.__cause__, "sqlite_errorname", "").startswith("SQLITE_BUSY")
-                if not is_busy or time.monotonic() >= deadline:
-                    raise
-            time.sleep(_POLL_S)
-
-    def _prepare(self, *, read_only: bool) -> None:
-        with self._opened() as db:
-            identity = _identity(db)
-            if identity == (0, 0, 0):
-                if read_only:
-                    raise ServiceUnavailable(f"archive {self.path} is still empty: no cycle has written to it yet")
-                _create(db)
-                identity = _identity(db)
-            if identity[0] != _APPLICATION_ID:
-                raise ConfigError(f"{self.path} is not an archive of semwatch; move it away or name another folder")
-            if identity[1] != _LAYOUT:
-                raise ConfigError(
-                    f"archive {self.path} was made by a newer semwatch (layout {identity[1]}, this one knows "
-                    f"{_LAYOUT}): upgrade again, or put back the archive of the backup that the upgrade made"
-                )
-            if not read_only:
-                mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-                if mode != "wal":
-                    raise ConfigError(f"archive {self.path}: its disk cannot hold a WAL; put it on a local disk")
-                db.execute("PRAGMA synchronous = FULL")
-                db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
+        return dict.fromkeys(_STATES, 0) | dict(self._file.rows("SELECT state, count(*) FROM unknowns GROUP BY state"))
 
     def _decoded(self, id_: str, blob: bytes) -> Record:
         try:
             return records.decode(records.unpack(blob))
         except ValueError as error:
-            raise ConfigError(f"archive {self.path}: record {id_} cannot be read ({error}); {_REMEDY}") from error
-
-    def _rows(self, sql: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]
-        with self._opened() as db:
-            return db.execute(sql, values).fetchall()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._opened() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # SQLite itself rolls back after some errors of the disk
-                    with suppress(sqlite3.Error):
-                        db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _translated(self.path):
-            if self._db is None:
-                raise RuntimeError("the archive is closed")
-            yield self._db
+            raise ConfigError(f"archive {self.path}: record {id_} cannot be read ({error}); {_KIND.remedy}") from error
 
 
 def _place(record: Record) -> tuple[str, str, str, int, int, str]:
     return record.source, record.path, record.sha256, record.page, record.defect_id, record.id
-
-
-def _identity(db: sqlite3.Connection) -> tuple[int, int, int]:
-    """Return application id, layout and number of tables at one moment: another may be making the file."""
-    found: tuple[int, int, int] = db.execute(
-        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"
-        " FROM pragma_application_id, pragma_user_version"
-    ).fetchone()
-    return found
-
-
-def _create(db: sqlite3.Connection) -> None:
-    db.execute("BEGIN IMMEDIATE")
-    if _identity(db) == (0, 0, 0):  # else another writer was faster
-        for statement in _SCHEMA:
-            db.execute(statement)
-    db.execute("COMMIT")
-
-
-def _connect(path: Path, *, read_only: bool, busy_s: float) -> sqlite3.Connection:
-    if read_only and not path.is_file():
-        raise ConfigError(f"there is no archive at {path}; the first `semwatch-train retrain` makes it")
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-    if read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
-        uri += "&immutable=1"  # nobody writes, all is in the one file, and a WAL of our own could not be made
-    try:
-        if not read_only:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return sqlite3.connect(uri, uri=True, timeout=busy_s, isolation_level=None, check_same_thread=False)
-    except (OSError, sqlite3.OperationalError) as error:
-        raise ConfigError(f"archive {path} cannot be opened ({error}); check the folder and its rights") from error
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        name = getattr(error, "sqlite_errorname", "")
-        if name.startswith(_BROKEN):
-            raise ConfigError(f"archive {path} is broken ({error}); {_REMEDY}") from error
-        if name.startswith(_AWAY):
-            raise ServiceUnavailable(f"archive {path}: {error}") from error
-        raise

@@ -27,50 +27,48 @@ import json
 import logging
 import os
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.errors import ConfigError
+from semwatch.sqlite_file import Kind, SqliteFile
 
 log = logging.getLogger(__name__)
 
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
-_APPLICATION_ID = 0x53454D57  # "SEMW"
-_LAYOUT = 2
-_SCHEMA = (
-    """CREATE TABLE work (
-        source TEXT NOT NULL, sha256 TEXT NOT NULL, path BLOB NOT NULL,
-        state TEXT NOT NULL CHECK (state IN ('SEEN', 'CLAIMED', 'DONE', 'QUARANTINED')),
-        attempts INTEGER NOT NULL DEFAULT 0, reason TEXT, first_seen_utc TEXT NOT NULL, finished_utc TEXT,
-        PRIMARY KEY (source, sha256)) WITHOUT ROWID""",
-    "CREATE INDEX work_by_state ON work (state, first_seen_utc)",
-    "CREATE INDEX work_by_finish ON work (finished_utc)",
-    """CREATE TABLE paths (
-        source TEXT NOT NULL, path BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-        sha256 TEXT NOT NULL, seen_utc TEXT NOT NULL, PRIMARY KEY (source, path)) WITHOUT ROWID""",
-    """CREATE TABLE outbox (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, stream TEXT NOT NULL, payload BLOB NOT NULL)""",
-    "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
-    "CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID",
-    f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {_LAYOUT}",
+_KIND = Kind(
+    noun="ledger",
+    application_id=0x53454D57,  # "SEMW"
+    schema=(
+        """CREATE TABLE work (
+            source TEXT NOT NULL, sha256 TEXT NOT NULL, path BLOB NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('SEEN', 'CLAIMED', 'DONE', 'QUARANTINED')),
+            attempts INTEGER NOT NULL DEFAULT 0, reason TEXT, first_seen_utc TEXT NOT NULL, finished_utc TEXT,
+            PRIMARY KEY (source, sha256)) WITHOUT ROWID""",
+        "CREATE INDEX work_by_state ON work (state, first_seen_utc)",
+        "CREATE INDEX work_by_finish ON work (finished_utc)",
+        """CREATE TABLE paths (
+            source TEXT NOT NULL, path BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+            sha256 TEXT NOT NULL, seen_utc TEXT NOT NULL, PRIMARY KEY (source, path)) WITHOUT ROWID""",
+        """CREATE TABLE outbox (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, stream TEXT NOT NULL,
+            payload BLOB NOT NULL)""",
+        "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
+        "CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID",
+    ),
+    migrations={
+        # Some ledgers of layout 1 have the table already.
+        1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
+    },
+    made_by="the daemon makes it at its start",
+    remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
 )
-_MIGRATIONS: Mapping[int, tuple[str, ...]] = {
-    # Some ledgers of layout 1 have the table already.
-    1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
-}
-"""What brings a ledger from one layout to the next; the daemon does it at its start, all or nothing."""
 LOCK_S = 0.3
-_BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
-_AWAY = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLITE_READONLY")
-_REMEDY = "move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +141,14 @@ class Ledger:
 
     def __init__(self, path: Path, *, read_only: bool = False, exclusive: bool = True, busy_s: float = 10.0) -> None:
         self.path = path
-        self._lock = threading.Lock()
-        self._db: sqlite3.Connection | None = None
         self._lock_fd = _lock_out_others(path) if exclusive and not read_only else None
         try:
-            self._db = _connect(path, read_only=read_only, busy_s=busy_s)
-            self._prepare(read_only=read_only)
+            # Only who has the ledger alone may change its layout.
+            self._file = SqliteFile(path, _KIND, read_only=read_only, migrates=exclusive, busy_s=busy_s)
+        except BaseException:
+            self._unlock()
+            raise
+        try:
             if self._lock_fd is not None:
                 self._recover()
         except BaseException:
@@ -163,19 +163,19 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file, then let the next daemon in."""
-        with self._lock:
-            if self._db is not None:
-                self._db.close()
-            self._db = None
-            if self._lock_fd is not None:
-                os.close(self._lock_fd)
-            self._lock_fd = None
+        self._file.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+        self._lock_fd = None
 
     # --- the life of one piece of work -----------------------------------------------------------------------------
 
     def is_settled(self, source: str, path: str, size: int, mtime_ns: int) -> bool:
         """Say whether exactly this file was finished: done, or in quarantine."""
-        rows = self._rows(
+        rows = self._file.rows(
             "SELECT 1 FROM paths JOIN work USING (source, sha256) WHERE source = ? AND paths.path = ? AND size = ?"
             " AND mtime_ns = ? AND state IN ('DONE', 'QUARANTINED')",
             (source, _blob(path), size, mtime_ns),
@@ -184,7 +184,7 @@ class Ledger:
 
     def claim(self, source: str, path: str, *, sha256: str, size: int, mtime_ns: int, now_utc: str) -> Claim:
         """Ask for the work on one hashed file. A path must be in one worker's hands at a time, as ``Incoming`` does."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             row = db.execute(
                 "SELECT state, attempts, path FROM work WHERE source = ? AND sha256 = ?", (source, sha256)
             ).fetchone()
@@ -202,7 +202,7 @@ class Ledger:
 
     def finish(self, claim: Claim, *, outbox: Sequence[OutboxItem], audit: Mapping[str, object], now_utc: str) -> None:
         """Make the work DONE, with its messages and its audit line, all or nothing."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
             db.executemany(
                 "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
@@ -212,18 +212,18 @@ class Ledger:
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
         """Put claimed or waiting work aside for good, with the reason and its audit line, all or nothing."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             _leave(db, work, "state = 'QUARANTINED', reason = ?, finished_utc = ?", _clean(reason), now_utc)
             _append_audit(db, audit)
 
     def give_back(self, claim: Claim, reason: str) -> None:
         """Let the work wait again because a service is away; no attempt is counted."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             _leave(db, claim, "state = 'SEEN', reason = ?", _clean(reason))
 
     def fail(self, claim: Claim, reason: str) -> int:
         """Let the work wait again after a failed try; return the attempts so far, for the caller's limit."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             _leave(db, claim, "state = 'SEEN', attempts = attempts + 1, reason = ?", _clean(reason))
         return claim.attempts + 1
 
@@ -232,7 +232,7 @@ class Ledger:
 
         The audit line is taken in the same transaction, and only where there was something.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             changed = db.execute(
                 "UPDATE work SET state = 'SEEN', attempts = 0, reason = 'requeued', finished_utc = NULL"
                 " WHERE source = ? AND sha256 = ? AND state = 'QUARANTINED'",
@@ -250,7 +250,7 @@ class Ledger:
         Messages whose id waits in the outbox already are left out. With ``once``, a name unique for ever, a second call
         under that name takes nothing and returns False: so a note can be repeated after a crash.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             if once is not None:
                 taken = db.execute("INSERT OR IGNORE INTO noted (id) VALUES (?)", (once,))
                 if taken.rowcount == 0:
@@ -264,30 +264,30 @@ class Ledger:
 
     def unpublished(self, limit: int) -> list[tuple[int, OutboxItem]]:
         """Return the oldest messages that wait, with the sequence number to name in ``mark_published``."""
-        rows = self._rows("SELECT seq, stream, id, payload FROM outbox ORDER BY seq LIMIT ?", (limit,))
+        rows = self._file.rows("SELECT seq, stream, id, payload FROM outbox ORDER BY seq LIMIT ?", (limit,))
         return [(seq, OutboxItem(stream, id_, payload)) for seq, stream, id_, payload in rows]
 
     def mark_published(self, seqs: Sequence[int]) -> None:
         """Forget messages that have reached their stream."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.executemany("DELETE FROM outbox WHERE seq = ?", [(seq,) for seq in seqs])
 
     def n_unpublished(self) -> int:
         """Count the messages that wait."""
-        return int(self._rows("SELECT count(*) FROM outbox")[0][0])
+        return int(self._file.rows("SELECT count(*) FROM outbox")[0][0])
 
     def audit_after(self, seq: int, limit: int) -> list[tuple[int, str]]:
         """Return audit lines, JSON text, with a sequence number above ``seq``, oldest first."""
-        return self._rows("SELECT seq, line FROM audit WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
+        return self._file.rows("SELECT seq, line FROM audit WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
 
     def last_audit_seq(self) -> int:
         """Return the number of the newest audit line ever queued, 0 where there was none."""
-        rows = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'audit'")
+        rows = self._file.rows("SELECT seq FROM sqlite_sequence WHERE name = 'audit'")
         return int(rows[0][0]) if rows else 0
 
     def forget_audit(self, up_to_seq: int) -> None:
         """Forget audit lines, ``up_to_seq`` included, that are safe in the audit log."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("DELETE FROM audit WHERE seq <= ?", (up_to_seq,))
 
     # --- what to show ----------------------------------------------------------------------------------------------
@@ -295,21 +295,21 @@ class Ledger:
     def counts(self) -> dict[State, int]:
         """Count the work by state; every state is there."""
         states: dict[State, int] = {"SEEN": 0, "CLAIMED": 0, "DONE": 0, "QUARANTINED": 0}
-        return states | dict(self._rows("SELECT state, count(*) FROM work GROUP BY state"))
+        return states | dict(self._file.rows("SELECT state, count(*) FROM work GROUP BY state"))
 
     def oldest_waiting(self) -> str | None:
         """Return ``first_seen_utc`` of the oldest unfinished work, None where all is finished."""
-        rows = self._rows("SELECT min(first_seen_utc) FROM work WHERE state IN ('SEEN', 'CLAIMED')")
+        rows = self._file.rows("SELECT min(first_seen_utc) FROM work WHERE state IN ('SEEN', 'CLAIMED')")
         return rows[0][0]  # type: ignore[no-any-return]
 
     def n_done_since(self, utc: str) -> int:
         """Count the work that became DONE at or after ``utc``."""
-        rows = self._rows("SELECT count(*) FROM work WHERE finished_utc >= ? AND state = 'DONE'", (utc,))
+        rows = self._file.rows("SELECT count(*) FROM work WHERE finished_utc >= ? AND state = 'DONE'", (utc,))
         return int(rows[0][0])
 
     def listing(self, state: State, limit: int = 100) -> list[Work]:
         """Return work in one state, first seen first."""
-        rows = self._rows(
+        rows = self._file.rows(
             "SELECT source, sha256, path, state, attempts, reason, first_seen_utc, finished_utc FROM work"
             " WHERE state = ? ORDER BY first_seen_utc LIMIT ?",
             (state, limit),
@@ -328,7 +328,7 @@ class Ledger:
         else:
             by_path = "SELECT path, source, sha256 FROM {} WHERE instr(path, ?1)"
             sql, value = f"{by_path.format('work')} UNION {by_path.format('paths')}", _blob(part)
-        rows = self._rows(
+        rows = self._file.rows(
             f"WITH found (at, source, sha256) AS ({sql}) SELECT at, {columns} FROM found JOIN work AS w"
             " USING (source, sha256) ORDER BY length(at), at, first_seen_utc LIMIT ?2",
             (value, limit),
@@ -337,7 +337,7 @@ class Ledger:
 
     def seen_as(self, source: str, sha256: str) -> list[Seen]:
         """Return the files that hold this content as far as the ledger knows, first hashed first."""
-        rows = self._rows(
+        rows = self._file.rows(
             "SELECT path, size, mtime_ns, seen_utc FROM paths WHERE source = ? AND sha256 = ? ORDER BY seen_utc, path",
             (source, sha256),
         )
@@ -345,7 +345,7 @@ class Ledger:
 
     def unpublished_with(self, text: bytes, limit: int = 1000) -> list[OutboxItem]:
         """Return messages that wait and whose payload holds ``text``, such as a sha256, oldest first."""
-        rows = self._rows(
+        rows = self._file.rows(
             "SELECT stream, id, payload FROM outbox WHERE instr(payload, ?) ORDER BY seq LIMIT ?", (text, limit)
         )
         return [OutboxItem(*row) for row in rows]
@@ -355,7 +355,7 @@ class Ledger:
 
         Safe at any age: a file that still lies there is hashed once more and found finished, because ``work`` stays.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             gone = db.execute(
                 "DELETE FROM paths WHERE seen_utc < ? AND (source, sha256) IN"
                 " (SELECT source, sha256 FROM work WHERE state IN ('DONE', 'QUARANTINED'))",
@@ -363,64 +363,14 @@ class Ledger:
             )
         return gone.rowcount
 
-    # --- the connection --------------------------------------------------------------------------------------------
-
-    def _prepare(self, *, read_only: bool) -> None:
-        with self._opened() as db:
-            if not read_only and _identity(db) == (0, 0, 0):
-                _create(db)
-            application_id, layout, _ = _identity(db)
-            if application_id != _APPLICATION_ID:
-                raise ConfigError(f"{self.path} is not a ledger of semwatch; name another file as the ledger")
-            if layout > _LAYOUT:
-                raise ConfigError(
-                    f"ledger {self.path} was made by a newer semwatch (layout {layout}, this one knows {_LAYOUT}): "
-                    f"upgrade again, or put back the ledger of the backup that the upgrade made"
-                )
-            if layout < _LAYOUT and not read_only:
-                if self._lock_fd is None:
-                    raise ConfigError(f"ledger {self.path} is of an older semwatch: start the daemon, it sees to that")
-                _migrate(db, layout)
-                log.info("ledger %s brought from layout %d to %d", self.path, layout, _LAYOUT)
-            if not read_only:
-                mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-                if mode != "wal":
-                    raise ConfigError(f"ledger {self.path}: its disk cannot hold a WAL; put the ledger on a local disk")
-                db.execute("PRAGMA synchronous = FULL")
-                db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
-
     def _recover(self) -> None:
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             found = db.execute(
                 "UPDATE work SET state = 'SEEN', attempts = attempts + 1, reason = 'the process died on it'"
                 " WHERE state = 'CLAIMED'"
             )
         if found.rowcount:
             log.warning("ledger %s: %d in flight when the last process died, tried again", self.path, found.rowcount)
-
-    def _rows(self, sql: str, values: tuple[object, ...] = ()) -> list[tuple]:  # type: ignore[type-arg]
-        with self._opened() as db:
-            return db.execute(sql, values).fetchall()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._opened() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # SQLite itself rolls back after some errors of the disk
-                    with suppress(sqlite3.Error):
-                        db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _translated(self.path):
-            if self._db is None:
-                raise RuntimeError("the ledger is closed")
-            yield self._db
 
 
 def _outcome(state: State | None, *, is_same_path: bool) -> Outcome:
@@ -465,43 +415,6 @@ def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:
     db.execute("INSERT INTO audit (line) VALUES (?)", (json.dumps(dict(audit), allow_nan=False),))
 
 
-def _identity(db: sqlite3.Connection) -> tuple[int, int, int]:
-    """Return application id, layout and number of tables at one moment: another may be making the file."""
-    found: tuple[int, int, int] = db.execute(
-        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"
-        " FROM pragma_application_id, pragma_user_version"
-    ).fetchone()
-    return found
-
-
-def _create(db: sqlite3.Connection) -> None:
-    db.execute("BEGIN IMMEDIATE")
-    for statement in _SCHEMA:
-        db.execute(statement)
-    db.execute("COMMIT")
-
-
-def _migrate(db: sqlite3.Connection, layout: int) -> None:
-    db.execute("BEGIN IMMEDIATE")
-    for older in range(layout, _LAYOUT):
-        for statement in _MIGRATIONS[older]:
-            db.execute(statement)
-    db.execute(f"PRAGMA user_version = {_LAYOUT}")
-    db.execute("COMMIT")
-
-
-def _connect(path: Path, *, read_only: bool, busy_s: float) -> sqlite3.Connection:
-    if read_only and not path.is_file():
-        raise ConfigError(f"there is no ledger at {path}; the daemon makes it at its first start")
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-    if read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
-        uri += "&immutable=1"  # no daemon runs, all is in the one file, and a WAL of our own could not be made
-    try:
-        return sqlite3.connect(uri, uri=True, timeout=busy_s, isolation_level=None, check_same_thread=False)
-    except sqlite3.OperationalError as error:
-        raise ConfigError(f"ledger {path} cannot be opened ({error}); check the folder and its rights") from error
-
-
 def _lock_out_others(path: Path) -> int:
     """Lock the side file, which stays: to delete it would let two daemons lock two files of one name."""
     side = path.with_name(f"{path.name}.lock")
@@ -533,19 +446,6 @@ def _lock(fd: int, deadline: float) -> None:
             if time.monotonic() >= deadline:
                 raise
         time.sleep(0.02)
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        name = getattr(error, "sqlite_errorname", "")
-        if name.startswith(_BROKEN):
-            raise ConfigError(f"ledger {path} is broken ({error}); {_REMEDY}") from error
-        if name.startswith(_AWAY):
-            raise ServiceUnavailable(f"ledger {path}: {error}") from error
-        raise
 
 
 def _blob(path: str) -> bytes:

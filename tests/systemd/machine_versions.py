@@ -30,8 +30,9 @@ from machine import Machine
 from scenario_table import Note
 
 NEXT, BROKEN = "99.1.0", "99.2.0"
-BROKEN_START = '        raise OSError("this version cannot start")\n'
-MIGRATION = '\n    2: ("ALTER TABLE work ADD COLUMN upgraded TEXT",),\n}\n"""What brings'
+MIGRATION = """        2: ("ALTER TABLE work ADD COLUMN upgraded TEXT",),
+    },
+    made_by="the daemon"""
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,10 @@ def next_wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wheels of the working tree as two later versions: one with another ledger, one that cannot start."""
     out = tmp_path_factory.mktemp("next")
     tree = building.copy_of_tree(out / "tree", NEXT)
-    _edit(tree / "daemon/semwatch/ledger.py", r"(?m)^_LAYOUT = 2$", "_LAYOUT = 3")
-    _edit(tree / "daemon/semwatch/ledger.py", r'\n\}\n"""What brings', MIGRATION)
+    _edit(tree / "daemon/semwatch/ledger.py", r'    \},\n    made_by="the daemon', MIGRATION)
     building.wheel_of(tree, out)
     tree = building.copy_of_tree(out / "tree", BROKEN)
-    _edit(tree / "daemon/semwatch/ledger.py", r"(?m)^_LAYOUT = 2$", "_LAYOUT = 3")
-    _edit(tree / "daemon/semwatch/ledger.py", r'\n\}\n"""What brings', MIGRATION)
+    _edit(tree / "daemon/semwatch/ledger.py", r'    \},\n    made_by="the daemon', MIGRATION)
     _edit(
         tree / "daemon/semwatch/service.py",
         r"        self\._notifier\.ready\(\)\n",
