@@ -355,8 +355,8 @@ class SwappedBetweenPages(Embedded):
         super().__init__(repository, threads=1)
         self._repository_here, self.n_left, self.asked = repository, n_swaps, list[int]()
 
-    def infer(self, model: str, inputs: Arrays) -> Answer:
-        answer = super().infer(model, inputs)
+    def infer(self, model: str, inputs: Arrays, *, backlog: bool = False) -> Answer:
+        answer = super().infer(model, inputs, backlog=backlog)
         if model == "head":
             self.asked.append(answer.version)
             if self.n_left:

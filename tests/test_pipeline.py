@@ -39,9 +39,9 @@ class Asked:
         self.models, self.names = models, list[str]()
         self.meta = models.meta
 
-    def infer(self, model: str, inputs):
+    def infer(self, model: str, inputs, *, backlog: bool = False):
         self.names.append(model)
-        return self.models.infer(model, inputs)
+        return self.models.infer(model, inputs, backlog=backlog)
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -55,9 +55,9 @@ class Line(Embedded):
         super().__init__(repository)
         self._run = run
 
-    def infer(self, model: str, inputs: Arrays) -> Answer:
+    def infer(self, model: str, inputs: Arrays, *, backlog: bool = False) -> Answer:
         if model not in self._run:
-            return super().infer(model, inputs)
+            return super().infer(model, inputs, backlog=backlog)
         return Answer(self._run[model](inputs), self.versions()[model], self.meta(model))
 
 

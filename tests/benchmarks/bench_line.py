@@ -32,10 +32,10 @@ class Stopwatch(Embedded):
 
     seconds = 0.0
 
-    def infer(self, model: str, inputs: Arrays):  # type: ignore[no-untyped-def]
+    def infer(self, model: str, inputs: Arrays, *, backlog: bool = False):  # type: ignore[no-untyped-def]
         start = time.perf_counter()
         try:
-            return super().infer(model, inputs)
+            return super().infer(model, inputs, backlog=backlog)
         finally:
             self.seconds += time.perf_counter() - start
 
