@@ -253,6 +253,7 @@ class LocalTriton:
         path = f"{self._environment / 'bin'}:{os.environ.get('PATH', os.defpath)}"
         dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD")
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
+        kept.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # the networks run a tenth faster in huge pages
         return {**kept, "PATH": path, "LD_LIBRARY_PATH": self._made.library_path(), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def _options(self) -> list[str]:
