@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from semwatch import embedded_redis
+from semwatch.errors import ConfigError
+from semwatch.triton.setup import set_up
 
 # Before torch and numpy are imported: on arrays as small as ours, a second thread only spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,6 +33,19 @@ def data() -> Path:
     folder = Path(os.environ.get("SEMWATCH_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no public images in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed() -> Path:
+    """Triton's server, installed once for this checkout."""
+    folder = ROOT / ".cache" / "triton"
+    try:
+        set_up(folder)
+    except ConfigError as error:
+        if "could not install" in str(error):
+            pytest.skip(f"Triton cannot be installed here: {error}")
+        raise
     return folder
 
 

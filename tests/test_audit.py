@@ -72,15 +72,6 @@ def test_replay_after_a_crash_writes_nothing_twice(tmp_path: Path) -> None:
     assert path.read_bytes() == written(tmp_path / "straight", 5).read_bytes()
 
 
-def test_only_owner_and_group_may_read(tmp_path: Path) -> None:
-    old = os.umask(0)
-    try:
-        path = written(tmp_path / "audit.jsonl")
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-
-
 def test_log_torn_anywhere_is_mended_by_the_replay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = written(tmp_path / "whole", 3).read_bytes()
     path = tmp_path / "audit.jsonl"

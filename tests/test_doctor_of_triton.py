@@ -3,18 +3,12 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
 from daemon import make_site
 from semwatch import doctor
 from semwatch.config import load_site
 from semwatch.doctor import Check
-from semwatch.errors import ConfigError
 from semwatch.triton.server import LocalTriton
-from semwatch.triton.setup import set_up
 from semwatch.triton.view import Settings
-
-INSTALLED = Path(__file__).resolve().parents[1] / ".cache" / "triton"
 
 
 def triton_checks(folder: Path, repository: Path, url: str) -> dict[str, Check]:
@@ -32,18 +26,12 @@ def test_server_that_is_away_is_told_with_its_address(tiny_repository: Path, tmp
 
 
 def test_server_tells_its_version_what_it_holds_and_that_all_of_it_matches(
-    tiny_repository: Path, tmp_path: Path
+    installed: Path, tiny_repository: Path, tmp_path: Path
 ) -> None:
-    try:
-        set_up(INSTALLED)
-    except ConfigError as error:
-        if "could not install" in str(error):
-            pytest.skip(f"Triton cannot be installed here: {error}")
-        raise
     repository = shutil.copytree(tiny_repository, tmp_path / "models")
     folder = tmp_path / "triton"
     folder.mkdir()
-    (folder / "venv").symlink_to(INSTALLED / "venv")
+    (folder / "venv").symlink_to(installed / "venv")
     with LocalTriton(folder, repository, settings=Settings(threads=1)) as server:
         checks = triton_checks(tmp_path / "site", repository, server.url)
         assert checks["Triton"].ok

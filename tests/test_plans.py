@@ -22,12 +22,10 @@ from semwatch.triton.backend import plan_network
 from semwatch.triton.client import Triton
 from semwatch.triton.plans import Batches, Manifest
 from semwatch.triton.server import LocalTriton
-from semwatch.triton.setup import set_up
 from semwatch.triton.view import Settings, View
 from semwatch_training import engines as engine_maker
 from semwatch_training import tensorrt_compiler
 
-INSTALLED = Path(__file__).resolve().parents[1] / ".cache" / "triton"
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
 )
@@ -335,16 +333,10 @@ def test_plan_answers_as_onnx_runtime_does(tiny_repository: Path, tmp_path: Path
 
 
 @pytest.fixture
-def server(repository: Path) -> Iterator[LocalTriton]:
-    try:
-        set_up(INSTALLED)
-    except ConfigError as error:
-        if "could not install" in str(error):
-            pytest.skip(f"Triton cannot be installed here: {error}")
-        raise
+def server(installed: Path, repository: Path) -> Iterator[LocalTriton]:
     folder = repository.parent / "triton"
     folder.mkdir()
-    (folder / "venv").symlink_to(INSTALLED / "venv")
+    (folder / "venv").symlink_to(installed / "venv")
     server = LocalTriton(folder, repository, settings=Settings(threads=1))
     try:
         server.start()

@@ -35,20 +35,7 @@ from semwatch.triton.setup import set_up
 from semwatch.triton.view import Settings
 from triton_line import backend_with_faults
 
-INSTALLED = Path(__file__).resolve().parents[1] / ".cache" / "triton"
 WIDTH = 74
-
-
-@pytest.fixture(scope="session")
-def installed() -> Path:
-    """The server, installed once for all sessions of this checkout."""
-    try:
-        set_up(INSTALLED)
-    except ConfigError as error:
-        if "could not install" in str(error):
-            pytest.skip(f"Triton cannot be installed here: {error}")
-        raise
-    return INSTALLED
 
 
 @pytest.fixture

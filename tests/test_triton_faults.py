@@ -4,11 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from semwatch.errors import ConfigError
-from semwatch.triton.setup import set_up
 from triton_faults import CASES, Case, run
 
-INSTALLED = Path(__file__).resolve().parents[1] / ".cache" / "triton"
 FAST = (
     "server killed (supervised)",
     "server hangs (SIGSTOP)",
@@ -18,17 +15,6 @@ FAST = (
     "connection cut in an answer",
     "daemon stopped while it hangs",
 )
-
-
-@pytest.fixture(scope="module")
-def installed() -> Path:
-    try:
-        set_up(INSTALLED)
-    except ConfigError as error:
-        if "could not install" in str(error):
-            pytest.skip(f"Triton cannot be installed here: {error}")
-        raise
-    return INSTALLED
 
 
 @pytest.mark.slow

@@ -14,24 +14,14 @@ import psutil
 import pytest
 
 from commands import spawn
-from semwatch.errors import ConfigError
 from semwatch.triton.client import Triton
-from semwatch.triton.setup import set_up
-
-INSTALLED = Path(__file__).resolve().parents[1] / ".cache" / "triton"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this file's own around the one installation of the checkout."""
-    try:
-        set_up(INSTALLED)
-    except ConfigError as error:
-        if "could not install" in str(error):
-            pytest.skip(f"Triton cannot be installed here: {error}")
-        raise
     made = tmp_path_factory.mktemp("triton")
-    (made / "venv").symlink_to(INSTALLED / "venv")
+    (made / "venv").symlink_to(installed / "venv")
     return made
 
 

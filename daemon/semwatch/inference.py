@@ -175,17 +175,14 @@ class Embedded:
 
     def _load_head(self) -> _Loaded:
         """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
-        wanted = self._wanted("head")
+        wanted, *deputies = serving.to_try(self._repository, "head", self._pins.get("head"))
         try:
             return self._fitting_head(wanted)
         except ModelMismatch as error:
-            if self._pins.get("head") is not None or serving.pin_of(self._repository, "head") is not None:
-                raise
             self._refuse(wanted, str(error))
-            for version in reversed(model_repository.versions(self._repository, "head")):
-                if version < wanted and serving.why_withdrawn(self._repository, "head", version) is None:
-                    with suppress(ModelMismatch):
-                        return self._fitting_head(version)
+            for version in deputies:
+                with suppress(ModelMismatch):
+                    return self._fitting_head(version)
             raise
 
     def _fitting_head(self, version: int) -> _Loaded:

@@ -46,6 +46,24 @@ def choice(repository: Path, model: str) -> int:
     return fit[-1] if fit else model_repository.latest(repository, model)
 
 
+def to_try(repository: Path, model: str, pin: int | None = None) -> list[int]:
+    """Versions that may serve at a start, the wanted one first: one that nobody pinned has those before it as deputies.
+
+    Args:
+        pin: of a recipe; None: it has none.
+
+    Raises:
+        ModelMismatch: there is none, or the pinned one is absent.
+    """
+    if pin is not None:
+        return [pin]
+    wanted = choice(repository, model)
+    if pin_of(repository, model) is not None:
+        return [wanted]
+    earlier = [version for version in model_repository.versions(repository, model) if version < wanted]
+    return [wanted, *(v for v in reversed(earlier) if why_withdrawn(repository, model, v) is None)]
+
+
 def pin_of(repository: Path, model: str) -> int | None:
     """The pinned version, None without a pin.
 

@@ -218,17 +218,14 @@ class Triton:
 
     def _load_head(self) -> Version:
         """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
-        wanted = self._wanted("head")
+        wanted, *deputies = serving.to_try(self._repository, "head", self._pins.get("head"))
         try:
             return self._fitting_head(wanted)
         except ModelMismatch as error:
-            if self._pins.get("head") is not None or serving.pin_of(self._repository, "head") is not None:
-                raise
             self._refuse(wanted, str(error))
-            for number in reversed(model_repository.versions(self._repository, "head")):
-                if number < wanted and serving.why_withdrawn(self._repository, "head", number) is None:
-                    with suppress(ModelMismatch):
-                        return self._fitting_head(number)
+            for number in deputies:
+                with suppress(ModelMismatch):
+                    return self._fitting_head(number)
             raise
 
     def _fitting_head(self, number: int, timeout_s: float = LOAD_TIMEOUT_S) -> Version:
