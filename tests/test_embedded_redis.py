@@ -15,7 +15,7 @@ import psutil
 import pytest
 import redis
 
-from semwatch import embedded_redis
+from semwatch import child_server, embedded_redis
 from semwatch.embedded_redis import EmbeddedRedis, find_executable
 from semwatch.errors import ConfigError, ServiceUnavailable
 
@@ -164,9 +164,9 @@ def test_picked_port_that_was_snatched_is_picked_again(tmp_path: Path, monkeypat
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        free = embedded_redis._free_port
+        free = child_server.free_port
         offers = [taken.getsockname()[1], free()]
-        monkeypatch.setattr(embedded_redis, "_free_port", lambda: offers.pop(0))
+        monkeypatch.setattr(child_server, "free_port", lambda: offers.pop(0))
         with EmbeddedRedis(tmp_path) as server, _client(server) as client:
             assert client.ping()
         assert offers == []

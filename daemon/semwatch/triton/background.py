@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from semwatch import model_repository
+from semwatch import child_server, model_repository
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.model_repository import MODELS
-from semwatch.triton.server import START_TIMEOUT_S, LocalTriton, ask, text_from
+from semwatch.triton.server import START_TIMEOUT_S, LocalTriton, ask
 from semwatch.triton.setup import Installation
 from semwatch.triton.view import Settings
 
@@ -81,7 +81,7 @@ def up(
     is_hung = process.poll() is None
     if is_hung:
         _end(process.pid, timeout_s=5)
-    said = text_from(folder / _LOG, 0)[-2000:]
+    said = child_server.text_from(folder / _LOG, 0, limit=2000)
     raise (ServiceUnavailable if is_hung else ConfigError)(said or f"Triton was not ready within {timeout_s:g} s")
 
 

@@ -20,14 +20,13 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from semwatch import child_server
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.model_repository import MODELS
 from semwatch.triton import control
@@ -41,12 +40,6 @@ START_TIMEOUT_S = 60.0
 STUCK_S = 90.0
 """A model that loads for longer never will."""
 
-_LAUNCHER = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
-if os.getppid() == int(sys.argv[1]):  # else the parent died before prctl
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 _LOCK, _LOG = "triton.lock", "triton.log"
 _TAKEN = re.compile(r"127\.0\.0\.1:(\d+)'? already in use")
 _PORT_TRIES = 5
@@ -212,13 +205,13 @@ class LocalTriton:
         asked = self._ports
         said = ""
         for _ in range(_PORT_TRIES if 0 in asked else 1):  # somebody may take a free port before the server
-            self._ports = (asked[0] or _free_port(), asked[1] or _free_port())
+            self._ports = (asked[0] or child_server.free_port(), asked[1] or child_server.free_port())
             log_from = self._spawn(lock_fd)
             if self._wait_ready(deadline, log_from):
                 return None
             hung = self.pid is not None
             self.stop(timeout_s=1.0)
-            said = text_from(self.log, log_from)
+            said = child_server.text_from(self.log, log_from)
             if hung:
                 raise ServiceUnavailable(f"Triton was not ready within {self._timeout_s:g} s:\n{said[-2000:]}")
             if not (taken := _TAKEN.search(said)) or int(taken[1]) in asked:
@@ -229,14 +222,13 @@ class LocalTriton:
     def _spawn(self, lock_fd: int) -> int:
         """Start the process; return where in the log its own lines begin."""
         self._sweep()
-        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
         executable = str(self._made.server / "bin" / "tritonserver")
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
             self.log.replace(self.log.with_suffix(".log.1"))
         with self.log.open("ab") as log:
             log_from = log.tell()
             self._process = subprocess.Popen(
-                [*launcher, executable, *self._options()],
+                child_server.dying_with_us(executable, *self._options()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -381,17 +373,3 @@ def _end_orphans(lock_fd: int) -> None:
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def text_from(path: Path, start: int) -> str:
-    """Read a log from a byte on; of much, the end."""
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read()[-20_000:].decode("utf-8", "replace").strip()
