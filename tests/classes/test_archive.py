@@ -10,29 +10,20 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields as fields_of
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from factories import make_review, make_verdict
-from semwatch import archive as archive_module
-from semwatch.archive import Archive
+from factories import make_record, make_review, make_verdict
+from semwatch.classes.archive import Archive
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.ledger import Ledger
-from semwatch.records import Record, encode, records
+from semwatch.store.ledger import Ledger
+from semwatch.streams.records import Record, encode, records
 
 NOW = "2025-03-02T00:00:00Z"
 LATER = "2025-03-03T00:00:00Z"
-TEMPLATE = records(make_review(1, verdicts=[make_verdict("unknown")]))[0]
 STATES = ("waiting", "learned", "explained", "duplicate", "rejected", "forgotten")
-
-
-def make_record(i: int = 0, **changes: object) -> Record:
-    rng = np.random.default_rng(i)
-    small = rng.integers(0, 256, (16, 16), np.uint8)
-    return replace(TEMPLATE, **{"id": f"{i:032x}", "crop": small, "defect_id": i + 1, **changes})
 
 
 def numbers(found: Sequence[Record]) -> list[int]:
@@ -245,23 +236,23 @@ KILLED = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_archive import NOW, make_record
-from semwatch.archive import Archive
+from factories import make_record
+from semwatch.classes.archive import Archive
 archive = Archive(Path({path!r}))
 for i in range(10_000):
-    archive.add([make_record(2 * i), make_record(2 * i + 1)], now_utc=NOW)
+    archive.add([make_record(2 * i), make_record(2 * i + 1)], now_utc="2025-03-02T00:00:00Z")
     print(2 * i + 1, flush=True)
 """
 
 
 def test_killed_writer_leaves_whole_batches_and_all_it_had_reported(path: Path) -> None:
     program = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
-    packages = Path(archive_module.__file__).parents[1]
+    packages = os.pathsep.join(sys.path)
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(packages)},
+        env={**os.environ, "PYTHONPATH": packages},
     ) as child:
         assert child.stdout is not None
         reported = [int(child.stdout.readline()) for _ in range(5)][-1]

@@ -10,13 +10,25 @@ from typing import Any
 import pytest
 
 from cluster_files import CLASSES, T0, T1, WHO, found, three
-from semwatch import clusters
-from semwatch.clusters import FILE, Clusters, change, label_of, locked, names_of, pending, read, successors, write
-from semwatch.decisions import merged, named, rejected
+from paths import ROOT
+from semwatch.classes import clusters
+from semwatch.classes.clusters import (
+    FILE,
+    Clusters,
+    change,
+    label_of,
+    locked,
+    names_of,
+    pending,
+    read,
+    successors,
+    write,
+)
+from semwatch.classes.decisions import merged, named, rejected
+from semwatch.classes.sightings import applied, seen
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.sightings import applied, seen
 
-DAEMON = Path(__file__).resolve().parents[1] / "daemon"
+DAEMON = ROOT / "daemon"
 
 
 def kept(folder: Path, c: Clusters) -> Path:
@@ -190,7 +202,7 @@ def test_changes_of_several_processes_are_all_there(tmp_path) -> None:
 
 def test_lock_is_waited_for_and_then_given_up(tmp_path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from semwatch.clusters import locked\n"
+        "import sys, time; from pathlib import Path; from semwatch.classes.clusters import locked\n"
         f"with locked(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env={"PYTHONPATH": str(DAEMON)})

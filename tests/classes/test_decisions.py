@@ -5,10 +5,10 @@ import random
 import pytest
 
 from cluster_files import CLASSES, T0, T1, T2, WHO, found, three
-from semwatch.clusters import Clusters, find, label_of, pending
-from semwatch.decisions import merged, named, rejected, split
+from semwatch.classes.clusters import Clusters, find, label_of, pending
+from semwatch.classes.decisions import merged, named, rejected, split
+from semwatch.classes.sightings import applied, learned, seen
 from semwatch.errors import ConfigError
-from semwatch.sightings import applied, learned, seen
 
 
 def test_nothing_can_be_said_of_nothing() -> None:

@@ -5,10 +5,10 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from cluster_files import CLASSES, T0, T1, T2, WHO, found, ids, three
-from semwatch.clusters import Clusters, find, label_of, pending
-from semwatch.decisions import merged, named, rejected, split
+from semwatch.classes.clusters import Clusters, find, label_of, pending
+from semwatch.classes.decisions import merged, named, rejected, split
+from semwatch.classes.sightings import MAX_MISSED, Found, applied, learned, matches, seen
 from semwatch.errors import ConfigError
-from semwatch.sightings import MAX_MISSED, Found, applied, learned, matches, seen
 
 
 def names(c: Clusters) -> list[str]:

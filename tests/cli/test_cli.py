@@ -85,7 +85,7 @@ def test_missing_site_is_exit_code_2_and_names_the_example_to_start_from(semwatc
 
 
 def example_folder() -> Path:
-    from semwatch.config import EXAMPLES
+    from semwatch.settings.fields import EXAMPLES
 
     return EXAMPLES.parent
 

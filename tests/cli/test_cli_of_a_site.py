@@ -15,12 +15,14 @@ from cluster_files import T0, three
 from commands import Command, in_process, put, write_recipe
 from daemon import SOURCE, Daemon, Site, make_site, png
 from factories import make_review, make_verdict
-from semwatch import clusters, model_repository, records
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.audit import AuditLog
-from semwatch.embedded_redis import EmbeddedRedis, find_executable
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.errors import ConfigError
-from semwatch.ledger import Ledger
+from semwatch.models import model_repository
+from semwatch.store.audit import AuditLog
+from semwatch.store.ledger import Ledger
+from semwatch.streams import records
+from semwatch.streams.embedded_redis import EmbeddedRedis, find_executable
 
 NOWHERE = "redis://127.0.0.1:1/0"
 

@@ -19,16 +19,16 @@ from typer.testing import CliRunner
 
 from cluster_files import T0, WHO, found, three
 from daemon import make_site
-from semwatch import model_repository, serving
-from semwatch.clusters import FILE, Clusters, change, find, locked, pending, read
-from semwatch.commands import clusters as commands
-from semwatch.config import Site, load_site
-from semwatch.decisions import named
+from semwatch.classes.clusters import FILE, Clusters, change, find, locked, pending, read
+from semwatch.classes.decisions import named
+from semwatch.classes.sightings import learned, seen
+from semwatch.cli import clusters as commands
 from semwatch.errors import ConfigError, PublishError
-from semwatch.inference import Embedded
-from semwatch.ledger import Ledger
-from semwatch.relabel import relabel
-from semwatch.sightings import learned, seen
+from semwatch.models import choice, model_repository
+from semwatch.models.inference import Embedded
+from semwatch.models.relabel import relabel
+from semwatch.settings.site import Site, load_site
+from semwatch.store.ledger import Ledger
 
 Run = Callable[..., str]
 
@@ -61,7 +61,7 @@ def run(tmp_path: Path) -> Run:
 
 def labels(site: Site) -> tuple[str, ...]:
     repository = site.models.repository
-    return model_repository.read_meta(repository, "head", serving.choice(repository, "head")).labels
+    return model_repository.read_meta(repository, "head", choice.choice(repository, "head")).labels
 
 
 def audited(site: Site) -> list[dict[str, Any]]:
@@ -171,10 +171,10 @@ def test_name_of_a_proposed_cluster_is_kept_for_the_cycle_that_learns_it(run, si
 
 def test_name_that_a_head_cannot_take_now_is_kept(run, site) -> None:
     repository = site.models.repository
-    serving.pin(repository, "head", 2)
+    choice.pin(repository, "head", 2)
     assert "head 2 is pinned and goes on as it is" in run("name", "novel-1", "void")
-    serving.pin(repository, "head", None)
-    serving.roll_back(repository, "head", "a test")
+    choice.pin(repository, "head", None)
+    choice.roll_back(repository, "head", "a test")
     assert "head 1 does not know this class; the next head that does has the name" in run("name", "void", "void")
     assert model_repository.versions(repository, "head") == [1, 2]
     assert [d.label for d in pending(read(site.learning_dir))] == ["void", "void"]

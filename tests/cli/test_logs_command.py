@@ -11,11 +11,12 @@ import yaml
 
 from commands import Command, Said, in_process
 from daemon import SOURCE, Daemon, Site, make_site, png
-from semwatch import rereview, results
-from semwatch.audit import AuditLog
-from semwatch.delivery import deliver_audit
-from semwatch.ledger import Ledger
-from semwatch.review_record import VerdictRecord
+from semwatch.service import rereview
+from semwatch.service.delivery import deliver_audit
+from semwatch.store import results
+from semwatch.store.audit import AuditLog
+from semwatch.store.ledger import Ledger
+from semwatch.store.review_record import VerdictRecord
 
 NOWHERE = "redis://127.0.0.1:1/0"
 

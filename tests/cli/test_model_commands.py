@@ -11,8 +11,8 @@ import pytest
 
 from commands import Command, Said, in_process, spawn
 from daemon import Daemon, Site, make_site
-from semwatch import head_bank, model_repository, serving
-from semwatch.ledger import Ledger
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.store.ledger import Ledger
 
 BESIDE = (model_repository.PROBE, head_bank.BANK, head_bank.GOLDEN)
 
@@ -89,16 +89,16 @@ def test_list_tells_of_every_version_what_is_chosen_and_what_it_knows(models, re
 def test_pinned_withdrawn_and_refused_versions_say_so(models, site, repository) -> None:
     for _ in range(3):
         publish(repository)
-    serving.withdraw(repository, "head", 4, "calls [pits] bridges")
+    choice.withdraw(repository, "head", 4, "calls [pits] bridges")
     site.state.mkdir()
-    serving.announce(site.state, {"head": 1}, {3: "answers its probe otherwise"})
+    choice.announce(site.state, {"head": 1}, {3: "answers its probe otherwise"})
     assert states(models) == {
         1: "",
         2: "",
         3: "chosen, refused",
         4: "withdrawn",
     }
-    serving.pin(repository, "head", 2)
+    choice.pin(repository, "head", 2)
     assert states(models)[2] == "chosen, pinned"
     said = models("list")
     assert "chosen, pinned" in said.words
@@ -115,7 +115,7 @@ def test_damaged_version_does_not_hide_the_others_and_can_be_rolled_back(models,
 
 
 def test_pin_file_edited_into_nonsense_is_one_message_with_the_remedy(models, repository) -> None:
-    (repository / "head" / serving.PINNED).write_text("newest please")
+    (repository / "head" / choice.PINNED).write_text("newest please")
     said = models("list")
     assert (said.code, said.out) == (3, "")
     assert "must hold a version number alone; delete it, or pin again" in said.err
@@ -134,7 +134,7 @@ def test_pin_and_release_are_noted_with_who_and_when_and_say_what_will_serve(mod
         ("model released", "head", None),
     ]
     assert all(line["by"] and line["utc"].endswith("Z") for line in audited(site))
-    assert serving.pin_of(repository, "head") is None
+    assert choice.pin_of(repository, "head") is None
 
 
 def test_rollback_withdraws_and_says_where_it_leads(models, site, repository) -> None:
@@ -145,24 +145,24 @@ def test_rollback_withdraws_and_says_where_it_leads(models, site, repository) ->
     assert (line["event"], line["from"], line["to"], line["reason"]) == (
         "model rolled back", 2, 1, "calls pits bridges",
     )  # fmt: skip
-    assert serving.why_withdrawn(repository, "head", 2) == "calls pits bridges"
+    assert choice.why_withdrawn(repository, "head", 2) == "calls pits bridges"
 
 
 def test_rollback_of_a_pin_moves_it_and_withdraws_nothing(models, repository) -> None:
     publish(repository)
-    serving.pin(repository, "head", 2)
+    choice.pin(repository, "head", 2)
     assert models("rollback").out.startswith("pin moved: to head 1; 2 is not withdrawn\n")
-    assert (serving.pin_of(repository, "head"), serving.why_withdrawn(repository, "head", 2)) == (1, None)
+    assert (choice.pin_of(repository, "head"), choice.why_withdrawn(repository, "head", 2)) == (1, None)
 
 
 def test_rollback_goes_past_versions_that_the_daemon_refused(models, site, repository) -> None:
     for _ in range(2):
         publish(repository)
     site.state.mkdir()
-    serving.announce(site.state, {"head": 3}, {2: "broken"})
+    choice.announce(site.state, {"head": 3}, {2: "broken"})
     assert models("rollback").code == 0
     assert states(models) == {1: "chosen", 2: "withdrawn, refused", 3: "withdrawn"}
-    assert [serving.why_withdrawn(repository, "head", n) for n in (2, 3)] == ["broken", "rolled back"]
+    assert [choice.why_withdrawn(repository, "head", n) for n in (2, 3)] == ["broken", "rolled back"]
 
 
 def test_nothing_to_go_back_to_is_refused_and_leaves_no_line(models, site, repository) -> None:
@@ -171,19 +171,19 @@ def test_nothing_to_go_back_to_is_refused_and_leaves_no_line(models, site, repos
     assert "nothing to go back to" in said.err
     publish(repository)
     site.state.mkdir()
-    serving.announce(site.state, {"head": 2}, {1: "broken"})
+    choice.announce(site.state, {"head": 2}, {1: "broken"})
     assert models("rollback", "head").code == 1
     assert audited(site) == []
-    assert serving.choice(repository, "head") == 2
+    assert choice.choice(repository, "head") == 2
 
 
 def test_audit_line_stands_even_where_the_disk_refuses_the_change(models, site, repository) -> None:
-    (repository / "head" / f".{serving.PINNED}.partial").mkdir()  # where the pin would be written
+    (repository / "head" / f".{choice.PINNED}.partial").mkdir()  # where the pin would be written
     said = models("pin", "head", 1)
     assert said.code == 1
     assert "cannot write" in said.err
     assert [line["event"] for line in audited(site)] == ["model pinned"]
-    assert serving.pin_of(repository, "head") is None
+    assert choice.pin_of(repository, "head") is None
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_commands_change_the_running_daemon_and_wait_for_it(site, repository, tm
         return spawn("models", *argv, "--site", site.file, cwd=tmp_path)
 
     def head() -> int:
-        return serving.announced(site.state)[0]["head"]
+        return choice.announced(site.state)[0]["head"]
 
     with Daemon(site) as daemon:
         daemon.wait_ready()
@@ -257,7 +257,7 @@ def test_commands_change_the_running_daemon_and_wait_for_it(site, repository, tm
 
         (tmp_path / "broken.onnx").write_bytes(b"no network")
         assert publish(repository, weights=tmp_path / "broken.onnx") == 3
-        daemon.wait_for(lambda: 3 in serving.announced(site.state)[1])
+        daemon.wait_for(lambda: 3 in choice.announced(site.state)[1])
         listed = rows(models("list", "--json"))
         assert listed["head", 2]["state"] == "serves"
         assert listed["head", 3]["state"] == "chosen, refused"
@@ -296,7 +296,7 @@ def test_encoder_that_was_published_beside_the_daemon_waits_for_its_start(models
 
 def test_table_fits_a_terminal_of_80_columns(models, site, repository, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(repository, labels=tuple(f"class-{i}" for i in np.arange(3)))
-    serving.withdraw(repository, "head", 2, reason := "a reason of some length, as people give them, on one line " * 2)
+    choice.withdraw(repository, "head", 2, reason := "a reason of some length, as people give them, on one line " * 2)
     *table, told = models("list").out.splitlines()
     assert max(map(len, table)) <= 80
     assert told == f"withdrawn: head 2: {reason.strip()}"

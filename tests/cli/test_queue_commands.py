@@ -18,13 +18,13 @@ import redis
 import yaml
 
 from commands import Command, in_process
-from conftest import ROOT
 from factories import make_review, make_verdict
-from semwatch import queues, records, unknowns
-from semwatch.embedded_redis import EmbeddedRedis
+from paths import ROOT
 from semwatch.errors import ConfigError
-from semwatch.records import RESULTS, UNKNOWNS, Fields, Message, Record, decode, encode, pack, result_summary
-from semwatch.unknowns import Consumer, Publisher, connect
+from semwatch.streams import queues, records, unknowns
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, Record, decode, encode, pack, result_summary
+from semwatch.streams.unknowns import Consumer, Publisher, connect
 
 REVIEW = make_review(1, verdicts=[make_verdict("unknown")])
 DAY_MS = 24 * 3600 * 1000
@@ -461,7 +461,7 @@ def test_consumer_of_the_readme_runs_as_it_is_written(server, client, publisher,
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", here],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(unknowns.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(unknowns.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=60,

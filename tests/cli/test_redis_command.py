@@ -16,8 +16,8 @@ import pytest
 import redis
 
 from commands import spawn
-from semwatch.embedded_redis import EmbeddedRedis
 from semwatch.errors import ConfigError
+from semwatch.streams.embedded_redis import EmbeddedRedis
 
 
 def free_port() -> int:

@@ -12,18 +12,22 @@ from rich.console import Console
 
 from cluster_files import T0
 from factories import make_review, make_verdict
-from semwatch import clusters, learning_demo, model_repository, records, results, serving
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.clusters import Clusters
-from semwatch.config import Site, load_site
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.classes.clusters import Clusters
+from semwatch.classes.sightings import Found, learned, seen
 from semwatch.defects import Verdict
-from semwatch.demo import Layout, write_settings
+from semwatch.demo import learning
+from semwatch.demo.learning import _counts, _show, _speak, _type_of, run_learning_demo
+from semwatch.demo.one_lot import Layout, write_settings
 from semwatch.errors import ServiceUnavailable
-from semwatch.learning_demo import _counts, _show, _speak, _type_of, run_learning_demo
-from semwatch.records import Record
-from semwatch.relabel import relabel
-from semwatch.review_record import ReviewRecord, to_record
-from semwatch.sightings import Found, learned, seen
+from semwatch.models import choice, model_repository
+from semwatch.models.relabel import relabel
+from semwatch.settings.site import Site, load_site
+from semwatch.store import results
+from semwatch.store.review_record import ReviewRecord, to_record
+from semwatch.streams import records
+from semwatch.streams.records import Record
 
 UNKNOWN = make_verdict("unknown")
 NOVEL = Verdict("novel", "novel-1", 0.9, ())
@@ -168,7 +172,7 @@ def test_each_learned_cluster_is_named_by_its_crops_and_a_second_one_of_a_type_i
         ("novel-4", "proposed", "novel-4"),
     ]
     assert now.clusters[2].merged_into == "novel-1"
-    head = serving.choice(site.models.repository, "head")
+    head = choice.choice(site.models.repository, "head")
     assert set(model_repository.read_meta(site.models.repository, "head", head).labels) == {
         "scratch", "residue", "defect-free",
     }  # fmt: skip
@@ -183,7 +187,7 @@ def test_each_learned_cluster_is_named_by_its_crops_and_a_second_one_of_a_type_i
 
 def test_command_that_fails_ends_the_demo_with_what_it_said(layout: Layout) -> None:
     with pytest.raises(ServiceUnavailable, match=r"semwatch clusters name novel-9 pit failed:\n.*novel-9"):
-        learning_demo._semwatch(layout, "clusters", "name", "novel-9", "pit")
+        learning._semwatch(layout, "clusters", "name", "novel-9", "pit")
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def test_whole_demo_runs_on_a_handful_of_images_and_says_that_they_are_too_few(
     assert "new types named right: 0% before, 0% after" in told
     assert "audit log             intact, 8 lines" in told
     assert sorted(repository.rglob("*")) == before
-    head = model_repository.read_meta(folder / "models", "head", serving.choice(folder / "models", "head"))
+    head = model_repository.read_meta(folder / "models", "head", choice.choice(folder / "models", "head"))
     assert {"scratch", "residue"} & set(head.labels) == set()
     assert {"void", "necking"} <= set(head.labels)
     found = [results.read(path) for path in (folder / "results").rglob("*.review.json")]

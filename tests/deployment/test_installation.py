@@ -9,14 +9,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from semwatch import model_repository, serving
-from semwatch.commands import install as commands
-from semwatch.config import EXAMPLES, load_recipe, load_site
+from semwatch.cli import install as commands
 from semwatch.deployment import installed_files, releases, systemctl
 from semwatch.deployment.installation import copy_models
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
-from semwatch.model_repository import Meta
+from semwatch.models import choice, model_repository
+from semwatch.models.model_repository import Meta
+from semwatch.settings.fields import EXAMPLES
+from semwatch.settings.recipe import load_recipe
+from semwatch.settings.site import load_site
 
 SITE = Path("/etc/semwatch/site.yaml")
 UNIT = Path("/etc/systemd/system/semwatch.service")
@@ -224,7 +226,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model in ("detector", "encoder", "head", "head"):
         meta = Meta.model_validate({"model": model, "created_utc": "2026-01-01T00:00:00Z", "inputs": {}, "outputs": {}})
         model_repository.publish(folder / "models", meta, weights)
-    serving.withdraw(folder / "models", "head", 1, "poor")
+    choice.withdraw(folder / "models", "head", 1, "poor")
     return folder / "models"
 
 
@@ -244,8 +246,8 @@ def test_models_are_published_once_and_never_overwritten(tmp_path: Path, built: 
         model, _, version = name.partition("/")
         meta = model_repository.read_meta(repository, model, int(version))
         assert model_repository.weights_path(repository, model, int(version), meta).stat().st_mode & 0o444 == 0o444
-    assert serving.why_withdrawn(repository, "head", 1) == "poor"
-    assert serving.choice(repository, "head") == 2
+    assert choice.why_withdrawn(repository, "head", 1) == "poor"
+    assert choice.choice(repository, "head") == 2
     mine = repository / copied[0] / "mine"
     mine.write_text("x")
     assert said(tmp_path, "install", "--models", built)["models"] == []

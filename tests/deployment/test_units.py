@@ -9,11 +9,11 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from semwatch.config import Limits, Redis, Site, load_site
-from semwatch.config import Triton as TritonSettings
-from semwatch.metrics import Metrics
+from paths import ROOT
+from semwatch.service.metrics import Metrics
+from semwatch.settings.site import Limits, Redis, Site, load_site
+from semwatch.settings.site import Triton as TritonSettings
 
-ROOT = Path(__file__).resolve().parents[1]
 UNITS = ROOT / "systemd"
 DROP_INS = UNITS / "drop-ins"
 RULES = yaml.safe_load((UNITS / "prometheus-rules.yaml").read_text())["groups"][0]["rules"]

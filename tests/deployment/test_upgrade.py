@@ -14,13 +14,13 @@ import typer
 from typer.testing import CliRunner
 
 import semwatch
-from semwatch.commands import install as commands
+from semwatch.cli import install as commands
 from semwatch.deployment import backups, installation, releases, systemctl, upgrade
 from semwatch.deployment.installation import Record
 from semwatch.deployment.installed_files import UNITS, systemd_folder, wanted
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.ledger import Ledger, OutboxItem
+from semwatch.store.ledger import Ledger, OutboxItem
 
 OLD, NEW = "0.1.0", "0.2.0"
 UTC = "2026-01-01T00:00:00Z"

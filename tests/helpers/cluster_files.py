@@ -2,8 +2,8 @@
 
 import hashlib
 
-from semwatch.clusters import Clusters
-from semwatch.sightings import Found, learned, seen
+from semwatch.classes.clusters import Clusters
+from semwatch.classes.sightings import Found, learned, seen
 
 T0, T1, T2 = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z"
 CLASSES = ("bridge", "particle", "defect-free")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from semwatch.defects import (
     Verdict,
     VerdictKind,
 )
+from semwatch.streams.records import Record, records
 
 CLASSES = ("particle", "bridge", "scratch", "residue", "open", DEFECT_FREE)
 KINDS: tuple[VerdictKind, ...] = ("known", "unknown", "non-decidable", "defect-free")
@@ -196,3 +198,12 @@ def _peak(score_map: ScoreMap, box: Box, field_hw: tuple[int, ...]) -> float:
     h, w = score_map.values.shape
     window = score_map.values[y0 * h // H : -(-y1 * h // H), x0 * w // W : -(-x1 * w // W)]
     return float(window.max())
+
+
+_UNKNOWN = records(make_review(1, verdicts=[make_verdict("unknown")]))[0]
+
+
+def make_record(i: int = 0, **changes: object) -> Record:
+    """Build record number i of an unknown, with a small crop of its own."""
+    small = np.random.default_rng(i).integers(0, 256, (16, 16), np.uint8)
+    return replace(_UNKNOWN, **{"id": f"{i:032x}", "crop": small, "defect_id": i + 1, **changes})

@@ -11,21 +11,22 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch import head_bank, model_repository, records, serving, unknowns
-from semwatch.classification import decide
-from semwatch.config import UnknownRule
 from semwatch.defects import Verdict
-from semwatch.head_bank import Bank
-from semwatch.inference import Answer
-from semwatch.records import Record
-from semwatch.unknowns import Publisher
-from semwatch_training.build_repository import SHIPPED
+from semwatch.line.classification import decide
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.head_bank import Bank
+from semwatch.models.inference import Answer
+from semwatch.settings.recipe import UnknownRule
+from semwatch.streams import records, unknowns
+from semwatch.streams.records import Record
+from semwatch.streams.unknowns import Publisher
+from semwatch.system.clock import utc_now
+from semwatch_training.publishing.build_repository import SHIPPED
 
 RULE = UnknownRule()
 CROP_PX, TOKENS = 224, 16
@@ -43,7 +44,7 @@ def split_by_image(crops: Bank, shares: Sequence[float], rng: np.random.Generato
 def copied_models(repository: Path, folder: Path) -> Path:
     """A model repository of one's own, with the versions in service as version 1."""
     for model in model_repository.MODELS:
-        version = serving.choice(repository, model)
+        version = choice.choice(repository, model)
         shutil.copytree(repository / model / str(version), folder / model / "1")
     return folder
 
@@ -86,7 +87,7 @@ def record(
     sha256 = hashlib.sha256(name.encode()).hexdigest()
     return Record(
         id=sha256[:32],
-        created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created_utc=utc_now(),
         source="sem-1",
         path=f"{name}.png",
         sha256=sha256,

@@ -12,13 +12,14 @@ import numpy as np
 import redis
 import yaml
 
-from semwatch import clusters, head_bank, model_repository, serving
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.config import Site, load_site
-from semwatch.head_bank import Bank
-from semwatch.model_repository import Meta
-from semwatch.records import UNKNOWNS, Fields, Record, decode, encode, pack
-from semwatch.unknowns import Consumer, Publisher
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.head_bank import Bank
+from semwatch.models.model_repository import Meta
+from semwatch.settings.site import Site, load_site
+from semwatch.streams.records import UNKNOWNS, Fields, Record, decode, encode, pack
+from semwatch.streams.unknowns import Consumer, Publisher
 
 INPUT_PX, TOKENS = 56, 4
 STREAM = "semwatch:unknowns"
@@ -106,7 +107,7 @@ class Lab:
 
     @property
     def version(self) -> int:
-        return serving.choice(self.repository, "head")
+        return choice.choice(self.repository, "head")
 
     def versions(self) -> list[int]:
         return model_repository.versions(self.repository, "head")

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from semwatch.head_bank import Bank
-from semwatch.model_repository import Meta
-from semwatch_training import export
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch.models.head_bank import Bank
+from semwatch.models.model_repository import Meta
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
-from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
-from semwatch_training.export import publish_detector, publish_encoder, publish_head
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.publishing import export
+from semwatch_training.publishing.export import publish_detector, publish_encoder, publish_head
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
 

@@ -18,7 +18,7 @@ import psutil
 from onnx import numpy_helper
 from tritonclient.grpc import InferenceServerClient, InferInput
 
-from semwatch import head_bank, model_repository
+from semwatch.models import head_bank, model_repository
 from semwatch.triton import config as triton_config
 from triton_line import N_FILES, PACE_S, Count, EmptyAtStart, Line, count, line, local_server
 

@@ -17,11 +17,13 @@ import psutil
 import redis
 
 from daemon import SOURCE, Daemon, Site, make_site, png
-from semwatch import audit, model_repository, pipeline, results
-from semwatch.config import load_recipe
-from semwatch.embedded_redis import EmbeddedRedis
-from semwatch.inference import Embedded
-from semwatch.service import utc_now
+from semwatch.line import pipeline
+from semwatch.models import model_repository
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import load_recipe
+from semwatch.store import audit, results
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.system.clock import utc_now
 from semwatch.triton import background as triton_background
 from semwatch.triton import control
 from semwatch.triton import view as triton_view

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.incoming import Arrival, Folder, Incoming, is_temporary
-from semwatch.ledger import Ledger
+from semwatch.intake.drop_folder import Arrival, Folder, Incoming, is_temporary
+from semwatch.store.ledger import Ledger
 
 # watchdog 7.1 watches a new directory twice when its event and the walk of its parent meet, says so, and goes on.
 pytestmark = pytest.mark.filterwarnings("ignore:Callback with id:RuntimeWarning")
@@ -619,7 +619,7 @@ def test_folder_without_events_is_scanned_instead(
     def refuse(**_: object) -> None:
         raise OSError(errno.EMFILE, "inotify instance limit reached")
 
-    monkeypatch.setattr("semwatch.incoming.InotifyObserver", refuse)
+    monkeypatch.setattr("semwatch.intake.drop_folder.InotifyObserver", refuse)
     incoming = watch(renamed(drop))
     assert incoming.arrivals(QUIET_S) == []
     put(drop / "a.tif")

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from semwatch import micrograph
+from paths import DATA
 from semwatch.defects import Box, Micrograph
 from semwatch.errors import ImageError, ServiceUnavailable
-from semwatch.info_bar import find_field
+from semwatch.intake import decoding
+from semwatch.intake.info_bar import find_field
 
-DATA = Path(os.environ.get("SEMWATCH_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
 Gray = NDArray[np.uint8]
 
 
@@ -63,7 +63,7 @@ def with_tag(data: bytes, code: int, value: int) -> bytes:
 
 
 def only(data: bytes, **limits: int) -> Micrograph:
-    (page,) = micrograph.decode(data, name="a.tif", **limits)
+    (page,) = decoding.decode(data, name="a.tif", **limits)
     return page
 
 
@@ -91,7 +91,7 @@ VALID = {
 @pytest.mark.parametrize("data", [b"", b"\0", b"MM", b"FileVersion 1 2;\n", b"PK\x03\x04" + bytes(99), b"BM", b"II*\0"])
 def test_what_is_no_image_is_refused_with_name_and_remedy(data: bytes) -> None:
     with pytest.raises(ImageError, match=r"^lot/a\.tif: .*(copy|put)"):
-        micrograph.decode(data, name="lot/a.tif")
+        decoding.decode(data, name="lot/a.tif")
 
 
 @pytest.mark.parametrize("form", VALID)
@@ -99,7 +99,7 @@ def test_what_is_no_image_is_refused_with_name_and_remedy(data: bytes) -> None:
 def test_truncated_file_is_refused(form: str, share: float) -> None:
     data = VALID[form]
     with pytest.raises(ImageError, match="copy"):
-        micrograph.decode(data[: int(share * len(data))], name="x")
+        decoding.decode(data[: int(share * len(data))], name="x")
 
 
 def test_two_page_tiff_cut_in_its_second_page_does_not_pass_as_one_page() -> None:
@@ -112,7 +112,7 @@ def test_two_page_tiff_cut_in_its_second_page_does_not_pass_as_one_page() -> Non
         (-9, "pixels are missing"),
     ):
         with pytest.raises(ImageError, match=reason):
-            micrograph.decode(data[:cut], name="x")
+            decoding.decode(data[:cut], name="x")
 
 
 def test_cut_jpeg_is_refused_though_its_exif_thumbnail_has_an_end_marker() -> None:
@@ -120,18 +120,18 @@ def test_cut_jpeg_is_refused_though_its_exif_thumbnail_has_an_end_marker() -> No
     whole = VALID["jpeg"][:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + VALID["jpeg"][2:]
     assert only(whole).pixels.shape == GRAY.shape
     with pytest.raises(ImageError, match="no end marker"):
-        micrograph.decode(whole[:-200], name="x")
+        decoding.decode(whole[:-200], name="x")
 
 
 def test_png_with_a_flipped_bit_is_refused() -> None:
     data = VALID["png"]
     with pytest.raises(ImageError, match="damaged"):
-        micrograph.decode(patched(data, len(data) // 2, bytes([data[len(data) // 2] ^ 4])), name="x")
+        decoding.decode(patched(data, len(data) // 2, bytes([data[len(data) // 2] ^ 4])), name="x")
 
 
 def test_png_whose_rows_are_fewer_than_its_header_says_is_refused() -> None:
     with pytest.raises(ImageError, match="cannot be decoded"):
-        micrograph.decode(png(64, 64, 8, 0, bytes(65) * 30), name="x")
+        decoding.decode(png(64, 64, 8, 0, bytes(65) * 30), name="x")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -139,7 +139,7 @@ def test_float_page_with_nan_or_infinity_is_refused(value: float) -> None:
     pixels = GRAY.astype(np.float32)
     pixels[3, 3] = value
     with pytest.raises(ImageError, match="NaN"):
-        micrograph.decode(tiff(pixels), name="x")
+        decoding.decode(tiff(pixels), name="x")
 
 
 # ---- limits, held before anything is decoded ----
@@ -155,7 +155,7 @@ BOMBS = {
 @pytest.mark.parametrize("form", BOMBS)
 def test_header_that_promises_too_many_pixels_is_refused(form: str) -> None:
     with pytest.raises(ImageError, match="60000 x 60000 px, over 67108864"):
-        micrograph.decode(BOMBS[form], name="x")
+        decoding.decode(BOMBS[form], name="x")
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "bmp", "tiff"])
@@ -167,22 +167,22 @@ def test_header_without_pixels_is_refused(form: str) -> None:
         "tiff": with_tag(VALID["LZW"], 256, 0),
     }
     with pytest.raises(ImageError, match="under 64 px"):
-        micrograph.decode(empty[form], name="x")
+        decoding.decode(empty[form], name="x")
 
 
 def test_tile_that_promises_more_pixels_than_its_page_may_have_is_refused() -> None:
     with pytest.raises(ImageError, match="tiles over"):
-        micrograph.decode(with_tag(VALID["tiled JPEG"], 322, 2**30), name="x")
+        decoding.decode(with_tag(VALID["tiled JPEG"], 322, 2**30), name="x")
     data = VALID["tiled JPEG"]
     frame = data.index(b"\xff\xc0")
     with pytest.raises(ImageError, match="JPEG tile over"):
-        micrograph.decode(patched(data, frame + 5, struct.pack(">HH", 60000, 60000)), name="x")
+        decoding.decode(patched(data, frame + 5, struct.pack(">HH", 60000, 60000)), name="x")
 
 
 def test_shortest_side_decides_what_is_too_small() -> None:
     assert only(encoded(".png", sem(64, 200))).pixels.shape == (64, 200)
     with pytest.raises(ImageError, match="200 x 63 px"):
-        micrograph.decode(encoded(".png", sem(63, 200)), name="x")
+        decoding.decode(encoded(".png", sem(63, 200)), name="x")
 
 
 def test_largest_page_of_8192_px_is_read() -> None:
@@ -193,14 +193,14 @@ def test_largest_page_of_8192_px_is_read() -> None:
 
 def test_pages_beyond_the_limit_are_refused_not_left_out() -> None:
     data = tiff(*[GRAY] * 5)
-    assert len(micrograph.decode(data, name="x", max_pages=5)) == 5
+    assert len(decoding.decode(data, name="x", max_pages=5)) == 5
     with pytest.raises(ImageError, match="more than 4 pages"):
-        micrograph.decode(data, name="x", max_pages=4)
+        decoding.decode(data, name="x", max_pages=4)
 
 
 def test_pixels_of_all_pages_together_are_limited() -> None:
     with pytest.raises(ImageError, match="together"):
-        micrograph.decode(tiff(GRAY, GRAY), name="x", max_total_pixels=2 * GRAY.size - 1)
+        decoding.decode(tiff(GRAY, GRAY), name="x", max_total_pixels=2 * GRAY.size - 1)
 
 
 def test_tiff_whose_pages_run_in_a_circle_is_refused() -> None:
@@ -208,7 +208,7 @@ def test_tiff_whose_pages_run_in_a_circle_is_refused() -> None:
     start = struct.unpack_from("<I", data, 4)[0]
     (n_tags,) = struct.unpack_from("<H", data, start)
     with pytest.raises(ImageError, match="circle"):
-        micrograph.decode(patched(data, start + 2 + 12 * n_tags, struct.pack("<I", start)), name="x")
+        decoding.decode(patched(data, start + 2 + 12 * n_tags, struct.pack("<I", start)), name="x")
 
 
 # ---- formats ----
@@ -273,7 +273,7 @@ def test_one_bit_page_becomes_black_and_white() -> None:
 
 def test_unread_compression_is_named_with_the_remedy() -> None:
     with pytest.raises(ImageError, match=r"compression 2\b.*save it uncompressed"):
-        micrograph.decode(with_tag(VALID["LZW"], 259, 2), name="x")
+        decoding.decode(with_tag(VALID["LZW"], 259, 2), name="x")
 
 
 def test_every_page_becomes_a_micrograph_in_order_and_thumbnails_are_left_out() -> None:
@@ -282,7 +282,7 @@ def test_every_page_becomes_a_micrograph_in_order_and_thumbnails_are_left_out() 
         out.write(GRAY, photometric="minisblack", metadata=None)
         out.write(GRAY[:20, :20], photometric="minisblack", subfiletype=1, metadata=None)
         out.write(np.dstack([sem(128, 200)] * 3), photometric="rgb", metadata=None)
-    first, navcam = micrograph.decode(file.getvalue(), name="x")
+    first, navcam = decoding.decode(file.getvalue(), name="x")
     assert (first.page, first.pixels.shape) == (0, (96, 80))
     assert (navcam.page, navcam.pixels.shape) == (2, (128, 200))
 
@@ -335,30 +335,30 @@ def test_extreme_floats_are_stretched_like_any(top: float) -> None:
 def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
     for name, form in (("a.tif", "png"), ("a.I01", "two pages"), ("a", "bmp"), ("a.png", "jpeg")):
         (tmp_path / name).write_bytes(VALID[form])
-        assert micrograph.read(tmp_path / name)[0].pixels.shape == GRAY.shape
+        assert decoding.read(tmp_path / name)[0].pixels.shape == GRAY.shape
 
 
 def test_file_over_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "big.tif").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(ImageError, match="over 1073741824; split"):
-        micrograph.read(tmp_path / "big.tif")
+        decoding.read(tmp_path / "big.tif")
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tif")
     for path in (tmp_path, tmp_path / "pipe.tif"):
         with pytest.raises(ImageError, match="not a regular file"):
-            micrograph.read(path)
+            decoding.read(path)
 
 
 def test_missing_file_is_the_files_fault_and_a_missing_folder_the_disks(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="is gone"):
-        micrograph.read(tmp_path / "a.tif")
+        decoding.read(tmp_path / "a.tif")
     with pytest.raises(ServiceUnavailable, match="mounted"):
-        micrograph.read(tmp_path / "lot7" / "a.tif")
+        decoding.read(tmp_path / "lot7" / "a.tif")
     with pytest.raises(ServiceUnavailable, match="cannot be read now"):
-        micrograph.read(tmp_path / ("a" * 300))
+        decoding.read(tmp_path / ("a" * 300))
 
 
 # ---- vendor tags ----
@@ -391,7 +391,7 @@ def test_real_vendor_file_gives_pixel_size_and_field(name: str) -> None:
     path = DATA / "SEM-TIFF-metadata" / name
     if not path.exists():
         pytest.skip(f"needs {path}")
-    check_real(micrograph.read(path), name)
+    check_real(decoding.read(path), name)
 
 
 @pytest.mark.parametrize("archive", ["tiff_FEI_Helios.zip", "tiff_Zeiss_SEM.zip"])
@@ -401,7 +401,7 @@ def test_zipped_vendor_files_give_the_same(archive: str) -> None:
         pytest.skip(f"needs {path}")
     with zipfile.ZipFile(path) as files:
         for name in files.namelist():
-            check_real(micrograph.decode(files.read(name), name=name), name)
+            check_real(decoding.decode(files.read(name), name=name), name)
 
 
 def fei(tag: bytes, **options: Any) -> Micrograph:
@@ -552,7 +552,7 @@ def test_no_image_of_a_public_set_is_cut(pattern: str) -> None:
     if not paths:
         pytest.skip(f"needs {DATA / pattern}")
     for path in random.Random(0).sample(paths, 300):
-        page = micrograph.read(path)[0]
+        page = decoding.read(path)[0]
         assert page.field.shape == page.pixels.shape, path
 
 
@@ -574,12 +574,12 @@ def test_damaged_file_is_read_or_refused_and_nothing_else(data: st.DataObject) -
 @settings(max_examples=200, deadline=None)
 def test_random_bytes_are_refused_and_nothing_else(head: bytes, tail: bytes) -> None:
     with pytest.raises(ImageError):
-        micrograph.decode(head + tail, name="x")
+        decoding.decode(head + tail, name="x")
 
 
 def read_or_refuse(content: bytes) -> None:
     try:
-        pages = micrograph.decode(content, name="x")
+        pages = decoding.decode(content, name="x")
     except ImageError:
         return
     assert all(page.pixels.dtype == np.uint8 and min(page.pixels.shape) >= 64 for page in pages)

@@ -11,8 +11,10 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from skimage import measure
 
-from semwatch import binarization
-from semwatch.binarization import (
+from semwatch.defects import Box
+from semwatch.errors import ImageError
+from semwatch.line import binarization
+from semwatch.line.binarization import (
     Method,
     binarize,
     clean_mask,
@@ -28,8 +30,6 @@ from semwatch.binarization import (
     soft_mask,
     sweep,
 )
-from semwatch.defects import Box
-from semwatch.errors import ImageError
 
 METHODS: list[Method] = ["plateau", "lowest", "fixed", "otsu", "literal"]
 GRID = 112

@@ -3,9 +3,9 @@ import doctest
 import numpy as np
 import pytest
 
-from semwatch import classification
-from semwatch.classification import classify, decide, size_feature
-from semwatch.inference import Embedded
+from semwatch.line import classification
+from semwatch.line.classification import classify, decide, size_feature
+from semwatch.models.inference import Embedded
 
 LABELS = ("bridge", "defect-free", "void")
 RULE = {"significance": 0.05, "decide_confidence": 0.8}

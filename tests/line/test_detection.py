@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from semwatch.defects import Micrograph
-from semwatch.detection import detect, resize
-from semwatch.inference import Embedded
+from semwatch.line.detection import detect, resize
+from semwatch.models.inference import Embedded
 
 
 @pytest.mark.parametrize("size_hw", [(64, 64), (64, 300), (300, 64), (1024, 768)])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import tifffile
 
-from semwatch import pipeline
-from semwatch.binarization import conformal_threshold
-from semwatch.config import Recipe
 from semwatch.defects import Box, Defect, Micrograph, PageReview, Review
 from semwatch.errors import ConfigError, ImageError
-from semwatch.inference import Embedded
+from semwatch.line import pipeline
+from semwatch.line.binarization import conformal_threshold
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.synthetic import lot_images, render
 from semwatch_training.synthetic.info_bar import draw_info_bar
 

@@ -7,10 +7,11 @@ import cv2
 import numpy as np
 import pytest
 
-from semwatch import pipeline, results, review_record
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Review
-from semwatch.inference import Embedded
+from semwatch.line import pipeline
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
+from semwatch.store import results, review_record
 from semwatch_training.synthetic import DEFECT_TYPES, render
 
 

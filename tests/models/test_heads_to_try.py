@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from semwatch import serving
 from semwatch.errors import ModelMismatch
+from semwatch.models import choice
 
 
 @pytest.fixture
@@ -20,21 +20,21 @@ def repository(tiny_repository: Path, tmp_path: Path) -> Path:
 
 def test_repository_without_a_head_has_none_to_try(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatch):
-        serving.to_try(tmp_path, "head")
+        choice.to_try(tmp_path, "head")
 
 
 def test_newest_comes_first_and_earlier_ones_stand_in(repository: Path) -> None:
-    assert serving.to_try(repository, "head") == [4, 3, 2, 1]
+    assert choice.to_try(repository, "head") == [4, 3, 2, 1]
 
 
 def test_withdrawn_heads_neither_serve_nor_stand_in(repository: Path) -> None:
-    serving.withdraw(repository, "head", 2, "worse")
-    serving.withdraw(repository, "head", 4, "worse")
-    assert serving.to_try(repository, "head") == [3, 1]
+    choice.withdraw(repository, "head", 2, "worse")
+    choice.withdraw(repository, "head", 4, "worse")
+    assert choice.to_try(repository, "head") == [3, 1]
 
 
 def test_pinned_head_has_no_deputies(repository: Path) -> None:
-    assert serving.to_try(repository, "head", 2) == [2]
-    serving.pin(repository, "head", 3)
-    assert serving.to_try(repository, "head") == [3]
-    assert serving.to_try(repository, "head", 1) == [1]
+    assert choice.to_try(repository, "head", 2) == [2]
+    choice.pin(repository, "head", 3)
+    assert choice.to_try(repository, "head") == [3]
+    assert choice.to_try(repository, "head", 1) == [1]

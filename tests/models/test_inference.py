@@ -4,9 +4,9 @@ import threading
 import numpy as np
 import pytest
 
-from semwatch import model_repository
 from semwatch.errors import ModelMismatch
-from semwatch.inference import Embedded
+from semwatch.models import model_repository
+from semwatch.models.inference import Embedded
 
 
 @pytest.fixture

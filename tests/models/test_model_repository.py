@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from semwatch import model_repository
 from semwatch.errors import ModelMismatch, PublishError
-from semwatch.model_repository import Meta, Tensor
+from semwatch.models import model_repository
+from semwatch.models.model_repository import Meta, Tensor
 
 
 def meta(model: str = "head") -> Meta:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semwatch import head_bank, model_repository, serving
 from semwatch.errors import ModelMismatch, PublishError
-from semwatch.inference import Embedded
-from semwatch.relabel import relabel
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.inference import Embedded
+from semwatch.models.relabel import relabel
 
 UTC = "2026-01-01T00:00:00Z"
 
@@ -80,14 +80,14 @@ def test_two_classes_under_one_name_are_refused(repository) -> None:
 
 def test_version_that_serves_is_relabelled_and_not_the_withdrawn_one(repository) -> None:
     relabel(repository, {"bridge": "wrong"}, {}, utc=UTC)
-    serving.roll_back(repository, "head", "a test")
+    choice.roll_back(repository, "head", "a test")
     assert relabel(repository, {"bridge": "short"}, {}, utc=UTC) == 3
-    assert serving.choice(repository, "head") == 3
+    assert choice.choice(repository, "head") == 3
     assert model_repository.read_meta(repository, "head", 3).provenance["relabelled_from"] == 1
 
 
 def test_pinned_head_is_left_alone(repository) -> None:
-    serving.pin(repository, "head", 1)
+    choice.pin(repository, "head", 1)
     with pytest.raises(PublishError, match="head 1 is pinned; release it: `semwatch models pin head --release`"):
         relabel(repository, {"bridge": "short"}, {}, utc=UTC)
     assert model_repository.versions(repository, "head") == [1]

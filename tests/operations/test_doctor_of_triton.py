@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from daemon import make_site
-from semwatch import doctor
-from semwatch.config import load_site
-from semwatch.doctor import Check
+from semwatch.operations import doctor
+from semwatch.operations.doctor import Check
+from semwatch.settings.site import load_site
 from semwatch.triton.server import LocalTriton
 from semwatch.triton.view import Settings
 

@@ -10,8 +10,8 @@ import pytest
 import redis
 
 from daemon import SOURCE, Daemon, Site, make_site, png
-from semwatch import audit
-from semwatch.embedded_redis import EmbeddedRedis
+from semwatch.store import audit
+from semwatch.streams.embedded_redis import EmbeddedRedis
 
 N_IMAGES = int(os.environ.get("SEMWATCH_CRASH_IMAGES", "60"))
 N_KILLS = int(os.environ.get("SEMWATCH_CRASH_KILLS", "8"))

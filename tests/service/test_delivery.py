@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from semwatch import delivery
-from semwatch.audit import AuditLog, verify
-from semwatch.delivery import Backoff, deliver_audit
-from semwatch.ledger import Ledger
+from semwatch.service import delivery
+from semwatch.service.delivery import Backoff, deliver_audit
+from semwatch.store.audit import AuditLog, verify
+from semwatch.store.ledger import Ledger
 
 
 def test_service_is_left_alone_longer_after_each_failure_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

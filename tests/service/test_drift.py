@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from scipy.stats import chi2
 
 from factories import make_review
-from semwatch import drift
 from semwatch.defects import PageReview, Review, Verdict
-from semwatch.drift import (
+from semwatch.errors import ServiceUnavailable
+from semwatch.service import drift
+from semwatch.service.drift import (
     FEWEST,
     HEIGHT,
     LARGE_PSI,
@@ -39,7 +40,6 @@ from semwatch.drift import (
     want_retrain,
     wanted,
 )
-from semwatch.errors import ServiceUnavailable
 
 CLASSES = ("particle", "bridge", "scratch", "residue", "unknown", "non-decidable")
 USUAL = (0.35, 0.25, 0.15, 0.10, 0.10, 0.05)

@@ -23,18 +23,23 @@ import tifffile
 
 from daemon import SOURCE, Daemon, Site, make_site, png
 from factories import make_review, make_verdict
-from semwatch import audit, drift, head_bank, model_repository, overlay, pipeline, records, rereview, serving
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.config import Recipe, load_recipe, load_site
+from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.defects import Review
-from semwatch.drift import DriftWatch
-from semwatch.embedded_redis import EmbeddedRedis
 from semwatch.errors import ServiceUnavailable
-from semwatch.inference import Answer, Embedded, Swap
-from semwatch.model_repository import Arrays
-from semwatch.relabel import relabel
+from semwatch.line import pipeline
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.inference import Answer, Embedded, Swap
+from semwatch.models.model_repository import Arrays
+from semwatch.models.relabel import relabel
+from semwatch.service import drift, rereview
+from semwatch.service.drift import DriftWatch
+from semwatch.settings.recipe import Recipe, load_recipe
+from semwatch.settings.site import load_site
+from semwatch.store import audit, overlay
+from semwatch.streams import records
+from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
-from semwatch_training.export import publish_head
+from semwatch_training.publishing.export import publish_head
 
 T0 = "2026-01-01T00:00:00Z"
 RECIPE = {"name": "test", "gate": {"threshold": 0.0}, "classes": {"mark": {"code": 77}}, "unknown_code": 99}
@@ -77,7 +82,7 @@ def publish_from(folder: Path, repository: Path, *, weights: Path | None = None,
 
 
 def serves(site: Site, head: int) -> Callable[[], bool]:
-    return lambda: serving.announced(site.state)[0].get("head") == head
+    return lambda: choice.announced(site.state)[0].get("head") == head
 
 
 def result(site: Site, name: str) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path, learn
             told.logs.append(daemon.log())
         with Daemon(site) as daemon:
             told.reviews["restarted"] = review_one(site, daemon, "restarted.png", 106)
-            told.announced.append(serving.announced(site.state))
+            told.announced.append(choice.announced(site.state))
             assert daemon.stop() == 0
             told.logs.append(daemon.log().removeprefix(told.logs[0]))
         told.results = [records.decode_result(fields) for _, fields in client.xrange("semwatch:results")]
@@ -180,7 +185,7 @@ def _broken(told: Story, daemon: Daemon, repository: Path, folder: Path) -> None
     head = publish_from(repository / "head/4", repository, weights=folder / "broken.onnx")
     daemon.wait_for(lambda: f"head {head} is refused" in daemon.log())
     told.reviews["beside a broken head"] = review_one(told.site, daemon, "beside.png", 104)
-    told.announced.append(serving.announced(told.site.state))
+    told.announced.append(choice.announced(told.site.state))
 
 
 def _swap(told: Story, daemon: Daemon, head: int) -> None:
@@ -400,12 +405,12 @@ def test_file_during_which_the_head_changes_without_end_waits(tmp_path: Path, le
 
 def test_daemon_starts_with_the_pinned_version_and_leaves_it_when_the_pin_goes(tmp_path: Path, learned: Path) -> None:
     repository = shutil.copytree(learned, tmp_path / "models")
-    serving.pin(repository, "head", 1)
+    choice.pin(repository, "head", 1)
     site = make_site(tmp_path / "site", repository)
     with Daemon(site) as daemon:
         pinned = review_one(site, daemon, "a.png", 1)
-        assert serving.announced(site.state)[0]["head"] == 1
-        serving.pin(repository, "head", None)
+        assert choice.announced(site.state)[0]["head"] == 1
+        choice.pin(repository, "head", None)
         daemon.wait_for(serves(site, 2), 20)
         released = review_one(site, daemon, "b.png", 2)
     assert [review["model_versions"]["head"] for review in (pinned, released)] == [1, 2]
@@ -414,7 +419,7 @@ def test_daemon_starts_with_the_pinned_version_and_leaves_it_when_the_pin_goes(t
 
 def test_daemon_whose_pinned_head_is_broken_does_not_start_and_says_why(tmp_path: Path, learned: Path) -> None:
     repository = shutil.copytree(learned, tmp_path / "models")
-    serving.pin(repository, "head", 2)
+    choice.pin(repository, "head", 2)
     (repository / "head/2/model.onnx").write_bytes(b"no network")
     site = make_site(tmp_path / "site", repository)
     with Daemon(site) as daemon:

@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from factories import make_review, make_verdict
 from semwatch.defects import Verdict, VerdictKind
-from semwatch.drift import WATCHED
 from semwatch.errors import ConfigError
-from semwatch.metrics import SEVEREST_FIRST, STAGE_BUCKETS_S, Metrics, verdict_of
-from semwatch.review_record import to_record
+from semwatch.service.drift import WATCHED
+from semwatch.service.metrics import SEVEREST_FIRST, STAGE_BUCKETS_S, Metrics, verdict_of
+from semwatch.store.review_record import to_record
 
 HOST = "127.0.0.1"
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from semwatch import model_repository, serving
-from semwatch.config import Models, Pins, Recipe
 from semwatch.errors import ModelMismatch
-from semwatch.metrics import Metrics
-from semwatch.models_in_service import ModelsInService
+from semwatch.models import choice, model_repository
+from semwatch.service.metrics import Metrics
+from semwatch.service.models_in_service import ModelsInService
+from semwatch.settings.recipe import Pins, Recipe
+from semwatch.settings.site import Models
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def hold(repository: Path, *recipes: Recipe, state_dir: Path, metrics: Metrics |
 def test_repository_without_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatch, match="semwatch-train build"):
         hold(tmp_path / "nothing", Recipe(), state_dir=tmp_path)
-    assert serving.announced(tmp_path) == ({}, {})
+    assert choice.announced(tmp_path) == ({}, {})
 
 
 def test_recipes_of_equal_pins_share_their_networks(repository: Path, tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_recipes_of_equal_pins_share_their_networks(repository: Path, tmp_path: 
     assert models.of(free) is models.of(other)
     assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [2, 1]
     assert models.versions()["head"] == 2  # announced is the one without a pin
-    assert serving.announced(tmp_path)[0] == {"detector": 1, "encoder": 1, "head": 2}
+    assert choice.announced(tmp_path)[0] == {"detector": 1, "encoder": 1, "head": 2}
     publish(repository)
     models.refresh()
     assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [3, 1]
@@ -57,7 +58,7 @@ def test_head_that_was_refused_at_the_start_is_logged_counted_and_announced(
     assert metrics.registry.get_sample_value("semwatch_swap_refused_total", {"model": "head"}) == 1
     models.refresh()
     assert metrics.registry.get_sample_value("semwatch_swap_refused_total", {"model": "head"}) == 1
-    versions, refused = serving.announced(tmp_path)
+    versions, refused = choice.announced(tmp_path)
     assert (versions["head"], set(refused)) == (1, {2})
 
 
@@ -65,17 +66,17 @@ def test_announcement_that_the_disk_refused_is_warned_of_once_and_made_up_for(
     repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     models = hold(repository, Recipe(), state_dir=tmp_path)
-    (tmp_path / serving.ANNOUNCED).unlink()
-    (tmp_path / serving.ANNOUNCED).mkdir()
+    (tmp_path / choice.ANNOUNCED).unlink()
+    (tmp_path / choice.ANNOUNCED).mkdir()
     publish(repository)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             models.refresh()
     assert caplog.text.count("cannot say what serves") == 1
     assert models.versions()["head"] == 2
-    (tmp_path / serving.ANNOUNCED).rmdir()
+    (tmp_path / choice.ANNOUNCED).rmdir()
     models.refresh()
-    assert serving.announced(tmp_path)[0]["head"] == 2
+    assert choice.announced(tmp_path)[0]["head"] == 2
 
 
 def test_codes_are_those_of_the_version_that_answered(repository: Path, tmp_path: Path) -> None:

@@ -18,16 +18,19 @@ import numpy as np
 import pytest
 
 from factories import make_review, make_verdict
-from semwatch import model_repository, records, rereview, results
-from semwatch.archive import Archive
-from semwatch.config import KnownClass, Pins, Recipe
+from semwatch.classes.archive import Archive
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
-from semwatch.ledger import Ledger
-from semwatch.rereview import Rereview
+from semwatch.models import model_repository
+from semwatch.models.inference import Embedded
+from semwatch.service import rereview
+from semwatch.service.rereview import Rereview
+from semwatch.settings.recipe import KnownClass, Pins, Recipe
+from semwatch.store import results
+from semwatch.store.ledger import Ledger
+from semwatch.streams import records
+from semwatch.system import clock
 
-REPO = Path(__file__).resolve().parents[1]
 UNKNOWN = make_verdict("unknown")
 RECIPE = Recipe(classes={"bridge": KnownClass(code=11)}, unknown_code=99)
 NOW = datetime.now(UTC)
@@ -66,7 +69,7 @@ class Line:
         versions: dict[str, int] | None = None,
     ) -> Path:
         """Write a result of unknowns, and put their records, with these features, into the archive."""
-        utc = rereview.utc_of(NOW - timedelta(days=age_days))
+        utc = clock.utc_of(NOW - timedelta(days=age_days))
         review = make_review(
             len(features), path=path, source=source, verdicts=[UNKNOWN], reviewed_utc=utc,
             model_versions=versions or {"detector": 1, "encoder": 1, "head": 1},
@@ -273,7 +276,7 @@ def test_record_or_result_that_takes_no_revision_is_counted_and_the_others_go_on
     review = replace(make_review(1, verdicts=[UNKNOWN]), recipe_id=RECIPE.id, model_versions={"encoder": 1, "head": 1})
     (forged,) = (replace(r, path="../../etc/x", features=of_label("bridge")) for r in records.records(review))
     with Archive(line.archive_path) as archive:
-        archive.add([replace(forged, created_utc=rereview.utc_of(NOW))], now_utc=rereview.utc_of(NOW))
+        archive.add([replace(forged, created_utc=clock.utc_of(NOW))], now_utc=clock.utc_of(NOW))
     line.publish(("bridge", "defect-free", "novel-1"))
     counts = run(line)
     assert (counts.stale, counts.revised) == (2, 1)
@@ -482,8 +485,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import test_rereview
-from semwatch import results
-from semwatch.ledger import Ledger
+from semwatch.store import results
+from semwatch.store.ledger import Ledger
 note = Ledger.note
 def killed(self, **said):
     if sys.argv[3] == "after":
@@ -499,7 +502,7 @@ def test_kill_between_result_and_ledger_is_mended_by_the_next_start(line: Line, 
     path = line.review(features=[of_label("bridge")])
     line.publish(("bridge", "defect-free", "novel-1"))
     line.ledger.close()
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(str(REPO / name) for name in ("daemon", "tests"))}
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     command = [sys.executable, "-c", KILLED, str(line.folder), str(line.repository), when]
     assert subprocess.run(command, env=environ, timeout=60, check=False).returncode == -signal.SIGKILL
     assert results.read(path).revision == 2

@@ -13,8 +13,9 @@ import pytest
 import redis
 
 from daemon import SOURCE, Daemon, Site, make_site, png
-from semwatch import audit, model_repository
-from semwatch.embedded_redis import EmbeddedRedis
+from semwatch.models import model_repository
+from semwatch.store import audit
+from semwatch.streams.embedded_redis import EmbeddedRedis
 
 
 @pytest.fixture
@@ -285,7 +286,7 @@ def test_hung_review_does_not_hold_the_stop_beyond_its_bound(tmp_path, tiny_repo
     site.put("a.png", png(1))
     hangs = tmp_path / "hangs"
     hang = (
-        "import pathlib, sys, threading; from semwatch import pipeline; from semwatch.__main__ import main;"
+        "import pathlib, sys, threading; from semwatch.line import pipeline; from semwatch.__main__ import main;"
         f"pipeline.review = lambda *_, **__: (pathlib.Path({str(hangs)!r}).touch(), threading.Event().wait()); main()"
     )
     with Daemon(site, program=("-c", hang)) as daemon:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from semwatch import head_bank, model_repository, serving
 from semwatch.errors import ModelMismatch, PublishError
-from semwatch.inference import Embedded, Swap
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.inference import Embedded, Swap
 
 
 @pytest.fixture
@@ -29,84 +29,84 @@ def republish(repository: Path, **changes: object) -> int:
 
 
 def test_without_pin_the_newest_version_serves(repository: Path) -> None:
-    assert serving.choice(repository, "head") == 1
+    assert choice.choice(repository, "head") == 1
     assert republish(repository) == 2
-    assert serving.choice(repository, "head") == 2
+    assert choice.choice(repository, "head") == 2
 
 
 def test_pinned_version_serves_until_it_is_released(repository: Path) -> None:
     republish(repository)
-    serving.pin(repository, "head", 1)
-    assert serving.choice(repository, "head") == 1
+    choice.pin(repository, "head", 1)
+    assert choice.choice(repository, "head") == 1
     republish(repository)
-    assert serving.choice(repository, "head") == 1
-    serving.pin(repository, "head", None)
-    assert serving.choice(repository, "head") == 3
-    serving.pin(repository, "head", None)  # releasing twice does no harm
+    assert choice.choice(repository, "head") == 1
+    choice.pin(repository, "head", None)
+    assert choice.choice(repository, "head") == 3
+    choice.pin(repository, "head", None)  # releasing twice does no harm
 
 
 def test_version_that_is_not_there_cannot_be_pinned(repository: Path) -> None:
     with pytest.raises(ModelMismatch, match="version 7 is not in"):
-        serving.pin(repository, "head", 7)
+        choice.pin(repository, "head", 7)
 
 
 @pytest.mark.parametrize("text", ["", "zero", "0", "-1", "1 2"])
 def test_pin_file_edited_into_nonsense_says_what_to_do(repository: Path, text: str) -> None:
-    (repository / "head" / serving.PINNED).write_text(text)
+    (repository / "head" / choice.PINNED).write_text(text)
     with pytest.raises(ModelMismatch, match="must hold a version number alone"):
-        serving.choice(repository, "head")
+        choice.choice(repository, "head")
 
 
 def test_pin_of_a_deleted_version_says_how_to_release_it(repository: Path) -> None:
-    (repository / "head" / serving.PINNED).write_text("5\n")
+    (repository / "head" / choice.PINNED).write_text("5\n")
     with pytest.raises(ModelMismatch, match="models pin head --release"):
-        serving.choice(repository, "head")
+        choice.choice(repository, "head")
 
 
 def test_rollback_withdraws_what_it_leaves_and_the_next_publication_serves_by_itself(repository: Path) -> None:
     republish(repository)
-    assert serving.roll_back(repository, "head", "names pits bridges") == (2, 1)
-    assert serving.why_withdrawn(repository, "head", 2) == "names pits bridges"
+    assert choice.roll_back(repository, "head", "names pits bridges") == (2, 1)
+    assert choice.why_withdrawn(repository, "head", 2) == "names pits bridges"
     assert republish(repository) == 3
-    assert serving.choice(repository, "head") == 3
+    assert choice.choice(repository, "head") == 3
 
 
 def test_rollback_moves_a_pin(repository: Path) -> None:
     for _ in range(2):
         republish(repository)
-    serving.pin(repository, "head", 3)
-    assert serving.roll_back(repository, "head", "worse") == (3, 2)
-    assert serving.pin_of(repository, "head") == 2
-    assert serving.why_withdrawn(repository, "head", 3) is None
+    choice.pin(repository, "head", 3)
+    assert choice.roll_back(repository, "head", "worse") == (3, 2)
+    assert choice.pin_of(repository, "head") == 2
+    assert choice.why_withdrawn(repository, "head", 3) is None
 
 
 def test_there_is_nothing_to_go_back_to_from_the_first_version(repository: Path) -> None:
     with pytest.raises(PublishError, match="nothing to go back to"):
-        serving.roll_back(repository, "head", "worse")
+        choice.roll_back(repository, "head", "worse")
 
 
 def test_last_version_that_may_serve_and_a_pinned_one_cannot_be_withdrawn(repository: Path) -> None:
     with pytest.raises(PublishError, match="last version that may serve"):
-        serving.withdraw(repository, "head", 1, "broken")
+        choice.withdraw(repository, "head", 1, "broken")
     republish(repository)
-    serving.pin(repository, "head", 2)
+    choice.pin(repository, "head", 2)
     with pytest.raises(PublishError, match="release the pin"):
-        serving.withdraw(repository, "head", 2, "broken")
+        choice.withdraw(repository, "head", 2, "broken")
 
 
 def test_old_versions_go_but_for_the_one_in_service_and_the_one_before_it(repository: Path) -> None:
     for _ in range(5):
         republish(repository)
-    assert serving.prune(repository, "head", keep=10) == []
-    serving.pin(repository, "head", 3)
-    assert serving.prune(repository, "head", keep=2) == [1, 4]
+    assert choice.prune(repository, "head", keep=10) == []
+    choice.pin(repository, "head", 3)
+    assert choice.prune(repository, "head", keep=2) == [1, 4]
     assert model_repository.versions(repository, "head") == [2, 3, 5, 6]
     assert not [entry for entry in (repository / "head").iterdir() if entry.name.startswith(".gone")]
 
 
 def test_number_of_a_withdrawn_version_is_never_given_again(repository: Path) -> None:
     republish(repository)
-    serving.withdraw(repository, "head", 2, "broken")
+    choice.withdraw(repository, "head", 2, "broken")
     shutil.rmtree(repository / "head" / "2")
     assert republish(repository) == 3
 
@@ -116,7 +116,7 @@ def test_difference_names_classes_codes_and_what_they_were_made_of(repository: P
     new = old.model_copy(
         update={"labels": (*old.labels[1:], "novel-1"), "codes": {"particle": 7}, "provenance": {"seed": 3}}
     )
-    told = serving.difference(old, new)
+    told = choice.difference(old, new)
     assert told["classes_added"] == ["novel-1"]
     assert told["classes_removed"] == [old.labels[0]]
     assert told["codes"] == {"particle": [None, 7]}
@@ -140,7 +140,7 @@ def test_published_head_answers_at_once_with_its_own_labels(repository: Path) ->
         width = models.meta("head").inputs["features"].shape[0]
         answer = models.infer("head", {"features": np.zeros((1, width), np.float32)})
         assert (answer.version, answer.meta.labels[0]) == (2, f"new {labels[0]}")
-        serving.roll_back(repository, "head", "worse")
+        choice.roll_back(repository, "head", "worse")
         assert models.refresh() == Swap("head", 1)
 
 
@@ -199,14 +199,14 @@ def test_start_after_a_broken_publication_serves_the_head_before_it(repository: 
         assert models.versions()["head"] == 1
         assert set(models.refused()) == {2}
         assert models.refresh() is None
-    serving.pin(repository, "head", 2)  # somebody insists: then the fault is said
+    choice.pin(repository, "head", 2)  # somebody insists: then the fault is said
     with pytest.raises(ModelMismatch, match="not the file that was published"):
         Embedded(repository)
 
 
 def test_broken_pin_leaves_the_running_head_alone(repository: Path) -> None:
     with Embedded(repository) as models:
-        (repository / "head" / serving.PINNED).write_text("nonsense")
+        (repository / "head" / choice.PINNED).write_text("nonsense")
         swap = models.refresh()
         assert swap is not None
         assert swap.refused is not None

@@ -11,21 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from semwatch import settings_file
-from semwatch.config import (
-    EXAMPLES,
-    Folder,
-    KnownClass,
-    Limits,
-    MetricsEndpoint,
-    Models,
-    Recipe,
-    Redis,
-    Site,
-    load_recipe,
-    load_site,
-)
 from semwatch.errors import ConfigError
+from semwatch.settings import yaml_file
+from semwatch.settings.fields import EXAMPLES
+from semwatch.settings.recipe import KnownClass, Recipe, load_recipe
+from semwatch.settings.site import Folder, Limits, MetricsEndpoint, Models, Redis, Site, load_site
 
 SITE = """\
 folders:
@@ -94,9 +84,9 @@ def test_path_through_a_file_cannot_be_read(write: Write) -> None:
 
 def test_file_of_one_byte_too_many_is_refused_and_of_the_most_is_read(write: Write) -> None:
     head = "name: big\n#"
-    assert load_recipe(write(head + "x" * (settings_file.MAX_BYTES - len(head)))).name == "big"
+    assert load_recipe(write(head + "x" * (yaml_file.MAX_BYTES - len(head)))).name == "big"
     with pytest.raises(ConfigError, match="larger than 1000000 bytes"):
-        load_recipe(write(head + "x" * (settings_file.MAX_BYTES - len(head) + 1)))
+        load_recipe(write(head + "x" * (yaml_file.MAX_BYTES - len(head) + 1)))
 
 
 def test_file_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -209,7 +199,7 @@ def test_alias_bomb_and_alias_ring_are_harmless(write: Write) -> None:
     ]
     assert "too many or too deep values" in fault(load_recipe, write("\n".join(rows)))
     assert "too many or too deep values" in fault(load_recipe, write("name: &ring [*ring]"))
-    assert "too many or too deep values" in fault(load_recipe, write(f"name: [{'a,' * settings_file.MAX_VALUES}]"))
+    assert "too many or too deep values" in fault(load_recipe, write(f"name: [{'a,' * yaml_file.MAX_VALUES}]"))
 
 
 def test_blank_section_is_its_defaults(write: Write) -> None:
@@ -272,13 +262,13 @@ poll_s: !!float 2
 
 
 def test_several_problems_have_a_headline_and_very_many_are_counted(write: Write) -> None:
-    path = write("".join(f"k{i}: 1\n" for i in range(settings_file.MAX_FAULTS + 7)))
+    path = write("".join(f"k{i}: 1\n" for i in range(yaml_file.MAX_FAULTS + 7)))
     with pytest.raises(ConfigError) as caught:
         load_recipe(path)
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"{path} has {settings_file.MAX_FAULTS + 7} problems:"
+    assert lines[0] == f"{path} has {yaml_file.MAX_FAULTS + 7} problems:"
     assert lines[-1] == "  ... and 7 more"
-    assert len(lines) == settings_file.MAX_FAULTS + 2
+    assert len(lines) == yaml_file.MAX_FAULTS + 2
 
 
 @pytest.mark.parametrize(
@@ -717,7 +707,7 @@ def all_keys(model: type[BaseModel]) -> set[str]:
     """Dotted keys of a model and of the models in it, lists and class tables apart."""
     keys = set(model.model_fields)
     for key, field in model.model_fields.items():
-        inner = settings_file._model_in(field.annotation)
+        inner = yaml_file._model_in(field.annotation)
         if inner not in (None, Folder, KnownClass):
             assert inner is not None
             keys |= {f"{key}.{name}" for name in all_keys(inner)}
@@ -738,5 +728,5 @@ def all_set(settings_read: BaseModel) -> set[str]:
 def test_every_setting_says_what_it_means(model: type[BaseModel]) -> None:
     for key, field in model.model_fields.items():
         assert field.description, key
-        inner = settings_file._model_in(field.annotation)
+        inner = yaml_file._model_in(field.annotation)
         assert inner is None or all(f.description for f in inner.model_fields.values())

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from semwatch.audit import GENESIS, AuditLog, parts, verify
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.store.audit import GENESIS, AuditLog, parts, verify
 
 
 def event(seq: int) -> tuple[int, dict[str, object]]:

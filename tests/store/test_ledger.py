@@ -19,12 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from semwatch import ledger as ledger_module
+from paths import ROOT
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.ledger import Claim, Ledger, OutboxItem
+from semwatch.store import ledger as ledger_module
+from semwatch.store.ledger import Claim, Ledger, OutboxItem
 
 T0, T1, T2 = "2025-03-01T08:00:00Z", "2025-03-01T08:00:10Z", "2025-03-01T08:00:20Z"
-DAEMON = Path(__file__).resolve().parents[1] / "daemon"
+DAEMON = ROOT / "daemon"
 
 
 @pytest.fixture
@@ -427,7 +428,7 @@ def test_second_daemon_is_refused_and_names_the_first(ledger: Ledger, path: Path
 
 def test_daemon_of_another_process_is_refused_until_it_dies(path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from semwatch.ledger import Ledger\n"
+        "import sys, time, pathlib; from semwatch.store.ledger import Ledger\n"
         "l = Ledger(pathlib.Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
     )
     with start(code, path) as child:
@@ -455,7 +456,7 @@ def test_reader_sees_what_is_committed_while_a_writer_works(ledger: Ledger, path
 @pytest.mark.parametrize("daemon_runs", [False, True])
 def test_reader_needs_no_right_to_write(daemon_runs: bool) -> None:
     code = (
-        "import os, sys, pathlib; from semwatch.ledger import Ledger\n"
+        "import os, sys, pathlib; from semwatch.store.ledger import Ledger\n"
         "os.setuid(65534); print(Ledger(pathlib.Path(sys.argv[1]), read_only=True).counts()['CLAIMED'])"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -533,7 +534,7 @@ def test_operator_notes_beside_a_running_daemon(ledger: Ledger, path: Path) -> N
 
 def test_file_that_kills_the_process_reaches_quarantine(path: Path) -> None:
     code = (
-        "import os, sys, pathlib; from semwatch.ledger import Ledger\n"
+        "import os, sys, pathlib; from semwatch.store.ledger import Ledger\n"
         "ledger = Ledger(pathlib.Path(sys.argv[1]))\n"
         "held = ledger.claim('tool', 'a.tif', sha256='ab', size=7, mtime_ns=1, now_utc='2025-03-01T08:00:00Z')\n"
         "if held.attempts < 3: os.kill(os.getpid(), 9)\n"
@@ -551,7 +552,7 @@ def test_file_that_kills_the_process_reaches_quarantine(path: Path) -> None:
 WORKER = """
 import hashlib, os, random, sys, time
 from pathlib import Path
-from semwatch.ledger import Ledger, OutboxItem
+from semwatch.store.ledger import Ledger, OutboxItem
 ledger_path, published, n, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng, now = random.Random(seed), "2025-03-01T08:00:00Z"
 stream = os.open(published, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,6 +1,4 @@
 import dataclasses
-import os
-from pathlib import Path
 
 import cv2
 import imagecodecs
@@ -8,10 +6,10 @@ import numpy as np
 import pytest
 
 from factories import KINDS, make_page, make_review, make_verdict
-from semwatch import overlay
+from paths import DATA
 from semwatch.defects import ScoreMap
+from semwatch.store import overlay
 
-DATA = Path(os.environ.get("SEMWATCH_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
 SIZES = [(1, 1), (1, 900), (900, 1), (24, 700), (64, 64), (333, 511), (512, 512), (1024, 1024), (700, 2048), (2500, 90)]
 
 

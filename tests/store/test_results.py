@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 
 from factories import KINDS, make_review, make_verdict
-from semwatch import results, review_record
+from paths import ROOT
 from semwatch.defects import Review, Verdict, VerdictKind
 from semwatch.errors import ImageError, ServiceUnavailable
-
-REPO = Path(__file__).resolve().parents[1]
+from semwatch.store import results, review_record
 
 
 def names(folder: Path) -> list[str]:
@@ -209,7 +208,7 @@ CRASHING_WRITER = """
 import os, sys
 from pathlib import Path
 from factories import make_review
-from semwatch import results
+from semwatch.store import results
 n_left = int(sys.argv[2])
 def die_at_rename(event, args):
     global n_left
@@ -225,7 +224,7 @@ results.write(make_review(1, n_pages=2, sha256="b" * 64), results_dir=Path(sys.a
 @pytest.mark.parametrize("step", range(1, 8))
 def test_death_before_any_rename_leaves_whole_results_and_the_replay_mends_all(tmp_path: Path, step: int) -> None:
     old = results.write(make_review(1, n_pages=2, sha256="a" * 64), results_dir=tmp_path).json
-    environ = os.environ | {"PYTHONPATH": f"{REPO / 'daemon'}:{REPO / 'tests'}"}
+    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'daemon'}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", CRASHING_WRITER, str(tmp_path), str(step)]
     died = subprocess.run(command, env=environ, timeout=60, check=False)
     assert died.returncode == (9 if step <= 6 else 0)  # 2 old overlays, old JSON, 2 overlays, JSON

@@ -15,9 +15,10 @@ import psutil
 import pytest
 import redis
 
-from semwatch import child_server, embedded_redis
-from semwatch.embedded_redis import EmbeddedRedis, find_executable
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.streams import embedded_redis
+from semwatch.streams.embedded_redis import EmbeddedRedis, find_executable
+from semwatch.system import child_server
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_server_that_is_not_ready_in_time_is_ended(tmp_path: Path, monkeypatch: 
 def test_server_dies_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import sys, time, pathlib\n"
-        "from semwatch.embedded_redis import EmbeddedRedis\n"
+        "from semwatch.streams.embedded_redis import EmbeddedRedis\n"
         "server = EmbeddedRedis(pathlib.Path(sys.argv[1])); server.start()\n"
         "print(server.pid, flush=True); time.sleep(60)\n"
     )
@@ -210,7 +211,7 @@ def test_server_dies_with_its_parent(tmp_path: Path) -> None:
 
 
 def _source_root() -> str:
-    return str(Path(embedded_redis.__file__).parents[1])
+    return str(Path(embedded_redis.__file__).parents[2])
 
 
 def test_server_on_the_path_is_used_where_the_wheel_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

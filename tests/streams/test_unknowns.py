@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factories import make_review, make_verdict
-from semwatch import unknowns
-from semwatch.embedded_redis import EmbeddedRedis
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.records import (
+from semwatch.streams import unknowns
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.records import (
     RESULTS,
     UNKNOWNS,
     Fields,
@@ -42,7 +42,7 @@ from semwatch.records import (
     result_summary,
     unpack,
 )
-from semwatch.unknowns import Claimed, Consumer, Publisher, connect
+from semwatch.streams.unknowns import Claimed, Consumer, Publisher, connect
 
 UNKNOWN = make_verdict("unknown")
 STREAM = "semwatch:unknowns"
@@ -311,7 +311,7 @@ def test_message_cut_in_the_outbox_is_an_error(publisher: Publisher, client: red
 PRODUCER = """
 import sys
 from pathlib import Path
-from semwatch.unknowns import Publisher, connect
+from semwatch.streams.unknowns import Publisher, connect
 blob = Path(sys.argv[2]).read_bytes()
 publisher = Publisher(connect(sys.argv[1]))
 for i in range(10_000):
@@ -325,7 +325,7 @@ def test_producer_killed_between_add_and_mark_neither_loses_nor_doubles(
 ) -> None:
     (tmp_path / "blob").write_bytes(make_messages(1)[0][2])
     command = [sys.executable, "-c", PRODUCER, server.url, str(tmp_path / "blob")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(unknowns.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(unknowns.__file__).parents[2])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as producer:
         assert producer.stdout is not None
         while int(producer.stdout.readline()) < 30:

@@ -18,7 +18,8 @@ import pytest
 
 from commands import put
 from daemon import SOURCE, Daemon, make_site, png
-from semwatch.journal import JournalHandler, JsonFormatter, about, entry, is_for_machines, is_stderr, priority
+from paths import ROOT
+from semwatch.system.journal import JournalHandler, JsonFormatter, about, entry, is_for_machines, is_stderr, priority
 
 SHA = "ab" * 32
 JOURNALD = Path("/lib/systemd/systemd-journald")
@@ -220,7 +221,7 @@ def test_journal_away_is_stderr_with_priorities_until_it_comes_back(tmp_path, ca
 def test_journal_away_and_stderr_stuck_does_not_hold_the_line_either(tmp_path) -> None:
     program = f"""
         import logging
-        from semwatch.journal import JournalHandler
+        from semwatch.system.journal import JournalHandler
         handler = JournalHandler({str(tmp_path / "absent")!r})
         logging.getLogger().addHandler(handler)
         for i in range(5000):
@@ -232,7 +233,7 @@ def test_journal_away_and_stderr_stuck_does_not_hold_the_line_either(tmp_path) -
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(program)],
             stdout=subprocess.PIPE, stderr=write_end, timeout=30, check=True,
-            env={**os.environ, "PYTHONPATH": "daemon"}, cwd=Path(__file__).resolve().parents[1],
+            env={**os.environ, "PYTHONPATH": "daemon"}, cwd=ROOT,
         )  # fmt: skip
     finally:
         os.close(read_end)
@@ -398,7 +399,7 @@ def test_real_journal_finds_a_review_by_its_fields_and_logs_tells_them(tmp_path,
 def test_real_journal_takes_a_message_larger_than_a_datagram(tmp_path) -> None:
     program = put(
         tmp_path / "large.py",
-        b"import logging\nfrom semwatch.journal import JournalHandler\n"
+        b"import logging\nfrom semwatch.system.journal import JournalHandler\n"
         b"logging.getLogger().addHandler(JournalHandler())\nlogging.error('x' * 2_000_000 + '\\nend')\n",
     )
     out = as_service(
@@ -411,9 +412,9 @@ def test_bug_that_ends_the_daemon_is_one_entry_of_priority_crit(tmp_path, tiny_r
     site = make_site(tmp_path / "site", tiny_repository)
     program = put(
         tmp_path / "broken.py",
-        b"import sys\nfrom semwatch import service\nfrom semwatch.__main__ import main\n"
+        b"import sys\nfrom semwatch.service import loop\nfrom semwatch.__main__ import main\n"
         b"def bug(self):\n    raise RuntimeError('a bug')\n"
-        b"service.Service._beat = bug\nsys.argv[0] = 'semwatch'\nmain()\n",
+        b"loop.Service._beat = bug\nsys.argv[0] = 'semwatch'\nmain()\n",
     )
     out = as_service(
         tmp_path,

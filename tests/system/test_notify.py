@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from semwatch.notify import SEND_TIMEOUT_S, Notifier, watchdog_interval_s
+from semwatch.system.notify import SEND_TIMEOUT_S, Notifier, watchdog_interval_s
 
 
 @pytest.fixture(params=["path", "abstract"])

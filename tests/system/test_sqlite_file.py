@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.sqlite_file import Kind, SqliteFile
+from semwatch.system.sqlite_file import Kind, SqliteFile
 
 FIRST = Kind(
     noun="book",

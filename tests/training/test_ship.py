@@ -10,20 +10,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
+from semwatch.models import model_repository
+from semwatch.models.inference import Embedded
 from semwatch_training import __main__ as command_line
-from semwatch_training import build_repository, ship
-from semwatch_training.detection.detector_run import BranchImages
-from semwatch_training.detection.ni_detector import DetectorForm
-from semwatch_training.detection.segmentation_branch import BranchForm
-from semwatch_training.detection.train_branch import BranchSchedule
+from semwatch_training import ship
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.labelled_crops import Crops
-from semwatch_training.encoding import encoder_run, self_supervision, unlabelled_crops
-from semwatch_training.encoding.encoder_run import CropSource
 from semwatch_training.evaluation import evaluate_commands
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.branch.train_branch import BranchSchedule
+from semwatch_training.families.detector_run import BranchImages
+from semwatch_training.families.ni.ni_detector import DetectorForm
+from semwatch_training.families.smg_vit import encoder_run, self_supervision, unlabelled_crops
+from semwatch_training.families.smg_vit.encoder_run import CropSource
+from semwatch_training.publishing import build_repository
 from semwatch_training.trunks import backbone
 from tiny_models import ENCODER, LABELS, SHAPE, convolutional, trunk
 

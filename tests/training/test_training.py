@@ -12,19 +12,20 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from semwatch.binarization import Region
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch.pipeline import Candidate
+from semwatch.line.binarization import Region
+from semwatch.line.pipeline import Candidate
 from semwatch_training import __main__ as command_line
 from semwatch_training.data import datasets
-from semwatch_training.detection import few_shot, train_detector
-from semwatch_training.detection.ni_detector import NIDetector
-from semwatch_training.detection.train_detector import Schedule, cache_features, rate_factor, raw_scores, train
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
 from semwatch_training.discovery.labelled_crops import Crops, hold_out_report, match, synthetic_images
+from semwatch_training.families.branch import few_shot
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.ni.ni_detector import NIDetector
+from semwatch_training.families.ni.train_detector import Schedule, cache_features, rate_factor, raw_scores, train
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
@@ -435,8 +436,8 @@ def test_synthetic_images_of_one_seed_are_the_same() -> None:
 
 
 def test_collected_crops_keep_their_image_and_count_what_was_planted(tiny_repository) -> None:
-    from semwatch.config import Recipe
-    from semwatch.inference import Embedded
+    from semwatch.models.inference import Embedded
+    from semwatch.settings.recipe import Recipe
 
     told = Told()
     with Embedded(tiny_repository, models=("detector", "encoder"), threads=1) as models:
@@ -454,7 +455,7 @@ def test_collected_crops_keep_their_image_and_count_what_was_planted(tiny_reposi
 
 
 def models_width(repository: Path) -> int:
-    from semwatch import model_repository
+    from semwatch.models import model_repository
 
     return model_repository.read_meta(repository, "encoder", 1).outputs["features"].shape[0]
 

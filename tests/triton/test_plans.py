@@ -13,8 +13,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError, ModelMismatch
+from semwatch.models import model_repository
 from semwatch.triton import config as triton_config
 from semwatch.triton import plans
 from semwatch.triton import view as triton_view
@@ -23,8 +23,8 @@ from semwatch.triton.client import Triton
 from semwatch.triton.plans import Batches, Manifest
 from semwatch.triton.server import LocalTriton
 from semwatch.triton.view import Settings, View
-from semwatch_training import engines as engine_maker
-from semwatch_training import tensorrt_compiler
+from semwatch_training.engines import build as engine_maker
+from semwatch_training.engines import tensorrt_compiler
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
@@ -303,7 +303,7 @@ def test_batch_that_no_profile_takes_is_refused() -> None:
 @RTX
 @pytest.mark.skipif(tensorrt_compiler.gpu() is None, reason="no CUDA GPU on this machine")
 def test_plan_answers_as_onnx_runtime_does(tiny_repository: Path, tmp_path: Path) -> None:
-    from semwatch.inference import Embedded
+    from semwatch.models.inference import Embedded
 
     here = tensorrt_compiler.gpu()
     assert here is not None

@@ -20,10 +20,10 @@ from onnx import TensorProto, helper
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from semwatch import head_bank, model_repository, serving
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
-from semwatch.inference import Answer, Embedded, Swap
-from semwatch.model_repository import Tensor
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.inference import Answer, Embedded, Swap
+from semwatch.models.model_repository import Tensor
 from semwatch.triton import background as triton_background
 from semwatch.triton import config as triton_config
 from semwatch.triton import control
@@ -318,7 +318,7 @@ def test_heads_change_under_four_clients_without_a_failure_and_with_their_own_la
             deadline = time.monotonic() + 5
             while version not in seen and time.monotonic() < deadline:
                 time.sleep(0.01)
-        serving.roll_back(repository, "head", "worse")
+        choice.roll_back(repository, "head", "worse")
         assert models.refresh() == Swap("head", 4)
     finally:
         stop.set()
@@ -347,7 +347,7 @@ def test_broken_head_is_refused_once_and_the_old_one_goes_on(
     assert models.refresh() is None
     assert set(models.refused()) == {broken}
     assert models.infer("head", rows()).version == 1
-    serving.withdraw(repository, "head", broken, "broken")
+    choice.withdraw(repository, "head", broken, "broken")
     server.stop(timeout_s=0.05)
     server.start()  # what was refused does not come back with the server
     assert models.infer("head", rows()).version == 1
@@ -373,7 +373,7 @@ def test_start_after_a_broken_publication_serves_the_head_before_it(server: Loca
     with Triton(repository, url=server.url) as models:
         assert models.versions()["head"] == 1
         assert set(models.refused()) == {broken}
-    serving.pin(repository, "head", broken)
+    choice.pin(repository, "head", broken)
     with pytest.raises(ModelMismatch, match="does not load"):
         Triton(repository, url=server.url)
 

@@ -7,7 +7,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from semwatch.model_repository import Meta, Tensor
+from semwatch.models.model_repository import Meta, Tensor
 from semwatch.triton import config as triton_config
 from semwatch.triton.plans import Batches, Manifest, Plan
 

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self, get_args
 
-from semwatch import records
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.records import Record
-from semwatch.sqlite_file import Kind, SqliteFile
+from semwatch.streams import records
+from semwatch.streams.records import Record
+from semwatch.system.sqlite_file import Kind, SqliteFile
 
 ARCHIVE = "unknowns.sqlite"
 """Its name in the learning folder."""

@@ -23,10 +23,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from semwatch.config import Label
 from semwatch.defects import NOVEL
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.model_repository import write_whole
+from semwatch.models.model_repository import write_whole
+from semwatch.settings.fields import Label
 
 FILE, EXAMPLES = "clusters.json", "examples"
 LOCK_S = 30.0

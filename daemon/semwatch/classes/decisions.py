@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from pydantic import TypeAdapter, ValidationError
 
-from semwatch.clusters import (
+from semwatch.classes.clusters import (
     LIVE,
     Cluster,
     Clusters,
@@ -23,9 +23,9 @@ from semwatch.clusters import (
     pending,
     replaced,
 )
-from semwatch.config import Label
 from semwatch.defects import DEFECT_FREE, NOVEL
 from semwatch.errors import ConfigError
+from semwatch.settings.fields import Label
 
 
 def named(

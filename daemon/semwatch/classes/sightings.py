@@ -6,7 +6,7 @@ None of them raises the revision: a cycle combines them, and ``clusters.change``
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from semwatch.clusters import EXAMPLES, Cluster, Clusters, State, find, number_of, pending, replaced, root_of
+from semwatch.classes.clusters import EXAMPLES, Cluster, Clusters, State, find, number_of, pending, replaced, root_of
 from semwatch.defects import NOVEL
 from semwatch.errors import ConfigError
 

@@ -1,1 +1,5 @@
-"""The command rooms: one module for each group of commands that `__main__` hangs into the tree."""
+"""Words for a terminal: arguments in, tables or JSON out; no rule of the product stands here.
+
+May import: everything below `cli`; never `web`.
+Start reading: `app.py`, which hangs every command into the tree.
+"""

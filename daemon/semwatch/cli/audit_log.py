@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from semwatch import audit
-from semwatch.commands.options import EPILOG, JsonOption, say
+from semwatch.cli.options import EPILOG, JsonOption, say
 from semwatch.errors import ConfigError
-from semwatch.ledger import Ledger
-from semwatch.service import AUDIT, LEDGER
+from semwatch.store import audit
+from semwatch.store.audit import AUDIT
+from semwatch.store.ledger import LEDGER, Ledger
 
 app = typer.Typer(no_args_is_help=True, help="The hash-chained log of every review.")
 

@@ -13,14 +13,17 @@ from typing import Annotated
 
 import typer
 
-from semwatch import clusters, decisions, model_repository, results, serving, sightings
-from semwatch.clusters import LIVE, Cluster, Clusters, Decision, names_of, pending
-from semwatch.commands.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
-from semwatch.config import Site, load_recipe, load_site
+from semwatch.classes import clusters, decisions, sightings
+from semwatch.classes.clusters import LIVE, Cluster, Clusters, Decision, names_of, pending
+from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import PublishError, ServiceUnavailable
-from semwatch.ledger import Ledger
-from semwatch.relabel import relabel
-from semwatch.service import LEDGER, utc_now
+from semwatch.models import choice, model_repository
+from semwatch.models.relabel import relabel
+from semwatch.settings.recipe import load_recipe
+from semwatch.settings.site import Site, load_site
+from semwatch.store import results
+from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.system.clock import utc_now
 
 app = typer.Typer(no_args_is_help=True, help="Classes found among unknowns: see, name, merge, split, reject.")
 
@@ -168,7 +171,7 @@ def _serve_name(settings: Site, after: Clusters) -> tuple[int | None, str]:
     if k.state == "proposed":
         return None, "no head knows it yet: it gets this name in the cycle that learns it"
     repository = settings.models.repository
-    pinned = serving.pin_of(repository, "head")
+    pinned = choice.pin_of(repository, "head")
     if pinned is not None:
         return None, (
             f"head {pinned} is pinned and goes on as it is; the next head has the name, or release the pin "
@@ -180,7 +183,7 @@ def _serve_name(settings: Site, after: Clusters) -> tuple[int | None, str]:
         version = relabel(repository, names, codes, utc=decision.utc)
     except PublishError as error:
         raise PublishError(f"{error}; the name is kept: mend this and give it again, or wait for a cycle") from error
-    serves = version or serving.choice(repository, "head")
+    serves = version or choice.choice(repository, "head")
     if k.label not in model_repository.read_meta(repository, "head", serves).labels:
         return None, f"head {serves} does not know this class; the next head that does has the name"
     # Earlier names too: one that met a full disk or a pin is settled by this one.
@@ -201,7 +204,7 @@ def _but_pins(settings: Site, version: int) -> str:
 
 def _labels_in_service(settings: Site) -> tuple[str, ...]:
     repository = settings.models.repository
-    return model_repository.read_meta(repository, "head", serving.choice(repository, "head")).labels
+    return model_repository.read_meta(repository, "head", choice.choice(repository, "head")).labels
 
 
 def login_name() -> str:

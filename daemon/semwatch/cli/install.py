@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from semwatch import embedded_redis
-from semwatch.commands.options import JsonOption, out, printable, say, table
+from semwatch.cli.options import JsonOption, out, printable, say, table
 from semwatch.deployment import installation, installed_files, releases, systemctl, upgrade
 from semwatch.deployment.installation import KEPT, RECORD, Action, Record, Step
 from semwatch.deployment.installed_files import DATA, PREFIX, SETTINGS, STATE, TMPFILES, UNITS
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
+from semwatch.streams import embedded_redis
 
 PrefixOption = Annotated[Path, typer.Option(help="Folder of the versions; each is an environment of its own.")]
 ToolOption = Annotated[str, typer.Option(help="Name of one tool among several; the machine's only one without it.")]

@@ -14,13 +14,14 @@ from typing import Annotated
 
 import typer
 
-from semwatch import doctor, incoming
-from semwatch.commands.options import JsonOption, SiteOption, printable, say
-from semwatch.config import Folder, Site, load_site
+from semwatch.cli.options import JsonOption, SiteOption, printable, say
 from semwatch.errors import ConfigError, SemwatchError
-from semwatch.ledger import Ledger, Work
-from semwatch.service import LEDGER
-from semwatch.story import Event, Story, tell
+from semwatch.intake import drop_folder
+from semwatch.operations import doctor
+from semwatch.operations.story import Event, Story, tell
+from semwatch.settings.site import Folder, Site, load_site
+from semwatch.store.ledger import LEDGER, Ledger, Work
+from semwatch.system.clock import utc_of
 
 MIN_DIGITS = 6
 MAX_SHOWN = 20
@@ -136,7 +137,7 @@ def why_not_taken(folder: Folder, path: str) -> str | None:
         return f"it cannot be looked at ({error.strerror})"
     if not stat.S_ISREG(status.st_mode):
         return "it is no plain file, and links are not followed"
-    if any(incoming.is_temporary(part) for part in path.split("/")):
+    if any(drop_folder.is_temporary(part) for part in path.split("/")):
         return "its name is a temporary one; it is taken once the tool renames it"
     if not path.lower().endswith(folder.suffixes):
         return f"it is no image by its name: {', '.join(folder.suffixes)} are (folders.suffixes)"
@@ -258,4 +259,4 @@ def _since(text: str | None) -> str:
                 f"--since {text!r} is no time: write 30m, 2h, 7d, 2026-03-01 or 2026-03-01T08:00"
             ) from None
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return utc_of(moment)

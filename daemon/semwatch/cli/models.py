@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from semwatch import model_repository, serving
-from semwatch.commands.clusters import login_name
-from semwatch.commands.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
-from semwatch.config import Site, load_site
+from semwatch.cli.clusters import login_name
+from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
-from semwatch.ledger import Ledger
-from semwatch.service import LEDGER, utc_now
+from semwatch.models import choice, model_repository
+from semwatch.settings.site import Site, load_site
+from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.system.clock import utc_now
 
 app = typer.Typer(no_args_is_help=True, help="Versions of detector, encoder and head: which serve, and which shall.")
 
@@ -56,7 +56,7 @@ def pin(
     if version is not None:
         model_repository.read_meta(settings.models.repository, model, version)
     _note(settings, "model released" if release else "model pinned", {"model": model, "version": version})
-    serving.pin(settings.models.repository, model, version)
+    choice.pin(settings.models.repository, model, version)
     _say_outcome(settings, model)
 
 
@@ -73,11 +73,11 @@ def rollback(
     _check_model(model)
     settings = load_site(site)
     repository = settings.models.repository
-    refused = serving.announced(settings.state_dir)[1] if model == "head" else {}
-    leaving, to = serving.way_back(repository, model, refused=refused)
-    is_pinned = serving.pin_of(repository, model) is not None
+    refused = choice.announced(settings.state_dir)[1] if model == "head" else {}
+    leaving, to = choice.way_back(repository, model, refused=refused)
+    is_pinned = choice.pin_of(repository, model) is not None
     _note(settings, "model rolled back", {"model": model, "from": leaving, "to": to, "reason": reason})
-    serving.roll_back(repository, model, reason, refused=refused)
+    choice.roll_back(repository, model, reason, refused=refused)
     if is_pinned:
         say(f": to {model} {to}; {leaving} is not withdrawn", ("pin moved", "yellow"))
     else:
@@ -90,7 +90,7 @@ def diff(site: SiteOption, model: ModelArgument, old: int, new: int, as_json: Js
     """Say what one version has that another has not: classes, codes, what it was made of, how it was judged."""
     _check_model(model)
     repository = load_site(site).models.repository
-    told = serving.difference(*(model_repository.read_meta(repository, model, version) for version in (old, new)))
+    told = choice.difference(*(model_repository.read_meta(repository, model, version) for version in (old, new)))
     if as_json:
         typer.echo(json.dumps(told))
         return
@@ -109,10 +109,10 @@ def diff(site: SiteOption, model: ModelArgument, old: int, new: int, as_json: Js
 
 
 def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
-    repository, runs = settings.models.repository, serving.daemon_runs(settings.state_dir)
-    announced, refused = serving.announced(settings.state_dir)
+    repository, runs = settings.models.repository, choice.daemon_runs(settings.state_dir)
+    announced, refused = choice.announced(settings.state_dir)
     found = model_repository.versions(repository, model)
-    chosen, pinned = (serving.choice(repository, model), serving.pin_of(repository, model)) if found else (0, None)
+    chosen, pinned = (choice.choice(repository, model), choice.pin_of(repository, model)) if found else (0, None)
     rows = []
     for version in found:
         row = {
@@ -121,7 +121,7 @@ def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
             "serves": runs and announced.get(model) == version,
             "chosen": version == chosen,
             "pinned": version == pinned,
-            "withdrawn": serving.why_withdrawn(repository, model, version),
+            "withdrawn": choice.why_withdrawn(repository, model, version),
             "refused": refused.get(version) if model == "head" else None,
             **_made(repository, model, version),
         }
@@ -164,14 +164,14 @@ def _note(settings: Site, event: str, about: Mapping[str, object]) -> None:
 
 
 def _say_outcome(settings: Site, model: str) -> None:
-    version = serving.choice(settings.models.repository, model)
-    if not serving.daemon_runs(settings.state_dir):
+    version = choice.choice(settings.models.repository, model)
+    if not choice.daemon_runs(settings.state_dir):
         say(f": {model} {version}, once the daemon runs", ("serves", "green"))
         return
     if model != "head":
         say(f": {model} {version} at the daemon's next start; only heads change while it runs", ("serves", "green"))
         return
-    why_not = serving.await_head(settings.state_dir, version, timeout_s=ROLLBACK_TIMEOUT_S)
+    why_not = choice.await_head(settings.state_dir, version, timeout_s=ROLLBACK_TIMEOUT_S)
     if why_not is not None:
         raise ServiceUnavailable(why_not)
     say(f": head {version}", ("serves", "green"))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semwatch.config import EXAMPLES
+from semwatch.settings.fields import EXAMPLES
 
 EPILOG = (
     "Exit codes: 0 all well; 1 done, but some files could not be reviewed or some checks failed; 2 settings, recipe or "

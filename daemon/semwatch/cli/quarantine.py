@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from semwatch.commands.clusters import login_name
-from semwatch.commands.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
-from semwatch.config import Site, load_site
+from semwatch.cli.clusters import login_name
+from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import ConfigError
-from semwatch.ledger import Ledger
-from semwatch.service import LEDGER, utc_now
+from semwatch.settings.site import Site, load_site
+from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.system.clock import utc_now
 
 app = typer.Typer(no_args_is_help=True, help="Files that could not be reviewed.")
 

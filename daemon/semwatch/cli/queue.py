@@ -13,13 +13,13 @@ from typing import Annotated
 import redis
 import typer
 
-from semwatch import queues, records, unknowns
-from semwatch.commands.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
-from semwatch.config import load_site
+from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import ConfigError
-from semwatch.queues import Entry
-from semwatch.records import RESULTS, UNKNOWNS, Fields, Record, ResultSummary
-from semwatch.unknowns import Consumer, DeadLetter
+from semwatch.settings.site import load_site
+from semwatch.streams import queues, records, unknowns
+from semwatch.streams.queues import Entry
+from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Record, ResultSummary
+from semwatch.streams.unknowns import Consumer, DeadLetter
 
 MAX_SHOWN = 1000
 POLL_S = 0.5

@@ -10,9 +10,8 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from semwatch import binarization, detection, micrograph
-from semwatch.commands.given_files import image_files
-from semwatch.commands.options import (
+from semwatch.cli.given_files import image_files
+from semwatch.cli.options import (
     EPILOG,
     REPOSITORY,
     JsonOption,
@@ -25,9 +24,11 @@ from semwatch.commands.options import (
     say,
     table,
 )
-from semwatch.config import Recipe, load_recipe
 from semwatch.errors import ConfigError, ImageError
-from semwatch.inference import Embedded
+from semwatch.intake import decoding
+from semwatch.line import binarization, detection
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe, load_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate recipes.")
 
@@ -87,7 +88,7 @@ def calibrate(
 
 def _raw_scores(file: Path, models: Embedded) -> list[float]:
     try:
-        return [detection.detect(page, models)[0].raw_score for page in micrograph.read(file)]
+        return [detection.detect(page, models)[0].raw_score for page in decoding.read(file)]
     except ImageError as error:
         raise ConfigError(f"{error}; or take it out of the defect-free images") from error
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from semwatch import embedded_redis
 from semwatch.errors import ConfigError
+from semwatch.streams import embedded_redis
 
 PORT = 6379
 LOCK_TIMEOUT_S = 5.0

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from semwatch.commands.options import EPILOG, REPOSITORY, JsonOption, RepositoryOption, in_words, out, printable, say
-from semwatch.commands.options import table as new_table
+from semwatch.cli.options import EPILOG, REPOSITORY, JsonOption, RepositoryOption, in_words, out, printable, say
+from semwatch.cli.options import table as new_table
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.notify import Notifier, watchdog_interval_s
+from semwatch.system.notify import Notifier, watchdog_interval_s
 from semwatch.triton import background as triton_background
 from semwatch.triton import setup as triton_setup
 from semwatch.triton import view as triton_view

@@ -16,13 +16,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from semwatch import audit, clusters, demo, model_repository
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.config import Site, load_site
-from semwatch.demo import Layout
-from semwatch.embedded_redis import EmbeddedRedis
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.demo import one_lot
+from semwatch.demo.one_lot import Layout
 from semwatch.errors import ServiceUnavailable
-from semwatch.review_record import ReviewRecord
+from semwatch.models import model_repository
+from semwatch.settings.site import Site, load_site
+from semwatch.store import audit
+from semwatch.store.review_record import ReviewRecord
+from semwatch.streams.embedded_redis import EmbeddedRedis
 
 UNSEEN = ("scratch", "residue")
 """Defect types that the demo's head does not know at first. They look like nothing that it knows; a type that does, as
@@ -52,20 +55,20 @@ def run_learning_demo(*, folder: Path, repository: Path, n: int, seed: int, cons
     """
     layout = Layout(folder.absolute())
     start = time.monotonic()
-    demo.clear(layout)
+    one_lot.clear(layout)
     models = _models_without(UNSEEN, repository, layout, console)
     lots = [_lot(layout.folder / f"lot{i}", n, seed + i) for i in (1, 2)]
     with EmbeddedRedis(layout.folder / "redis") as redis:
-        demo.write_settings(layout, redis.url, models)
+        one_lot.write_settings(layout, redis.url, models)
         site = load_site(layout.site)
-        with demo.running_daemon(layout, console) as daemon:
-            before = demo.drop_one_by_one(demo.images_of(lots[0]), layout, daemon, console)
+        with one_lot.running_daemon(layout, console) as daemon:
+            before = one_lot.drop_one_by_one(one_lot.images_of(lots[0]), layout, daemon, console)
             said = _semwatch_train("retrain", "--site", str(layout.site), "--json")
             cycle = json.loads(said)
             console.print(f"cycle: {cycle['said']}", highlight=False, soft_wrap=True)
             if cycle["status"] == "learned":
                 _speak(site, layout, lots[0], console)
-            after = demo.drop_one_by_one(demo.images_of(lots[1]), layout, daemon, console)
+            after = one_lot.drop_one_by_one(one_lot.images_of(lots[1]), layout, daemon, console)
     _show(_counts(before, lots[0]), _counts(after, lots[1]), console)
     log = audit.verify(layout.folder / "state" / "audit.jsonl")
     console.print(f"report of the cycle   {cycle['report'] or '-'}", soft_wrap=True, highlight=False)
@@ -89,7 +92,7 @@ def _models_without(unseen: Sequence[str], repository: Path, layout: Layout, con
 def _lot(folder: Path, n: int, seed: int) -> Path:
     stages = [part for stage in STAGES for part in ("--stage", stage)]
     types = [part for label in (*UNSEEN, *KNOWN) for part in ("--defect", label)]
-    demo.generate(folder, n=n, seed=seed, options=["--defect-free", "0.1", "--size", "768", *stages, *types])
+    one_lot.generate(folder, n=n, seed=seed, options=["--defect-free", "0.1", "--size", "768", *stages, *types])
     return folder
 
 
@@ -103,7 +106,7 @@ def _semwatch_train(*arguments: str) -> str:
 
 def _speak(site: Site, layout: Layout, lot: Path, console: Console) -> None:
     """Name each learned cluster by the truth of its crops, as an engineer would by looking at them."""
-    truth = demo.truth_of(lot)
+    truth = one_lot.truth_of(lot)
     table = Table("cluster", "crops", "they show", "named", title="clusters")
     named: dict[str, str] = {}
     with Archive(site.learning_dir / ARCHIVE, read_only=True) as archive:
@@ -137,7 +140,7 @@ def _semwatch(layout: Layout, *arguments: str) -> None:
 
 def _counts(reviews: Reviews, lot: Path) -> dict[str, Counter[str]]:
     """By true type: images that show it, and what the line said of them: named right, novel, left to people, missed."""
-    truth = demo.truth_of(lot)
+    truth = one_lot.truth_of(lot)
     counts: dict[str, Counter[str]] = {}
     for image, record in reviews:
         verdicts = [defect.verdict for page in record.pages for defect in page.defects]

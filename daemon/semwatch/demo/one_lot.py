@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from semwatch import audit, results, unknowns
-from semwatch.embedded_redis import EmbeddedRedis
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.incoming import IMAGE_SUFFIXES
-from semwatch.review_record import ReviewRecord, VerdictRecord
+from semwatch.intake.drop_folder import IMAGE_SUFFIXES
+from semwatch.store import audit, results
+from semwatch.store.review_record import ReviewRecord, VerdictRecord
+from semwatch.streams import unknowns
+from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.triton import setup
 from semwatch.triton.server import LocalTriton
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from semwatch.defects import Box, Micrograph
 from semwatch.errors import ImageError, ServiceUnavailable
-from semwatch.info_bar import find_field
+from semwatch.intake.info_bar import find_field
 
 _COPY_AGAIN = "the copy is incomplete or damaged; copy the file again from the tool"
 _SAVE_AS = "save it as 8- or 16-bit gray or RGB"

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE, NOVEL, Neighbour, Verdict, VerdictKind
-from semwatch.inference import Models
+from semwatch.models.inference import Models
 
 
 def classify(

@@ -5,7 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import Micrograph, ScoreMap
-from semwatch.inference import Models
+from semwatch.models.inference import Models
 
 
 def detect(micrograph: Micrograph, models: Models) -> tuple[ScoreMap, int]:

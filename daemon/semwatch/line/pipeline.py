@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch import binarization, detection, micrograph
-from semwatch.binarization import Region
-from semwatch.classification import classify, size_feature
-from semwatch.config import Recipe
 from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.inference import Models
+from semwatch.intake import decoding
+from semwatch.line import binarization, detection
+from semwatch.line.binarization import Region
+from semwatch.line.classification import classify, size_feature
+from semwatch.models.inference import Models
+from semwatch.settings.recipe import Recipe
 
 MAX_SWAPS = 3
 STAGES = ("decode", "detect", "binarize", "crop", "classify")
@@ -80,7 +81,7 @@ def review(
     """
     timings = dict.fromkeys(STAGES, 0.0)
     with _timed(timings, "decode"):
-        micrographs = micrograph.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
+        micrographs = decoding.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
     pages, versions = _review_pages(micrographs, recipe, models, timings)
     return Review(
         source=source,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from semwatch.errors import ModelMismatch
-from semwatch.model_repository import Arrays, Meta
+from semwatch.models.model_repository import Arrays, Meta
 
 MAX_PROBE_DIFFERENCE = 1e-3
 """Largest difference to the expected answer, relative to its largest value."""

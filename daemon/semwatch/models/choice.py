@@ -14,14 +14,14 @@ import json
 import shutil
 import time
 from collections.abc import Collection, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from semwatch import model_repository
 from semwatch.errors import ModelMismatch, PublishError
-from semwatch.model_repository import Meta
+from semwatch.models import model_repository
+from semwatch.models.model_repository import Meta
+from semwatch.system.clock import utc_now
 
 PINNED, WITHDRAWN = "pinned", ".withdrawn"
 ANNOUNCED = "serving.json"
@@ -208,7 +208,7 @@ def announce(state_dir: Path, versions: Mapping[str, int], refused_heads: Mappin
     Raises:
         OSError: the disk refused.
     """
-    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    utc = utc_now()
     said = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
     model_repository.write_whole(state_dir / ANNOUNCED, json.dumps(said).encode())
 

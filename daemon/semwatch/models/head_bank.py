@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch import model_repository
 from semwatch.errors import ModelMismatch
+from semwatch.models import model_repository
 
 BANK, GOLDEN = "bank.npz", "golden.npz"
 

@@ -18,10 +18,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from semwatch import model_repository, serving
 from semwatch.errors import ModelMismatch, ServiceUnavailable
-from semwatch.model_checks import check_fit, check_inputs, check_probe
-from semwatch.model_repository import MODELS, Arrays, Meta
+from semwatch.models import choice, model_repository
+from semwatch.models.checks import check_fit, check_inputs, check_probe
+from semwatch.models.model_repository import MODELS, Arrays, Meta
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class Embedded:
 
     def _load_head(self) -> _Loaded:
         """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
-        wanted, *deputies = serving.to_try(self._repository, "head", self._pins.get("head"))
+        wanted, *deputies = choice.to_try(self._repository, "head", self._pins.get("head"))
         try:
             return self._fitting_head(wanted)
         except ModelMismatch as error:
@@ -193,7 +193,7 @@ class Embedded:
 
     def _wanted(self, model: str) -> int:
         pin = self._pins.get(model)
-        return serving.choice(self._repository, model) if pin is None else pin
+        return choice.choice(self._repository, model) if pin is None else pin
 
     def _refuse(self, version: int, why: str) -> Swap | None:
         is_news = self._refused.get(("head", version)) != why

@@ -4,9 +4,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from semwatch import head_bank, model_repository, serving
 from semwatch.errors import PublishError
-from semwatch.model_repository import Meta
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.model_repository import Meta
 
 
 def relabel(repository: Path, names: Mapping[str, str], codes: Mapping[str, int], *, utc: str) -> int | None:
@@ -26,12 +26,12 @@ def relabel(repository: Path, names: Mapping[str, str], codes: Mapping[str, int]
         ModelMismatch: there is no head, or it is damaged.
         PublishError: the head is pinned, two classes would have one name, or the disk refused.
     """
-    version = serving.choice(repository, "head")
+    version = choice.choice(repository, "head")
     meta = model_repository.read_meta(repository, "head", version)
     fresh = _renamed(meta, names, codes)
     if (fresh.labels, fresh.codes) == (meta.labels, meta.codes):
         return None
-    if serving.pin_of(repository, "head") is not None:
+    if choice.pin_of(repository, "head") is not None:
         # Published now, it would be the newest once the pin is released, though made from an older one.
         raise PublishError(f"head {version} is pinned; release it: `semwatch models pin head --release`")
     weights = model_repository.weights_path(repository, "head", version, meta)

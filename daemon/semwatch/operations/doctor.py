@@ -14,17 +14,22 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from semwatch import clusters, drift, incoming, pipeline, serving
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.config import Folder, Recipe, Site, load_recipe
-from semwatch.delivery import connect_publisher
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
-from semwatch.inference import Models
-from semwatch.ledger import Ledger
-from semwatch.model_repository import MODELS
-from semwatch.models_in_service import load_models, versions_of
-from semwatch.review_record import first_fault
-from semwatch.service import LEDGER
+from semwatch.intake import drop_folder
+from semwatch.line import pipeline
+from semwatch.models import choice
+from semwatch.models.inference import Models
+from semwatch.models.model_repository import MODELS
+from semwatch.service import drift
+from semwatch.service.delivery import connect_publisher
+from semwatch.service.models_in_service import load_models, versions_of
+from semwatch.settings.recipe import Recipe, load_recipe
+from semwatch.settings.site import Folder, Site
+from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.store.review_record import first_fault
+from semwatch.system.clock import utc_of
 
 RATE_WINDOW_S = 300
 CYCLES, REPORT = "cycles", "report.json"
@@ -76,7 +81,7 @@ def status(site: Site) -> dict[str, object]:
         "oldest_waiting_s": round(max(waiting, default=0.0)),
         "folders_away": [source for source, found in ages.items() if found is None],
         **figures,
-        "models": {model: _or_none(partial(serving.choice, site.models.repository, model)) for model in MODELS},
+        "models": {model: _or_none(partial(choice.choice, site.models.repository, model)) for model in MODELS},
         **_serving_figures(site, is_running),
         **_learning_figures(site),
         "disk_free_mb": _free_mb(site.results_dir),
@@ -98,7 +103,7 @@ def examine(site: Site) -> list[Check]:
 
 
 def _ledger_figures(ledger: Ledger) -> dict[str, object]:
-    since = (datetime.now(UTC) - timedelta(seconds=RATE_WINDOW_S)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    since = utc_of(datetime.now(UTC) - timedelta(seconds=RATE_WINDOW_S))
     return {
         "reviews_per_minute": round(ledger.n_done_since(since) / RATE_WINDOW_S * 60, 1),
         **{state.lower(): n for state, n in ledger.counts().items()},
@@ -108,12 +113,12 @@ def _ledger_figures(ledger: Ledger) -> dict[str, object]:
 
 def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
     """Seconds since each file that waits was put there; None where the folder cannot be read."""
-    watched = incoming.Folder(**folder.model_dump(exclude={"recipe"}))
+    watched = drop_folder.Folder(**folder.model_dump(exclude={"recipe"}))
     try:
         return [
             # ctime, because copies keep the mtime of their original
             max(time.time() - found.st_ctime, 0.0)
-            for path, found in incoming.walk(watched, "")
+            for path, found in drop_folder.walk(watched, "")
             if ledger is None or not ledger.is_settled(folder.source, path, found.st_size, found.st_mtime_ns)
         ]
     except OSError:
@@ -122,7 +127,7 @@ def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
 
 def _serving_figures(site: Site, is_running: bool | None) -> dict[str, object]:
     """What the daemon said that it serves and has refused; a daemon that is gone serves nothing."""
-    versions, refused = serving.announced(site.state_dir) if is_running else ({}, {})
+    versions, refused = choice.announced(site.state_dir) if is_running else ({}, {})
     return {"in_service": versions or None, "refused_heads": {str(v): why for v, why in refused.items() if v > 0}}
 
 
@@ -214,7 +219,7 @@ def _model_checks(site: Site) -> Iterator[Check]:
             "take it back with `semwatch models rollback`, or publish it again",
         )
     if _is_running(site):
-        yield _service_check(versions_of(models), serving.announced(site.state_dir)[0])
+        yield _service_check(versions_of(models), choice.announced(site.state_dir)[0])
     for source, recipe in recipes.items():
         yield _try(f"gate of {source}", partial(_gate, recipe, models[recipe.pins]))
 

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from semwatch import audit, records, results
-from semwatch.config import Folder, Site
 from semwatch.errors import ImageError, ServiceUnavailable
-from semwatch.ledger import Ledger, OutboxItem, Work
-from semwatch.review_record import ReasonRecord, ReviewRecord, printable
-from semwatch.service import AUDIT
+from semwatch.settings.site import Folder, Site
+from semwatch.store import audit, results
+from semwatch.store.audit import AUDIT
+from semwatch.store.ledger import Ledger, OutboxItem, Work
+from semwatch.store.review_record import ReasonRecord, ReviewRecord, printable
+from semwatch.streams import records
+from semwatch.system.clock import utc_of
 
 JOURNAL_TIMEOUT_S = 20.0
 MAX_JOURNAL_LINES = 1000
@@ -264,4 +266,4 @@ def _message(entry: Mapping[str, Any]) -> str:
 
 
 def _utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return utc_of(datetime.fromtimestamp(seconds, UTC))

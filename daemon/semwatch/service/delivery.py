@@ -6,11 +6,11 @@ Both ends take a repetition as one: Redis by the message's id, the audit log by 
 import json
 import time
 
-from semwatch import unknowns
-from semwatch.audit import AuditLog
-from semwatch.config import Site
-from semwatch.ledger import Ledger
-from semwatch.unknowns import Publisher
+from semwatch.settings.site import Site
+from semwatch.store.audit import AuditLog
+from semwatch.store.ledger import Ledger
+from semwatch.streams import unknowns
+from semwatch.streams.unknowns import Publisher
 
 BATCH = 100
 MAX_BACKOFF_S = 30.0

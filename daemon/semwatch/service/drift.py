@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from semwatch.defects import PageReview, Review
 from semwatch.errors import ServiceUnavailable
-from semwatch.model_repository import write_whole
+from semwatch.models.model_repository import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -19,30 +19,34 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypedDict
 
-from semwatch import drift, incoming, micrograph, pipeline, records, rereview, results
-from semwatch.archive import ARCHIVE
-from semwatch.audit import AuditLog
-from semwatch.config import Recipe, Site, load_recipe
+from semwatch.classes.archive import ARCHIVE
 from semwatch.defects import Review
-from semwatch.delivery import Backoff, connect_publisher, deliver_audit, publish_outbox
-from semwatch.drift import Alarm, DriftWatch
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
-from semwatch.incoming import Arrival, Incoming
-from semwatch.journal import about
-from semwatch.ledger import Claim, Ledger, OutboxItem
-from semwatch.metrics import Metrics
-from semwatch.models_in_service import ModelsInService
-from semwatch.notify import Notifier, watchdog_interval_s
-from semwatch.review_record import ReviewRecord, printable
+from semwatch.intake import decoding, drop_folder
+from semwatch.intake.drop_folder import Arrival, Incoming
+from semwatch.line import pipeline
+from semwatch.line.class_codes import class_codes
+from semwatch.service import drift, rereview
+from semwatch.service.delivery import Backoff, connect_publisher, deliver_audit, publish_outbox
+from semwatch.service.drift import Alarm, DriftWatch
+from semwatch.service.metrics import Metrics
+from semwatch.service.models_in_service import ModelsInService
+from semwatch.settings.recipe import load_recipe
+from semwatch.settings.site import Site
+from semwatch.store import results
+from semwatch.store.audit import AUDIT, AuditLog
+from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem
+from semwatch.store.review_record import ReviewRecord, printable
+from semwatch.streams import records
+from semwatch.system.clock import utc_now
+from semwatch.system.journal import about
+from semwatch.system.notify import Notifier, watchdog_interval_s
 
 log = logging.getLogger(__name__)
 
-LEDGER, AUDIT = "ledger.sqlite", "audit.jsonl"
 TICK_S = 0.5
 _AWAY = "a service is away"
 SAY_AGAIN_S = 60.0
@@ -104,7 +108,7 @@ class Service:
         self._publisher = connect_publisher(site)
         if site.metrics is not None:
             self.metrics.serve(site.metrics.host, site.metrics.port)
-        folders = [incoming.Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
+        folders = [drop_folder.Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
         self._incoming = keep.enter_context(
             Incoming(folders, self.ledger.is_settled, reconcile_s=site.reconcile_s, poll_s=site.poll_s)
         )
@@ -307,7 +311,7 @@ class Service:
     def _process(self, arrival: Arrival) -> None:
         start = time.perf_counter()
         try:
-            data = micrograph.read_file(arrival.file)
+            data = decoding.read_file(arrival.file)
         except ImageError as error:
             if arrival.file.exists():  # else the tool took it away again; nothing was promised
                 self._refuse_unread(arrival, str(error))
@@ -355,7 +359,7 @@ class Service:
             max_pages=limits.max_pages,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
-        paths = results.write(review, results_dir=self.site.results_dir, **codes(recipe, named))
+        paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
         items = [OutboxItem(*message) for message in records.messages(review)] if self._publisher else []
         self.ledger.finish(claim, outbox=items, audit=audit_entry(review, paths.json), now_utc=review.reviewed_utc)
         with self._lots_lock:
@@ -466,25 +470,3 @@ def audit_entry(review: Review, result: Path) -> dict[str, object]:
         "verdicts": count_kinds(review),
         "result": result.name,
     }
-
-
-class Codes(TypedDict):
-    """The fab's class codes, as ``results.write`` takes them."""
-
-    class_codes: Mapping[str, int]
-    unknown_code: int | None
-    non_decidable_code: int | None
-
-
-def codes(recipe: Recipe, named: Mapping[str, int]) -> Codes:
-    """The class codes of a recipe, and of classes that people ``named`` where the recipe has none."""
-    return {
-        "class_codes": {**named, **{label: known.code for label, known in recipe.classes.items()}},
-        "unknown_code": recipe.unknown_code,
-        "non_decidable_code": recipe.non_decidable_code,
-    }
-
-
-def utc_now() -> str:
-    """ISO 8601, seconds, Z."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -12,10 +12,10 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from semwatch.defects import Review, VerdictKind
-from semwatch.drift import WATCHED
 from semwatch.errors import ConfigError
-from semwatch.model_repository import MODELS
-from semwatch.review_record import ReviewRecord
+from semwatch.models.model_repository import MODELS
+from semwatch.service.drift import WATCHED
+from semwatch.store.review_record import ReviewRecord
 
 STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 

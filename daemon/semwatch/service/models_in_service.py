@@ -8,13 +8,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from semwatch import model_repository, serving
-from semwatch.config import Models as ModelSettings
-from semwatch.config import Pins, Recipe
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded, Models
-from semwatch.journal import about
-from semwatch.metrics import Metrics
+from semwatch.models import choice, model_repository
+from semwatch.models.inference import Embedded, Models
+from semwatch.service.metrics import Metrics
+from semwatch.settings.recipe import Pins, Recipe
+from semwatch.settings.site import Models as ModelSettings
+from semwatch.system.journal import about
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class ModelsInService:
 
     def _announce(self) -> None:
         try:
-            serving.announce(self._state_dir, self.versions(), self.refused_heads())
+            choice.announce(self._state_dir, self.versions(), self.refused_heads())
         except OSError as error:
             if self._is_announced:
                 log.warning("cannot say what serves, tried again until it works: %s", error)

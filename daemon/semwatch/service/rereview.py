@@ -24,17 +24,21 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from semwatch import classification, model_repository, records, results
-from semwatch.archive import Archive
-from semwatch.config import Pins, Recipe
+from semwatch.classes.archive import Archive
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable
-from semwatch.inference import Models
-from semwatch.journal import about
-from semwatch.ledger import Ledger, OutboxItem
-from semwatch.model_repository import Meta
-from semwatch.records import Record, ResultSummary
-from semwatch.review_record import DefectRecord, ReviewRecord, VerdictRecord, first_fault, verdict_record
+from semwatch.line import classification
+from semwatch.models import model_repository
+from semwatch.models.inference import Models
+from semwatch.models.model_repository import Meta
+from semwatch.settings.recipe import Pins, Recipe
+from semwatch.store import results
+from semwatch.store.ledger import Ledger, OutboxItem
+from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, first_fault, verdict_record
+from semwatch.streams import records
+from semwatch.streams.records import Record, ResultSummary
+from semwatch.system.clock import utc_now, utc_of
+from semwatch.system.journal import about
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +168,7 @@ class Rereview:
 
     def _finish(self) -> None:
         self._pass = None
-        marker = Marker(heads=self._wanted, utc=utc_of(datetime.now(UTC)), counts=self.counts)
+        marker = Marker(heads=self._wanted, utc=utc_now(), counts=self.counts)
         try:
             model_repository.write_whole(self._marker_path, marker.model_dump_json(indent=1).encode() + b"\n")
         except OSError as error:
@@ -203,7 +207,7 @@ class Rereview:
             return
         self._note(target, result)  # again, in case a crash came between the two
         verdicts, version = self._changes(result, found, recipe)
-        revised = results.revise(target, verdicts, head_version=version, utc=utc_of(datetime.now(UTC)))
+        revised = results.revise(target, verdicts, head_version=version, utc=utc_now())
         if revised is not None:
             self.counts.revised += 1
             self.counts.changed += len(verdicts)
@@ -370,8 +374,3 @@ def read_marker(path: Path) -> Marker:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check its rights") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_fault(error)}; delete it, re-review then only looks once more") from error
-
-
-def utc_of(moment: datetime) -> str:
-    """ISO 8601, seconds, Z."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -31,6 +31,9 @@ from semwatch.errors import ConfigError, ServiceUnavailable
 
 log = logging.getLogger(__name__)
 
+AUDIT = "audit.jsonl"
+"""Its name in the state folder."""
+
 GENESIS = "0" * 64
 _PART_DIGITS = 12
 RESERVED = frozenset({"seq", "prev", "hash"})

@@ -34,9 +34,12 @@ from pathlib import Path
 from typing import Literal, Self
 
 from semwatch.errors import ConfigError
-from semwatch.sqlite_file import Kind, SqliteFile
+from semwatch.system.sqlite_file import Kind, SqliteFile
 
 log = logging.getLogger(__name__)
+
+LEDGER = "ledger.sqlite"
+"""Its name in the state folder."""
 
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]

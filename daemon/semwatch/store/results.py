@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from semwatch import overlay
 from semwatch.defects import Review
 from semwatch.errors import ImageError, ServiceUnavailable
-from semwatch.review_record import (
+from semwatch.store import overlay
+from semwatch.store.review_record import (
     SCHEMA_VERSION,
     DefectRecord,
     PageRecord,

@@ -210,7 +210,7 @@ def schema_text() -> str:
     """Return the published JSON schema, made from the models.
 
     After a change of the models:
-    ``python -c 'from semwatch import review_record as r; r.SCHEMA_PATH.write_text(r.schema_text())'``.
+    ``python -c 'from semwatch.store import review_record as r; r.SCHEMA_PATH.write_text(r.schema_text())'``.
     """
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | ReviewRecord.model_json_schema()
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -23,8 +23,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from semwatch import child_server
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.system import child_server
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import redis
 
-from semwatch.records import Fields
-from semwatch.unknowns import redis_key, translated
+from semwatch.streams.records import Fields
+from semwatch.streams.unknowns import redis_key, translated
 
 _PAGE = 64  # entries of one answer; a record has about 50 kB
 

@@ -259,7 +259,8 @@ def schema_text(stream: str) -> str:
     """Return the published JSON schema of one stream's ``meta``.
 
     After a change of ``Record`` or ``ResultSummary``:
-    ``python -c 'from semwatch.records import *; [p.write_text(schema_text(s)) for s, p in SCHEMA_PATHS.items()]'``.
+    ``python -c 'from semwatch.streams import records as r; [p.write_text(r.schema_text(s)) for s, p in
+    r.SCHEMA_PATHS.items()]'``.
     """
     return json.dumps(json_schemas()[stream], indent=2, ensure_ascii=False) + "\n"
 

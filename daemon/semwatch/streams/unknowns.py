@@ -35,7 +35,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.records import RESULTS, UNKNOWNS, Fields, Message, unpack
+from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, unpack
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from semwatch import micrograph
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError, ImageError
+from semwatch.intake import decoding
 from semwatch_training.data import datasets
 from semwatch_training.data.data_folders import read, read_folder_per_class, read_lot, read_plain
 from semwatch_training.data.datasets import (
@@ -189,7 +189,7 @@ def test_mask_drawn_on_the_field_alone_stays_as_it_is(tmp_path):
 
 def test_info_bar_on_top_does_not_shift_mask_against_image(tmp_path):
     page_with_bar(tmp_path)
-    page = micrograph.read(tmp_path / "top.png")[0]
+    page = decoding.read(tmp_path / "top.png")[0]
     assert page.field_xyxy[1] > 0, "the bar on top must be found, or nothing is tested"
     above = page.field_xyxy[1]
     save(tmp_path / "m.png", hw=page.pixels.shape, box=(7, above + 5, 9, above + 8))

@@ -4,12 +4,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError
-from semwatch.model_repository import Meta, Tensor
-from semwatch_training import export
+from semwatch.models import model_repository
+from semwatch.models.model_repository import Meta, Tensor
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import class_scores, load_head, p_values, save_head
+from semwatch_training.publishing import export
 
 FIT = HeadFit(frozen_width=20, components=12)
 CLASSES = ("bridge", "particle", "void")

@@ -13,14 +13,14 @@ import typer
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError, ModelMismatch, PublishError
+from semwatch.models import model_repository
 from semwatch.triton import config as triton_config
 from semwatch.triton import plans
 from semwatch.triton.plans import Batches, Difference
-from semwatch_training import engine_commands, engine_parity, engines, onnx_precision, tensorrt_compiler
-from semwatch_training.export import random_inputs
-from semwatch_training.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit, parse_capabilities
+from semwatch_training.engines import build, commands, onnx_precision, parity, tensorrt_compiler
+from semwatch_training.engines.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit, parse_capabilities
+from semwatch_training.publishing.export import random_inputs
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
@@ -96,11 +96,11 @@ def test_word_among_capabilities_is_named() -> None:
 )
 def test_impossible_order_is_refused_with_what_is_possible(target, precision, capabilities, models, words) -> None:
     with pytest.raises(ConfigError, match=words):
-        engines.check_order(target, precision, capabilities, models)
+        build.check_order(target, precision, capabilities, models)
 
 
 def test_full_tensorrt_takes_fp32_on_turing() -> None:
-    assert engines.check_order("tensorrt", "fp32", (75,), MODELS) == ("tensorrt", "fp32")
+    assert build.check_order("tensorrt", "fp32", (75,), MODELS) == ("tensorrt", "fp32")
 
 
 def test_absent_package_is_named_with_its_install_command(monkeypatch) -> None:
@@ -147,7 +147,7 @@ def test_output_that_is_a_product_comes_back_in_fp32() -> None:
     for emulate in (False, True):
         converted = onnx_precision.lower(source, "fp16", emulate=emulate)
         assert [output.name for output in converted.graph.output] == ["y", "z"]
-        for found in engine_parity.judge(source, {"rounded": converted}, {"noise": {"x": x}}):
+        for found in parity.judge(source, {"rounded": converted}, {"noise": {"x": x}}):
             assert max(found.relative.values()) < 1e-3
 
 
@@ -156,7 +156,7 @@ def test_rounding_alone_is_exactly_what_the_low_type_computes() -> None:
     x = np.array([[2.0], [0.3]], np.float32)
     half = np.float16(x).astype(np.float32) * np.float16([[1 / 3, 0.7]]).astype(np.float32)
     emulated = onnx_precision.lower(source, "fp16", emulate=True)
-    given = engine_parity._run(engine_parity._session(emulated), {"x": x})["y"]
+    given = parity._run(parity._session(emulated), {"x": x})["y"]
     np.testing.assert_allclose(given, np.sqrt(np.float16(half).astype(np.float32)), rtol=1e-6)
     assert not np.allclose(given, np.sqrt(x @ np.array([[1 / 3, 0.7]], np.float32)), rtol=1e-6)
 
@@ -175,10 +175,10 @@ def test_epsilon_that_fp16_would_lose_keeps_its_sum_in_fp32(constant, kind) -> N
 
 def test_weights_beyond_fp16_are_caught_by_parity() -> None:
     source = linear(np.full((1, 1), 1e6, np.float32))
-    converted, judged = engines.convert(source, "fp16")
-    found = engine_parity.judge(source, judged, {"noise": {"x": np.ones((1, 1), np.float32)}})
+    converted, judged = build.convert(source, "fp16")
+    found = parity.judge(source, judged, {"noise": {"x": np.ones((1, 1), np.float32)}})
     with pytest.raises(PublishError, match=r"detector in fp16 is refused: its y is off by inf"):
-        engines.check_parity("detector", "fp16", found)
+        build.check_parity("detector", "fp16", found)
     assert converted is judged["onnxruntime"]
 
 
@@ -187,10 +187,10 @@ def test_tolerance_is_where_it_is_said_to_be(off, is_refused) -> None:
     good = Difference(inputs="noise", way="onnxruntime", samples=2, relative={"a": 1e-4})
     found = [good, Difference(inputs="images", way="rounded", samples=3, relative={"b": off, "a": 0.0})]
     if not is_refused:
-        engines.check_parity("head", "fp16", found)
+        build.check_parity("head", "fp16", found)
         return
     with pytest.raises(PublishError, match=r"its b is off by .* on 3 images \(rounded\), 5e-02 allowed"):
-        engines.check_parity("head", "fp16", found)
+        build.check_parity("head", "fp16", found)
 
 
 def test_uint8_becomes_float_before_anything_moves_it() -> None:
@@ -204,7 +204,7 @@ def test_uint8_becomes_float_before_anything_moves_it() -> None:
     assert converted.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
     assert of(converted, "Transpose") == {TensorProto.FLOAT}
     images = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
-    (found,) = engine_parity.judge(source, {"onnxruntime": converted}, {"noise": {"image": images}})
+    (found,) = parity.judge(source, {"onnxruntime": converted}, {"noise": {"image": images}})
     assert found.relative == {"y": 0.0}
 
 
@@ -230,11 +230,11 @@ def test_network_with_branches_is_refused() -> None:
 def test_our_networks_convert_and_stay_close_on_noise(tiny_repository, model, precision) -> None:
     meta = model_repository.read_meta(tiny_repository, model, 1)
     source = onnx.load(tiny_repository / model / "1" / "model.onnx")
-    converted, judged = engines.convert(source, precision)
-    found = engine_parity.judge(source, judged, {"noise": random_inputs(meta, batch=5, seed=0)})
+    converted, judged = build.convert(source, precision)
+    found = parity.judge(source, judged, {"noise": random_inputs(meta, batch=5, seed=0)})
     assert {row.way for row in found} == set(judged)
     assert [row.samples for row in found] == [5] * len(judged)
-    engines.check_parity(model, precision, found)
+    build.check_parity(model, precision, found)
     worst = max(off for row in found for off in row.relative.values())
     assert worst == 0 if precision == "fp32" else worst > 1e-6
     products = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -243,7 +243,7 @@ def test_our_networks_convert_and_stay_close_on_noise(tiny_repository, model, pr
 
 def test_empty_batch_is_not_judged() -> None:
     source = linear(np.eye(2, dtype=np.float32))
-    assert engine_parity.judge(source, {"rounded": source}, {"images": {"x": np.zeros((0, 2), np.float32)}}) == []
+    assert parity.judge(source, {"rounded": source}, {"images": {"x": np.zeros((0, 2), np.float32)}}) == []
 
 
 # ---- engines on disk
@@ -255,14 +255,14 @@ def test_there_are_no_engines_in_an_empty_folder(tmp_path) -> None:
 
 def test_absent_models_are_said_before_anything_is_made(tmp_path) -> None:
     with pytest.raises(ModelMismatch, match="no detector in the model repository"):
-        list(engines.export(tmp_path / "none", tmp_path / "out", target="onnx", progress=quiet))
+        list(build.export(tmp_path / "none", tmp_path / "out", target="onnx", progress=quiet))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
 def onnx_engines(tiny_repository, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("engines")
-    made = list(engines.export(tiny_repository, out, target="onnx", n_images=2, progress=quiet))
+    made = list(build.export(tiny_repository, out, target="onnx", n_images=2, progress=quiet))
     assert [(each.manifest.model, each.is_new) for each in made] == [(model, True) for model in MODELS]
     return out
 
@@ -289,7 +289,7 @@ def test_onnx_of_another_precision_is_an_engine_too(onnx_engines, tiny_repositor
 
 def test_engine_that_is_up_to_date_is_not_made_again(some, tiny_repository) -> None:
     files = {path: path.stat().st_mtime_ns for path in some.rglob("*")}
-    made = list(engines.export(tiny_repository, some, target="onnx", progress=quiet))
+    made = list(build.export(tiny_repository, some, target="onnx", progress=quiet))
     assert [each.is_new for each in made] == [False] * 3
     assert {path: path.stat().st_mtime_ns for path in some.rglob("*")} == files
 
@@ -307,7 +307,7 @@ def test_engine_that_is_not_what_it_says_is_made_again(some, tiny_repository, ha
     else:
         changed = {"other source": {"source_sha256": "0"}, "other tolerance": {"tolerance": 0.5}}[harm]
         path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    made = list(engines.export(tiny_repository, some, target="onnx", n_images=1, progress=quiet))
+    made = list(build.export(tiny_repository, some, target="onnx", n_images=1, progress=quiet))
     assert [each.is_new for each in made] == [False, False, True]
     assert plans.read(folder).onnx_sha256 == before.onnx_sha256
     assert [entry.name for entry in folder.parent.iterdir()] == ["onnx-fp16"]
@@ -323,7 +323,7 @@ def test_disk_that_refuses_is_a_plain_error(some, tiny_repository) -> None:
     shutil.rmtree(some / "head")
     (some / "head").write_text("in the way")
     with pytest.raises(PublishError, match="cannot write the engine"):
-        list(engines.export(tiny_repository, some, target="onnx", n_images=1, progress=quiet))
+        list(build.export(tiny_repository, some, target="onnx", n_images=1, progress=quiet))
 
 
 # ---- the command
@@ -332,7 +332,7 @@ def test_disk_that_refuses_is_a_plain_error(some, tiny_repository) -> None:
 @pytest.fixture
 def command():  # type: ignore[no-untyped-def]
     app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(engine_commands.export)
+    app.command()(commands.export)
     return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
 
 
@@ -362,7 +362,7 @@ def test_command_prints_a_table_of_what_is_there(command, some, tiny_repository)
 @RTX
 def test_models_compile_for_ada_without_a_gpu(tiny_repository, tmp_path) -> None:
     made = list(
-        engines.export(tiny_repository, tmp_path, target="tensorrt-rtx", capabilities=(89,), n_images=1, progress=quiet)
+        build.export(tiny_repository, tmp_path, target="tensorrt-rtx", capabilities=(89,), n_images=1, progress=quiet)
     )
     assert [(each.manifest.model, each.is_new) for each in made] == [(model, True) for model in MODELS]
     for manifest, _ in made:
@@ -374,7 +374,7 @@ def test_models_compile_for_ada_without_a_gpu(tiny_repository, tmp_path) -> None
         assert "INFO" in (folder / "build.log").read_text()
         assert "ERROR" not in (folder / "build.log").read_text()
     assert len({manifest.engine_id for manifest, _ in made}) == 3
-    again = engines.export(tiny_repository, tmp_path, target="tensorrt-rtx", capabilities=(89,), progress=quiet)
+    again = build.export(tiny_repository, tmp_path, target="tensorrt-rtx", capabilities=(89,), progress=quiet)
     assert [each.is_new for each in again] == [False] * 3
 
 
@@ -392,6 +392,6 @@ def test_refusal_of_tensorrt_is_said_in_its_own_words(tiny_repository) -> None:
 def test_fp16_makes_it_compile_for_turing_and_plans_of_two_gpus_differ(tiny_repository) -> None:
     kit = TOOLKITS["tensorrt-rtx"]
     trt = load_toolkit("tensorrt-rtx", (75, 89))
-    network, _ = engines.convert(onnx.load(tiny_repository / "head/1/model.onnx"), "fp16")
+    network, _ = build.convert(onnx.load(tiny_repository / "head/1/model.onnx"), "fp16")
     made = [compile_plan(trt, kit, network.SerializeToString(), c, Batches()).plan for c in (75, 89)]
-    assert len({engines.sha256(plan) for plan in made}) == 2
+    assert len({build.sha256(plan) for plan in made}) == 2

@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from semwatch.errors import ConfigError
-from semwatch_training import engine_parity
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.detection.segmentation_branch import BranchForm
-from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.engines import parity
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.gpu import measure, networks
 from semwatch_training.gpu import run as whole_run
 from semwatch_training.gpu.__main__ import gpu
@@ -49,9 +49,7 @@ def worst(pair: Pair, dtype: torch.dtype, device: str = "cpu") -> dict[str, floa
         with torch.no_grad():
             expected = whole_run._answers(graph, fed, names[part])
             lowered = networks.lowered(graph, dtype, device)
-            found |= engine_parity.differences(
-                expected, whole_run._answers(lowered, [x.to(device) for x in fed], names[part])
-            )
+            found |= parity.differences(expected, whole_run._answers(lowered, [x.to(device) for x in fed], names[part]))
     return found
 
 

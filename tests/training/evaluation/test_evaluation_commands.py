@@ -14,15 +14,11 @@ from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch_training import __main__ as command_line
 from semwatch_training.data.datasets import Sample
-from semwatch_training.detection import fit_memory, memory_detector, train_detector
-from semwatch_training.detection.memory_detector import MemoryForm, SelfMatchingGraph, Trunks
-from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
-from semwatch_training.detection.segmentation_branch import BranchForm
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.evaluation import (
     detection_experiments,
-    engines,
+    detectors,
     evaluate,
     evaluate_detection,
     evaluate_discovery,
@@ -33,6 +29,11 @@ from semwatch_training.evaluation import (
 from semwatch_training.evaluation.binarization_rules import NAMES
 from semwatch_training.evaluation.evaluation_data import Source, by_stage, crops_of, defects_only, fingerprint
 from semwatch_training.evaluation.report import Table
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.memory import fit_memory, memory_detector
+from semwatch_training.families.memory.memory_detector import MemoryForm, SelfMatchingGraph, Trunks
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.ni.ni_detector import DetectorForm, NIDetector
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
@@ -54,9 +55,9 @@ def tiny_backbones() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional)
-        for module in (engines, fit_memory, detection_experiments):
+        for module in (detectors, fit_memory, detection_experiments):
             patch.setattr(module, "MemoryForm", lambda: FORM)
-        patch.setattr(engines, "CORESET", replace(FORM, alike=0))
+        patch.setattr(detectors, "CORESET", replace(FORM, alike=0))
         yield
     torch.set_num_threads(before)
 

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 import tiny_models
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import Sample
-from semwatch_training.detection.memory_detector import MemoryForm, Trunks
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.detection.segmentation_branch import BranchForm
-from semwatch_training.detection.train_branch import BranchSchedule
-from semwatch_training.detection.train_detector import Schedule
 from semwatch_training.evaluation import crop_experiments, detection_experiments, evaluate_detection
 from semwatch_training.evaluation.binarization_rules import NAMES
 from semwatch_training.evaluation.crop_experiments import MASKINGS, binarization, k_per_stage, mask_and_crop
 from semwatch_training.evaluation.detection_experiments import cross_process, k_shot, normal_tokens
 from semwatch_training.evaluation.evaluate_detection import Engine, Field
 from semwatch_training.evaluation.report import Table
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.branch.train_branch import BranchSchedule
+from semwatch_training.families.memory.memory_detector import MemoryForm, Trunks
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.families.ni.train_detector import Schedule
 from semwatch_training.synthetic import STAGES
 from semwatch_training.trunks.efficientnet import EfficientNet
 from tiny_models import DETECTOR, trunk
@@ -320,7 +320,7 @@ def test_each_stage_asked_for_is_learnt_twice_and_judged_on_all_three(tmp_path, 
     monkeypatch.setattr(
         detection_experiments, "synthetic", lambda stage, **options: real_fields(stage, **options, side_px=384)
     )
-    monkeypatch.setattr("semwatch_training.detection.branch_views.SIDES_PX", (384, 384, 384, 384))
+    monkeypatch.setattr("semwatch_training.families.branch.branch_views.SIDES_PX", (384, 384, 384, 384))
     table = cross_process(
         convolutional,
         tmp_path,

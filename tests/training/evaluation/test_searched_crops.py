@@ -5,10 +5,10 @@ import cv2
 import numpy as np
 import pytest
 
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import Sample
 from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.evaluation import searched_crops

@@ -8,8 +8,8 @@ from semwatch_training.data import pattern_defects
 from semwatch_training.data.datasets import MAX_SEEDS
 from semwatch_training.data.pattern_defects import LARGEST_SHARE
 from semwatch_training.data.pseudo_defects import Planted
-from semwatch_training.detection import branch_views
-from semwatch_training.detection.branch_views import SIDES_PX, synthetic_fields, synthetic_views, vary, views
+from semwatch_training.families.branch import branch_views
+from semwatch_training.families.branch.branch_views import SIDES_PX, synthetic_fields, synthetic_views, vary, views
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
 
 

@@ -12,20 +12,20 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError, ModelMismatch
-from semwatch.inference import Embedded
+from semwatch.models import model_repository
+from semwatch.models.inference import Embedded
 from semwatch_training import __main__ as command_line
-from semwatch_training import build_repository
-from semwatch_training.build_repository import build, form_text, served_form
-from semwatch_training.detection import train_detector
-from semwatch_training.detection.ni_detector import NIDetector
 from semwatch_training.discovery.head import save_head
-from semwatch_training.encoding import self_supervision, unlabelled_crops
-from semwatch_training.encoding.encoder_run import CropSource, train_encoder
-from semwatch_training.encoding.self_supervision import Schedule
-from semwatch_training.encoding.smg_vit import EncoderGraph, SmgVit
-from semwatch_training.encoding.unlabelled_crops import Crops
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.ni.ni_detector import NIDetector
+from semwatch_training.families.smg_vit import self_supervision, unlabelled_crops
+from semwatch_training.families.smg_vit.encoder_run import CropSource, train_encoder
+from semwatch_training.families.smg_vit.self_supervision import Schedule
+from semwatch_training.families.smg_vit.smg_vit import EncoderGraph, SmgVit
+from semwatch_training.families.smg_vit.unlabelled_crops import Crops
+from semwatch_training.publishing import build_repository
+from semwatch_training.publishing.build_repository import build, form_text, served_form
 from semwatch_training.trunks import backbone
 from tiny_models import DETECTOR, ENCODER, SHAPE, head, trunk
 

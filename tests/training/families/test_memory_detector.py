@@ -11,14 +11,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
-from semwatch.model_repository import Meta
-from semwatch.model_repository import Tensor as TensorMeta
-from semwatch_training import weights_file
-from semwatch_training.detection import fit_memory, memory_detector
-from semwatch_training.detection.fit_memory import fit, principal_components
-from semwatch_training.detection.memory_detector import (
+from semwatch.line.detection import resize
+from semwatch.models.model_repository import Meta
+from semwatch.models.model_repository import Tensor as TensorMeta
+from semwatch_training.families.memory import fit_memory, memory_detector
+from semwatch_training.families.memory.fit_memory import fit, principal_components
+from semwatch_training.families.memory.memory_detector import (
     MemoryForm,
     MemoryGraph,
     SelfMatchingGraph,
@@ -30,7 +29,8 @@ from semwatch_training.detection.memory_detector import (
     scored,
     self_distances,
 )
-from semwatch_training.export import parity, random_inputs, to_onnx
+from semwatch_training.publishing.export import parity, random_inputs, to_onnx
+from semwatch_training.system import weights_file
 from tiny_models import convolutional, trunk
 
 FORM = MemoryForm(

@@ -10,14 +10,13 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
-from semwatch.model_repository import Meta
-from semwatch.model_repository import Tensor as TensorMeta
-from semwatch_training import weights_file
-from semwatch_training.detection import fit_memory
-from semwatch_training.detection.fit_memory import Patches, fit, remember
-from semwatch_training.detection.memory_detector import (
+from semwatch.line.detection import resize
+from semwatch.models.model_repository import Meta
+from semwatch.models.model_repository import Tensor as TensorMeta
+from semwatch_training.families.memory import fit_memory
+from semwatch_training.families.memory.fit_memory import Patches, fit, remember
+from semwatch_training.families.memory.memory_detector import (
     CORESET,
     Memory,
     MemoryForm,
@@ -29,7 +28,8 @@ from semwatch_training.detection.memory_detector import (
     save,
     signatures,
 )
-from semwatch_training.export import parity, random_inputs, to_onnx
+from semwatch_training.publishing.export import parity, random_inputs, to_onnx
+from semwatch_training.system import weights_file
 from tiny_models import convolutional, trunk
 
 FORM = MemoryForm(

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector, group
-from semwatch_training.detection.ni_losses import (
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector, group
+from semwatch_training.families.ni.ni_losses import (
     distances,
     matching_distances,
     normal_information_loss,

@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch.model_repository import Meta, Tensor
-from semwatch_training import export
+from semwatch.models.model_repository import Meta, Tensor
+from semwatch.system import clock
 from semwatch_training.data import backgrounds, datasets, pattern_defects
-from semwatch_training.detection import train_detector
-from semwatch_training.detection.branch_views import synthetic_views, vary, views
-from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
-from semwatch_training.detection.segmentation_branch import (
+from semwatch_training.families.branch.branch_views import synthetic_views, vary, views
+from semwatch_training.families.branch.segmentation_branch import (
     BranchForm,
     Evidence,
     SegmentationBranch,
@@ -24,7 +22,7 @@ from semwatch_training.detection.segmentation_branch import (
     self_matching,
     standardise,
 )
-from semwatch_training.detection.train_branch import (
+from semwatch_training.families.branch.train_branch import (
     BranchSchedule,
     Samples,
     cache_samples,
@@ -32,6 +30,9 @@ from semwatch_training.detection.train_branch import (
     train_branch,
     unpacked,
 )
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.ni.ni_detector import DetectorForm, NIDetector
+from semwatch_training.publishing import export
 from semwatch_training.synthetic import render
 from semwatch_training.synthetic.shapes import NoRoom
 from semwatch_training.trunks.efficientnet import EfficientNet
@@ -414,7 +415,7 @@ def test_graph_with_both_kinds_of_evidence_exports_with_a_dynamic_batch(tmp_path
     }
     meta = Meta(
         model="detector",
-        created_utc=export.utc_now(),
+        created_utc=clock.utc_now(),
         inputs={"image": Tensor(dtype="uint8", shape=(112, 112))},
         outputs=outputs,
         normal_scores=(0.1,),

@@ -9,10 +9,10 @@ import torch
 
 from semwatch.errors import ConfigError
 from semwatch_training.data.augment import NOTHING
-from semwatch_training.encoding import self_supervision as ss
-from semwatch_training.encoding.crop_views import Views, cache_views, frozen_fingerprint
-from semwatch_training.encoding.distillation import collapse_indicators, distillation_loss
-from semwatch_training.encoding.smg_vit import EncoderForm, SmgVit
+from semwatch_training.families.smg_vit import self_supervision as ss
+from semwatch_training.families.smg_vit.crop_views import Views, cache_views, frozen_fingerprint
+from semwatch_training.families.smg_vit.distillation import collapse_indicators, distillation_loss
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm, SmgVit
 from tiny_models import ENCODER, trunk
 
 SCHEDULE = ss.Schedule(

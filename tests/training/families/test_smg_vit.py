@@ -4,9 +4,9 @@ from typing import Literal
 import pytest
 import torch
 
-from semwatch import model_repository
-from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit, pool, pool_difference
-from semwatch_training.export import parity, publish_encoder, random_inputs
+from semwatch.models import model_repository
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit, pool, pool_difference
+from semwatch_training.publishing.export import parity, publish_encoder, random_inputs
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import VisionTransformer
 from tiny_models import ENCODER, SHAPE, encoder_graph, trunk

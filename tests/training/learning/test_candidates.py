@@ -5,9 +5,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import adjusted_rand_score, silhouette_samples
 
-from semwatch import head_bank
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
+from semwatch.models import head_bank
+from semwatch.models.head_bank import Bank
 from semwatch_training.discovery.estimate_k import KEstimate
 from semwatch_training.learning import candidates
 from semwatch_training.learning.candidates import Candidates, find, split

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
+from semwatch.models.head_bank import Bank
 from semwatch_training.learning import cycle_report
 from semwatch_training.learning.cycle_report import (
     ClusterRecord,

@@ -6,11 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from cluster_files import T0, ids, three
-from semwatch import clusters
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.config import Learning
+from factories import make_record
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.settings.site import Learning
 from semwatch_training.learning.housekeeping import REPORTS, tidy
-from test_archive import make_record
 
 LONG_AFTER = "2027-06-01T00:00:00Z"
 

@@ -12,12 +12,12 @@ import pytest
 import redis
 
 from learning_site import Lab, add_raw, make_lab, unknown
-from semwatch.archive import Archive
-from semwatch.embedded_redis import EmbeddedRedis
+from semwatch.classes.archive import Archive
 from semwatch.errors import ServiceUnavailable
-from semwatch.inference import Embedded
-from semwatch.records import Fields, Record, encode
-from semwatch.unknowns import connect
+from semwatch.models.inference import Embedded
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.records import Fields, Record, encode
+from semwatch.streams.unknowns import connect
 from semwatch_training.learning import intake
 from semwatch_training.learning.intake import Fate, Held, Sorted, fault_of, features_of, sort_out
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from semwatch import head_bank
-from semwatch.config import Promotion, Recipe
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
+from semwatch.models import head_bank
+from semwatch.models.head_bank import Bank
+from semwatch.settings.recipe import Promotion, Recipe
 from semwatch_training.learning.promotion import (
     Answers,
     ClassChange,

@@ -23,15 +23,17 @@ from commands import Command, in_process
 from daemon import Daemon
 from daemon import Site as DaemonSite
 from learning_site import RECIPE, Lab, add_raw, make_lab
-from semwatch import clusters, drift, head_bank, model_repository, serving
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.classification import decide
-from semwatch.embedded_redis import EmbeddedRedis
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.errors import ConfigError, ModelMismatch, PublishError, ServiceUnavailable
-from semwatch.inference import Embedded
-from semwatch.ledger import Ledger
-from semwatch.records import Fields, encode
-from semwatch.unknowns import Consumer, connect
+from semwatch.line.classification import decide
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.inference import Embedded
+from semwatch.service import drift
+from semwatch.store.ledger import Ledger
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.records import Fields, encode
+from semwatch.streams.unknowns import Consumer, connect
 from semwatch_training.__main__ import main
 from semwatch_training.discovery.head import load_head
 from semwatch_training.learning import cycle_report, intake, new_classes, on_record, retrain
@@ -369,7 +371,7 @@ def test_head_that_fails_its_probe_is_withdrawn_and_the_old_one_serves(lab: Lab,
     assert outcome.status == "refused"
     assert "answers its probe with another" in outcome.sentence
     assert_untouched(lab, n_versions=2)
-    assert "probe" in (serving.why_withdrawn(lab.repository, "head", 2) or "")
+    assert "probe" in (choice.why_withdrawn(lab.repository, "head", 2) or "")
     assert outcome.report is not None
     assert (outcome.report / retrain.CANDIDATE).is_file()
     assert run_cycle(lab.site).head_version == 3
@@ -378,7 +380,7 @@ def test_head_that_fails_its_probe_is_withdrawn_and_the_old_one_serves(lab: Lab,
 
 def test_running_daemon_swaps_or_refuses_and_one_that_hangs_is_not_waited_for_longer(lab: Lab, monkeypatch) -> None:
     def announced() -> dict[str, int]:
-        return serving.announced(lab.folder / "state")[0]
+        return choice.announced(lab.folder / "state")[0]
 
     with Daemon(DaemonSite(lab.folder)) as daemon:
         daemon.wait_ready()
@@ -416,7 +418,7 @@ def audit_log(lab: Lab) -> list[str]:
 def test_head_that_a_person_withdraws_while_the_cycle_runs_has_no_successor(learned: Lab, monkeypatch) -> None:
     learned.add(learned.blob(7, 30))
     repository = learned.repository
-    after(monkeypatch, retrain, "fit_head", lambda: serving.roll_back(repository, "head", "calls pits bridges"))
+    after(monkeypatch, retrain, "fit_head", lambda: choice.roll_back(repository, "head", "calls pits bridges"))
     with pytest.raises(PublishError, match=r"head 2 was withdrawn while the cycle ran \(calls pits bridges\)"):
         run_cycle(learned.site)
     assert (learned.version, learned.versions()) == (1, [1, 2])
@@ -437,7 +439,7 @@ AFTER_PUBLISHING = {
     "audit line": (Ledger, "note", 1),
     "clusters file": (on_record, "put", 2),
     "archive": (intake, "settle", 3),
-    "retention": (serving, "prune", 1),
+    "retention": (choice, "prune", 1),
     "report": (Account, "write", 1),
     "first acknowledged": (Consumer, "ack", 1),
     "all acknowledged": (intake.Held, "acknowledge", 3),
@@ -479,7 +481,7 @@ def test_crash_loses_no_unknown_that_came_meanwhile(lab: Lab, monkeypatch) -> No
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from semwatch.config import load_site
+from semwatch.settings.site import load_site
 from semwatch_training.learning import retrain
 from tiny_models import exporting_once
 owner, name = {"publish": (retrain, "publish_head"), "settle": (retrain.intake, "settle")}[sys.argv[3]]
@@ -871,7 +873,7 @@ def test_site_whose_recipes_all_pin_their_head_says_what_to_change(lab: Lab) -> 
 
 def test_pinned_head_says_how_to_release_it_before_anything_is_claimed(lab: Lab) -> None:
     add_two(lab)
-    serving.pin(lab.repository, "head", 1)
+    choice.pin(lab.repository, "head", 1)
     with pytest.raises(ConfigError, match="models pin head --release"):
         run_cycle(lab.site)
     assert lab.versions() == [1]

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from cluster_files import T0, T1, WHO, found, ids
-from semwatch import clusters, decisions, head_bank, sightings
-from semwatch.clusters import Clusters
-from semwatch.config import Promotion, Recipe
-from semwatch.head_bank import Bank
-from semwatch.model_repository import Meta
+from semwatch.classes import clusters, decisions, sightings
+from semwatch.classes.clusters import Clusters
+from semwatch.models import head_bank
+from semwatch.models.head_bank import Bank
+from semwatch.models.model_repository import Meta
+from semwatch.settings.recipe import Promotion, Recipe
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
 from semwatch_training.learning import new_classes, standing
 from semwatch_training.learning.candidates import Candidate

@@ -13,23 +13,24 @@ from onnx import helper, numpy_helper
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from semwatch import model_repository
+from paths import ROOT
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
+from semwatch.models import model_repository
+from semwatch.models.inference import Embedded
 from semwatch_training import __main__ as command_line
-from semwatch_training import build_repository
-from semwatch_training.build_repository import build, form_text
-from semwatch_training.detection import fit_memory, memory_detector, train_detector
-from semwatch_training.detection.memory_detector import MemoryForm, Trunks
-from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
-from semwatch_training.detection.segmentation_branch import BranchForm
 from semwatch_training.discovery.head import save_head
-from semwatch_training.encoding.smg_vit import EncoderForm
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.memory import fit_memory, memory_detector
+from semwatch_training.families.memory.memory_detector import MemoryForm, Trunks
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.ni.ni_detector import DetectorForm, NIDetector
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm
+from semwatch_training.publishing import build_repository
+from semwatch_training.publishing.build_repository import build, form_text
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer, load_trunk
 from tiny_models import DETECTOR, ENCODER, SHAPE, convolutional, exporting_once, head, trunk
 
-ROOT = Path(__file__).resolve().parents[1]
 FORM = replace(DETECTOR, trunk=backbone.TRUNK_NAME, layers=(0, 1))
 FROZEN = len(ENCODER.pooled_layers) * SHAPE.width + 2
 SERVED = ["detector 1", "encoder 1", "head 1"]

@@ -2,17 +2,19 @@ import numpy as np
 import pytest
 import torch
 
-from semwatch import micrograph, model_repository
-from semwatch.detection import resize
 from semwatch.errors import PublishError
-from semwatch.inference import Embedded
-from semwatch_training import export
-from semwatch_training.build_repository import SHIPPED
+from semwatch.intake import decoding
+from semwatch.line.detection import resize
+from semwatch.models import model_repository
+from semwatch.models.inference import Embedded
 from semwatch_training.data.datasets import folder_images
-from semwatch_training.detection import fit_memory, train_detector
-from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph, Trunks
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.detection.segmentation_branch import BranchForm
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.memory import fit_memory
+from semwatch_training.families.memory.memory_detector import MemoryForm, MemoryGraph, Trunks
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.publishing import export
+from semwatch_training.publishing.build_repository import SHIPPED
 from semwatch_training.trunks import backbone
 from tiny_models import convolutional, detector_graph, exporting_once, trunk
 
@@ -86,7 +88,7 @@ def test_shipped_detector_agrees_with_torch_on_real_images(repository, data) -> 
     paths = folder_images(data / "SEM-TIFF-metadata")[:3] + folder_images(data / "MTD")[::500][:3]
     with Embedded(repository) as models:
         for path in paths:
-            image = resize(micrograph.read(path)[0].field, (448, 448))[None]
+            image = resize(decoding.read(path)[0].field, (448, 448))[None]
             with torch.no_grad():
                 score, raw = (x.numpy() for x in graph(torch.from_numpy(image)))
             answer = models.infer("detector", {"image": image}).outputs

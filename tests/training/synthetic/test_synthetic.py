@@ -1,15 +1,15 @@
 import csv
 import itertools
-import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from semwatch import micrograph
+from paths import DATA
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
+from semwatch.intake import decoding
 from semwatch_training.synthetic import (
     DEFECT_TYPES,
     STAGES,
@@ -24,7 +24,6 @@ from semwatch_training.synthetic.rendering import VISIBLE
 from semwatch_training.synthetic.shapes import NoRoom, across
 from semwatch_training.synthetic.specimen import Specimen
 
-DATA = Path(os.environ.get("SEMWATCH_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
 LAYOUT = DATA / "EMSEC-IC-layout-SVG" / "dataset" / "labels" / "label0000.svg"
 SIZE = (192, 256)
 EVERY_TYPE = [(stage, label) for stage in STAGES for label in DEFECT_TYPES[stage]]
@@ -268,7 +267,7 @@ def test_empty_lot_is_whole(tmp_path: Path) -> None:
 def test_field_and_pixel_size_of_every_image_are_found_again(lot: LotManifest) -> None:
     heights = set()
     for path, image in zip(lot.images, lot_images(n=14, seed=8, size_hw=SIZE), strict=True):
-        (page,) = micrograph.read(path)
+        (page,) = decoding.read(path)
         assert page.field_xyxy == (0, 0, SIZE[1], SIZE[0])
         assert np.array_equal(page.field, image.micrograph.pixels)
         assert page.pixels.shape == image.page_hw
@@ -290,7 +289,7 @@ def test_labels_masks_and_images_agree(lot: LotManifest) -> None:
         assert mask is not None
         x, y, width, height = cv2.boundingRect(mask)
         assert [x, y, x + width, y + height] == [int(row[key]) for key in ("x0", "y0", "x1", "y1")]
-        assert mask.shape == micrograph.read(lot.folder / row["file"])[0].pixels.shape
+        assert mask.shape == decoding.read(lot.folder / row["file"])[0].pixels.shape
     clean = [row for row in rows if row["defect"] == "0"]
     assert clean
     assert all((row["label"], row["x0"]) == (DEFECT_FREE, "") for row in clean)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch_training import checkpoint
+from semwatch_training.system import checkpoint
 
 SETTINGS = {"epochs": 2, "form": {"layers": (0, 1)}}
 

@@ -1,16 +1,15 @@
 """EfficientNet-Lite2: folding, padding, shapes; the real weights where they are at hand."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from paths import ROOT
 from semwatch_training.trunks import backbone, efficientnet
 from semwatch_training.trunks.efficientnet import BATCH_NORM_EPS, STAGES, STEM_CHANNELS, STRIDES, EfficientNet, SameConv
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache"
+CACHE = ROOT / ".cache"
 
 
 def random_checkpoint(seed: int = 0) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ import onnx
 import torch
 from onnx import ModelProto
 
-from semwatch import model_repository, serving
 from semwatch.errors import ConfigError, PublishError
-from semwatch.model_repository import MODELS, Arrays, Meta, write_whole
+from semwatch.models import choice, model_repository
+from semwatch.models.model_repository import MODELS, Arrays, Meta, write_whole
+from semwatch.system.clock import utc_now
 from semwatch.triton.plans import (
     LOG,
     MANIFEST,
@@ -30,11 +31,11 @@ from semwatch.triton.plans import (
     Manifest,
     Precision,
 )
-from semwatch_training import engine_parity, onnx_precision, tensorrt_compiler
-from semwatch_training.engine_manifest import up_to_date
-from semwatch_training.export import random_inputs, utc_now
-from semwatch_training.progress_bars import Progress
-from semwatch_training.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit
+from semwatch_training.engines import onnx_precision, parity, tensorrt_compiler
+from semwatch_training.engines.manifest import up_to_date
+from semwatch_training.engines.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit
+from semwatch_training.publishing.export import random_inputs
+from semwatch_training.system.progress_bars import Progress
 
 CONVERTER = 1
 """Raised when a conversion changes, so that old plans are compiled again."""
@@ -179,7 +180,7 @@ def _wanted(
     capability: int | None,
     toolkit: ModuleType | None,
 ) -> Manifest:
-    version = serving.choice(repository, model)
+    version = choice.choice(repository, model)
     meta = model_repository.read_meta(repository, model, version)
     return Manifest(
         model=meta.model,
@@ -210,7 +211,7 @@ def _prepare(repository: Path, wanted: Manifest, inputs: Arrays) -> _Prepared:
     source = onnx.load(model_repository.weights_path(repository, wanted.model, wanted.version, meta))
     network, judged = convert(source, wanted.precision)
     noise = random_inputs(meta, batch=N_NOISE, seed=0)
-    found = engine_parity.judge(source, judged, {"noise": noise, "images": inputs})
+    found = parity.judge(source, judged, {"noise": noise, "images": inputs})
     check_parity(wanted.model, wanted.precision, found)
     return _Prepared(meta, source, network.SerializeToString(), tuple(found))
 
@@ -243,7 +244,7 @@ def _on_gpu(
     if here != wanted.compute_capability:
         found = "no GPU" if here is None else f"a GPU of SM{here}"
         return [], f"skipped: this machine has {found}, the plan is for SM{wanted.compute_capability}"
-    ran = engine_parity.gpu_difference(toolkit, plan, ready.meta, ready.source, inputs)
+    ran = parity.gpu_difference(toolkit, plan, ready.meta, ready.source, inputs)
     check_parity(wanted.model, wanted.precision, [ran])
     return [ran], str(torch.cuda.get_device_name())
 
@@ -271,6 +272,6 @@ def _place(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _inputs(repository: Path, images: Path | None, n: int) -> dict[str, Arrays]:
     """What each model is fed with when the line reviews images."""
-    versions = {model: serving.choice(repository, model) for model in ("detector", "encoder")}
+    versions = {model: choice.choice(repository, model) for model in ("detector", "encoder")}
     side = model_repository.read_meta(repository, "detector", versions["detector"]).inputs["image"].shape[0]
-    return engine_parity.looked_at(repository, side, versions, engine_parity.read_pages(images, n))
+    return parity.looked_at(repository, side, versions, parity.read_pages(images, n))

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from semwatch.model_repository import MODELS
+from semwatch.models.model_repository import MODELS
 from semwatch.triton import plans
-from semwatch_training import engines
-from semwatch_training.progress_bars import Bars, console
-from semwatch_training.tensorrt_compiler import parse_capabilities
+from semwatch_training.engines import build
+from semwatch_training.engines.tensorrt_compiler import parse_capabilities
+from semwatch_training.system.progress_bars import Bars, console
 
 
 def export(
@@ -34,7 +34,7 @@ def export(
         Path | None, typer.Option(help="Folder of your images to prove the conversion on; else synthetic ones.")
     ] = None,
     n_images: Annotated[int, typer.Option(min=1, help="How many of them; 50 where plans are run on a GPU.")] = (
-        engines.N_IMAGES
+        build.N_IMAGES
     ),
 ) -> None:
     """Compile the models that serve for your GPUs, on any machine; prove each conversion first.
@@ -49,7 +49,7 @@ def export(
     capabilities = parse_capabilities(compute_capability)
     with Bars() as progress:
         made = list(
-            engines.export(
+            build.export(
                 repository, out, target=target, precision=precision, capabilities=capabilities,
                 models=model or MODELS, images=images, n_images=n_images, progress=progress,
             )

@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from semwatch import micrograph
-from semwatch.config import Recipe
 from semwatch.defects import Micrograph
-from semwatch.detection import resize
 from semwatch.errors import PublishError
-from semwatch.inference import Embedded
-from semwatch.model_repository import Arrays, Meta
-from semwatch.pipeline import search
+from semwatch.intake import decoding
+from semwatch.line.detection import resize
+from semwatch.line.pipeline import search
+from semwatch.models.inference import Embedded
+from semwatch.models.model_repository import Arrays, Meta
+from semwatch.settings.recipe import Recipe
 from semwatch.triton.plans import Difference
 from semwatch_training.data.datasets import folder_images
 from semwatch_training.synthetic import lot_images
@@ -89,13 +89,13 @@ def read_pages(folder: Path | None, n: int) -> list[Micrograph]:
     """First pages of up to n images spread over a folder; of a synthetic lot without one."""
     if folder is not None:
         paths = folder_images(folder)
-        return [micrograph.read(path)[0] for path in paths[:: max(1, len(paths) // n)][:n]]
+        return [decoding.read(path)[0] for path in paths[:: max(1, len(paths) // n)][:n]]
     with tempfile.TemporaryDirectory() as written:
         pages = []
         for image in lot_images(n=n, seed=23, size_hw=(512, 512)):
             path = Path(written) / image.name
             path.write_bytes(image.content)
-            pages.append(micrograph.read(path)[0])
+            pages.append(decoding.read(path)[0])
     return pages
 
 

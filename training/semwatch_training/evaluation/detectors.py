@@ -5,14 +5,21 @@ from pathlib import Path
 
 import numpy as np
 
-from semwatch import binarization
+from semwatch.line import binarization
 from semwatch_training.data import datasets
 from semwatch_training.data.datasets import Sample
 from semwatch_training.data.public_sets import mtd_tiles
-from semwatch_training.detection import fit_memory, train_detector
-from semwatch_training.detection.memory_detector import CORESET, MemoryForm, MemoryGraph, SelfMatchingGraph, Trunks
 from semwatch_training.evaluation.evaluate_detection import Engine
-from semwatch_training.progress_bars import Progress
+from semwatch_training.families.memory import fit_memory
+from semwatch_training.families.memory.memory_detector import (
+    CORESET,
+    MemoryForm,
+    MemoryGraph,
+    SelfMatchingGraph,
+    Trunks,
+)
+from semwatch_training.families.ni import train_detector
+from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
 
 

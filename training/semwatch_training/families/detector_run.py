@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError
+from semwatch.models import model_repository
 from semwatch_training.data import datasets
 from semwatch_training.data.backgrounds import backgrounds
-from semwatch_training.detection import train_detector
-from semwatch_training.detection.branch_views import Image, Mask, synthetic_fields, synthetic_views, views
-from semwatch_training.detection.ni_detector import DetectorForm, NIDetector
-from semwatch_training.detection.segmentation_branch import Evidence
-from semwatch_training.detection.train_branch import BranchSchedule, cache_samples, train_branch
-from semwatch_training.detection.train_detector import Schedule
-from semwatch_training.progress_bars import Progress
+from semwatch_training.families.branch.branch_views import Image, Mask, synthetic_fields, synthetic_views, views
+from semwatch_training.families.branch.segmentation_branch import Evidence
+from semwatch_training.families.branch.train_branch import BranchSchedule, cache_samples, train_branch
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.ni.ni_detector import DetectorForm, NIDetector
+from semwatch_training.families.ni.train_detector import Schedule
 from semwatch_training.synthetic import STAGES
+from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import VisionTransformer
 

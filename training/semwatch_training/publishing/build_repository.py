@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from semwatch import head_bank, model_repository
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
-from semwatch_training.detection import memory_detector, train_detector
-from semwatch_training.detection.memory_detector import MemoryGraph, Trunks
+from semwatch.models import head_bank, model_repository
+from semwatch.models.head_bank import Bank
 from semwatch_training.discovery.head import load_head
-from semwatch_training.encoding import self_supervision
-from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
-from semwatch_training.export import publish_detector, publish_encoder, publish_head
+from semwatch_training.families.memory import memory_detector
+from semwatch_training.families.memory.memory_detector import MemoryGraph, Trunks
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.smg_vit import self_supervision
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.publishing.export import publish_detector, publish_encoder, publish_head
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import VisionTransformer

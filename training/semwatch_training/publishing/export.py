@@ -6,7 +6,6 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,15 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from semwatch import head_bank, model_repository
 from semwatch.errors import PublishError
-from semwatch.head_bank import Bank
-from semwatch.model_repository import Arrays, Meta, Tensor
-from semwatch_training.detection import folding
-from semwatch_training.detection.memory_detector import MemoryForm, MemoryGraph
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph
+from semwatch.models import head_bank, model_repository
+from semwatch.models.head_bank import Bank
+from semwatch.models.model_repository import Arrays, Meta, Tensor
+from semwatch.system.clock import utc_now
 from semwatch_training.discovery.head import Head
-from semwatch_training.encoding.smg_vit import EncoderGraph
+from semwatch_training.families.memory.memory_detector import MemoryForm, MemoryGraph
+from semwatch_training.families.ni import folding
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph
+from semwatch_training.families.smg_vit.smg_vit import EncoderGraph
 
 OPSET = 20
 MAX_RELATIVE_DIFFERENCE = 1e-3
@@ -218,8 +218,3 @@ def _publish(
 def flat(form: Mapping[str, Any]) -> dict[str, str | float | int]:
     """A form's fields as plain provenance values."""
     return {key: value if isinstance(value, str | float | int) else str(value) for key, value in form.items()}
-
-
-def utc_now() -> str:
-    """ISO 8601, seconds, Z."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch_training import weights_file
+from semwatch_training.system import weights_file
 
 
 def write(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
+from semwatch.line.detection import resize
 from semwatch_training.data import pattern_defects
 from semwatch_training.data.backgrounds import backgrounds
 from semwatch_training.data.datasets import MAX_SEEDS, SEED_TRAIN, first_with_room

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
+from semwatch.line.detection import resize
 
 
 def few_shot_images(

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from semwatch.errors import ConfigError
-from semwatch_training import checkpoint, weights_file
-from semwatch_training.detection.branch_views import Image, Mask
-from semwatch_training.detection.segmentation_branch import BranchForm, Evidence, SegmentationBranch, branch_loss
-from semwatch_training.progress_bars import Progress
+from semwatch_training.families.branch.branch_views import Image, Mask
+from semwatch_training.families.branch.segmentation_branch import BranchForm, Evidence, SegmentationBranch, branch_loss
+from semwatch_training.system import checkpoint, weights_file
+from semwatch_training.system.progress_bars import Progress
 
 CHECKPOINT_STEPS = 50
 

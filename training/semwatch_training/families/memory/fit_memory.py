@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
+from semwatch.line.detection import resize
 from semwatch_training.data.augment import turned
-from semwatch_training.detection.memory_detector import (
+from semwatch_training.families.memory.memory_detector import (
     Bank,
     Memory,
     MemoryForm,
@@ -27,7 +27,7 @@ from semwatch_training.detection.memory_detector import (
     scored,
     signatures,
 )
-from semwatch_training.progress_bars import Progress
+from semwatch_training.system.progress_bars import Progress
 
 MIN_SPREAD = 1e-6
 

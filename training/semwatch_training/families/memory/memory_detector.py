@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from semwatch_training import weights_file
+from semwatch_training.system import weights_file
 from semwatch_training.trunks.efficientnet import EfficientNet, grid_features
 from semwatch_training.trunks.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, normalise
 

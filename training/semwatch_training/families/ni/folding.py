@@ -15,12 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from semwatch_training.detection.ni_detector import (
-    DetectorGraph,
-    GuidedDecoderLayer,
-    NormalExtractor,
-    split_heads,
-)
+from semwatch_training.families.ni.ni_detector import DetectorGraph, GuidedDecoderLayer, NormalExtractor, split_heads
 
 
 def folded(graph: DetectorGraph) -> DetectorGraph:

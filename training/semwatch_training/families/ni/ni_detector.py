@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from semwatch.errors import ConfigError
-from semwatch_training.detection.ni_losses import distances, matching_distances
-from semwatch_training.detection.segmentation_branch import (
+from semwatch_training.families.branch.segmentation_branch import (
     BranchForm,
     Evidence,
     SegmentationBranch,
     image_score,
     standardise,
 )
+from semwatch_training.families.ni.ni_losses import distances, matching_distances
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import IMAGENET_MEAN, IMAGENET_STD, Mlp, VisionTransformer, normalise
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from semwatch.errors import ConfigError
-from semwatch_training import checkpoint, weights_file
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.detection.ni_losses import normal_information_loss, plant_pseudo_defects, reconstruction_loss
-from semwatch_training.detection.segmentation_branch import BranchForm
-from semwatch_training.progress_bars import Progress
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.families.ni.ni_losses import normal_information_loss, plant_pseudo_defects, reconstruction_loss
+from semwatch_training.system import checkpoint, weights_file
+from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import VisionTransformer
 

@@ -1,1 +1,5 @@
-"""Stage B: from a crop and its soft mask to features; self-supervision of the encoder."""
+"""The encoder: soft-mask-guided ViT (IC-DefectNCD, stage B) and its self-supervision.
+
+May import: `data`, `trunks`, `synthetic`, `system`.
+Start reading: `smg_vit.py`.
+"""

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
-from semwatch_training import weights_file
 from semwatch_training.data.augment import Augmentation, augment
-from semwatch_training.encoding.smg_vit import SmgVit
-from semwatch_training.progress_bars import Progress
+from semwatch_training.families.smg_vit.smg_vit import SmgVit
+from semwatch_training.system import weights_file
+from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks.vit import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 

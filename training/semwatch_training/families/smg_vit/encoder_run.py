@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
-from semwatch_training.encoding import self_supervision, unlabelled_crops
-from semwatch_training.encoding.crop_views import cache_views
-from semwatch_training.encoding.self_supervision import Schedule
-from semwatch_training.encoding.smg_vit import EncoderForm, SmgVit
-from semwatch_training.encoding.unlabelled_crops import Crops
-from semwatch_training.progress_bars import Progress
+from semwatch.models.inference import Embedded
+from semwatch_training.families.smg_vit import self_supervision, unlabelled_crops
+from semwatch_training.families.smg_vit.crop_views import cache_views
+from semwatch_training.families.smg_vit.self_supervision import Schedule
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm, SmgVit
+from semwatch_training.families.smg_vit.unlabelled_crops import Crops
+from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
 
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from semwatch.errors import ConfigError
-from semwatch_training import checkpoint, weights_file
-from semwatch_training.encoding.crop_views import Views, frozen_fingerprint
-from semwatch_training.encoding.distillation import Projection, collapse_indicators, distillation_loss
-from semwatch_training.encoding.smg_vit import GuidedLayers, SmgVit
-from semwatch_training.progress_bars import Progress
+from semwatch_training.families.smg_vit.crop_views import Views, frozen_fingerprint
+from semwatch_training.families.smg_vit.distillation import Projection, collapse_indicators, distillation_loss
+from semwatch_training.families.smg_vit.smg_vit import GuidedLayers, SmgVit
+from semwatch_training.system import checkpoint, weights_file
+from semwatch_training.system.progress_bars import Progress
 
 
 @dataclass(frozen=True, slots=True)

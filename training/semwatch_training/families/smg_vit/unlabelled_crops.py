@@ -13,16 +13,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch import micrograph
-from semwatch.config import Recipe
 from semwatch.defects import Micrograph
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
-from semwatch.pipeline import search
-from semwatch_training import weights_file
+from semwatch.intake import decoding
+from semwatch.line.pipeline import search
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data import datasets
-from semwatch_training.progress_bars import Progress
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
+from semwatch_training.system import weights_file
+from semwatch_training.system.progress_bars import Progress
 
 SIDE_PX = 768
 N_TYPES = sum(len(types) for types in DEFECT_TYPES.values())
@@ -52,7 +52,7 @@ def of_files(models: Embedded, paths: Sequence[Path], *, progress: Progress) -> 
         ConfigError: the gate opened on none.
         ImageError: a file is not a whole image.
     """
-    pages = (page for path in paths for page in micrograph.read(path))
+    pages = (page for path in paths for page in decoding.read(path))
     return searched(models, Recipe(), pages, len(paths), progress=progress)
 
 
