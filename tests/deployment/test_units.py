@@ -216,7 +216,7 @@ def folders() -> dict[str, list[str]]:
 
 
 def example() -> Site:
-    return load_site(ROOT / "daemon/semwatch/examples/site.yaml")
+    return load_site(ROOT / "daemon/semwatch/settings/examples/site.yaml")
 
 
 @pytest.mark.parametrize(
