@@ -22,6 +22,7 @@ from semwatch.deployment.installed_files import REPOSITORY, SETTINGS, STATE, set
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError
 from semwatch.settings.site import Site, load_site
+from semwatch.system import files
 
 BACKUPS = Path("/var/lib/semwatch-install/backups")
 KEEP = 5
@@ -76,7 +77,8 @@ def take(at: Place, kept: Kept, name: str) -> Path:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    made = partial.rename(folder / f"{utc}-{name}")
+    made = folder / f"{utc}-{name}"
+    files.place_folder(partial, made)
     for old in listed(at)[:-KEEP]:
         shutil.rmtree(old)
     return made

@@ -21,6 +21,7 @@ from typing import Any
 from semwatch.errors import ModelMismatch, PublishError
 from semwatch.models import model_repository
 from semwatch.models.model_repository import Meta
+from semwatch.system import files
 from semwatch.system.clock import utc_now
 
 PINNED, WITHDRAWN = "pinned", ".withdrawn"
@@ -96,7 +97,7 @@ def pin(repository: Path, model: str, version: int | None) -> None:
         if version is None:
             path.unlink(missing_ok=True)
         else:
-            model_repository.write_whole(path, f"{version}\n".encode())
+            files.write_whole(path, f"{version}\n".encode())
     except OSError as error:
         raise PublishError(f"cannot write {path}: {error}") from error
 
@@ -125,7 +126,7 @@ def withdraw(repository: Path, model: str, version: int, reason: str) -> None:
     if all(why_withdrawn(repository, model, other) is not None for other in others):
         raise PublishError(f"{model} {version} is the last version that may serve; publish another first")
     try:
-        model_repository.write_whole(repository / model / f"{version}{WITHDRAWN}", f"{reason}\n".encode())
+        files.write_whole(repository / model / f"{version}{WITHDRAWN}", f"{reason}\n".encode())
     except OSError as error:
         raise PublishError(f"cannot withdraw {model} {version}: {error}") from error
 
@@ -185,7 +186,7 @@ def prune(repository: Path, model: str, *, keep: int) -> list[int]:
         folder = repository / model / str(version)
         doomed = folder.with_name(f".gone-{version}")
         try:
-            folder.rename(doomed)  # by one rename out of sight: a half-deleted version is never seen
+            files.rename(folder, doomed)  # by one rename out of sight: a half-deleted version is never seen
             shutil.rmtree(doomed)
             (repository / model / f"{version}{WITHDRAWN}").unlink(missing_ok=True)
         except OSError as error:
@@ -210,7 +211,7 @@ def announce(state_dir: Path, versions: Mapping[str, int], refused_heads: Mappin
     """
     utc = utc_now()
     said = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
-    model_repository.write_whole(state_dir / ANNOUNCED, json.dumps(said).encode())
+    files.write_whole(state_dir / ANNOUNCED, json.dumps(said).encode())
 
 
 def announced(state_dir: Path) -> tuple[dict[str, int], dict[int, str]]:

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from semwatch.defects import PageReview, Review
 from semwatch.errors import ServiceUnavailable
-from semwatch.models.model_repository import write_whole
+from semwatch.system.files import rename, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -491,7 +491,7 @@ class DriftWatch:
 
 def _set_aside(path: Path, aside: Path) -> None:
     try:
-        path.replace(aside)
+        rename(path, aside)
     except OSError as error:
         log.warning("%s stays where it is: %s", path, error.strerror)
 

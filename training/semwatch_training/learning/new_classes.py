@@ -13,10 +13,11 @@ from semwatch.classes.clusters import Cluster, Clusters
 from semwatch.classes.sightings import Found
 from semwatch.defects import NOVEL
 from semwatch.errors import ServiceUnavailable
-from semwatch.models import head_bank, model_repository
+from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
 from semwatch.settings.recipe import Recipe
 from semwatch.streams.records import Record
+from semwatch.system import files
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
 from semwatch_training.learning import promotion, standing
 from semwatch_training.learning.candidates import Candidates
@@ -156,6 +157,6 @@ def write_examples(folder: Path, f: Findings, archive: Archive) -> None:
             place.mkdir(parents=True, exist_ok=True)
             for record in archive.read_many([i for i in group.ids if i in wanted]):
                 _, png = cv2.imencode(".png", record.crop)
-                model_repository.write_whole(place / f"{record.id}.png", png.tobytes())
+                files.write_whole(place / f"{record.id}.png", png.tobytes())
         except OSError as error:
             raise ServiceUnavailable(f"cannot write {place}: {error.strerror}; free or mend the disk") from error
