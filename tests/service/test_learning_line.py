@@ -3,6 +3,7 @@
 Real processes, a real Redis, a real head fitted on what the line itself called unknown; tiny models.
 """
 
+from semwatch.store import serving
 import csv
 import json
 import os
@@ -82,7 +83,7 @@ def publish_from(folder: Path, repository: Path, *, weights: Path | None = None,
 
 
 def serves(site: Site, head: int) -> Callable[[], bool]:
-    return lambda: choice.announced(site.state)[0].get("head") == head
+    return lambda: serving.announced(site.state)[0].get("head") == head
 
 
 def result(site: Site, name: str) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path, learn
             told.logs.append(daemon.log())
         with Daemon(site) as daemon:
             told.reviews["restarted"] = review_one(site, daemon, "restarted.png", 106)
-            told.announced.append(choice.announced(site.state))
+            told.announced.append(serving.announced(site.state))
             assert daemon.stop() == 0
             told.logs.append(daemon.log().removeprefix(told.logs[0]))
         told.results = [records.decode_result(fields) for _, fields in client.xrange("semwatch:results")]
@@ -185,7 +186,7 @@ def _broken(told: Story, daemon: Daemon, repository: Path, folder: Path) -> None
     head = publish_from(repository / "head/4", repository, weights=folder / "broken.onnx")
     daemon.wait_for(lambda: f"head {head} is refused" in daemon.log())
     told.reviews["beside a broken head"] = review_one(told.site, daemon, "beside.png", 104)
-    told.announced.append(choice.announced(told.site.state))
+    told.announced.append(serving.announced(told.site.state))
 
 
 def _swap(told: Story, daemon: Daemon, head: int) -> None:
@@ -409,7 +410,7 @@ def test_daemon_starts_with_the_pinned_version_and_leaves_it_when_the_pin_goes(t
     site = make_site(tmp_path / "site", repository)
     with Daemon(site) as daemon:
         pinned = review_one(site, daemon, "a.png", 1)
-        assert choice.announced(site.state)[0]["head"] == 1
+        assert serving.announced(site.state)[0]["head"] == 1
         choice.pin(repository, "head", None)
         daemon.wait_for(serves(site, 2), 20)
         released = review_one(site, daemon, "b.png", 2)

@@ -3,10 +3,10 @@
 None of them raises the revision: a cycle combines them, and ``clusters.change`` makes one revision of it.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from semwatch.classes.clusters import EXAMPLES, Cluster, Clusters, State, find, number_of, pending, replaced, root_of
+from semwatch.classes.clusters import Cluster, Clusters, State, find, number_of, pending, replaced, root_of
 from semwatch.defects import NOVEL
 from semwatch.errors import ConfigError
 
@@ -27,7 +27,7 @@ class Found:
     nearest_known: str
     nearest_distance: float
     examples: tuple[str, ...] = ()
-    """Record ids of members to show; the caller writes their crops to ``Cluster.examples`` afterwards."""
+    """Record ids of members to show."""
 
 
 def matches(c: Clusters, found: Sequence[Found]) -> tuple[str | None, ...]:
@@ -127,7 +127,7 @@ def _proposed(id_: str, f: Found, utc: str) -> Cluster:
         last_seen_utc=utc,
         cycles=1,
         members=f.members,
-        examples=_examples(id_, f.examples),
+        examples=f.examples,
     )
 
 
@@ -145,14 +145,10 @@ def _seen_again(k: Cluster, sightings: Sequence[Found], utc: str) -> Cluster:
             "cycles": k.cycles + 1,
             "missed": 0,
             "members": tuple(dict.fromkeys(id_ for f in sightings for id_ in f.members)),
-            "examples": _examples(k.id, (id_ for f in sightings for id_ in f.examples)),
+            "examples": tuple(id_ for f in sightings for id_ in f.examples),
         }
     )
 
 
 def _missed(k: Cluster) -> Cluster:
     return k.model_copy(update={"missed": k.missed + 1}) if k.state == "proposed" else k
-
-
-def _examples(id_: str, record_ids: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"{EXAMPLES}/{id_}/{record_id}.png" for record_id in record_ids)

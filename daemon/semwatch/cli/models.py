@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from semwatch.cli.clusters import login_name
 from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
+from semwatch.operations.decide import login_name
 from semwatch.settings.site import Site, load_site
+from semwatch.store import serving
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.system.clock import utc_now
 
@@ -73,7 +74,7 @@ def rollback(
     _check_model(model)
     settings = load_site(site)
     repository = settings.models.repository
-    refused = choice.announced(settings.state_dir)[1] if model == "head" else {}
+    refused = serving.announced(settings.state_dir)[1] if model == "head" else {}
     leaving, to = choice.way_back(repository, model, refused=refused)
     is_pinned = choice.pin_of(repository, model) is not None
     _note(settings, "model rolled back", {"model": model, "from": leaving, "to": to, "reason": reason})
@@ -109,8 +110,8 @@ def diff(site: SiteOption, model: ModelArgument, old: int, new: int, as_json: Js
 
 
 def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
-    repository, runs = settings.models.repository, choice.daemon_runs(settings.state_dir)
-    announced, refused = choice.announced(settings.state_dir)
+    repository, runs = settings.models.repository, serving.daemon_runs(settings.state_dir)
+    announced, refused = serving.announced(settings.state_dir)
     found = model_repository.versions(repository, model)
     chosen, pinned = (choice.choice(repository, model), choice.pin_of(repository, model)) if found else (0, None)
     rows = []
@@ -165,13 +166,13 @@ def _note(settings: Site, event: str, about: Mapping[str, object]) -> None:
 
 def _say_outcome(settings: Site, model: str) -> None:
     version = choice.choice(settings.models.repository, model)
-    if not choice.daemon_runs(settings.state_dir):
+    if not serving.daemon_runs(settings.state_dir):
         say(f": {model} {version}, once the daemon runs", ("serves", "green"))
         return
     if model != "head":
         say(f": {model} {version} at the daemon's next start; only heads change while it runs", ("serves", "green"))
         return
-    why_not = choice.await_head(settings.state_dir, version, timeout_s=ROLLBACK_TIMEOUT_S)
+    why_not = serving.await_head(settings.state_dir, version, timeout_s=ROLLBACK_TIMEOUT_S)
     if why_not is not None:
         raise ServiceUnavailable(why_not)
     say(f": head {version}", ("serves", "green"))

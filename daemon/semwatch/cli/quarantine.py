@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from semwatch.cli.clusters import login_name
 from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import ConfigError
+from semwatch.operations.decide import login_name
 from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.system.clock import utc_now

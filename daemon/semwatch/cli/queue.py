@@ -10,7 +10,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import redis
 import typer
 
 from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
@@ -19,7 +18,7 @@ from semwatch.settings.site import load_site
 from semwatch.streams import queues, records, unknowns
 from semwatch.streams.queues import Entry
 from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Record, ResultSummary
-from semwatch.streams.unknowns import Consumer, DeadLetter
+from semwatch.streams.unknowns import Client, Consumer, DeadLetter
 
 MAX_SHOWN = 1000
 POLL_S = 0.5
@@ -153,7 +152,7 @@ def _ask(there: dict[str, int]) -> None:
 
 
 @contextmanager
-def _server(site: Path) -> Iterator[tuple[redis.Redis, str]]:
+def _server(site: Path) -> Iterator[tuple[Client, str]]:
     """The site's server and the first part of its keys."""
     settings = load_site(site).redis
     if settings is None:
@@ -167,7 +166,7 @@ def _chosen(stream: Stream | None) -> list[str]:
     return [UNKNOWNS, RESULTS] if stream is None else [stream.value]
 
 
-def _operator(client: redis.Redis, stream: str, prefix: str) -> Consumer[Fields]:
+def _operator(client: Client, stream: str, prefix: str) -> Consumer[Fields]:
     """Make the end of a stream that knows dead letters; it claims nothing."""
     return Consumer(client, stream, dict, name="operator", prefix=prefix)
 

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from semwatch.errors import ConfigError
-from semwatch.models import choice, model_repository
+from semwatch.models import model_repository
 from semwatch.models.inference import Embedded, Models
 from semwatch.service.metrics import Metrics
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.settings.site import Models as ModelSettings
+from semwatch.store import serving
 from semwatch.system.journal import about
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ class ModelsInService:
         """The networks that answer for a recipe."""
         return self.by_pins[recipe.pins]
 
-    def refresh(self) -> None:
-        """Let newly published heads serve; answers under way are given by the old one."""
+    def refresh(self) -> bool:
+        """Let newly published heads serve; answers under way are given by the old one. True where one serves now."""
         swaps = [swap for models in self.by_pins.values() if (swap := models.refresh()) is not None]
         for swap in swaps:
             if swap.refused is None:
@@ -57,6 +58,7 @@ class ModelsInService:
                 self._say_refused(swap.model, swap.version, swap.refused)
         if swaps or not self._is_announced:
             self._announce()
+        return any(swap.refused is None for swap in swaps)
 
     def close(self) -> None:
         """Let go of networks and connections."""
@@ -86,7 +88,7 @@ class ModelsInService:
 
     def _announce(self) -> None:
         try:
-            choice.announce(self._state_dir, self.versions(), self.refused_heads())
+            serving.announce(self._state_dir, self.versions(), self.refused_heads())
         except OSError as error:
             if self._is_announced:
                 log.warning("cannot say what serves, tried again until it works: %s", error)

@@ -338,23 +338,24 @@ def _lot_row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None
     ]  # fmt: skip
 
 
-def contact_sheet(overlays: Sequence[Path], out: Path, columns: int = 6, tile_px: int = 320) -> None:
-    """Write one PNG of many overlays, row by row; an overlay that cannot be read is a dark tile.
+def contact_sheet(pictures: Iterable[Path | bytes], out: Path, columns: int = 6, tile_px: int = 320) -> None:
+    """Write one PNG of many pictures, files or their content, row by row; one that cannot be read is a dark tile.
 
     Raises:
         ServiceUnavailable: the disk is full or broken.
     """
     with _disk(out):
-        sheet = overlay.tile((_read_picture(path) for path in overlays), columns=columns, tile_px=tile_px)
+        sheet = overlay.tile((_read_picture(picture) for picture in pictures), columns=columns, tile_px=tile_px)
+        _make_folder(out.parent)
         _write_whole(out, overlay.encode_png(sheet))
         _sync_folder(out.parent)
 
 
-def _read_picture(path: Path) -> NDArray[np.uint8] | None:
-    data = path.read_bytes() if path.is_file() else b""
+def _read_picture(given: Path | bytes) -> NDArray[np.uint8] | None:
+    data = given if isinstance(given, bytes) else given.read_bytes() if given.is_file() else b""
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if picture is None:
-        log.warning("no overlay at %s", path)
+        log.warning("no picture: %s", given if isinstance(given, Path) else f"{len(given)} bytes that are none")
     return None if picture is None else np.asarray(picture, np.uint8)
 
 

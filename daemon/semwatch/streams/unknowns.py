@@ -12,11 +12,12 @@ The streams are never trimmed: an entry is deleted when it is acknowledged, and 
 back. What belongs together happens in one Lua script, so a crash leaves either all or nothing; only commands of Redis
 6.2 are used; 7.x and Valkey have them too. One server, with or without Sentinel: in a Redis Cluster the keys of a
 script would lie on different nodes. An ACL user needs
-``~semwatch:* +@stream +@connection +select +eval +set +exists``;
+``~semwatch:* +@stream +@connection +select +eval +set +get +exists``;
 one who only learns or consumes needs
-``~semwatch:* +@stream +@connection +select +eval``;
+``~semwatch:* +@stream +@connection +select +eval +set +get``;
 an operator of ``semwatch queue`` needs
-``~semwatch:* +@stream +@connection +select +eval +time +memory|usage`` (without the last, ``stats`` says no memory).
+``~semwatch:* +@stream +@connection +select +eval +set +get +time +memory|usage`` (without the last, ``stats`` says no
+memory).
 ``+select`` is for an address with a database other than 0.
 """
 
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 SENT_TTL_S = 3 * 24 * 3600
 
+Client = redis.Redis
+"""A connection, for the signatures of those who may not import the driver."""
 T = TypeVar("T")
 
 _BATCH_BYTES = 4 << 20

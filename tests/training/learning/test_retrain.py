@@ -1,5 +1,6 @@
 """The learning cycle, whole: real Redis, real files, real networks; what it does, refuses, obeys and survives."""
 
+from semwatch.store import serving
 import fcntl
 import json
 import os
@@ -380,7 +381,7 @@ def test_head_that_fails_its_probe_is_withdrawn_and_the_old_one_serves(lab: Lab,
 
 def test_running_daemon_swaps_or_refuses_and_one_that_hangs_is_not_waited_for_longer(lab: Lab, monkeypatch) -> None:
     def announced() -> dict[str, int]:
-        return choice.announced(lab.folder / "state")[0]
+        return serving.announced(lab.folder / "state")[0]
 
     with Daemon(DaemonSite(lab.folder)) as daemon:
         daemon.wait_ready()

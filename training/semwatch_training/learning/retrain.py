@@ -8,6 +8,7 @@ it publishes: a crash leaves either the old state or the new one. Records are ac
 had in its hands comes again, and what it had learned the next one finds in the bank.
 """
 
+from semwatch.store import serving
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -288,8 +289,8 @@ def _publish(
 
 def _serves(site: Site, version: int) -> str | None:
     """Wait for the first answer of the new head; why there is none, or None."""
-    if choice.daemon_runs(site.state_dir):
-        return choice.await_head(site.state_dir, version, timeout_s=site.learning.swap_timeout_s)
+    if serving.daemon_runs(site.state_dir):
+        return serving.await_head(site.state_dir, version, timeout_s=site.learning.swap_timeout_s)
     with Embedded(site.models.repository, threads=site.models.threads, models=("encoder", "head")) as models:
         return models.refused().get(version)
 
