@@ -8,7 +8,6 @@ more each, and every class carries its version in its name: an answer with anoth
 the process, each answer is also compared with what its version says when asked alone.
 """
 
-from semwatch.store import serving
 import json
 import os
 import threading
@@ -37,6 +36,7 @@ from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import PROBE, Arrays
 from semwatch.service.loop import TICK_S
 from semwatch.settings.recipe import Recipe
+from semwatch.store import serving
 from semwatch_training.learning.refit import refit
 from semwatch_training.synthetic import lot_images
 

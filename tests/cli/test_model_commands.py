@@ -1,6 +1,5 @@
 """``semwatch models``: in this process on a site without a daemon, and as a process beside a running one."""
 
-from semwatch.store import serving
 import json
 import shutil
 import time
@@ -13,6 +12,7 @@ import pytest
 from commands import Command, Said, in_process, spawn
 from daemon import Daemon, Site, make_site
 from semwatch.models import choice, head_bank, model_repository
+from semwatch.store import serving
 from semwatch.store.ledger import Ledger
 
 BESIDE = (model_repository.PROBE, head_bank.BANK, head_bank.GOLDEN)

@@ -3,7 +3,6 @@
 Real processes, a real Redis, a real head fitted on what the line itself called unknown; tiny models.
 """
 
-from semwatch.store import serving
 import csv
 import json
 import os
@@ -36,7 +35,7 @@ from semwatch.service import drift, rereview
 from semwatch.service.drift import DriftWatch
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import load_site
-from semwatch.store import audit, overlay
+from semwatch.store import audit, overlay, serving
 from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch_training.discovery.fit_head import HeadFit, fit_head

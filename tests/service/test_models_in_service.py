@@ -1,6 +1,5 @@
 """The models that a daemon holds: what it says of them, and how it goes on where that cannot be written."""
 
-from semwatch.store import serving
 import logging
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.settings.site import Models
+from semwatch.store import serving
 
 
 @pytest.fixture

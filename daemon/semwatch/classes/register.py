@@ -48,7 +48,7 @@ class ClassRegister:
             self._handoff.append_classes(remembered.revision, clusters.as_json(remembered), jumps=True)
             self._remember(remembered)
             return remembered
-        if remembered != state:
+        if remembered != state or (state.revision and not (self._folder / FILE).exists()):
             self._remember(state)
         return state
 

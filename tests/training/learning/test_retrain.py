@@ -1,6 +1,5 @@
 """The learning cycle, whole: real Redis, real files, real networks; what it does, refuses, obeys and survives."""
 
-from semwatch.store import serving
 import fcntl
 import json
 import os
@@ -31,6 +30,7 @@ from semwatch.line.classification import decide
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.inference import Embedded
 from semwatch.service import drift
+from semwatch.store import serving
 from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.records import Fields, encode
