@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from semwatch.classes import clusters, decisions, sightings
+from semwatch.classes import clusters, decisions, observations
 from semwatch.classes.clusters import LIVE, Cluster, Clusters, Decision, names_of, pending
 from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import PublishError, ServiceUnavailable
@@ -188,7 +188,7 @@ def _serve_name(settings: Site, after: Clusters) -> tuple[int | None, str]:
         return None, f"head {serves} does not know this class; the next head that does has the name"
     # Earlier names too: one that met a full disk or a pin is settled by this one.
     settled = [d.revision for d in pending(after) if d.kind == "name" and d.cluster == k.id]
-    done = sightings.applied(after, settled, decision.utc)
+    done = observations.applied(after, settled, decision.utc)
     clusters.write(settings.learning_dir, done.model_copy(update={"revision": after.revision + 1}))
     return serves, f"takes effect now: head {serves} serves the name{_but_pins(settings, serves)}"
 
