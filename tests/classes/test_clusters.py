@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster_files import CLASSES, T0, T1, WHO, found, three
+from cluster_files import CLASSES, SIGNED, T0, T1, found, three
 from paths import ROOT
 from semwatch.classes import clusters
 from semwatch.classes.clusters import (
@@ -25,7 +25,7 @@ from semwatch.classes.clusters import (
     write,
 )
 from semwatch.classes.decisions import merged, named, rejected
-from semwatch.classes.sightings import applied, seen
+from semwatch.classes.observations import applied, observe
 from semwatch.errors import ConfigError, ServiceUnavailable
 
 DAEMON = ROOT / "daemon"
@@ -44,7 +44,9 @@ def test_no_file_is_no_cluster(tmp_path) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path) -> None:
-    c = merged(named(three(), "novel-1", "void", 12, classes=CLASSES, **WHO), "novel-2", "void", classes=(), **WHO)
+    c = merged(
+        named(three(), "novel-1", "void", 12, classes=CLASSES, **SIGNED), "novel-2", "void", classes=(), **SIGNED
+    )
     with locked(tmp_path):
         write(tmp_path, three().model_copy(update={"revision": 1}))
         write(tmp_path, c)
@@ -67,11 +69,11 @@ def test_nonsense_is_not_written(tmp_path) -> None:
 
 
 def test_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch) -> None:
-    change(tmp_path, lambda c: seen(c, [found(1)], utc=T0))
+    change(tmp_path, lambda c: observe(c, [found(1)], utc=T0))
     before = (tmp_path / FILE).read_bytes()
     (tmp_path / f".{FILE}.partial").mkdir()  # the disk refuses, also to root
     with pytest.raises(ServiceUnavailable, match=rf"cannot write {tmp_path / FILE}: Is a directory"):
-        change(tmp_path, lambda c: seen(c, [found(1)], utc=T1))
+        change(tmp_path, lambda c: observe(c, [found(1)], utc=T1))
     assert (tmp_path / FILE).read_bytes() == before
 
 
@@ -146,8 +148,8 @@ def test_folder_instead_of_the_file_is_refused(tmp_path) -> None:
 
 
 def two_merges() -> dict[str, Any]:
-    once = merged(three(), "novel-2", "novel-1", classes=CLASSES, **WHO)
-    return merged(once, "novel-3", "novel-1", classes=CLASSES, **WHO).model_dump(mode="json")
+    once = merged(three(), "novel-2", "novel-1", classes=CLASSES, **SIGNED)
+    return merged(once, "novel-3", "novel-1", classes=CLASSES, **SIGNED).model_dump(mode="json")
 
 
 def test_merges_in_a_ring_are_refused(tmp_path) -> None:
@@ -185,7 +187,7 @@ def test_log_that_does_not_hold_together_is_refused(tmp_path, key, value, said) 
 
 def _ten_changes(folder: Path, start: int) -> None:
     for n in range(start, start + 10):
-        change(folder, lambda c, n=n: seen(c, [found(n)], utc=T0))
+        change(folder, lambda c, n=n: observe(c, [found(n)], utc=T0))
 
 
 def test_changes_of_several_processes_are_all_there(tmp_path) -> None:
@@ -219,7 +221,7 @@ def test_lock_is_waited_for_and_then_given_up(tmp_path) -> None:
 
 def test_step_that_refuses_changes_nothing_and_lets_go(tmp_path) -> None:
     with pytest.raises(ConfigError, match="no cluster 'novel-1'; there are none yet"):
-        change(tmp_path, lambda c: rejected(c, "novel-1", **WHO))
+        change(tmp_path, lambda c: rejected(c, "novel-1", **SIGNED))
     assert not (tmp_path / FILE).exists()
     assert change(tmp_path, lambda c: c, timeout_s=0.1).revision == 1
 
@@ -234,38 +236,38 @@ def test_learning_dir_that_cannot_be_made_is_a_setting_to_mend(tmp_path) -> None
 
 
 def test_cluster_is_found_by_id_and_by_name() -> None:
-    c = named(three(), "novel-2", "void", classes=CLASSES, **WHO)
+    c = named(three(), "novel-2", "void", classes=CLASSES, **SIGNED)
     assert clusters.find(c, "void") is clusters.find(c, "novel-2")
     with pytest.raises(ConfigError, match="no cluster 'novle-2'; nearest: novel-2, novel-3, novel-1"):
         clusters.find(c, "novle-2")
 
 
 def test_labels_follow_names_merges_and_rejections() -> None:
-    c = named(three(), "novel-1", "void", classes=CLASSES, **WHO)
+    c = named(three(), "novel-1", "void", classes=CLASSES, **SIGNED)
     assert successors(c) == {"novel-1": "void", "void": "void", "novel-2": "novel-2", "novel-3": "novel-3"}
-    c = merged(c, "novel-3", "novel-2", classes=CLASSES, **WHO)
-    c = merged(c, "novel-2", "novel-1", classes=CLASSES, **WHO)
+    c = merged(c, "novel-3", "novel-2", classes=CLASSES, **SIGNED)
+    c = merged(c, "novel-2", "novel-1", classes=CLASSES, **SIGNED)
     assert label_of(c, "novel-3") == "void"
-    c = merged(c, "void", "bridge", classes=CLASSES, **WHO)
+    c = merged(c, "void", "bridge", classes=CLASSES, **SIGNED)
     assert successors(c) == {"novel-1": "bridge", "void": "bridge", "novel-2": "bridge", "novel-3": "bridge"}
-    c = rejected(three(), "novel-1", **WHO)
+    c = rejected(three(), "novel-1", **SIGNED)
     assert successors(c)["novel-1"] is None
 
 
 def test_earlier_name_leads_to_the_present_one_until_another_cluster_takes_it() -> None:
-    c = named(three(), "novel-1", "viod", classes=CLASSES, **WHO)
-    c = named(c, "novel-1", "void", classes=(*CLASSES, "viod"), **WHO)
+    c = named(three(), "novel-1", "viod", classes=CLASSES, **SIGNED)
+    c = named(c, "novel-1", "void", classes=(*CLASSES, "viod"), **SIGNED)
     assert successors(c)["viod"] == "void"
-    c = named(c, "novel-2", "viod", classes=CLASSES, **WHO)
+    c = named(c, "novel-2", "viod", classes=CLASSES, **SIGNED)
     assert successors(c)["viod"] == "viod"
     assert names_of(c, clusters.find(c, "novel-1")) == {"novel-1", "void"}
 
 
 def test_name_of_a_rejected_class_is_free_once_no_head_serves_it() -> None:
-    c = rejected(named(three(), "novel-1", "void", classes=CLASSES, **WHO), "novel-1", **WHO)
+    c = rejected(named(three(), "novel-1", "void", classes=CLASSES, **SIGNED), "novel-1", **SIGNED)
     with pytest.raises(ConfigError, match="there is a class 'void' already"):
-        named(c, "novel-2", "void", classes=CLASSES, **WHO)
+        named(c, "novel-2", "void", classes=CLASSES, **SIGNED)
     c = applied(c, [d.revision for d in pending(c)], T1)
-    c = named(c, "novel-2", "void", classes=CLASSES, **WHO)
+    c = named(c, "novel-2", "void", classes=CLASSES, **SIGNED)
     assert successors(c) == {"novel-1": None, "novel-2": "void", "void": "void", "novel-3": "novel-3"}
     assert Clusters.model_validate(c.model_dump()) == c

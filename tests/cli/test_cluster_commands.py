@@ -17,11 +17,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from cluster_files import T0, WHO, found, three
+from cluster_files import SIGNED, T0, found, three
 from daemon import make_site
 from semwatch.classes.clusters import FILE, Clusters, change, find, locked, pending, read
 from semwatch.classes.decisions import named
-from semwatch.classes.sightings import learned, seen
+from semwatch.classes.observations import learned, observe
 from semwatch.cli import clusters as commands
 from semwatch.errors import ConfigError, PublishError
 from semwatch.models import choice, model_repository
@@ -88,8 +88,8 @@ def test_site_without_clusters_says_where_they_come_from(run, site) -> None:
 
 def test_list_fits_a_terminal_of_80_columns(run, site) -> None:
     def named_at_length(c: Clusters) -> Clusters:
-        c = seen(c, [found(*range(100, 4000), nearest="defect-free")] * 12, utc=T0)
-        return named(c, "novel-12", "residue after strip", 4711, classes=(), **WHO)
+        c = observe(c, [found(*range(100, 4000), nearest="defect-free")] * 12, utc=T0)
+        return named(c, "novel-12", "residue after strip", 4711, classes=(), **SIGNED)
 
     change(site.learning_dir, named_at_length)
     said = run("list")

@@ -15,7 +15,7 @@ from factories import make_review, make_verdict
 from semwatch.classes import clusters
 from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.classes.clusters import Clusters
-from semwatch.classes.sightings import Found, learned, seen
+from semwatch.classes.observations import Observation, learned, observe
 from semwatch.defects import Verdict
 from semwatch.demo import learning
 from semwatch.demo.learning import _counts, _show, _speak, _type_of, run_learning_demo
@@ -139,9 +139,9 @@ def learn(site: Site, groups: list[list[Record]]) -> None:
     """What a cycle leaves: every record in the archive, each group a cluster, the first three of them learned."""
     with Archive(site.learning_dir / ARCHIVE) as archive:
         archive.add([record for group in groups for record in group], now_utc=T0)
-    found = [Found(tuple(r.id for r in group), len(group), 0.5, "void", 2.0, examples=()) for group in groups]
+    found = [Observation(tuple(r.id for r in group), len(group), 0.5, "void", 2.0, examples=()) for group in groups]
     ids = [f"novel-{i}" for i in range(1, min(len(groups), 3) + 1)]
-    clusters.change(site.learning_dir, lambda _: learned(seen(Clusters(), found, utc=T0), ids, 2, T0))
+    clusters.change(site.learning_dir, lambda _: learned(observe(Clusters(), found, utc=T0), ids, 2, T0))
 
 
 def crops(path: str, n: int) -> list[Record]:

@@ -3,10 +3,10 @@
     revision       one more with each change; a decision's own revision is its name
     next_number    of the next cluster; the n of novel-<n> is never given twice
     clusters       see ``Cluster``; its example crops are in Redis, see ``streams.handoff``
-    decisions      what people said, oldest first; never deleted
+    decisions      of people, oldest first; never deleted
 
 A name counts at once. What a merge, a split or a rejection means for the classes, the next cycle learns and then marks
-as applied. ``decisions`` holds what people can say, ``sightings`` what a cycle says.
+as applied. ``decisions`` holds the steps of people, ``observations`` those of a cycle.
 """
 
 import difflib
@@ -60,13 +60,13 @@ class Cluster(_Kept):
     first_seen_utc: Utc
     last_seen_utc: Utc
     cycles: Count
-    """It was seen in."""
+    """In which it was observed."""
     missed: OrZero = 0
-    """Cycles in a row, up to now, that it was not seen in."""
+    """Cycles in a row, up to now, in which it was not observed."""
     head_version: Count | None = None
     """First head that knows it."""
     members: tuple[RecordId, ...]
-    """As it was seen last."""
+    """Of its last observation."""
     examples: tuple[Example, ...] = ()
     """Records whose crops are shown, the most typical first."""
     merged_into: str | None = None
@@ -74,7 +74,7 @@ class Cluster(_Kept):
 
 
 class Decision(_Kept):
-    """What one person said of one cluster."""
+    """One person's decision about one cluster."""
 
     revision: Count
     """Of the file, with which it came."""
@@ -88,7 +88,7 @@ class Decision(_Kept):
     into: str | None = None
     parts: Annotated[int, Field(ge=2)] | None = None
     applied_utc: Utc | None = None
-    """Since when a head obeys it; None: it waits for the next cycle."""
+    """When a head came to service in which it is applied; None: it waits for the next cycle."""
 
 
 class Clusters(_Kept):
@@ -108,7 +108,7 @@ class Clusters(_Kept):
         return self
 
 
-# --- what the file may say -----------------------------------------------------------------------------------------
+# --- what the file may hold ----------------------------------------------------------------------------------------
 
 
 def _faulty_ids(c: Clusters) -> Iterator[str]:
@@ -138,13 +138,13 @@ def _fault_of(k: Cluster) -> str | None:
 
 def _faulty_merges(c: Clusters) -> Iterator[str]:
     into = {k.id: k.merged_into for k in c.clusters}
-    said = {(d.cluster, d.into) for d in c.decisions if d.kind == "merge"}
+    decided = {(d.cluster, d.into) for d in c.decisions if d.kind == "merge"}
     for id_, target in into.items():
         if target is None:
             continue
         if target.startswith(NOVEL) and target not in into:
             yield f"{id_} is merged into {target}, which does not exist"
-        if (id_, target) not in said:
+        if (id_, target) not in decided:
             yield f"{id_} is merged into {target!r}, which nobody decided"
         passed, at = {id_}, into.get(id_)
         while at is not None and at not in passed:
@@ -245,10 +245,10 @@ def find(c: Clusters, name: str) -> Cluster:
 
 
 def pending(c: Clusters) -> tuple[Decision, ...]:
-    """Decisions that no head obeys yet, oldest first; names and splits of clusters that are no more are void."""
-    living = {k.id for k in c.clusters if k.state in LIVE}
+    """Decisions that are applied in no head yet, oldest first; names and splits of clusters that are gone are void."""
+    live = {k.id for k in c.clusters if k.state in LIVE}
     return tuple(
-        d for d in c.decisions if d.applied_utc is None and (d.kind in ("merge", "reject") or d.cluster in living)
+        d for d in c.decisions if d.applied_utc is None and (d.kind in ("merge", "reject") or d.cluster in live)
     )
 
 
@@ -265,7 +265,7 @@ def label_of(c: Clusters, id_: str) -> str | None:
 
 
 def labels_in_use(c: Clusters) -> Iterator[tuple[str, str]]:
-    """Names, and whose they are. A rejected or merged cluster keeps its name until a cycle has taken it out."""
+    """Names and their clusters' ids. A rejected or merged cluster keeps its name until a cycle has taken it out."""
     leaving = {d.cluster for d in pending(c)}
     for k in c.clusters:
         if k.label != k.id and (k.state in LIVE or (k.head_version is not None and k.id in leaving)):
@@ -277,8 +277,8 @@ def names_of(c: Clusters, k: Cluster) -> set[str]:
     in_use = dict(labels_in_use(c))
     if in_use.get(k.label) != k.id:
         return {k.id}
-    said = {d.label for d in c.decisions if d.cluster == k.id and d.label is not None}
-    return {k.id, k.label} | {label for label in said if in_use.get(label, k.id) == k.id}
+    given = {d.label for d in c.decisions if d.cluster == k.id and d.label is not None}
+    return {k.id, k.label} | {label for label in given if in_use.get(label, k.id) == k.id}
 
 
 def successors(c: Clusters) -> dict[str, str | None]:
@@ -302,7 +302,7 @@ def replaced(c: Clusters, fresh: Iterable[Cluster]) -> Clusters:
 
 
 def nearest(name: str, there_are: Iterable[str]) -> str:
-    """Say which names are nearest to one that is wrong."""
+    """Sentence with the names that are nearest to a wrong one."""
     there_are = list(dict.fromkeys(there_are))
     shown = difflib.get_close_matches(name, there_are, n=5) or there_are[:5]
     return f"nearest: {', '.join(shown)}" if shown else "there are none yet: the next cycle may find some"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from semwatch.classes import clusters, decisions, sightings
+from semwatch.classes import clusters, decisions, observations
 from semwatch.classes.clusters import Clusters, Decision, names_of, pending
 from semwatch.classes.register import ClassRegister
 from semwatch.errors import ConfigError, PublishError, ServiceUnavailable
@@ -201,7 +201,7 @@ def _serve_name(site: Site, register: ClassRegister, after: Clusters) -> tuple[i
         return None, f"head {serves} does not know this class; the next head that does has the name"
     # Earlier names too: one that met a full disk or a pin is settled by this one.
     settled = [d.revision for d in pending(after) if d.kind == "name" and d.cluster == k.id]
-    done = sightings.applied(after, settled, decision.utc)
+    done = observations.applied(after, settled, decision.utc)
     register.write(done.model_copy(update={"revision": after.revision + 1}))
     return serves, f"takes effect now: head {serves} serves the name{_but_pins(site, serves)}"
 

@@ -18,7 +18,7 @@ UNLEARNED = ("proposed", "rejected")
 def tidy(folder: Path, archive: Archive, settings: Learning, *, now_utc: str) -> int:
     """Delete what is older than the settings keep; return how many unknowns left the archive.
 
-    What waits is never deleted, nor what stands for a cluster that no head knows: without its crops, what a person has
+    What waits is never deleted, nor crops of a cluster that no head knows: without its crops, what a person has
     rejected would be proposed again. A report that cannot be deleted stays.
 
     Args:
