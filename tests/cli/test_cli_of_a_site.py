@@ -16,13 +16,13 @@ from commands import Command, in_process, put, write_recipe
 from daemon import SOURCE, Daemon, Site, make_site, png
 from factories import make_review, make_verdict
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
 from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger
 from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis, find_executable
+from semwatch_training.learning.archive import ARCHIVE, Archive
 
 NOWHERE = "redis://127.0.0.1:1/0"
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from cluster_files import T0
 from factories import make_review, make_verdict
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.classes.clusters import Clusters
 from semwatch.classes.observations import Observation, learned, observe
 from semwatch.defects import Verdict
@@ -28,6 +27,7 @@ from semwatch.store import results
 from semwatch.store.review_record import ReviewRecord, to_record
 from semwatch.streams import records
 from semwatch.streams.records import Record
+from semwatch_training.learning.archive import ARCHIVE, Archive
 
 UNKNOWN = make_verdict("unknown")
 NOVEL = Verdict("novel", "novel-1", 0.9, ())

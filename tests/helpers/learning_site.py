@@ -13,13 +13,13 @@ import redis
 import yaml
 
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.site import Site, load_site
 from semwatch.streams.records import UNKNOWNS, Fields, Record, decode, encode, pack
 from semwatch.streams.unknowns import Consumer, Publisher
+from semwatch_training.learning.archive import ARCHIVE, Archive
 
 INPUT_PX, TOKENS = 56, 4
 STREAM = "semwatch:unknowns"

@@ -23,7 +23,6 @@ import tifffile
 
 from daemon import SOURCE, Daemon, Site, make_site, png
 from factories import make_review, make_verdict
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.defects import Review
 from semwatch.errors import ServiceUnavailable
 from semwatch.line import pipeline
@@ -39,6 +38,7 @@ from semwatch.store import audit, overlay, serving
 from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
+from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.publishing.export import publish_head
 
 T0 = "2026-01-01T00:00:00Z"

@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from semwatch.defects import Verdict
-from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable
+from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable, first_fault
 from semwatch.line import classification
 from semwatch.models import model_repository
 from semwatch.models.inference import Models
@@ -33,7 +33,7 @@ from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.store import results
 from semwatch.store.ledger import Ledger, OutboxItem, UnknownFeatures
-from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, first_fault, verdict_record
+from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, verdict_record
 from semwatch.streams import records
 from semwatch.streams.records import Record, ResultSummary
 from semwatch.system.clock import utc_now, utc_of

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from semwatch.defects import Review
-from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.errors import ImageError, ServiceUnavailable, first_fault
 from semwatch.store import overlay
 from semwatch.store.review_record import (
     SCHEMA_VERSION,
@@ -39,7 +39,6 @@ from semwatch.store.review_record import (
     ReasonRecord,
     ReviewRecord,
     VerdictRecord,
-    first_fault,
     page_verdict,
     printable,
     to_record,

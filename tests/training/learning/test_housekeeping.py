@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from cluster_files import T0, ids, three
 from factories import make_record
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.settings.site import Learning
+from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.learning.housekeeping import REPORTS, tidy
 
 LONG_AFTER = "2027-06-01T00:00:00Z"

@@ -12,13 +12,13 @@ import pytest
 import redis
 
 from learning_site import Lab, add_raw, make_lab, unknown
-from semwatch.classes.archive import Archive
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.inference import Embedded
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.records import Fields, Record, encode
 from semwatch.streams.unknowns import connect
 from semwatch_training.learning import intake
+from semwatch_training.learning.archive import Archive
 from semwatch_training.learning.intake import Claims, Settlement, SortedUnknowns, fault_of, features_of, sort_out
 
 NOW = "2026-03-01T00:00:00Z"

@@ -24,7 +24,6 @@ from daemon import Daemon
 from daemon import Site as DaemonSite
 from learning_site import RECIPE, Lab, add_raw, make_lab
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.errors import ConfigError, ModelMismatch, PublishError, ServiceUnavailable
 from semwatch.line.classification import decide
 from semwatch.models import choice, head_bank, model_repository
@@ -38,6 +37,7 @@ from semwatch.streams.unknowns import Consumer, connect
 from semwatch_training.__main__ import main
 from semwatch_training.discovery.head import load_head
 from semwatch_training.learning import cycle_report, intake, new_classes, outcomes, retrain
+from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.learning.refit import refit
 from semwatch_training.learning.report_builder import ReportBuilder
 from semwatch_training.learning.retrain import Outcome, run_cycle

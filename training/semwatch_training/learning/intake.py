@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
-import redis
 from numpy.typing import NDArray
 
-from semwatch.classes.archive import Archive
-from semwatch.classes.archive import State as Settled
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.line.classification import size_feature
 from semwatch.models.inference import Embedded
@@ -22,8 +19,10 @@ from semwatch.models.model_repository import Arrays
 from semwatch.settings.site import Site
 from semwatch.streams import records, unknowns
 from semwatch.streams.records import Record
-from semwatch.streams.unknowns import Claimed, Consumer
+from semwatch.streams.unknowns import Claimed, Client, Consumer
 from semwatch.system.clock import moment_of, utc_of
+from semwatch_training.learning.archive import Archive
+from semwatch_training.learning.archive import State as Settled
 
 CLAIM = 250
 """Records of one claim: some 12 MB."""
@@ -102,13 +101,17 @@ class Claims:
         self.by_id = {}
 
 
-def consumer(client: redis.Redis, prefix: str) -> Consumer[Record]:
-    """The learner of this machine: under the same name it finds again what a killed cycle had claimed."""
-    name = f"retrain-{socket.gethostname()}"
-    return Consumer(client, records.UNKNOWNS, decoded, name=name, prefix=prefix, max_deliveries=MAX_DELIVERIES)
+def learner() -> str:
+    """Name of the learner of this machine, the same after a restart: what a killed cycle had claimed is found again."""
+    return f"retrain-{socket.gethostname()}"
 
 
-def connect(site: Site) -> tuple[redis.Redis, str]:
+def consumer(client: Client, prefix: str) -> Consumer[Record]:
+    """The learner of this machine."""
+    return Consumer(client, records.UNKNOWNS, decoded, name=learner(), prefix=prefix, max_deliveries=MAX_DELIVERIES)
+
+
+def connect(site: Site) -> tuple[Client, str]:
     """A client of the site's Redis, and the prefix of its keys.
 
     Raises:

@@ -2,23 +2,24 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from semwatch.classes import clusters, observations
-from semwatch.classes.archive import Archive
 from semwatch.classes.clusters import Cluster, Clusters
 from semwatch.classes.observations import Observation
+from semwatch.classes.register import ClassRegister
 from semwatch.defects import NOVEL
-from semwatch.errors import ServiceUnavailable
-from semwatch.models import head_bank, model_repository
+from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
 from semwatch.settings.recipe import Recipe
+from semwatch.streams.handoff import Handoff
 from semwatch.streams.records import Record
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
 from semwatch_training.learning import promotion
+from semwatch_training.learning.archive import Archive
 from semwatch_training.learning.candidates import Candidates
 from semwatch_training.learning.crops import capped, held_out, labelled
 from semwatch_training.learning.decisions import DecidedCrops, Group
@@ -28,6 +29,8 @@ GOLDEN_SHARE = 5
 MAX_PER_CLASS = 500
 """Crops of one class in a bank; a head stores fewer."""
 N_EXAMPLES = 12
+EXAMPLE_PX = 160
+"""Edge of an example crop: as large as pictures of a class show it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +71,7 @@ def clustered_groups(clustered: Candidates, crops: Bank) -> list[Group]:
     return [Group(head_bank.chosen(crops, candidate.members), candidate) for candidate in clustered.classes]
 
 
-def identify(folder: Path, groups: Sequence[Group], utc: str) -> tuple[Clusters, list[str]]:
+def identify(register: ClassRegister, groups: Sequence[Group], utc: str) -> tuple[Clusters, list[str]]:
     """Give the groups their identities, those of earlier cycles where they are the same; write them down."""
     ids: list[str] = []
     observed = [
@@ -88,7 +91,7 @@ def identify(folder: Path, groups: Sequence[Group], utc: str) -> tuple[Clusters,
         ids[:] = [id_ or f"{NOVEL}{next(numbers)}" for id_ in observations.matches(c, observed)]
         return observations.observe(c, observed, utc=utc)
 
-    return clusters.change(folder, step), ids
+    return register.change(step), ids
 
 
 def choose(
@@ -144,19 +147,19 @@ def grown(decided_crops: DecidedCrops, f: Findings, seed: int, was_proof: Collec
     return capped(head_bank.joined(banks), MAX_PER_CLASS, seed), head_bank.joined(golden)
 
 
-def write_examples(folder: Path, f: Findings, archive: Archive) -> None:
-    """Write crops for people to look at.
+def show_examples(handoff: Handoff, f: Findings, archive: Archive) -> None:
+    """Put crops where people can look at them, scaled to ``EXAMPLE_PX``.
 
     Raises:
-        ServiceUnavailable: the disk refused.
+        ServiceUnavailable: Redis is away.
     """
     for id_, group in zip(f.ids, f.groups, strict=True):
-        place = folder / clusters.EXAMPLES / id_
-        wanted = {Path(example).stem for example in clusters.find(f.decided, id_).examples}
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            for record in archive.read_many([i for i in group.ids if i in wanted]):
-                _, png = cv2.imencode(".png", record.crop)
-                model_repository.write_whole(place / f"{record.id}.png", png.tobytes())
-        except OSError as error:
-            raise ServiceUnavailable(f"cannot write {place}: {error.strerror}; free or mend the disk") from error
+        wanted = set(clusters.find(f.decided, id_).examples)
+        shown = archive.read_many([i for i in group.ids if i in wanted])
+        handoff.put_examples(id_, {record.id: _picture(record.crop) for record in shown})
+
+
+def _picture(crop: NDArray[np.uint8]) -> bytes:
+    side = min(EXAMPLE_PX, crop.shape[0])
+    _, png = cv2.imencode(".png", cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA))
+    return png.tobytes()

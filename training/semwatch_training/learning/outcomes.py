@@ -1,6 +1,6 @@
-"""The outcome of a cycle as it is recorded: provenance of its head, audit line, learned clusters, settled records.
+"""The outcome of a cycle as it is recorded: provenance of its head, learned clusters, settled records.
 
-The audit line and the file of clusters follow from the published head alone, its labels and its provenance. So a cycle
+The state of the clusters follows from the published head alone, its labels and its provenance. So a cycle
 that died after it had published leaves nothing to guess: the next one writes what is missing, and nothing twice.
 """
 
@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 from semwatch.classes import clusters
 from semwatch.classes.clusters import Clusters
+from semwatch.classes.register import ClassRegister
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
-from semwatch.settings.site import Site
-from semwatch.store.ledger import Ledger
 from semwatch_training.learning import decisions, promotion
 from semwatch_training.learning.base_head import BaseHead
 from semwatch_training.learning.decisions import DECISIONS, DecidedCrops
@@ -20,7 +19,6 @@ from semwatch_training.learning.intake import Settlement
 from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Judgement
 
-LEDGER = "ledger.sqlite"
 REJECTED = "rejected "
 """Begins the stand-in classes that keep rejected crops from being proposed again; no head knows them."""
 
@@ -56,37 +54,24 @@ def provenance(
     }
 
 
-def record_promotion(site: Site, version: int, meta: Meta, utc: str) -> Clusters:
-    """Write the audit line of a head in service, once, then mark learned clusters and applied decisions in their file.
+def record_promotion(register: ClassRegister, version: int, meta: Meta, utc: str) -> Clusters:
+    """Mark the clusters that a head in service has learned, and the decisions that are applied in it.
 
-    Call it with the file of clusters locked: there must be no change without its line.
+    Call it with the register locked. The head's audit line is the daemon's, which writes it from the same description.
 
     Returns:
-        The file as it is then.
+        The found classes as they are then.
 
     Raises:
-        ConfigError: the file of clusters or the ledger cannot be read.
-        ServiceUnavailable: the disk refused.
+        ConfigError: they make no sense.
+        ServiceUnavailable: Redis is away.
     """
-    made = meta.provenance
-    if "cycle" in made:
-        entry = {
-            "event": "head published",
-            "utc": made["cycle"],
-            "version": version,
-            "learned": made.get("learned", ""),
-            "decisions": decisions.recorded_decisions(meta),
-        }
-        site.state_dir.mkdir(parents=True, exist_ok=True)
-        with Ledger(site.state_dir / LEDGER, exclusive=False) as ledger:
-            # Not by its version: the same head under a new name is no second one.
-            ledger.note(audit=entry, once=f"head published {made['cycle']} {made.get('parent')}")
-    now = clusters.read(site.learning_dir)
+    now = register.read()
     after = decisions.mark_applied(now, meta, version, utc)
     if after == now:
         return now
     after = after.model_copy(update={"revision": now.revision + 1})
-    clusters.write(site.learning_dir, after)
+    register.write(after)
     return after
 
 

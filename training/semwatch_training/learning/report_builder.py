@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.classes import clusters
-from semwatch.classes.archive import Archive
 from semwatch.classes.clusters import Clusters
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.head_bank import Bank
 from semwatch.settings.recipe import Recipe
 from semwatch_training.learning import cycle_report
+from semwatch_training.learning.archive import Archive
 from semwatch_training.learning.base_head import BaseHead
 from semwatch_training.learning.cycle_report import ClusterRecord, CycleReport, JudgementRecord, KRecord
 from semwatch_training.learning.decisions import Group

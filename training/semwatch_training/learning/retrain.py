@@ -10,7 +10,8 @@ had in its hands comes again, and what it had learned, the next one finds in the
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +22,22 @@ import torch
 from numpy.typing import NDArray
 
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.classes.clusters import Clusters
+from semwatch.classes.register import HOLD_S, ClassRegister
 from semwatch.errors import ConfigError, PublishError
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.models.inference import Embedded
-from semwatch.service import drift
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import Site
-from semwatch.store import serving
+from semwatch.streams.handoff import Cycle as Ended
+from semwatch.streams.handoff import Handoff
 from semwatch.streams.records import Record
 from semwatch.system.clock import utc_now
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_head
 from semwatch_training.discovery.head import Head, save_head
 from semwatch_training.learning import candidates, decisions, housekeeping, intake, new_classes, outcomes, promotion
+from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.learning.base_head import BaseHead, read_base_head
 from semwatch_training.learning.crops import images_as_numbers, labelled
 from semwatch_training.learning.decisions import DecidedCrops
@@ -52,6 +54,13 @@ FEW_AFTER_DRIFT = 10
 N_REJECTED = 100
 """Crops of a rejected cluster that represent it in clustering."""
 
+POLL_S = 0.1
+"""Between two looks at what the daemon serves."""
+REPORTED: Mapping[str, Literal["published", "refused", "nothing-new"]] = {
+    "learned": "published", "refused": "refused", "nothing new": "nothing-new",
+}  # fmt: skip
+"""What a cycle's status is called in its record."""
+
 Status = Literal["learned", "refused", "nothing new", "too few", "busy"]
 Progress = Callable[[str, int, int], None]
 
@@ -67,6 +76,8 @@ class Outcome:
     """The head that was published and serves."""
     report: Path | None = None
     """Folder of the cycle's report."""
+    reasons: tuple[str, ...] = ()
+    """Why the candidate does not serve."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +87,8 @@ class _Cycle:
     site: Site
     recipes: Sequence[Recipe]
     archive: Archive
+    register: ClassRegister
+    handoff: Handoff
     models: Embedded
     claims: Claims
     base: BaseHead
@@ -106,7 +119,8 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
             return Outcome("busy", "another cycle is running: this one leaves it alone")
         recipes = _recipes(site)
         client, prefix = intake.connect(site)
-        claims = Claims(intake.consumer(client, prefix))
+        claims, handoff = Claims(intake.consumer(client, prefix)), Handoff(client, prefix=prefix)
+        register = ClassRegister(handoff, folder, owner=intake.learner())
         try:
             with (
                 Archive(folder / ARCHIVE) as archive,
@@ -114,8 +128,11 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
             ):
                 base = read_base_head(repository, models)
                 report = ReportBuilder(folder / REPORTS / utc.replace(":", ""), utc)
-                outcome = _run(_Cycle(site, recipes, archive, models, claims, base, report, seed, utc, progress))
-                housekeeping.tidy(folder, archive, site.learning, now_utc=utc)
+                outcome = _run(
+                    _Cycle(site, recipes, archive, register, handoff, models, claims, base, report, seed, utc, progress)
+                )
+                housekeeping.tidy(folder, archive, register.read(), site.learning, now_utc=utc)
+                _state_outcome(handoff, outcome, archive, utc)
                 return outcome
         finally:
             claims.give_back()
@@ -123,11 +140,9 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
 
 
 def _run(c: _Cycle) -> Outcome:
-    folder, repository, wishes = c.site.learning_dir, c.site.models.repository, drift.wanted(c.site.learning_dir)
-    with clusters.locked(folder):
-        decided = outcomes.record_promotion(
-            c.site, c.base.version, c.base.meta, c.utc
-        )  # what a cycle that died left out
+    repository, wishes = c.site.models.repository, c.handoff.wishes()
+    with c.register.locked():  # what a cycle that died left out
+        decided = outcomes.record_promotion(c.register, c.base.version, c.base.meta, c.utc)
     decided_crops = decisions.apply_decisions(c.base, decided, seed=c.seed)
     with c.report.step("claim"):
         claimed = c.claims.take(c.site.learning.max_unknowns, c.progress)
@@ -142,7 +157,7 @@ def _run(c: _Cycle) -> Outcome:
     f = _find(c, found.fresh, decided, decided_crops)
     c.report.add_findings(c.base, len(claimed), found, f, c.archive)
     if not f.accepted and not decided_crops.is_changed:
-        _answer(folder, wishes)
+        c.handoff.answer(list(wishes))
         return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"))
     with c.report.step("fit"):
         bank, golden = new_classes.grown(decided_crops, f, c.seed, was_proof=set(c.base.golden.ids) - {""})
@@ -154,13 +169,15 @@ def _run(c: _Cycle) -> Outcome:
     if reasons := [f"{recipe.name}: {reason}" for recipe, judged in judgements for reason in judged.reasons]:
         return _refused(c, head, reasons)
     # A name that a person gives now would publish the old head: it waits until this one serves, or is given before.
-    with clusters.locked(folder):
+    with c.register.locked(HOLD_S + c.site.learning.swap_timeout_s):
         with c.report.step("publish"):
             version = _publish(c, head, decided_crops, f, judgements, bank, golden)
         with c.report.step("swap"):
-            why_not = _serves(c.site, version)
+            why_not = _serves(c, version)
         if why_not is None:
-            outcomes.record_promotion(c.site, version, model_repository.read_meta(repository, "head", version), c.utc)
+            outcomes.record_promotion(
+                c.register, version, model_repository.read_meta(repository, "head", version), c.utc
+            )
     if why_not is not None:
         choice.withdraw(repository, "head", version, why_not)
         return _refused(c, head, [why_not])
@@ -168,7 +185,7 @@ def _run(c: _Cycle) -> Outcome:
         done = outcomes.settlements_by_head(f, decided_crops, version)
         intake.settle(c.archive, done, c.utc)
         choice.prune(repository, "head", keep=c.site.learning.keep_versions)
-        _answer(folder, wishes)
+        c.handoff.answer(list(wishes))
     report = c.report.write("published", version)
     c.claims.acknowledge(list(done))
     return Outcome("learned", f"head {version} serves and {_learned(f)}", version, report)
@@ -195,7 +212,7 @@ def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters) -> Sort
 
 def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, decided_crops: DecidedCrops) -> Findings:
     """Group unknowns by people's decisions and by clustering, and choose what is learned."""
-    width, folder = c.base.frozen_width, c.site.learning_dir
+    width = c.base.frozen_width
     with c.report.step("embed"):
         crops = _crops(fresh, intake.features_of(fresh, c.models, c.progress))
     with c.report.step("find classes"):
@@ -207,11 +224,11 @@ def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, decided_crops: 
         clustered = candidates.find(known, left.features, frozen_width=width, seed=c.seed, progress=c.progress)
         groups = [*decided_crops.parts, *by_person, *new_classes.clustered_groups(clustered, left)]
     with c.report.step("identify"):
-        decided, ids = new_classes.identify(folder, groups, c.utc)
+        decided, ids = new_classes.identify(c.register, groups, c.utc)
         accepted, refusals = new_classes.choose(decided, ids, groups, decided_crops.bank.labels, c.recipes)
         records = [record for record, is_one in zip(fresh, is_left, strict=True) if is_one]
         f = Findings(clustered, records, groups, ids, decided, accepted, refusals, revisions)
-        new_classes.write_examples(folder, f, c.archive)
+        new_classes.show_examples(c.handoff, f, c.archive)
         alike = outcomes.settlements_by_clustering(f)
         intake.settle(c.archive, alike, c.utc)
         c.claims.acknowledge(list(alike))
@@ -257,7 +274,8 @@ def _refused(c: _Cycle, head: Head, reasons: Sequence[str]) -> Outcome:
     """Keep a candidate that may not serve, with its report."""
     report = c.report.write("refused", reasons=reasons)
     save_head(head, report / CANDIDATE, encoder_form=f"encoder {c.base.meta.encoder_sha256}", provenance={})
-    return Outcome("refused", f"the candidate is kept and does not serve: {'; '.join(reasons)}", report=report)
+    sentence = f"the candidate is kept and does not serve: {'; '.join(reasons)}"
+    return Outcome("refused", sentence, report=report, reasons=tuple(reasons))
 
 
 def _publish(
@@ -278,7 +296,7 @@ def _publish(
     why_withdrawn = choice.why_withdrawn(repository, "head", base.version)
     if why_withdrawn is not None:
         raise PublishError(f"head {base.version} was withdrawn while the cycle ran ({why_withdrawn}): run another one")
-    now = clusters.read(c.site.learning_dir)
+    now = c.register.read()
     names = decisions.renaming(head.labels, now)
     # What was merged or rejected this minute waits for the next cycle.
     taken = [*head.labels, *(new for old, new in names.items() if new != old)]
@@ -295,18 +313,37 @@ def _publish(
     )
 
 
-def _serves(site: Site, version: int) -> str | None:
-    """Wait for the first answer of the new head; why there is none, or None."""
-    if serving.daemon_runs(site.state_dir):
-        return serving.await_head(site.state_dir, version, timeout_s=site.learning.swap_timeout_s)
-    with Embedded(site.models.repository, threads=site.models.threads, models=("encoder", "head")) as models:
+def _serves(c: _Cycle, version: int) -> str | None:
+    """Wait for the first answer of the new head; why there is none, or None.
+
+    Where no daemon runs, the head is loaded here as the daemon would load it.
+    """
+    deadline = time.monotonic() + c.site.learning.swap_timeout_s
+    while (serving := c.handoff.serving(c.site.name)) is not None:
+        if serving.versions.get("head") == version:
+            return None
+        if version in serving.refused_heads:
+            return f"the daemon refused head {version}: {serving.refused_heads[version]}"
+        if time.monotonic() >= deadline:
+            return f"the daemon did not serve head {version} within {c.site.learning.swap_timeout_s:.0f} s; see its log"
+        time.sleep(POLL_S)
+    with Embedded(c.site.models.repository, threads=c.site.models.threads, models=("encoder", "head")) as models:
         return models.refused().get(version)
 
 
-def _answer(folder: Path, wishes: Sequence[str]) -> None:
-    """Take the drift watch's wishes back, unless it made another one meanwhile."""
-    if drift.wanted(folder) == wishes:
-        drift.clear_wanted(folder)
+def _state_outcome(handoff: Handoff, outcome: Outcome, archive: Archive, utc: str) -> None:
+    """Say in Redis how the cycle ended; one that had too little to learn from says nothing."""
+    if outcome.status in REPORTED:
+        handoff.add_cycle(
+            Ended(
+                utc=utc,
+                outcome=REPORTED[outcome.status],
+                version=outcome.head_version,
+                reasons=outcome.reasons,
+                sentence=outcome.sentence,
+                unknowns={str(state): n for state, n in archive.counts().items()},
+            )
+        )
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
