@@ -1,24 +1,20 @@
-"""The clusters' file: read, written, locked, and edited by hand into nonsense."""
+"""The clusters' file: read, written, and edited by hand into nonsense."""
 
 import json
-import multiprocessing
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster_files import CLASSES, SIGNED, T0, T1, found, three
-from paths import ROOT
 from semwatch.classes import clusters
 from semwatch.classes.clusters import (
     FILE,
     Clusters,
-    change,
+    as_json,
     label_of,
-    locked,
     names_of,
+    parsed,
     pending,
     read,
     successors,
@@ -27,8 +23,6 @@ from semwatch.classes.clusters import (
 from semwatch.classes.decisions import merged, named, rejected
 from semwatch.classes.observations import applied, observe
 from semwatch.errors import ConfigError, ServiceUnavailable
-
-DAEMON = ROOT / "daemon"
 
 
 def kept(folder: Path, c: Clusters) -> Path:
@@ -47,33 +41,26 @@ def test_what_is_written_is_read_back(tmp_path) -> None:
     c = merged(
         named(three(), "novel-1", "void", 12, classes=CLASSES, **SIGNED), "novel-2", "void", classes=(), **SIGNED
     )
-    with locked(tmp_path):
-        write(tmp_path, three().model_copy(update={"revision": 1}))
-        write(tmp_path, c)
-    assert read(tmp_path) == c
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [FILE, f"{FILE}.lock"]
-
-
-@pytest.mark.parametrize("revision", [0, 2, 7])
-def test_revision_that_is_not_the_next_one_is_somebody_elses_change(tmp_path, revision) -> None:
-    with pytest.raises(ConfigError, match=rf"has revision 0 and was to become {revision}: somebody else changed it"):
-        write(tmp_path, Clusters(revision=revision))
-    assert not (tmp_path / FILE).exists()
+    write(tmp_path / "made", three().model_copy(update={"revision": 1}))
+    write(tmp_path / "made", c)
+    assert read(tmp_path / "made") == c
+    assert [p.name for p in (tmp_path / "made").iterdir()] == [FILE]
+    assert parsed(as_json(c), "the state") == c
 
 
 def test_nonsense_is_not_written(tmp_path) -> None:
     broken = three().model_copy(update={"revision": 1, "next_number": 2})
-    with pytest.raises(ConfigError, match="left as it is: next_number 2 is too small: novel-3 was given already"):
+    with pytest.raises(ConfigError, match="left as they are: next_number 2 is too small: novel-3 was given already"):
         write(tmp_path, broken)
     assert read(tmp_path) == Clusters()
 
 
 def test_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch) -> None:
-    change(tmp_path, lambda c: observe(c, [found(1)], utc=T0))
+    write(tmp_path, observe(Clusters(), [found(1)], utc=T0))
     before = (tmp_path / FILE).read_bytes()
     (tmp_path / f".{FILE}.partial").mkdir()  # the disk refuses, also to root
     with pytest.raises(ServiceUnavailable, match=rf"cannot write {tmp_path / FILE}: Is a directory"):
-        change(tmp_path, lambda c: observe(c, [found(1)], utc=T1))
+        write(tmp_path, observe(Clusters(), [found(1)], utc=T1))
     assert (tmp_path / FILE).read_bytes() == before
 
 
@@ -180,56 +167,6 @@ def test_log_that_does_not_hold_together_is_refused(tmp_path, key, value, said) 
     (tmp_path / FILE).write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=said):
         read(tmp_path)
-
-
-# --- several at once -----------------------------------------------------------------------------------------------
-
-
-def _ten_changes(folder: Path, start: int) -> None:
-    for n in range(start, start + 10):
-        change(folder, lambda c, n=n: observe(c, [found(n)], utc=T0))
-
-
-def test_changes_of_several_processes_are_all_there(tmp_path) -> None:
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_ten_changes, args=(tmp_path, 100 * i)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(30)
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    c = read(tmp_path)
-    assert (c.revision, c.next_number) == (40, 41)
-
-
-def test_lock_is_waited_for_and_then_given_up(tmp_path) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from semwatch.classes.clusters import locked\n"
-        f"with locked(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env={"PYTHONPATH": str(DAEMON)})
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(ServiceUnavailable, match=rf"is changing {tmp_path / FILE}; try again"):
-            change(tmp_path, lambda c: c, timeout_s=0.2)
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert change(tmp_path, lambda c: c, timeout_s=5).revision == 1  # a killed holder holds nothing
-
-
-def test_step_that_refuses_changes_nothing_and_lets_go(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="no cluster 'novel-1'; there are none yet"):
-        change(tmp_path, lambda c: rejected(c, "novel-1", **SIGNED))
-    assert not (tmp_path / FILE).exists()
-    assert change(tmp_path, lambda c: c, timeout_s=0.1).revision == 1
-
-
-def test_learning_dir_that_cannot_be_made_is_a_setting_to_mend(tmp_path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="check the folder and its rights"):
-        change(tmp_path / "file" / "learning", lambda c: c)
 
 
 # --- questions -----------------------------------------------------------------------------------------------------

@@ -94,20 +94,25 @@ def test_state_of_another_revision_is_refused_and_nothing_changes(daemon: ClassR
     assert daemon.read() == after
 
 
-def test_disk_that_refuses_is_a_warning_since_redis_has_the_state(
-    client: redis.Redis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_damaged_file_is_written_anew_and_only_matters_where_redis_has_nothing(
+    daemon: ClassRegister, client: redis.Redis, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "file").touch()
-    register = ClassRegister(Handoff(client), tmp_path / "file" / "state", owner="person")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        register.read()
-    good = ClassRegister(Handoff(client), tmp_path / "state", owner="person")
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / FILE).parent.chmod(0o755)
-    after = good.change(lambda _: three())
-    (tmp_path / "state" / FILE).unlink()
-    (tmp_path / "state" / FILE).mkdir()  # nothing can take its place
-    with pytest.raises(ConfigError):
-        good.read()
-    good.write(name(after))
+    after = daemon.change(lambda _: three())
+    file = tmp_path / "state" / FILE
+    file.write_text(file.read_text().replace('"learned"', '"loved"', 1))
+    assert daemon.read() == after
+    assert clusters.read(tmp_path / "state") == after
+    assert "written anew" in caplog.text
+    file.write_text("{")
+    client.flushall()
+    with pytest.raises(ConfigError, match=r"clusters\.json"):
+        daemon.read()
+
+
+def test_disk_that_refuses_is_a_warning_since_redis_has_the_state(
+    daemon: ClassRegister, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").touch()  # no folder can be made
+    after = daemon.change(lambda _: three())
+    assert daemon.read() == after
     assert "not remembered" in caplog.text

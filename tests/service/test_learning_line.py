@@ -32,13 +32,14 @@ from semwatch.models.model_repository import Arrays
 from semwatch.models.relabel import relabel
 from semwatch.service import drift, rereview
 from semwatch.service.drift import DriftWatch
+from semwatch.service.learning_side import EARLY_CYCLE
 from semwatch.settings.recipe import Recipe, load_recipe
-from semwatch.settings.site import load_site
 from semwatch.store import audit, overlay, serving
 from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.handoff import Handoff
+from semwatch.streams.unknowns import connect
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
-from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.publishing.export import publish_head
 
 T0 = "2026-01-01T00:00:00Z"
@@ -157,11 +158,6 @@ def _unknown_then_novel(told: Story, daemon: Daemon, client: "redis.Redis", lear
         review_one(site, daemon, f"lot/{seed}.png", seed)
     daemon.wait_for(lambda: client.xlen("semwatch:results") == N_FIRST)
     told.reviews["first"] = result(site, "lot/0.png")
-    with Archive(site.folder / "being-made.sqlite") as archive:  # what a cycle does, without its hours
-        archive.add([records.decode(fields) for _, fields in client.xrange("semwatch:unknowns")], now_utc=T0)
-    learning_dir = load_site(site.file).learning_dir
-    learning_dir.mkdir()
-    (site.folder / "being-made.sqlite").rename(learning_dir / ARCHIVE)
     _swap(told, daemon, publish_from(learned / "head/2", site.folder.parent / "models"))
     _await_revision(told, daemon, client, 2)
     told.reviews["revised"] = result(site, "lot/0.png")
@@ -435,7 +431,8 @@ def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
 ) -> None:
     """A reference window without one unknown, then a few files of nothing else."""
     port = 22464 + os.getpid() % 1000
-    site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port})
+    redis_server = EmbeddedRedis(tmp_path / "redis")
+    site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port}, redis_url=redis_server.url)
     recipe = load_recipe(site.folder / "recipe.yaml")
     watch = DriftWatch()
     ordinary = make_review(1, source=SOURCE, verdicts=[make_verdict("known")], model_versions={"head": 1})
@@ -443,16 +440,18 @@ def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
     assert [alarm for _ in range(drift.REFERENCE) for alarm in watch.observe(ordinary)] == []
     site.state.mkdir()
     watch.save(site.state / drift.STATE)
-    with Daemon(site) as daemon:
+    with redis_server, Handoff(connect(redis_server.url)) as handoff, Daemon(site) as daemon:
         for seed in range(8):
             review_one(site, daemon, f"{seed}.png", seed)
         daemon.wait_for(lambda: "drift: " in daemon.log())
-        daemon.wait_for(lambda: drift.wanted(site.state / "learning") != [])
+        daemon.wait_for(lambda: handoff.wishes() != {})
+        (wish,) = handoff.wishes().values()
+        assert (site.state / EARLY_CYCLE).is_file()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             metrics = answer.read().decode()
         assert daemon.stop() == 0
         assert daemon.log().count("drift: ") == 1
-    (wish,) = drift.wanted(site.state / "learning")
-    assert "unknown rate rose: 0% in the reference window, 100% in the last" in wish
+    assert (wish.site, wish.source) == ("site", SOURCE)
+    assert "unknown rate rose: 0% in the reference window, 100% in the last" in wish.sentence
     assert f'semwatch_drift_alarms_total{{source="{SOURCE}",what="unknown rate"}} 1.0' in metrics
     assert DriftWatch.load(site.state / drift.STATE).values()[SOURCE, "unknown rate"] >= 1

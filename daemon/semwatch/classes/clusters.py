@@ -175,7 +175,7 @@ def read(folder: Path) -> Clusters:
     path = folder / FILE
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Clusters()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check its owner and mode") from error

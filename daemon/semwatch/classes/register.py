@@ -11,7 +11,7 @@ from pathlib import Path
 
 from semwatch.classes import clusters
 from semwatch.classes.clusters import FILE, Clusters
-from semwatch.errors import ServiceUnavailable
+from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.streams.handoff import Handoff
 
 log = logging.getLogger(__name__)
@@ -40,17 +40,29 @@ class ClassRegister:
 
     def read(self) -> Clusters:
         """The newest state; nothing found and nothing decided where there never was one."""
-        remembered, found = self.remembered(), self._handoff.classes()
-        state = Clusters() if found is None else clusters.parsed(found, "the state of the found classes in Redis")
-        if remembered.revision > state.revision:
+        remembered: Clusters | None
+        found = self._handoff.classes()
+        if found is None:
+            state, remembered = Clusters(), self.remembered()
+        else:
+            state = clusters.parsed(found, "the state of the found classes in Redis")
+            remembered = self._remembered_or_none()
+        if remembered is not None and remembered.revision > state.revision:
             log.warning("Redis has revision %d of the found classes, %s has %d: it is put back",
                         state.revision, self._folder / FILE, remembered.revision)  # fmt: skip
             self._handoff.append_classes(remembered.revision, clusters.as_json(remembered), jumps=True)
-            self._remember(remembered)
-            return remembered
-        if remembered != state or (state.revision and not (self._folder / FILE).exists()):
+            state = remembered
+        if state != remembered or (state.revision and not (self._folder / FILE).exists()):
             self._remember(state)
         return state
+
+    def _remembered_or_none(self) -> Clusters | None:
+        """The state of the file; None where it is damaged, which Redis makes up for."""
+        try:
+            return self.remembered()
+        except ConfigError as error:
+            log.warning("written anew, since Redis has the state: %s", error)
+            return None
 
     def remembered(self) -> Clusters:
         """The state that this side's file has, without asking Redis."""

@@ -28,7 +28,6 @@ from semwatch.errors import ConfigError, ModelMismatch, PublishError, ServiceUna
 from semwatch.line.classification import decide
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.inference import Embedded
-from semwatch.service import drift
 from semwatch.store import serving
 from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis
@@ -215,9 +214,15 @@ def test_two_classes_are_learned_and_everybody_is_told(lab: Lab) -> None:
     report = cycle_report.read(outcome.report)
     assert (report.outcome, report.version, report.n_claimed, report.n_learned) == ("published", 2, N, N)
     assert {path.name for path in outcome.report.iterdir()} >= {"report.md", "novel-1.png", "novel-2.png"}
-    for cluster in clusters.read(lab.learning).clusters:
+    for cluster in lab.found().clusters:
         assert (cluster.head_version, len(cluster.examples)) == (2, 12)
-        assert all((lab.learning / example).is_file() for example in cluster.examples)
+        examples = lab.handoff().examples(cluster.id)
+        assert set(examples) == set(cluster.examples)
+        assert all(png.startswith(b"\x89PNG") for png in examples.values())
+    ended = lab.handoff().last_cycle()
+    assert ended is not None
+    assert (ended.outcome, ended.version, ended.reasons) == ("published", 2, ())
+    assert ended.unknowns["learned"] == N
     with Archive(lab.learning / ARCHIVE, read_only=True) as archive:
         assert set(archive.note_of(lab.learned_ids("novel-2")).values()) == {"novel-2, head 2"}
 
@@ -244,23 +249,22 @@ def test_later_cycle_adds_to_what_an_earlier_one_learned(learned: Lab) -> None:
 
 
 def test_wish_of_the_drift_watch_lets_ten_unknowns_suffice(lab: Lab) -> None:
-    lab.learning.mkdir(parents=True)
-    (lab.learning / drift.WANTED).write_text("the unknown rate rose\n")
+    lab.wish("the unknown rate rose")
     lab.recipe(promotion={"min_cluster_size": 5, "max_unknown_rate": 0.3})
     lab.add(lab.blob(LARGE, 9))
     assert run_cycle(lab.site).sentence == "9 unknowns wait, 10 are needed: nothing was learned"
-    assert drift.wanted(lab.learning)
+    assert lab.wishes()
     lab.add(lab.blob(LARGE, 1, first=9_000))
     assert run_cycle(lab.site).status == "learned"
-    assert not drift.wanted(lab.learning)
+    assert not lab.wishes()
 
 
 def test_wish_that_comes_while_a_cycle_runs_stays_for_the_next(lab: Lab, monkeypatch) -> None:
     add_two(lab)
-    wish = lab.learning / drift.WANTED
-    after(monkeypatch, retrain, "fit_head", lambda: wish.write_text("the class mix changed\n"))
+    lab.wish("the unknown rate rose")
+    after(monkeypatch, retrain, "fit_head", lambda: lab.wish("the class mix changed"))
     assert run_cycle(lab.site).status == "learned"
-    assert drift.wanted(lab.learning) == ["the class mix changed"]
+    assert lab.wishes() == ["the class mix changed"]
 
 
 def test_old_versions_go_by_the_sites_rule(lab: Lab) -> None:
@@ -589,7 +593,7 @@ def say(semwatch: Command) -> Callable[..., None]:
 
 
 def waiting_decisions(lab: Lab) -> list[str]:
-    return [d.kind for d in clusters.pending(clusters.read(lab.learning))]
+    return [d.kind for d in clusters.pending(lab.found())]
 
 
 def test_name_given_before_the_class_is_learned_waits_for_it_and_brings_its_code(lab: Lab, say) -> None:
@@ -631,7 +635,7 @@ def test_merge_into_a_known_class_is_applied_without_a_single_unknown(learned: L
     assert run_cycle(learned.site).sentence == "head 3 serves and applies what people decided"
     assert learned.labels == ("bridge", "defect-free", "novel-2", "particle")
     assert (len(learned.learned_ids("particle")), waiting_decisions(learned)) == (24, [])
-    assert json.loads(learned.audit_lines()[-1])["decisions"] == [clusters.read(learned.learning).decisions[0].revision]
+    assert json.loads(learned.audit_lines()[-1])["decisions"] == [learned.found().decisions[0].revision]
     assert run_cycle(learned.site).status == "too few"
     assert learned.versions() == [1, 2, 3]
 
@@ -764,9 +768,13 @@ def test_class_that_is_merged_while_it_is_learned_is_merged_by_the_next_cycle(la
     assert len(lab.learned_ids("bridge")) == 24
 
 
-def test_cluster_file_edited_into_nonsense_stops_the_cycle_with_its_fault(learned: Lab) -> None:
+def test_damaged_state_stops_the_cycle_with_its_fault_where_redis_has_none(learned: Lab) -> None:
     path = learned.learning / clusters.FILE
-    path.write_text(path.read_text().replace('"learned"', '"loved"', 1))
+    damaged = path.read_text().replace('"learned"', '"loved"', 1)
+    path.write_text(damaged)
+    assert run_cycle(learned.site).status == "too few"  # Redis has it
+    path.write_text(damaged)
+    learned.client.delete("semwatch:classes")
     learned.add(learned.blob(7, 30))
     with pytest.raises(ConfigError, match=r"clusters\.json: clusters\[0\]\.state"):
         run_cycle(learned.site)

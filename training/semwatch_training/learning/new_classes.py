@@ -147,8 +147,8 @@ def grown(decided_crops: DecidedCrops, f: Findings, seed: int, was_proof: Collec
     return capped(head_bank.joined(banks), MAX_PER_CLASS, seed), head_bank.joined(golden)
 
 
-def show_examples(handoff: Handoff, f: Findings, archive: Archive) -> None:
-    """Put crops where people can look at them, scaled to ``EXAMPLE_PX``.
+def show_examples(handoff: Handoff, before: Clusters, f: Findings, archive: Archive) -> None:
+    """Put crops where people can look at them, scaled to ``EXAMPLE_PX``; those of clusters that are gone leave.
 
     Raises:
         ServiceUnavailable: Redis is away.
@@ -157,6 +157,8 @@ def show_examples(handoff: Handoff, f: Findings, archive: Archive) -> None:
         wanted = set(clusters.find(f.decided, id_).examples)
         shown = archive.read_many([i for i in group.ids if i in wanted])
         handoff.put_examples(id_, {record.id: _picture(record.crop) for record in shown})
+    for gone in {k.id for k in before.clusters} - {k.id for k in f.decided.clusters}:
+        handoff.put_examples(gone, {})
 
 
 def _picture(crop: NDArray[np.uint8]) -> bytes:

@@ -224,11 +224,12 @@ def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, decided_crops: 
         clustered = candidates.find(known, left.features, frozen_width=width, seed=c.seed, progress=c.progress)
         groups = [*decided_crops.parts, *by_person, *new_classes.clustered_groups(clustered, left)]
     with c.report.step("identify"):
+        before = decided
         decided, ids = new_classes.identify(c.register, groups, c.utc)
         accepted, refusals = new_classes.choose(decided, ids, groups, decided_crops.bank.labels, c.recipes)
         records = [record for record, is_one in zip(fresh, is_left, strict=True) if is_one]
         f = Findings(clustered, records, groups, ids, decided, accepted, refusals, revisions)
-        new_classes.show_examples(c.handoff, f, c.archive)
+        new_classes.show_examples(c.handoff, before, f, c.archive)
         alike = outcomes.settlements_by_clustering(f)
         intake.settle(c.archive, alike, c.utc)
         c.claims.acknowledge(list(alike))
