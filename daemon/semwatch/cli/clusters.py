@@ -64,17 +64,17 @@ def show(site: SiteOption, cluster: ClusterArgument, as_json: JsonOption = False
     folder = load_site(site).learning_dir
     found = clusters.read(folder)
     k = clusters.find(found, cluster)
-    said = [d for d in found.decisions if k.id in (d.cluster, d.into)]
+    taken = [d for d in found.decisions if k.id in (d.cluster, d.into)]
     sheet = _contact_sheet(folder, k)
     if as_json:
-        extra = {"sheet": sheet, "decisions": [d.model_dump() for d in said]}
+        extra = {"sheet": sheet, "decisions": [d.model_dump() for d in taken]}
         typer.echo(json.dumps({**k.model_dump(), **extra}))
         return
     rows = table("", "", show_header=False, box=None)
     for key, value in _facts(k, found).items():
         rows.add_row(key, printable(value))
     rows.add_row("examples", printable(sheet or "none kept"))
-    for d in said:
+    for d in taken:
         rows.add_row("decision", printable(_in_words(d)))
     out.print(rows)
 
@@ -157,9 +157,9 @@ def _decide_and_answer(settings: Site, site: Path, decide: Decide, as_json: bool
 def _decided(settings: Site, decide: Decide) -> Clusters:
     """Write the audit line, then the file; a refused decision leaves neither."""
     after = decide(clusters.read(settings.learning_dir), login_name(), utc_now())
-    said = after.decisions[-1].model_dump(exclude={"applied_utc"}, exclude_none=True)
+    fields = after.decisions[-1].model_dump(exclude={"applied_utc"}, exclude_none=True)
     with Ledger(settings.state_dir / LEDGER, exclusive=False) as ledger:
-        ledger.note(audit={"event": "cluster", **said})
+        ledger.note(audit={"event": "cluster", **fields})
     clusters.write(settings.learning_dir, after)
     return after
 
