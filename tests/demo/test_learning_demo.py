@@ -19,7 +19,7 @@ from semwatch.classes.observations import Observation, learned, observe
 from semwatch.classes.register import ClassRegister
 from semwatch.defects import Verdict
 from semwatch.demo import learning
-from semwatch.demo.learning import _counts, _name_by_truth, _show, _type_of, run_learning_demo
+from semwatch.demo.learning import _counts, _name_clusters, _show, _type_of, run_learning_demo
 from semwatch.demo.one_lot import Layout, write_settings
 from semwatch.errors import ServiceUnavailable
 from semwatch.models import choice, model_repository
@@ -180,7 +180,7 @@ def test_each_learned_cluster_is_named_by_its_crops_and_a_second_one_of_a_type_i
     )
     truth = {"a.png": ["scratch"], "b.png": ["void"], "c.png": ["residue", "residue"], "d.png": ["scratch"]}
     made = console()
-    _name_by_truth(site, server.url, layout, write_truth(layout.folder / "lot1", {**truth, "e.png": ["residue"]}), made)
+    _name_clusters(site, server.url, layout, write_truth(layout.folder / "lot1", {**truth, "e.png": ["residue"]}), made)
     now = clusters.read(site.state_dir)
     assert [(k.id, k.state, k.label) for k in now.clusters] == [
         ("novel-1", "named", "scratch"),

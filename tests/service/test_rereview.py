@@ -311,7 +311,7 @@ def judged(kind: str, label: str | None) -> Verdict:
 
 
 @pytest.mark.parametrize(
-    ("standing", "new", "expected"),
+    ("current", "new", "expected"),
     [
         (("unknown", None), ("non-decidable", None), False),
         (("unknown", None), ("novel", "novel-1"), True),
@@ -323,9 +323,9 @@ def judged(kind: str, label: str | None) -> Verdict:
     ],
 )
 def test_label_replaces_and_silence_only_what_is_no_class_any_more(
-    line: Line, standing: tuple[str, str | None], new: tuple[str, str | None], expected: bool
+    line: Line, current: tuple[str, str | None], new: tuple[str, str | None], expected: bool
 ) -> None:
-    stands = rereview.verdict_record(judged(*standing), None)
+    stands = rereview.verdict_record(judged(*current), None)
     assert rereview.replaces(judged(*new), stands, line.embedded.meta("head")) is expected
 
 

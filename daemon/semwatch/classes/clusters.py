@@ -196,8 +196,8 @@ def write(folder: Path, state: Clusters) -> None:
         raise ServiceUnavailable(f"cannot write {path}: {error.strerror}; free or mend the disk") from error
 
 
-def parsed(content: bytes, whose: str) -> Clusters:
-    """Read what ``as_json`` wrote; ``whose`` names it in the message.
+def parsed(content: bytes, name: str) -> Clusters:
+    """Read what ``as_json`` wrote; ``name`` stands for it in the message.
 
     Raises:
         ConfigError: it is damaged or makes no sense.
@@ -208,7 +208,7 @@ def parsed(content: bytes, whose: str) -> Clusters:
         fault = error.errors(include_url=False, include_context=False)[0]
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
         raise ConfigError(
-            f"{whose}: {where.lstrip('.') or 'the file'}: {fault['msg']}; undo the edit: `semwatch clusters` changes "
+            f"{name}: {where.lstrip('.') or 'the file'}: {fault['msg']}; undo the edit: `semwatch clusters` changes "
             f"it so that it stays whole"
         ) from error
 

@@ -51,18 +51,18 @@ def show(site: SiteOption, cluster: ClusterArgument, as_json: JsonOption = False
     settings = load_site(site)
     found = decide.found_classes(settings)
     k = clusters.find(found, cluster)
-    said = [d for d in found.decisions if k.id in (d.cluster, d.into)]
+    taken = [d for d in found.decisions if k.id in (d.cluster, d.into)]
     picture = decide.example_sheet(settings, k.id)
     sheet = None if picture is None else str(picture)
     if as_json:
-        extra = {"sheet": sheet, "decisions": [d.model_dump() for d in said]}
+        extra = {"sheet": sheet, "decisions": [d.model_dump() for d in taken]}
         typer.echo(json.dumps({**k.model_dump(), **extra}))
         return
     rows = table("", "", show_header=False, box=None)
     for key, value in _facts(k, found).items():
         rows.add_row(key, printable(value))
     rows.add_row("examples", printable(sheet or "none kept"))
-    for d in said:
+    for d in taken:
         rows.add_row("decision", printable(_in_words(d)))
     out.print(rows)
 

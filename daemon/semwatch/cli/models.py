@@ -58,7 +58,7 @@ def pin(
         model_repository.read_meta(settings.models.repository, model, version)
     _note(settings, "model released" if release else "model pinned", {"model": model, "version": version})
     choice.pin(settings.models.repository, model, version)
-    _say_outcome(settings, model)
+    _show_outcome(settings, model)
 
 
 @app.command(epilog=EPILOG)
@@ -83,7 +83,7 @@ def rollback(
         say(f": to {model} {to}; {leaving} is not withdrawn", ("pin moved", "yellow"))
     else:
         say(f": {model} {leaving}: {reason}", ("withdrawn", "yellow"))
-    _say_outcome(settings, model)
+    _show_outcome(settings, model)
 
 
 @app.command(epilog=EPILOG)
@@ -91,21 +91,21 @@ def diff(site: SiteOption, model: ModelArgument, old: int, new: int, as_json: Js
     """Say what one version has that another has not: classes, codes, what it was made of, how it was judged."""
     _check_model(model)
     repository = load_site(site).models.repository
-    told = choice.difference(*(model_repository.read_meta(repository, model, version) for version in (old, new)))
+    changes = choice.difference(*(model_repository.read_meta(repository, model, version) for version in (old, new)))
     if as_json:
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps(changes))
         return
     shown = table("", f"{model} {old}", f"{model} {new}")
     shown.add_row(
-        "classes only here", *(printable(", ".join(told[key])) for key in ("classes_removed", "classes_added"))
+        "classes only here", *(printable(", ".join(changes[key])) for key in ("classes_removed", "classes_added"))
     )
     for name in ("codes", "provenance"):
-        for key, pair in told[name].items():
+        for key, pair in changes[name].items():
             shown.add_row(
                 printable(f"{name}: {key}"), *(printable("-" if value is None else str(value)) for value in pair)
             )
     out.print(shown)
-    if not told["same_encoder"] and model == "head":
+    if not changes["same_encoder"] and model == "head":
         say("the two read features of different encoders")
 
 
@@ -141,7 +141,7 @@ def _made(repository: Path, model: str, version: int) -> dict[str, Any]:
 
 def _state(row: Mapping[str, Any], runs: bool) -> str:
     comes = "not in service yet" if row["model"] == "head" else "comes at the daemon's next start"
-    said = {
+    notes = {
         "serves": row["serves"],
         "chosen": row["chosen"] and not row["serves"],
         comes: runs and row["chosen"] and not row["serves"] and not row["refused"],
@@ -149,7 +149,7 @@ def _state(row: Mapping[str, Any], runs: bool) -> str:
         "withdrawn": row["withdrawn"] is not None,
         "refused": row["refused"] is not None,
     }
-    return ", ".join(words for words, holds in said.items() if holds)
+    return ", ".join(words for words, holds in notes.items() if holds)
 
 
 def _check_model(model: str) -> None:
@@ -164,7 +164,7 @@ def _note(settings: Site, event: str, about: Mapping[str, object]) -> None:
         ledger.note(audit={"event": event, "utc": utc_now(), "by": login_name(), **about})
 
 
-def _say_outcome(settings: Site, model: str) -> None:
+def _show_outcome(settings: Site, model: str) -> None:
     version = choice.choice(settings.models.repository, model)
     if not serving.daemon_runs(settings.state_dir):
         say(f": {model} {version}, once the daemon runs", ("serves", "green"))

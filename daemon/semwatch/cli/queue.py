@@ -188,14 +188,18 @@ def _id(letter: DeadLetter) -> str:
 
 def _show(entries: Sequence[Entry], stream: Stream, as_json: bool) -> None:
     for entry in entries:
-        said = _decoded(entry.fields, stream)
+        decoded = _decoded(entry.fields, stream)
         if as_json:
-            meta = {"error": said} if isinstance(said, str) else json.loads(entry.fields[b"meta"]) | {"id": said.id}
+            meta = (
+                {"error": decoded}
+                if isinstance(decoded, str)
+                else json.loads(entry.fields[b"meta"]) | {"id": decoded.id}
+            )
             typer.echo(json.dumps({"entry": entry.entry_id, **meta}))
-        elif isinstance(said, str):
-            say(f"{entry.entry_id} cannot be read: {said}")
+        elif isinstance(decoded, str):
+            say(f"{entry.entry_id} cannot be read: {decoded}")
         else:
-            say(_unknown_line(said) if isinstance(said, Record) else _result_line(said))
+            say(_unknown_line(decoded) if isinstance(decoded, Record) else _result_line(decoded))
 
 
 def _decoded(fields: Fields, stream: Stream) -> Record | ResultSummary | str:
@@ -215,8 +219,8 @@ def _unknown_line(record: Record) -> str:
 def _result_line(summary: ResultSummary) -> str:
     scores = " ".join(f"{score:.3f}" for score in summary.image_scores)
     found = {**summary.n_by_kind, **summary.n_by_label}
-    said = ", ".join(f"{n} {name}" for name, n in found.items()) or "no defects"
-    return f"{summary.reviewed_utc}  {summary.source}/{summary.path}  score {scores}  {said}"
+    counts = ", ".join(f"{n} {name}" for name, n in found.items()) or "no defects"
+    return f"{summary.reviewed_utc}  {summary.source}/{summary.path}  score {scores}  {counts}"
 
 
 def _in_words(seconds: float) -> str:

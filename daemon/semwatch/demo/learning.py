@@ -65,11 +65,11 @@ def run_learning_demo(*, folder: Path, repository: Path, n: int, seed: int, cons
         site = load_site(layout.site)
         with one_lot.running_daemon(layout, console) as daemon:
             before = one_lot.drop_one_by_one(one_lot.images_of(lots[0]), layout, daemon, console)
-            said = _semwatch_train("retrain", "--site", str(layout.site), "--json")
-            cycle = json.loads(said)
+            output = _semwatch_train("retrain", "--site", str(layout.site), "--json")
+            cycle = json.loads(output)
             console.print(f"cycle: {cycle['said']}", highlight=False, soft_wrap=True)
             if cycle["status"] == "learned":
-                _name_by_truth(site, redis.url, layout, lots[0], console)
+                _name_clusters(site, redis.url, layout, lots[0], console)
             after = one_lot.drop_one_by_one(one_lot.images_of(lots[1]), layout, daemon, console)
     _show(_counts(before, lots[0]), _counts(after, lots[1]), console)
     log = audit.verify(layout.folder / "state" / "audit.jsonl")
@@ -106,7 +106,7 @@ def _semwatch_train(*arguments: str) -> str:
     return done.stdout
 
 
-def _name_by_truth(site: Site, redis_url: str, layout: Layout, lot: Path, console: Console) -> None:
+def _name_clusters(site: Site, redis_url: str, layout: Layout, lot: Path, console: Console) -> None:
     """Name each learned cluster by the truth of its crops, as an engineer would by looking at them."""
     truth = one_lot.truth_of(lot)
     table = Table("cluster", "crops", "they show", "named", title="clusters")

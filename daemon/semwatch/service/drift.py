@@ -381,13 +381,13 @@ class _Watch(_State):
         yield from self.classes.readings()
 
     def _alarm(self, what: What, value: float, threshold: float) -> Alarm:
-        tell = {
+        sentence_of = {
             "unknown rate": self.classes.rate_sentence,
             "score": self.scores.sentence,
             "class mix": self.classes.mix_sentence,
         }
         n = len(self.scores.now if what == "score" else self.classes.now)
-        sentence = f"{self.source}, recipe {self.recipe_name}: {tell[what]()}"
+        sentence = f"{self.source}, recipe {self.recipe_name}: {sentence_of[what]()}"
         return Alarm(self.source, self.recipe_name, self.recipe_id, what, value, threshold, n, sentence)
 
 

@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 _AWAY = "a service is away"
-SAY_AGAIN_S = 60.0
-"""Seconds after which a fault that lasts is said again."""
+LOG_AGAIN_S = 60.0
+"""Seconds after which a fault that lasts is logged again."""
 BESIDE_WORK_S = 0.02
 """Seconds of re-review between two looks at files under way."""
 LOT_INTERVAL_S = 2.0
@@ -120,7 +120,7 @@ class Service:
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
         self._next_beat = 0.0
-        self._pause, self._say_again = "", 0.0
+        self._pause, self._log_again = "", 0.0
         self._lots_to_write: set[Path] = set()
         self._lots_lock = threading.Lock()
         self._next_lots = 0.0
@@ -164,8 +164,8 @@ class Service:
                     self._reread()
                     self._deliver()
                 except ServiceUnavailable as error:  # the disk under ledger or audit log
-                    if self._away.failed() or time.monotonic() >= self._say_again:
-                        self._say_again = time.monotonic() + SAY_AGAIN_S
+                    if self._away.failed() or time.monotonic() >= self._log_again:
+                        self._log_again = time.monotonic() + LOG_AGAIN_S
                         log.error("the line waits: %s", error)
                     self._stop.wait(TICK_S)
         finally:

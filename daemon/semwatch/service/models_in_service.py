@@ -40,7 +40,7 @@ class ModelsInService:
         self._codes: dict[int, Mapping[str, int]] = {}
         self._is_announced = True
         for version, why in self.refused_heads().items():
-            self._say_refused("head", version, why)
+            self._log_refused("head", version, why)
         self._announce()
 
     def of(self, recipe: Recipe) -> Models:
@@ -55,7 +55,7 @@ class ModelsInService:
                 extra = about("swapped", models={swap.model: swap.version})
                 log.info("%s %d serves from now on", swap.model, swap.version, extra=extra)
             else:
-                self._say_refused(swap.model, swap.version, swap.refused)
+                self._log_refused(swap.model, swap.version, swap.refused)
         if swaps or not self._is_announced:
             self._announce()
         return any(swap.refused is None for swap in swaps)
@@ -81,7 +81,7 @@ class ModelsInService:
             self._codes[version] = model_repository.read_meta(self._repository, "head", version).codes
         return self._codes[version]
 
-    def _say_refused(self, model: str, version: int, why: str) -> None:
+    def _log_refused(self, model: str, version: int, why: str) -> None:
         self._metrics.swap_refused.labels(model=model).inc()
         extra = about("refused", models={model: version})
         log.error("%s %d is refused, the one before it goes on: %s", model, version, why, extra=extra)

@@ -91,7 +91,7 @@ class Rereview:
         days: how far back; 0: never.
         publishes: whether summaries leave for Redis.
         is_busy: says of (source, path as in the record) whether a worker has the image; it is waited for.
-        on_revised: is told each review.json that got a revision, and what it says now.
+        on_revised: called with each review.json that got a revision, and its new content.
 
     Raises: ConfigError when ``reread.json`` is broken.
     """
@@ -227,8 +227,8 @@ class Rereview:
         self, result: ReviewRecord, found: list[UnknownFeatures], recipe: Recipe
     ) -> tuple[dict[Place, VerdictRecord], int]:
         """Ask the head; return the verdicts that take the place of others, and the head's version."""
-        standing = defects_of(result)
-        known = [r for r in found if (d := standing.get((r.page, r.defect_id))) and d.box_xyxy == r.box_xyxy]
+        current = defects_of(result)
+        known = [r for r in found if (d := current.get((r.page, r.defect_id))) and d.box_xyxy == r.box_xyxy]
         self.counts.stale += len(found) - len(known)
         if not known:
             return {}, 0
@@ -244,7 +244,7 @@ class Rereview:
                 significance=recipe.unknown.significance,
                 decide_confidence=recipe.unknown.decide_confidence,
             )
-            if replaces(verdict, standing[place].verdict, answer.meta):
+            if replaces(verdict, current[place].verdict, answer.meta):
                 changes[place] = verdict_record(verdict, class_code(verdict, recipe, answer.meta))
         return changes, answer.version
 
@@ -280,14 +280,14 @@ def features_of(found: Iterable[Record]) -> list[UnknownFeatures]:
     ]
 
 
-# --- what is said of a revision ------------------------------------------------------------------------------------
+# --- records of a revision -----------------------------------------------------------------------------------------
 
 
-def replaces(verdict: Verdict, standing: VerdictRecord, head: Meta) -> bool:
+def replaces(verdict: Verdict, current: VerdictRecord, head: Meta) -> bool:
     """Say whether a new verdict takes the place of the one that stands."""
     if verdict.label is None:
-        return standing.label is not None and standing.label not in head.labels
-    return (verdict.kind, verdict.label) != (standing.kind, standing.label)
+        return current.label is not None and current.label not in head.labels
+    return (verdict.kind, verdict.label) != (current.kind, current.label)
 
 
 def class_code(verdict: Verdict, recipe: Recipe, head: Meta) -> int | None:
@@ -336,13 +336,18 @@ def _about(result: ReviewRecord) -> dict[str, dict[str, str]]:
 
 def _differences(before: Mapping[Place, DefectRecord], after: Mapping[Place, DefectRecord]) -> list[dict[str, object]]:
     return [
-        {"page": page, "defect_id": defect_id, "from": _said(before[page, defect_id]), "to": _said(defect)}
+        {
+            "page": page,
+            "defect_id": defect_id,
+            "from": _verdict_name(before[page, defect_id]),
+            "to": _verdict_name(defect),
+        }
         for (page, defect_id), defect in after.items()
-        if (page, defect_id) in before and _said(before[page, defect_id]) != _said(defect)
+        if (page, defect_id) in before and _verdict_name(before[page, defect_id]) != _verdict_name(defect)
     ]
 
 
-def _said(defect: DefectRecord) -> str:
+def _verdict_name(defect: DefectRecord) -> str:
     return defect.verdict.label or defect.verdict.kind
 
 
@@ -352,7 +357,7 @@ def summary(result: ReviewRecord) -> records.Message:
     parts = ["revised", result.sha256, result.source, result.path, result.recipe.id, versions, result.revision]
     id_ = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     verdicts = [defect.verdict for defect in defects_of(result).values()]
-    said = ResultSummary(
+    fresh = ResultSummary(
         id=id_,
         reviewed_utc=result.reviewed_utc,
         source=result.source,
@@ -367,7 +372,7 @@ def summary(result: ReviewRecord) -> records.Message:
         n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
         revision=result.revision,
     )
-    meta = TypeAdapter(ResultSummary).dump_json(said, exclude={"id"})
+    meta = TypeAdapter(ResultSummary).dump_json(fresh, exclude={"id"})
     fields = {b"id": id_.encode(), b"schema": b"%d" % records.SCHEMA, b"meta": meta}
     return records.RESULTS, id_, records.pack(fields)
 

@@ -240,9 +240,9 @@ def revise(
 def _revised_page(page: PageRecord, verdicts: Mapping[tuple[int, int], VerdictRecord]) -> PageRecord:
     defects = []
     for defect in page.defects:
-        said = verdicts.get((page.page, defect.defect_id), defect.verdict)
-        is_same = (said.kind, said.label) == (defect.verdict.kind, defect.verdict.label)
-        defects.append(defect if is_same else defect.model_copy(update={"verdict": said}))
+        verdict = verdicts.get((page.page, defect.defect_id), defect.verdict)
+        is_same = (verdict.kind, verdict.label) == (defect.verdict.kind, defect.verdict.label)
+        defects.append(defect if is_same else defect.model_copy(update={"verdict": verdict}))
     kinds = [defect.verdict.kind for defect in defects]
     return page.model_copy(update={"defects": tuple(defects), "verdict": page_verdict(kinds)})
 

@@ -24,16 +24,16 @@ def announce(state_dir: Path, versions: Mapping[str, int], refused_heads: Mappin
         OSError: the disk refused.
     """
     utc = utc_now()
-    said = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
-    write_whole(state_dir / ANNOUNCED, json.dumps(said).encode())
+    announcement = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
+    write_whole(state_dir / ANNOUNCED, json.dumps(announcement).encode())
 
 
 def announced(state_dir: Path) -> tuple[dict[str, int], dict[int, str]]:
     """Versions that the daemon last said to serve, and the heads that it refused; empty where it never ran."""
     try:
-        said = json.loads((state_dir / ANNOUNCED).read_bytes())
-        versions = {str(model): int(version) for model, version in said["versions"].items()}
-        return versions, {int(version): str(why) for version, why in said["refused_heads"].items()}
+        announcement = json.loads((state_dir / ANNOUNCED).read_bytes())
+        versions = {str(model): int(version) for model, version in announcement["versions"].items()}
+        return versions, {int(version): str(why) for version, why in announcement["refused_heads"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, {}
 

@@ -118,15 +118,15 @@ _TOO_OLD_WORDS = re.compile(r"unknown command|Unknown Redis command", re.IGNOREC
 
 
 def _as_ours(error: redis.RedisError) -> Exception:
-    said = str(error)
-    if isinstance(error, _REFUSED) or _REFUSED_WORDS.search(said):
-        return ConfigError(f"Redis refuses us ({said}): check username, password_file and the user's ACL")
-    if isinstance(error, _AWAY) or _AWAY_WORDS.search(said):
-        return ServiceUnavailable(f"Redis is away or full: {said}")
-    if "WRONGTYPE" in said:
+    message = str(error)
+    if isinstance(error, _REFUSED) or _REFUSED_WORDS.search(message):
+        return ConfigError(f"Redis refuses us ({message}): check username, password_file and the user's ACL")
+    if isinstance(error, _AWAY) or _AWAY_WORDS.search(message):
+        return ServiceUnavailable(f"Redis is away or full: {message}")
+    if "WRONGTYPE" in message:
         return ConfigError("a key of ours is not a stream: something else uses this prefix, choose another")
-    if _TOO_OLD_WORDS.search(said):
-        return ConfigError(f"this server lacks what we need ({said}): Redis 6.2 or newer, or Valkey")
+    if _TOO_OLD_WORDS.search(message):
+        return ConfigError(f"this server lacks what we need ({message}): Redis 6.2 or newer, or Valkey")
     return error  # a bug of ours
 
 
@@ -523,6 +523,6 @@ class Consumer(Generic[T]):
 
 
 def _dead_letter(entry_id: bytes, fields: Fields) -> DeadLetter:
-    said = {name: fields.pop(name, b"") for name in (b"dead_error", b"dead_deliveries", b"dead_entry")}
-    error = said[b"dead_error"].decode("utf-8", "replace")
-    return DeadLetter(entry_id.decode(), error, int(said[b"dead_deliveries"] or 0), fields)
+    fault = {name: fields.pop(name, b"") for name in (b"dead_error", b"dead_deliveries", b"dead_entry")}
+    error = fault[b"dead_error"].decode("utf-8", "replace")
+    return DeadLetter(entry_id.decode(), error, int(fault[b"dead_deliveries"] or 0), fields)
