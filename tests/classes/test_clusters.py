@@ -58,7 +58,7 @@ def test_nonsense_is_not_written(tmp_path) -> None:
 def test_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch) -> None:
     write(tmp_path, observe(Clusters(), [found(1)], utc=T0))
     before = (tmp_path / FILE).read_bytes()
-    (tmp_path / f".{FILE}.partial").mkdir()  # the disk refuses, also to root
+    (tmp_path / f".{FILE}.tmp").mkdir()  # the disk refuses, also to root
     with pytest.raises(ServiceUnavailable, match=rf"cannot write {tmp_path / FILE}: Is a directory"):
         write(tmp_path, observe(Clusters(), [found(1)], utc=T1))
     assert (tmp_path / FILE).read_bytes() == before

@@ -179,7 +179,7 @@ def test_nothing_to_go_back_to_is_refused_and_leaves_no_line(models, site, repos
 
 
 def test_audit_line_stands_even_where_the_disk_refuses_the_change(models, site, repository) -> None:
-    (repository / "head" / f".{choice.PINNED}.partial").mkdir()  # where the pin would be written
+    (repository / "head" / f".{choice.PINNED}.tmp").mkdir()  # where the pin would be written
     said = models("pin", "head", 1)
     assert said.code == 1
     assert "cannot write" in said.err

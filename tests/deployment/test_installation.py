@@ -19,6 +19,7 @@ from semwatch.models.model_repository import Meta
 from semwatch.settings.fields import EXAMPLES
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import load_site
+from semwatch.system.files import file_sha256
 
 SITE = Path("/etc/semwatch/site.yaml")
 UNIT = Path("/etc/systemd/system/semwatch.service")
@@ -138,7 +139,7 @@ def test_a_file_that_we_replace_keeps_the_rights_a_person_gave_it(tmp_path: Path
     at(tmp_path, UNIT).chmod(0o600)
     at(tmp_path, UNIT).write_text("an older one of ours")
     told = json.loads(record.read_text())
-    told["files"][str(UNIT)] = model_repository.file_sha256(at(tmp_path, UNIT))
+    told["files"][str(UNIT)] = file_sha256(at(tmp_path, UNIT))
     record.write_text(json.dumps(told))
     assert semwatch(tmp_path, "install")[UNIT]["action"] == "replaced"
     assert stat.S_IMODE(at(tmp_path, UNIT).stat().st_mode) == 0o600

@@ -332,13 +332,14 @@ def test_recipe_seen_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     assert [kept["recipe_id"] for kept in watch.state()["watches"]] == ["a", "c"]
 
 
-def test_another_head_starts_rate_and_mix_anew_and_keeps_the_score() -> None:
+@pytest.mark.parametrize("swapped", [{"head": 4}, {"encoder": 2}], ids=["head", "encoder"])
+def test_another_head_or_encoder_starts_rate_and_mix_anew_and_keeps_the_score(swapped: dict[str, int]) -> None:
     watch = settled()
     shares = (0.05, 0.05, 0.10, 0.10, 0.65, 0.05)
-    assert feed(watch, draw(REFERENCE, 19, shares=shares, head=4)) == [], "a new reference"
+    assert feed(watch, draw(REFERENCE, 19, shares=shares, **swapped)) == [], "a new reference"
     values = watch.values()
     assert values["tool-a", "class mix"] == values["tool-a", "unknown rate"] == 0.0 < values["tool-a", "score"]
-    assert {alarm.what for _, alarm in feed(watch, draw(NOW, 20, head=4))} == {"unknown rate", "class mix"}
+    assert {alarm.what for _, alarm in feed(watch, draw(NOW, 20, **swapped))} == {"unknown rate", "class mix"}
 
 
 def test_reset_is_what_another_head_does() -> None:

@@ -20,8 +20,8 @@ from pydantic_core import PydanticCustomError
 
 from semwatch.defects import NOVEL
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.models.model_repository import write_whole
 from semwatch.settings.fields import Label
+from semwatch.system.files import write_whole
 
 FILE = "clusters.json"
 

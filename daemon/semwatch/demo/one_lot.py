@@ -24,6 +24,7 @@ from semwatch.store import audit, results
 from semwatch.store.review_record import ReviewRecord, VerdictRecord
 from semwatch.streams import unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.system import files
 from semwatch.triton import setup
 from semwatch.triton.server import LocalTriton
 
@@ -227,9 +228,7 @@ def drop_one_by_one(
         while len(found) < len(images):
             if waiting:
                 image = waiting.pop(0)
-                partial = layout.drop / f".{image.name}.part"
-                shutil.copyfile(image, partial)
-                partial.rename(layout.drop / image.name)
+                files.write_whole(layout.drop / image.name, image.read_bytes())
                 progress.update(dropped, advance=1)
             for image in images:
                 path = layout.results / SOURCE / f"{image.name}.review.json"

@@ -16,6 +16,7 @@ from typing import Any
 from semwatch.errors import ModelMismatch, PublishError
 from semwatch.models import model_repository
 from semwatch.models.model_repository import Meta
+from semwatch.system import files
 
 PINNED, WITHDRAWN = "pinned", ".withdrawn"
 
@@ -88,7 +89,7 @@ def pin(repository: Path, model: str, version: int | None) -> None:
         if version is None:
             path.unlink(missing_ok=True)
         else:
-            model_repository.write_whole(path, f"{version}\n".encode())
+            files.write_whole(path, f"{version}\n".encode())
     except OSError as error:
         raise PublishError(f"cannot write {path}: {error}") from error
 
@@ -117,7 +118,7 @@ def withdraw(repository: Path, model: str, version: int, reason: str) -> None:
     if all(why_withdrawn(repository, model, other) is not None for other in others):
         raise PublishError(f"{model} {version} is the last version that may serve; publish another first")
     try:
-        model_repository.write_whole(repository / model / f"{version}{WITHDRAWN}", f"{reason}\n".encode())
+        files.write_whole(repository / model / f"{version}{WITHDRAWN}", f"{reason}\n".encode())
     except OSError as error:
         raise PublishError(f"cannot withdraw {model} {version}: {error}") from error
 
@@ -177,7 +178,7 @@ def prune(repository: Path, model: str, *, keep: int) -> list[int]:
         folder = repository / model / str(version)
         doomed = folder.with_name(f".gone-{version}")
         try:
-            folder.rename(doomed)  # by one rename out of sight: a half-deleted version is never seen
+            files.rename(folder, doomed)  # by one rename out of sight: a half-deleted version is never seen
             shutil.rmtree(doomed)
             (repository / model / f"{version}{WITHDRAWN}").unlink(missing_ok=True)
         except OSError as error:

@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from semwatch.defects import PageReview, Review
-from semwatch.models.model_repository import write_whole
+from semwatch.system.files import rename, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -487,6 +487,6 @@ class DriftWatch:
 
 def _set_aside(path: Path, aside: Path) -> None:
     try:
-        path.replace(aside)
+        rename(path, aside)
     except OSError as error:
         log.warning("%s stays where it is: %s", path, error.strerror)

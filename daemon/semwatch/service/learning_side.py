@@ -15,6 +15,7 @@ from semwatch.service.drift import Alarm
 from semwatch.settings.site import Site
 from semwatch.store.ledger import Ledger, OutboxItem
 from semwatch.streams.handoff import SERVING_TTL_S, Handoff, Serving, Wish, wish_message
+from semwatch.system import files
 from semwatch.system.clock import utc_now
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def trigger(state_dir: Path, utc: str) -> None:
     Raises:
         OSError: the disk refused.
     """
-    model_repository.write_whole(state_dir / EARLY_CYCLE, f"{utc}\n".encode())
+    files.write_whole(state_dir / EARLY_CYCLE, f"{utc}\n".encode())
 
 
 def note_published_heads(ledger: Ledger, repository: Path, serving: int) -> None:

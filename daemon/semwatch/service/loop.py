@@ -41,6 +41,7 @@ from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem
 from semwatch.store.review_record import ReviewRecord, printable
 from semwatch.streams import records
 from semwatch.system.clock import utc_now
+from semwatch.system.files import make_folder
 from semwatch.system.journal import about
 from semwatch.system.notify import Notifier, watchdog_interval_s
 
@@ -86,7 +87,7 @@ class Service:
         site, keep = self.site, self._open
         for folder in (site.state_dir, site.results_dir):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             except OSError as error:
                 raise ConfigError(f"{folder} cannot be made ({error.strerror}); make it, or name another") from error
         self.ledger = keep.enter_context(Ledger(site.state_dir / LEDGER))

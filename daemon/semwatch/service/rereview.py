@@ -27,7 +27,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable, first_fault
 from semwatch.line import classification
-from semwatch.models import model_repository
 from semwatch.models.inference import Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Pins, Recipe
@@ -36,6 +35,7 @@ from semwatch.store.ledger import Ledger, OutboxItem, UnknownFeatures
 from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, verdict_record
 from semwatch.streams import records
 from semwatch.streams.records import Record, ResultSummary
+from semwatch.system import files
 from semwatch.system.clock import utc_now, utc_of
 from semwatch.system.journal import about
 
@@ -167,7 +167,7 @@ class Rereview:
         self._pass = None
         marker = Marker(heads=self._wanted, utc=utc_now(), counts=self.counts)
         try:
-            model_repository.write_whole(self._marker_path, marker.model_dump_json(indent=1).encode() + b"\n")
+            files.write_whole(self._marker_path, marker.model_dump_json(indent=1).encode() + b"\n")
         except OSError as error:
             raise ServiceUnavailable(f"cannot write {self._marker_path}: {error.strerror}") from error
         self._finished = marker

@@ -9,9 +9,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from semwatch.models.model_repository import write_whole
 from semwatch.store.ledger import LEDGER
 from semwatch.system.clock import utc_now
+from semwatch.system.files import write_whole
 
 ANNOUNCED = "serving.json"
 POLL_S = 0.1

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.models import model_repository
 from semwatch.models.model_repository import MODELS
-from semwatch.system import child_server
+from semwatch.system import child_server, files
 from semwatch.system.clock import utc_now
 from semwatch.triton.server import START_TIMEOUT_S, LocalTriton, ask
 from semwatch.triton.setup import Installation
@@ -137,7 +136,7 @@ def supervise(server: LocalTriton, folder: Path, repository: Path) -> None:
         server.start()
         while not is_asked_to_stop:
             state |= {"server_pid": server.pid, "grpc_port": _port(server.url), "http_port": server.http_port}
-            model_repository.write_whole(folder / _STATE, json.dumps(state).encode())
+            files.write_whole(folder / _STATE, json.dumps(state).encode())
             _watch(server, lambda: is_asked_to_stop)
             if is_asked_to_stop:
                 break

@@ -28,7 +28,7 @@ from typing import Any, Self
 
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.models.model_repository import MODELS
-from semwatch.system import child_server
+from semwatch.system import child_server, files
 from semwatch.triton import control
 from semwatch.triton import view as triton_view
 from semwatch.triton.setup import Installation
@@ -224,7 +224,7 @@ class LocalTriton:
         self._sweep()
         executable = str(self._made.server / "bin" / "tritonserver")
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
-            self.log.replace(self.log.with_suffix(".log.1"))
+            files.rename(self.log, self.log.with_suffix(".log.1"))
         with self.log.open("ab") as log:
             log_from = log.tell()
             self._process = subprocess.Popen(

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from semwatch.errors import ConfigError
-from semwatch.models import model_repository
+from semwatch.system import files
 from semwatch.triton.config import Target
 
 SERVER = "nvidia-pytriton==0.7.0"
@@ -103,7 +103,7 @@ def set_up(folder: Path, target: Target = "onnx-python") -> Installation:
         _command([*pip, *packages(target)], f"install {', '.join(packages(target))}")
         shutil.copy2(made.server / "python_backend_stubs" / _PYTHON / made.stub.name, made.stub)
         _check_libraries(made)
-        model_repository.write_whole(made.venv / _STAMP, json.dumps(_stamp(packages(target))).encode())
+        files.write_whole(made.venv / _STAMP, json.dumps(_stamp(packages(target))).encode())
     except OSError as error:
         raise ConfigError(f"Triton cannot be set up in {folder}: {error}") from error
     return made

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
+from semwatch.system.files import file_sha256
 from semwatch_training import __main__ as command_line
 from semwatch_training.discovery.head import save_head
 from semwatch_training.families.ni import train_detector
@@ -298,7 +299,7 @@ def test_trained_encoder_answers_what_torch_computes_and_names_its_file(built) -
     assert np.allclose(found, expected, atol=1e-4)
     assert np.allclose(found[:, :FROZEN], untrained[:, :FROZEN], atol=1e-5)
     assert np.abs(found[:, FROZEN:] - untrained[:, FROZEN:]).max() > 1e-3
-    assert provenance["trained_layers"] == model_repository.file_sha256(weights / "encoder.safetensors")
+    assert provenance["trained_layers"] == file_sha256(weights / "encoder.safetensors")
     assert provenance["frozen_width"] == FROZEN
     assert provenance["n_crops"] == 8
 

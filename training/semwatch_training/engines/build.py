@@ -17,8 +17,9 @@ from onnx import ModelProto
 
 from semwatch.errors import ConfigError, PublishError
 from semwatch.models import choice, model_repository
-from semwatch.models.model_repository import MODELS, Arrays, Meta, write_whole
+from semwatch.models.model_repository import MODELS, Arrays, Meta
 from semwatch.system.clock import utc_now
+from semwatch.system.files import place_folder, rename, write_whole
 from semwatch.triton.plans import (
     LOG,
     MANIFEST,
@@ -249,21 +250,21 @@ def _on_gpu(
     return [ran], str(torch.cuda.get_device_name())
 
 
-def _place(folder: Path, files: Mapping[str, bytes]) -> None:
+def _place(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write a folder whole; one that is there already makes way."""
     staging: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
-        for name, content in files.items():
+        for name, content in contents.items():
             write_whole(staging / name, content)
         staging.chmod(0o755)
         if folder.exists():
-            folder.rename(before := staging.with_name(f"{staging.name}-before"))
-            staging.rename(folder)
+            rename(folder, before := staging.with_name(f"{staging.name}-before"))
+            place_folder(staging, folder)
             shutil.rmtree(before)
         else:
-            staging.rename(folder)
+            place_folder(staging, folder)
     except OSError as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)

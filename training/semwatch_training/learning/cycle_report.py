@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from semwatch.errors import ConfigError, first_fault
 from semwatch.models.head_bank import Bank
-from semwatch.models.model_repository import write_whole
+from semwatch.system.files import write_whole
 from semwatch_training.evaluation.feature_map import feature_map
 from semwatch_training.evaluation.plots import styled
 from semwatch_training.evaluation.report import Cell, Table, markdown

@@ -9,6 +9,7 @@ from pathlib import Path
 from semwatch.errors import ConfigError
 from semwatch.models import head_bank, model_repository
 from semwatch.models.head_bank import Bank
+from semwatch.system import files
 from semwatch_training.discovery.head import load_head
 from semwatch_training.families.memory import memory_detector
 from semwatch_training.families.memory.memory_detector import MemoryGraph, Trunks
@@ -101,7 +102,7 @@ def _publish_encoder(repository: Path, path: Path, trunk: VisionTransformer, cac
     vit = SmgVit(trunk, form)
     provenance: dict[str, str | float | int] = {}
     if path.is_file():
-        provenance = {**self_supervision.load(path, vit), TRAINED: model_repository.file_sha256(path)}
+        provenance = {**self_supervision.load(path, vit), TRAINED: files.file_sha256(path)}
     text = form_text(form, trained=str(provenance.get(TRAINED, "")))
     made_from = hashlib.sha256(text.encode()).hexdigest()
     if (version := _published(repository, "encoder", made_from)) is None:
@@ -156,4 +157,4 @@ def _published(repository: Path, model: str, made_from: str) -> int | None:
 def _sha256(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"no weights at {path}; name the folder that holds them with --weights")
-    return model_repository.file_sha256(path)
+    return files.file_sha256(path)
