@@ -10,6 +10,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from paths import ROOT
+from semwatch.service.learning_side import EARLY_CYCLE
 from semwatch.service.metrics import Metrics
 from semwatch.settings.site import Limits, Redis, Site, load_site
 from semwatch.settings.site import Triton as TritonSettings
@@ -245,7 +246,7 @@ def test_units_write_where_the_example_site_says() -> None:
     assert cycle["ReadWritePaths"] == [str(site.models.repository)]
     assert cycle["StateDirectory"] == daemon["StateDirectory"]
     assert {str(site.folders[0].path), str(site.results_dir), str(site.models.repository)} <= folders().keys()
-    assert unit("semwatch-retrain.path")["PathChanged"] == [str(site.learning_dir / "retrain.wanted")]
+    assert unit("semwatch-retrain.path")["PathChanged"] == [str(site.state_dir / EARLY_CYCLE)]
 
 
 def test_no_daemon_may_write_models_or_drop_folders() -> None:

@@ -259,7 +259,7 @@ def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[st
     table.columns[0].no_wrap = True
     for image, record in reviews:
         page = record.pages[0]
-        verdicts = _said([defect.verdict for defect in page.defects])
+        verdicts = _verdicts_in_a_line([defect.verdict for defect in page.defects])
         cells = [image.name, f"{page.image_score:.3f}", f"{page.gate_threshold:.3f}", verdicts]
         if truth:
             cells.append(", ".join(label for label in truth.get(image.name, []) if label) or "[dim]defect-free[/]")
@@ -267,7 +267,7 @@ def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[st
     console.print(table)
 
 
-def _said(verdicts: Sequence[VerdictRecord]) -> str:
+def _verdicts_in_a_line(verdicts: Sequence[VerdictRecord]) -> str:
     """The verdicts of one page in a line: named defects with their confidence, the others counted."""
     named = [f"[green]{v.label} {v.confidence:.2f}[/]" for v in verdicts if v.kind in ("known", "novel")]
     colours = {"unknown": "magenta", "non-decidable": "yellow"}

@@ -50,7 +50,12 @@ def kept_files(at: Place, tools: Sequence[str]) -> Kept:
         learning = at.on_disk(site.learning_dir if site else STATE / tool / "learning")
         repository = at.on_disk(site.models.repository if site else REPOSITORY)
         databases += [state / LEDGER, learning / UNKNOWNS]
-        files |= {learning / CLUSTERS, *repository.glob("*/pinned"), *repository.glob("*/*.withdrawn")}
+        files |= {
+            state / CLUSTERS,
+            learning / CLUSTERS,
+            *repository.glob("*/pinned"),
+            *repository.glob("*/*.withdrawn"),
+        }
         files |= {reached(at, folder.recipe) for folder in site.folders} if site else set()
     settings = at.on_disk(SETTINGS).rglob("*")
     files |= {path for path in settings if path.is_file() and not path.is_symlink()}

@@ -67,7 +67,7 @@ class Meta(BaseModel):
     """Head: the encoder's weights whose features it was trained on."""
     provenance: Mapping[str, str | float | int] = {}
     """How it was made: form, seed, data, command, metrics; of a learned head also its cycle, parent, what it learned
-    and obeyed, and the best golden marks of its lineage: the next cycle reads these."""
+    and applied, and the best golden marks of its lineage: the next cycle reads these."""
 
 
 def versions(repository: Path, model: str) -> list[int]:

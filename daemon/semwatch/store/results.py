@@ -19,7 +19,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from semwatch.defects import Review
-from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.errors import ImageError, ServiceUnavailable, first_fault
 from semwatch.store import overlay
 from semwatch.store.review_record import (
     SCHEMA_VERSION,
@@ -39,7 +39,6 @@ from semwatch.store.review_record import (
     ReasonRecord,
     ReviewRecord,
     VerdictRecord,
-    first_fault,
     page_verdict,
     printable,
     to_record,
@@ -239,9 +238,9 @@ def revise(
 def _revised_page(page: PageRecord, verdicts: Mapping[tuple[int, int], VerdictRecord]) -> PageRecord:
     defects = []
     for defect in page.defects:
-        said = verdicts.get((page.page, defect.defect_id), defect.verdict)
-        is_same = (said.kind, said.label) == (defect.verdict.kind, defect.verdict.label)
-        defects.append(defect if is_same else defect.model_copy(update={"verdict": said}))
+        verdict = verdicts.get((page.page, defect.defect_id), defect.verdict)
+        is_same = (verdict.kind, verdict.label) == (defect.verdict.kind, defect.verdict.label)
+        defects.append(defect if is_same else defect.model_copy(update={"verdict": verdict}))
     kinds = [defect.verdict.kind for defect in defects]
     return page.model_copy(update={"defects": tuple(defects), "verdict": page_verdict(kinds)})
 
@@ -334,22 +333,23 @@ def _lot_row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None
     ]  # fmt: skip
 
 
-def contact_sheet(overlays: Sequence[Path], out: Path, columns: int = 6, tile_px: int = 320) -> None:
-    """Write one PNG of many overlays, row by row; an overlay that cannot be read is a dark tile.
+def contact_sheet(pictures: Iterable[Path | bytes], out: Path, columns: int = 6, tile_px: int = 320) -> None:
+    """Write one PNG of many pictures, files or their content, row by row; one that cannot be read is a dark tile.
 
     Raises:
         ServiceUnavailable: the disk is full or broken.
     """
     with _disk(out):
-        sheet = overlay.tile((_read_picture(path) for path in overlays), columns=columns, tile_px=tile_px)
+        sheet = overlay.tile((_read_picture(picture) for picture in pictures), columns=columns, tile_px=tile_px)
+        files.make_folder(out.parent)
         files.write_whole(out, overlay.encode_png(sheet))
 
 
-def _read_picture(path: Path) -> NDArray[np.uint8] | None:
-    data = path.read_bytes() if path.is_file() else b""
+def _read_picture(given: Path | bytes) -> NDArray[np.uint8] | None:
+    data = given if isinstance(given, bytes) else given.read_bytes() if given.is_file() else b""
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if picture is None:
-        log.warning("no overlay at %s", path)
+        log.warning("no picture: %s", given if isinstance(given, Path) else f"{len(given)} bytes that are none")
     return None if picture is None else np.asarray(picture, np.uint8)
 
 

@@ -83,9 +83,9 @@ def grpc_headers(path: Path) -> Mapping[str, str]:
         return {}
 
 
-def is_refusal(said: str) -> bool:
+def is_refusal(message: str) -> bool:
     """Whether a server says that it wants a secret."""
-    return "protocol is restricted" in said
+    return "protocol is restricted" in message
 
 
 def why_unknown(path: Path) -> str:

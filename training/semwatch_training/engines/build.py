@@ -230,8 +230,8 @@ def _make(out: Path, wanted: Manifest, ready: _Prepared, toolkit: ModuleType | N
         done |= {"plan_sha256": sha256(made.plan), "plan_bytes": len(made.plan), "seconds": round(made.seconds, 2)}
         files |= {PLAN: made.plan, LOG: "".join(f"{line}\n" for line in made.log).encode()}
         files |= {TIMING_CACHE: made.timings} if made.timings else {}
-        ran, said = _on_gpu(toolkit, wanted, made.plan, ready, inputs)
-        done |= {"gpu": said, "parity": (*ready.parity, *ran)}
+        ran, gpu_note = _on_gpu(toolkit, wanted, made.plan, ready, inputs)
+        done |= {"gpu": gpu_note, "parity": (*ready.parity, *ran)}
     manifest = wanted.model_copy(update=done)
     _place(folder, files | {MANIFEST: (manifest.model_dump_json(indent=1) + "\n").encode()})
     return manifest

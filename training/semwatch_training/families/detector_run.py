@@ -68,7 +68,7 @@ def train_default(
         images: what to learn from.
         schedule: how; its seed also decides views and first weights.
         cache: where the converted trunk is kept.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Returns:
         Raw scores of the held-out normal images.
@@ -138,7 +138,7 @@ def train_reconstruction(
         normals: folder of normal images; None for ``n`` synthetic ones.
         n: synthetic images.
         held_out: normal images kept for the gate; of a folder at most a quarter.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Returns:
         Raw scores of the held-out normal images.

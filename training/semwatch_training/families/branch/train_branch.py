@@ -66,7 +66,7 @@ def cache_samples(
         pairs: images (S, S) uint8 at the branch's input size and masks (S, S) bool.
         n: how many there are, exactly.
         folder: reused if what it holds is whole and has the right shape.
-        progress: told after every image.
+        progress: called after every image.
     """
     form = evidence.form
     shape = (n, sum(math.prod(part) for part in form.shapes))

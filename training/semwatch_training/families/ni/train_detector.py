@@ -59,7 +59,7 @@ def cache_features(
         images: (S, S) uint8, already at the detector's input size.
         n: how many there are, exactly.
         path: ``.npy``; reused if it is whole and has the right shape.
-        progress: told after every image.
+        progress: called after every image.
     """
     form = graph.detector.form
     shape = (n, len(form.groups), (form.input_px // graph.trunk.shape.patch) ** 2, form.width)

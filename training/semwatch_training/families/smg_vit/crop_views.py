@@ -57,7 +57,7 @@ def cache_views(
         side_px: of a view, the encoder's input by default; smaller ones are DINO's local views.
         seed: of the augmentation; each crop has its own stream, so that adding crops leaves the others' views alone.
         batch: views at a time.
-        progress: told after every batch.
+        progress: called after every batch.
 
     Raises:
         ConfigError: no crops, another number of masks than of crops, a side that the patches do not divide, or see
