@@ -20,7 +20,6 @@ import torch
 
 from factories import make_review
 from semwatch.classes import clusters
-from semwatch.classes.archive import Archive
 from semwatch.deployment import installation
 from semwatch.deployment.releases import Place
 from semwatch.models import choice, head_bank, model_repository
@@ -29,7 +28,7 @@ from semwatch.models.model_repository import Meta
 from semwatch.service import drift, rereview
 from semwatch.service.drift import DriftWatch
 from semwatch.settings.recipe import Pins, Recipe
-from semwatch.store import results
+from semwatch.store import results, serving
 from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger
 from semwatch.store.review_record import VerdictRecord
@@ -174,23 +173,22 @@ def _withdrawn(folder: Path) -> list[Path]:
 
 
 def _serving(folder: Path) -> list[Path]:
-    choice.announce(folder, {"head": 2}, {})
-    return [folder / choice.ANNOUNCED]
+    serving.announce(folder, {"head": 2}, {})
+    return [folder / serving.ANNOUNCED]
 
 
 def _reread(folder: Path) -> list[Path]:
-    Archive(folder / "unknowns.sqlite").close()
     models: Any = {Pins(): SimpleNamespace(versions=lambda: {"head": 2})}
     with Ledger(folder / "ledger.sqlite") as ledger:
         rereview.Rereview(
-            folder / "unknowns.sqlite", models, {"tool": Recipe()}, ledger, results_dir=folder, state_dir=folder,
+            models, {"tool": Recipe()}, ledger, results_dir=folder, state_dir=folder,
             days=1, publishes=False, is_busy=lambda *_: False, on_revised=lambda *_: None,
         ).step()  # fmt: skip
     return [folder / rereview.MARKER]
 
 
 def _clusters(folder: Path) -> list[Path]:
-    clusters.change(folder, lambda c: c)
+    clusters.write(folder, clusters.Clusters())
     return [folder / clusters.FILE]
 
 
