@@ -29,6 +29,8 @@ from semwatch.settings.fields import (
 )
 from semwatch.settings.yaml_file import At
 
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".i01")
+"""``.i01`` is KLARF's multi-page TIFF."""
 Faults = Iterator[tuple[At, PydanticCustomError]]
 
 
@@ -60,10 +62,7 @@ class Folder(Settings):
     """Look into sub-folders too."""
     polling: bool = False
     """Poll instead of waiting for events; needed on SMB, NFS and SSHFS shares."""
-    suffixes: Annotated[tuple[ImageSuffix, ...], AfterValidator(at_least_one)] = (
-        *(".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp"),
-        ".i01",  # KLARF's multi-page TIFF
-    )
+    suffixes: Annotated[tuple[ImageSuffix, ...], AfterValidator(at_least_one)] = IMAGE_SUFFIXES
     """Ends of the names that are images, in upper or lower case."""
 
 
@@ -166,6 +165,14 @@ class Learning(Settings):
         return self
 
 
+class LedgerMemory(Settings):
+    """What the ledger remembers."""
+
+    keep_days: Annotated[float, Field(ge=1)] = 400.0
+    """Days after which a finished image that has left its drop folder is forgotten: the same content, dropped again
+    later, is reviewed anew. What still lies there is remembered. No fewer than learning.reread_days."""
+
+
 class MetricsEndpoint(Settings):
     """Where Prometheus reads."""
 
@@ -194,6 +201,8 @@ class Site(Settings):
     """How unknowns become classes."""
     limits: Limits = Limits()
     """What the machine takes on."""
+    ledger: LedgerMemory = LedgerMemory()
+    """What the ledger remembers."""
     reconcile_s: Positive = 30.0
     """Seconds between full scans of the drop folders."""
     poll_s: Positive = 2.0
@@ -208,7 +217,7 @@ class Site(Settings):
 
     @model_validator(mode="after")
     def _folders_keep_apart(self) -> "Site":
-        faults = [*_repeated_sources(self), *_nested_folders(self), *_outputs_in_folders(self)]
+        faults = [*_repeated_sources(self), *_nested_folders(self), *_outputs_in_folders(self), *_forgotten(self)]
         if faults:
             details = [InitErrorDetails(type=fault, loc=at, input=None) for at, fault in faults]
             raise ValidationError.from_exception_data("Site", details)
@@ -241,6 +250,12 @@ def _outputs_in_folders(site: Site) -> Faults:
         if around:
             text = "lies in the drop folder {around}: choose a folder outside, or output is read as input"
             yield (key,), refusal(text, around=str(around))
+
+
+def _forgotten(site: Site) -> Faults:
+    if site.ledger.keep_days < site.learning.reread_days:
+        text = "is smaller than learning.reread_days: what shall be judged again would be forgotten"
+        yield ("ledger", "keep_days"), refusal(text)
 
 
 def _real(path: Path) -> Path:
