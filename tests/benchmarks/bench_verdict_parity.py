@@ -118,7 +118,7 @@ def differences(pairs: Sequence[tuple[Record, Record]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for one, other in pairs:
         assert one["name"] == other["name"]
-        pages = list(zip_longest(one["pages"], other["pages"], fillvalue={}))
+        pages: list[tuple[Record, Record]] = list(zip_longest(one["pages"], other["pages"], fillvalue={}))
         for kind in KINDS:
             if any(a.get(kind) != b.get(kind) for a, b in pages):
                 found[kind].append(one["name"])
