@@ -136,7 +136,8 @@ def _tree_of(commit: str, folder: Path) -> Path:
     if packed.returncode:
         pytest.fail(f"commit {commit} is not in this clone: fetch its history, or set SEMWATCH_PARITY_COMMIT")
     with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.0 to 3.11.3 have none
+        archive.extractall(folder)
     return folder
 
 
