@@ -122,7 +122,7 @@ def test_files_of_tests_and_docs_that_a_page_names_are_there(page: Path) -> None
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
-def test_pages_name_no_file_twice_moved() -> None:
+def test_no_page_names_the_former_operations_page() -> None:
     for page in PAGES:
         assert "OPERATIONS.md" not in page.read_text(), page
 
