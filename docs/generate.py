@@ -9,7 +9,6 @@
 """
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
@@ -19,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from semwatch.settings.recipe import Recipe
+from semwatch.settings.site import Site
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures.json"
@@ -49,8 +51,7 @@ images of one layer and step are judged; its content is its identity, see [recip
 def settings_page() -> str:
     """The page of all keys of site and recipe."""
     parts = [SETTINGS_HEAD]
-    for title, name in (("Site", "Site"), ("Recipe", "Recipe")):
-        model = _settings_model(name)
+    for title, model in (("Site", Site), ("Recipe", Recipe)):
         schema = model.model_json_schema()
         parts += [f"\n## {title}\n\n{schema['description']}\n", _rows_as_table(_top_rows(schema))]
         for key, field in schema["properties"].items():
@@ -59,17 +60,6 @@ def settings_page() -> str:
                 rows = list(_setting_rows(below, schema, key + heading))
                 parts += [f"\n### {title.lower()}: {key}\n\n{below['description']}\n", _rows_as_table(rows)]
     return _page(parts)
-
-
-def _settings_model(name: str) -> Any:
-    # semwatch.config becomes semwatch.settings.site and semwatch.settings.recipe.
-    for module in (f"semwatch.settings.{name.lower()}", "semwatch.config"):
-        try:
-            return getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module.startswith(error.name):
-                raise
-    raise ModuleNotFoundError(f"no model {name} in semwatch.settings or semwatch.config")
 
 
 def _top_rows(schema: dict[str, Any]) -> list[tuple[str, str, str, str]]:

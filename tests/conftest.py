@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from semwatch import embedded_redis
+from paths import ROOT
 from semwatch.errors import ConfigError
+from semwatch.streams import embedded_redis
 from semwatch.triton.setup import set_up
 
 # Before torch and numpy are imported: on arrays as small as ours, a second thread only spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).resolve().parents[1]
 
 if server := os.environ.get("SEMWATCH_REDIS_SERVER"):  # another Redis or Valkey than the one in the wheel
     embedded_redis.find_executable = lambda: Path(server)

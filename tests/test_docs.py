@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,8 @@ import pytest
 import typer
 
 from factories import make_review, make_verdict
+from semwatch.store import results, review_record
+from semwatch.streams import embedded_redis, records, unknowns
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -35,24 +37,6 @@ PAGES = sorted(
 )
 README_BYTES, PICTURE_BYTES = 6_000, 80_000
 READ_S = 30.0
-
-
-def first_of(*modules: str) -> ModuleType:
-    """The first of some modules that is there: code moves into rooms, the pages stay."""
-    for module in modules:
-        try:
-            return importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module.startswith(error.name):
-                raise
-    raise ModuleNotFoundError(modules[0])
-
-
-records = first_of("semwatch.streams.records", "semwatch.records")
-unknowns = first_of("semwatch.streams.unknowns", "semwatch.unknowns")
-embedded_redis = first_of("semwatch.streams.embedded_redis", "semwatch.embedded_redis")
-lot_table = first_of("semwatch.store.lot_table", "semwatch.results")
-review_record = first_of("semwatch.store.review_record", "semwatch.review_record")
 
 
 def name(path: Path) -> str:
@@ -125,6 +109,40 @@ def test_files_of_tests_and_docs_that_a_page_names_are_there(page: Path) -> None
 def test_no_page_names_the_former_operations_page() -> None:
     for page in PAGES:
         assert "OPERATIONS.md" not in page.read_text(), page
+
+
+# --- the tree --------------------------------------------------------------------------------------------------------
+
+PACKAGES = (ROOT / "daemon" / "semwatch", ROOT / "training" / "semwatch_training")
+
+
+def tree_of_contributing() -> dict[str, set[str]]:
+    """Entries of the drawn tree, by the package that they stand under."""
+    drawn = (ROOT / "CONTRIBUTING.md").read_text().partition("## The tree")[2].partition("```")[2].partition("```")[0]
+    found: dict[str, set[str]] = {}
+    for line in drawn.strip().splitlines():
+        if not line.startswith(" "):
+            top = line.split()[0]
+        else:
+            found.setdefault(top, set()).add(line.split()[0])
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=name)
+def test_drawn_tree_has_every_room_and_no_other(package: Path) -> None:
+    drawn = {entry for entry in tree_of_contributing()[f"{name(package)}/"] if entry.endswith("/")}
+    rooms = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert drawn == rooms
+
+
+def test_what_to_open_is_there() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## To change X")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    named = {one for line in rows for one in re.findall(r"`([a-z_]+/[a-z_]*)`", line)}
+    assert len(named) > 15
+    places = (*PACKAGES, ROOT)
+    missing = {one for one in named if not any((p / one).exists() or (p / f"{one}.py").exists() for p in places)}
+    assert missing == set()
 
 
 # --- the first page --------------------------------------------------------------------------------------------------
@@ -217,7 +235,7 @@ def field_tables() -> dict[str, list[str]]:
 
 def described() -> dict[str, list[str]]:
     """What the tables must hold: the keys of the published schemas and of the two other files."""
-    wanted = {"lot.csv": list(lot_table.LOT_COLUMNS), "reason.json": list(review_record.ReasonRecord.model_fields)}
+    wanted = {"lot.csv": list(results.LOT_COLUMNS), "reason.json": list(review_record.ReasonRecord.model_fields)}
     for path in (ROOT / "daemon").rglob("*.schema.json"):
         schema = json.loads(path.read_text())
         wanted[path.name] = list(schema["properties"])
@@ -456,8 +474,6 @@ def test_entries_have_the_fields_that_the_page_names() -> None:
 
 def test_consumer_of_our_own_library_runs_as_it_is_written(redis_server: Any, client: Any, tmp_path: Path) -> None:
     code = at_address(snippet("python", "unknowns.Consumer("), redis_server.url)
-    if find_spec("semwatch.streams") is None:  # before the modules moved
-        code = code.replace("from semwatch.streams import", "from semwatch import")
     publish(client, 1)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

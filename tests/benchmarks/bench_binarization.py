@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,9 +17,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from semwatch import binarization
+from paths import DATA
+from semwatch.line import binarization
 
-DATA = Path(os.environ.get("SEMWATCH_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 GRIDS = (32, 56, 112, 224, 448)
 PEER = 448
 CHOSEN = 112

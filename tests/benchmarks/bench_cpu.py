@@ -22,13 +22,14 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from rich.console import Console
 from rich.table import Table
 
-from semwatch import model_repository, pipeline
-from semwatch.config import Recipe
 from semwatch.defects import Review
-from semwatch.detection import resize
-from semwatch.inference import Answer, Embedded
-from semwatch.micrograph import decode
-from semwatch.model_repository import Arrays
+from semwatch.intake.decoding import decode
+from semwatch.line import pipeline
+from semwatch.line.detection import resize
+from semwatch.models import model_repository
+from semwatch.models.inference import Answer, Embedded
+from semwatch.models.model_repository import Arrays
+from semwatch.settings.recipe import Recipe
 from semwatch_training.synthetic import lot_images
 from semwatch_training.synthetic.lot import LotImage
 

@@ -27,14 +27,16 @@ from rich.table import Table
 
 import fresh_crops
 from daemon import make_site
-from semwatch import clusters, head_bank, unknowns
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.clusters import Clusters
-from semwatch.embedded_redis import EmbeddedRedis
-from semwatch.head_bank import Bank
-from semwatch.inference import Embedded
-from semwatch.records import UNKNOWNS, Record
-from semwatch.unknowns import Publisher
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.classes.clusters import Clusters
+from semwatch.models import head_bank
+from semwatch.models.head_bank import Bank
+from semwatch.models.inference import Embedded
+from semwatch.streams import unknowns
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.records import UNKNOWNS, Record
+from semwatch.streams.unknowns import Publisher
 
 N, N_PEER = 2000, 200
 CORES = 2

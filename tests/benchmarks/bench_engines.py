@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from semwatch_training import engines
+from semwatch_training.engines import build
 
 CAPABILITIES = (75, 86, 89, 120)
 MODELS = ("detector", "encoder")
@@ -18,7 +18,7 @@ def test_every_gpu_of_a_fleet(repository: Path, data: Path, tmp_path: Path) -> N
     pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13")
     made = [
         each.manifest
-        for each in engines.export(
+        for each in build.export(
             repository, tmp_path, target="tensorrt-rtx", capabilities=CAPABILITIES, models=MODELS,
             images=data / "MTD", n_images=16, progress=lambda *_: None,
         )

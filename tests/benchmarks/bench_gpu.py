@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from paths import ROOT
 from semwatch_training.gpu import networks
 from semwatch_training.gpu import run as whole_run
 from semwatch_training.gpu.run import Order
@@ -18,7 +19,7 @@ ALLOWED = {1: 3.0, 16: 2.0}
 def test_both_networks_of_vit_b_stay_near_the_floor(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    cache = Path(__file__).resolve().parents[2] / ".cache"
+    cache = ROOT / ".cache"
     pairs = [partial(networks.make, size, cache) for size in networks.SIZES]
     report = whole_run.run(tmp_path, pairs, "cuda", Order())
     print(whole_run.table(report))

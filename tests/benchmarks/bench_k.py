@@ -7,7 +7,6 @@ images of SD-saliency-900. Magnetic-Tile took no part in it. Features are the en
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -16,12 +15,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from paths import ROOT
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.clustering import plain_kmeans
 from semwatch_training.discovery.estimate_k import Rule, decide, estimate, feasible, measure
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache"
+CACHE = ROOT / ".cache"
 REAL = ("Magnetic-Tile", "SD-saliency-900", "steel among SEM")
 FROZEN = 626
 """Leading features of a crop that come from frozen networks."""

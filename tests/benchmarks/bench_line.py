@@ -12,15 +12,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from semwatch import detection, micrograph, pipeline, results
-from semwatch.audit import AuditLog
-from semwatch.config import Recipe
-from semwatch.delivery import deliver_audit
-from semwatch.inference import Embedded
-from semwatch.ledger import Ledger, OutboxItem
-from semwatch.model_repository import Arrays
-from semwatch.records import messages
-from semwatch.service import audit_entry, utc_now
+from semwatch.intake import decoding
+from semwatch.line import detection, pipeline
+from semwatch.models.inference import Embedded
+from semwatch.models.model_repository import Arrays
+from semwatch.service.delivery import deliver_audit
+from semwatch.service.loop import audit_entry
+from semwatch.settings.recipe import Recipe
+from semwatch.store import results
+from semwatch.store.audit import AuditLog
+from semwatch.store.ledger import Ledger, OutboxItem
+from semwatch.streams.records import messages
+from semwatch.system.clock import utc_now
 from semwatch_training.synthetic import lot_images
 
 N = 24
@@ -78,7 +81,7 @@ def _review_one(
         laps[stage] = (now - last) * 1000
         last = now
 
-    data = micrograph.read_file(path)
+    data = decoding.read_file(path)
     lap("read")
     sha256 = hashlib.sha256(data).hexdigest()
     lap("hash")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from daemon import Daemon, make_site, png
-from semwatch.embedded_redis import EmbeddedRedis
+from semwatch.streams.embedded_redis import EmbeddedRedis
 
 N = int(os.environ.get("SEMWATCH_MEMORY_IMAGES", "3000"))
 

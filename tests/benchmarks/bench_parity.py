@@ -8,16 +8,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from semwatch import micrograph
-from semwatch.config import Recipe
-from semwatch.detection import resize
-from semwatch.inference import Embedded
-from semwatch.pipeline import search
-from semwatch_training.build_repository import SHIPPED
+from semwatch.intake import decoding
+from semwatch.line.detection import resize
+from semwatch.line.pipeline import search
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import folder_images
-from semwatch_training.detection import train_detector
 from semwatch_training.discovery.head import load_head
-from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.publishing.build_repository import SHIPPED
 from semwatch_training.trunks import backbone
 
 N = 50
@@ -37,7 +37,7 @@ def test_onnx_against_torch_on_real_images(repository: Path, data: Path) -> None
     worst: dict[str, float] = {}
     with Embedded(repository) as models, torch.no_grad():
         for path in paths[:N]:
-            page = micrograph.read(path)[0]
+            page = decoding.read(path)[0]
             image = resize(page.field, (448, 448))[None]
             note(worst, models, "detector", {"image": image}, detector)
             candidates = search(page, recipe, models).candidates[:2]

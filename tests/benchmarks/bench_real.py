@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from daemon import Daemon, make_site
-from semwatch import results
+from semwatch.store import results
 
 N_MTD = 200
 

@@ -28,13 +28,14 @@ from rich.table import Table
 import commands
 import fresh_crops
 from daemon import Daemon, Site, make_site
-from semwatch import micrograph, model_repository, serving
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
-from semwatch.inference import Embedded
-from semwatch.model_repository import PROBE, Arrays
-from semwatch.pipeline import search
-from semwatch.service import TICK_S
+from semwatch.intake import decoding
+from semwatch.line.pipeline import search
+from semwatch.models import choice, model_repository
+from semwatch.models.inference import Embedded
+from semwatch.models.model_repository import PROBE, Arrays
+from semwatch.service.loop import TICK_S
+from semwatch.settings.recipe import Recipe
 from semwatch_training.learning.refit import refit
 from semwatch_training.synthetic import lot_images
 
@@ -150,7 +151,7 @@ def pages_of_the_line(models: Embedded) -> list[Arrays]:
     recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})
     pages: list[Arrays] = []
     for image in lot_images(n=12, seed=3, size_hw=(768, 768), defect_free_share=0.1):
-        page = micrograph.decode(image.content, name=image.name, max_pixels=1 << 24, max_pages=1)[0]
+        page = decoding.decode(image.content, name=image.name, max_pixels=1 << 24, max_pages=1)[0]
         found = search(page, recipe, models).candidates
         pages.append(
             {
@@ -227,7 +228,7 @@ def test_swap_of_a_running_daemon(repository: Path, heads: Heads, tmp_path: Path
     assert failed == []
     assert wrong == []
     assert set(site.reasons()) == set()
-    assert set(serving.announced(site.state)[1]) == bad
+    assert set(choice.announced(site.state)[1]) == bad
     assert bad.isdisjoint(one.version for one in asked)
 
 
@@ -253,13 +254,13 @@ def drop_and_wait(site: Site, pixels: NDArray[np.uint8], number: int) -> Asked:
 
 def awaited(site: Site, version: int) -> None:
     """Wait until the daemon says that it serves a head, or that it does not."""
-    serving.await_head(site.state, version, timeout_s=60)
+    choice.await_head(site.state, version, timeout_s=60)
 
 
 def seconds_of_the_daemon(site: Site, repository: Path) -> float:
     """From the last withdrawal on disk to the daemon's word that it serves the head before it."""
-    withdrawn = max(path.stat().st_mtime for path in (repository / "head").glob(f"*{serving.WITHDRAWN}"))
-    return (site.state / serving.ANNOUNCED).stat().st_mtime - withdrawn
+    withdrawn = max(path.stat().st_mtime for path in (repository / "head").glob(f"*{choice.WITHDRAWN}"))
+    return (site.state / choice.ANNOUNCED).stat().st_mtime - withdrawn
 
 
 def speaks_as(one: Asked) -> bool:
@@ -316,16 +317,16 @@ def events_of(
             serve(version)
         yield Event(kind, version, start, time.monotonic())
         if kind in ("damaged", "lying"):  # as a cycle does with a head that the daemon refused
-            serving.withdraw(repository, "head", version, kind)
+            choice.withdraw(repository, "head", version, kind)
     time.sleep(max(0.0, begun + SWAPPING_S - time.monotonic()))
 
 
 def roll_back(repository: Path, site: Site | None) -> int:
     if site is None:
-        return serving.roll_back(repository, "head", "benchmark")[1]
+        return choice.roll_back(repository, "head", "benchmark")[1]
     said = commands.spawn("models", "rollback", "head", "--site", site.file, cwd=site.folder)
     assert said.code == 0, said.err
-    return serving.announced(site.state)[0]["head"]
+    return choice.announced(site.state)[0]["head"]
 
 
 def show(title: str, asked: Sequence[Asked], events: Sequence[Event], begun: float) -> None:

@@ -16,12 +16,14 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from semwatch import micrograph, pipeline
-from semwatch.config import Recipe
+from paths import DATA
 from semwatch.defects import PageReview, Review
-from semwatch.detection import resize
-from semwatch.inference import Embedded, Models
-from semwatch.model_repository import Arrays
+from semwatch.intake import decoding
+from semwatch.line import pipeline
+from semwatch.line.detection import resize
+from semwatch.models.inference import Embedded, Models
+from semwatch.models.model_repository import Arrays
+from semwatch.settings.recipe import Recipe
 from semwatch.triton.client import Triton
 from semwatch.triton.server import LocalTriton
 from semwatch.triton.setup import set_up
@@ -54,7 +56,7 @@ def runtimes(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def files() -> list[bytes]:
     """Synthetic fields, and real ones where they are at hand."""
-    data = Path(os.environ.get("SEMWATCH_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    data = DATA
     real: list[Path] = []
     if data.is_dir():
         mtd = [path for path in folder_images(data / "MTD") if path.suffix == ".jpg"]
@@ -87,7 +89,7 @@ def test_the_same_verdicts_and_maps(runtimes: Runtimes, files: list[bytes]) -> N
 @pytest.mark.timeout(3600)
 def test_latency_added_and_throughput(runtimes: Runtimes, files: list[bytes]) -> None:
     table = Table("what", "embedded", "Triton", "difference or ratio", "aim", title="what Triton costs")
-    image = {"image": resize(micrograph.decode(files[-1], name="x")[0].field, (448, 448))[None]}
+    image = {"image": resize(decoding.decode(files[-1], name="x")[0].field, (448, 448))[None]}
     rng = np.random.default_rng(3)
     for model in ("detector", "encoder", "head"):
         metas = runtimes["embedded"].meta(model).inputs

@@ -12,13 +12,14 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from paths import ROOT
 from semwatch.triton.setup import set_up
 from triton_faults import CASES, run
 from triton_line import N_FILES
 
 HANG_S = float(os.environ.get("SEMWATCH_HANG_S", "30"))
 ONLY = os.environ.get("SEMWATCH_FAULT", "")
-INSTALLED = Path(__file__).resolve().parents[2] / ".cache" / "triton"
+INSTALLED = ROOT / ".cache" / "triton"
 
 
 @pytest.mark.timeout(3000)

@@ -31,12 +31,13 @@ from rich.table import Table
 
 import fresh_crops
 from daemon import make_site
-from semwatch import clusters, head_bank
-from semwatch.config import Learning, Site, load_site
+from semwatch.classes import clusters
 from semwatch.defects import NOVEL
-from semwatch.embedded_redis import EmbeddedRedis
-from semwatch.head_bank import Bank
-from semwatch.inference import Embedded
+from semwatch.models import head_bank
+from semwatch.models.head_bank import Bank
+from semwatch.models.inference import Embedded
+from semwatch.settings.site import Learning, Site, load_site
+from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch_training.learning.refit import refit
 from semwatch_training.learning.retrain import Outcome, run_cycle
 

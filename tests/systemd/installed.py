@@ -14,8 +14,8 @@ import yaml
 from building import MACHINES
 from daemon import png
 from machine import Machine, MachineError
-from semwatch import audit
-from semwatch.service import AUDIT
+from semwatch.store import audit
+from semwatch.store.audit import AUDIT
 
 PREFIX = "/opt/semwatch"
 PROGRAMS = f"{PREFIX}/current/bin"
@@ -31,9 +31,9 @@ IDLE_S, SETTLE_S = 60.0, 10.0
 _BOOKS = """
 import json, sqlite3, sys
 from pathlib import Path
-from semwatch.config import load_site
-from semwatch.service import LEDGER
-from semwatch.unknowns import connect
+from semwatch.settings.site import load_site
+from semwatch.store.ledger import LEDGER
+from semwatch.streams.unknowns import connect
 site = load_site(Path(sys.argv[1]))
 books = {"states": {}, "waiting": 0, "results": [], "unknowns": []}
 with sqlite3.connect(f"file:{site.state_dir / LEDGER}?mode=ro", uri=True, timeout=10) as db:

@@ -5,27 +5,29 @@ from typing import Annotated
 
 import typer
 
-from semwatch import micrograph
 from semwatch.errors import EXIT_CODES, SemwatchError
-from semwatch_training import build_repository, engine_commands
+from semwatch.intake import decoding
 from semwatch_training import ship as whole_run
 from semwatch_training.data import datasets
-from semwatch_training.detection import detector_run, fit_memory, memory_detector
-from semwatch_training.detection.detector_run import MIN_NORMALS, BranchImages
-from semwatch_training.detection.ni_detector import DetectorForm
-from semwatch_training.detection.segmentation_branch import BranchForm
-from semwatch_training.detection.train_branch import BranchSchedule
-from semwatch_training.detection.train_detector import Schedule
 from semwatch_training.discovery import head_run
-from semwatch_training.encoding import self_supervision
-from semwatch_training.encoding.encoder_run import CropSource, train_encoder
-from semwatch_training.encoding.smg_vit import EncoderForm
+from semwatch_training.engines import commands
 from semwatch_training.evaluation.evaluate_commands import evaluate_app
 from semwatch_training.evaluation.experiment_commands import experiment_app
+from semwatch_training.families import detector_run
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.branch.train_branch import BranchSchedule
+from semwatch_training.families.detector_run import MIN_NORMALS, BranchImages
+from semwatch_training.families.memory import fit_memory, memory_detector
+from semwatch_training.families.ni.ni_detector import DetectorForm
+from semwatch_training.families.ni.train_detector import Schedule
+from semwatch_training.families.smg_vit import self_supervision
+from semwatch_training.families.smg_vit.encoder_run import CropSource, train_encoder
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm
 from semwatch_training.gpu.__main__ import gpu
 from semwatch_training.learning import learning_commands
-from semwatch_training.progress_bars import Bars, console
+from semwatch_training.publishing import build_repository
 from semwatch_training.synthetic import STAGES, write_lot
+from semwatch_training.system.progress_bars import Bars, console
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import VisionTransformer, load_trunk
 
@@ -38,7 +40,7 @@ app = typer.Typer(
 
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(experiment_app, name="experiment")
-app.command("export")(engine_commands.export)
+app.command("export")(commands.export)
 app.command("gpu")(gpu)
 app.command("retrain")(learning_commands.retrain)
 app.command("refit")(learning_commands.refit)
@@ -231,7 +233,7 @@ def memory(
 
     Serve it with `semwatch-train build --memory FILE`.
     """
-    images = [micrograph.read(path)[0].field for path in datasets.folder_images(normals)]
+    images = [decoding.read(path)[0].field for path in datasets.folder_images(normals)]
     trunks = memory_detector.Trunks(backbone.load(cache), backbone.load_efficientnet(cache))
     with Bars() as progress:
         made = fit_memory.fit(images, trunks, seed=seed, progress=progress)

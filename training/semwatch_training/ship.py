@@ -18,22 +18,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError
-from semwatch_training import build_repository, weights_file
-from semwatch_training.detection import detector_run
-from semwatch_training.detection.detector_run import BranchImages
-from semwatch_training.detection.ni_detector import DetectorForm
-from semwatch_training.detection.segmentation_branch import BranchForm
-from semwatch_training.detection.train_branch import BranchSchedule
+from semwatch.models import model_repository
 from semwatch_training.discovery import head_run
 from semwatch_training.discovery.discovery_heads import HeadSettings
-from semwatch_training.encoding import encoder_run, self_supervision
-from semwatch_training.encoding.encoder_run import CropSource
-from semwatch_training.encoding.smg_vit import EncoderForm
 from semwatch_training.evaluation import evaluate_commands
 from semwatch_training.evaluation.evaluation_data import SYNTHETIC
-from semwatch_training.progress_bars import Bars
+from semwatch_training.families import detector_run
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.branch.train_branch import BranchSchedule
+from semwatch_training.families.detector_run import BranchImages
+from semwatch_training.families.ni.ni_detector import DetectorForm
+from semwatch_training.families.smg_vit import encoder_run, self_supervision
+from semwatch_training.families.smg_vit.encoder_run import CropSource
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm
+from semwatch_training.publishing import build_repository
+from semwatch_training.system import weights_file
+from semwatch_training.system.progress_bars import Bars
 
 
 @dataclass(frozen=True, slots=True)

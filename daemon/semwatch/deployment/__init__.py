@@ -1,1 +1,5 @@
-"""The service on a tool's workstation: what is laid out where, which version serves, and how it is exchanged."""
+"""semwatch on a tool's workstation: what is laid out where, which version serves, how it is exchanged and backed up.
+
+May import: `settings`, `models` and below.
+Start reading: `installation.py`.
+"""

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from semwatch.config import Site, load_site
 from semwatch.deployment.installed_files import REPOSITORY, SETTINGS, STATE, settings_folder
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError
+from semwatch.settings.site import Site, load_site
 
 BACKUPS = Path("/var/lib/semwatch-install/backups")
 KEEP = 5

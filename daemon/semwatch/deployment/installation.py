@@ -22,11 +22,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from semwatch import model_repository, serving
 from semwatch.deployment.installed_files import DOCS, REPOSITORY, SETTINGS
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ModelMismatch
-from semwatch.model_repository import MODELS, write_whole
+from semwatch.models import choice, model_repository
+from semwatch.models.model_repository import MODELS, write_whole
 
 KEPT = Path("/var/lib/semwatch-install")
 RECORD = KEPT / "installed.json"
@@ -165,7 +165,7 @@ def _copy_version(source: Path, folder: Path, version: int) -> None:
         shutil.copytree(source / str(version), staging, dirs_exist_ok=True, copy_function=shutil.copyfile)
         for path in (staging, *staging.rglob("*")):
             _give(path, repository, 0o755 if path.is_dir() else 0o644)
-        withdrawn = source / f"{version}{serving.WITHDRAWN}"
+        withdrawn = source / f"{version}{choice.WITHDRAWN}"
         if withdrawn.is_file():  # first, so that it never serves
             write_whole(folder / withdrawn.name, withdrawn.read_bytes())
             _give(folder / withdrawn.name, repository, 0o644)

@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from semwatch import serving
-from semwatch.config import load_recipe, load_site
 from semwatch.deployment import backups, installation, releases, systemctl
 from semwatch.deployment.backups import Kept
 from semwatch.deployment.installation import Record, Step
 from semwatch.deployment.installed_files import SYSUSERS, TMPFILES, UNITS, settings_folder, wanted
 from semwatch.deployment.releases import Place, Release
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
+from semwatch.models import choice
+from semwatch.settings.recipe import load_recipe
+from semwatch.settings.site import load_site
 
 READY_S = 180.0
 
@@ -164,5 +165,5 @@ def _to_start(states: Mapping[str, str]) -> tuple[str, ...]:
 
 def _refuse_a_stray_daemon(kept: Kept) -> None:
     for path in kept.databases:
-        if path.name == backups.LEDGER and serving.daemon_runs(path.parent):
+        if path.name == backups.LEDGER and choice.daemon_runs(path.parent):
             raise ConfigError(f"a daemon that systemd did not start holds {path}; stop it")

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from semwatch import child_server, model_repository
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.model_repository import MODELS
+from semwatch.models import model_repository
+from semwatch.models.model_repository import MODELS
+from semwatch.system import child_server
+from semwatch.system.clock import utc_now
 from semwatch.triton.server import START_TIMEOUT_S, LocalTriton, ask
 from semwatch.triton.setup import Installation
 from semwatch.triton.view import Settings
@@ -141,7 +143,7 @@ def supervise(server: LocalTriton, folder: Path, repository: Path) -> None:
                 break
             now = time.monotonic()
             deaths = [at for at in deaths if now - at < RESTART_WINDOW_S] + [now]
-            state |= {"restarts": len(deaths), "last_end": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            state |= {"restarts": len(deaths), "last_end": utc_now()}
             logger.error("Triton died; death %d of %d that are mended", len(deaths), MAX_RESTARTS)
             if len(deaths) > MAX_RESTARTS:
                 raise ServiceUnavailable(f"Triton died {len(deaths)} times in a row; its log is {server.log}")

@@ -20,11 +20,11 @@ from typing import Self
 
 from tritonclient.utils import InferenceServerException
 
-from semwatch import model_repository, serving
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
-from semwatch.inference import Answer, Swap
-from semwatch.model_checks import check_fit, check_inputs
-from semwatch.model_repository import MODELS, Arrays, Meta
+from semwatch.models import choice, model_repository
+from semwatch.models.checks import check_fit, check_inputs
+from semwatch.models.inference import Answer, Swap
+from semwatch.models.model_repository import MODELS, Arrays, Meta
 from semwatch.triton import wire as triton_wire
 from semwatch.triton.config import BACKLOG, LIVE, MAX_BATCH
 from semwatch.triton.proving import Server, Version
@@ -202,7 +202,7 @@ class Triton:
 
     def _wanted(self, model: str) -> int:
         pin = self._pins.get(model)
-        return serving.choice(self._repository, model) if pin is None else pin
+        return choice.choice(self._repository, model) if pin is None else pin
 
     def _refuse(self, number: int, why: str) -> Swap | None:
         is_news = self._refused.get(("head", number)) != why
@@ -218,7 +218,7 @@ class Triton:
 
     def _load_head(self) -> Version:
         """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
-        wanted, *deputies = serving.to_try(self._repository, "head", self._pins.get("head"))
+        wanted, *deputies = choice.to_try(self._repository, "head", self._pins.get("head"))
         try:
             return self._fitting_head(wanted)
         except ModelMismatch as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from semwatch.model_repository import Meta, Tensor
+from semwatch.models.model_repository import Meta, Tensor
 from semwatch.triton.plans import Plan
 
 Target = Literal["onnx-python", "tensorrt-rtx", "tensorrt"]

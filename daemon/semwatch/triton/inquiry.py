@@ -6,7 +6,7 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ServiceUnavailable
-from semwatch.model_repository import MODELS
+from semwatch.models.model_repository import MODELS
 from semwatch.triton import wire as triton_wire
 
 

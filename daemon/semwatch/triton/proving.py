@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
-from semwatch.model_checks import check_probe
-from semwatch.model_repository import Arrays, Meta, Tensor
+from semwatch.models import model_repository
+from semwatch.models.checks import check_probe
+from semwatch.models.model_repository import Arrays, Meta, Tensor
 from semwatch.triton import control
 from semwatch.triton import view as triton_view
 from semwatch.triton import wire as triton_wire

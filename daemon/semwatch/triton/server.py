@@ -26,9 +26,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from semwatch import child_server
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.model_repository import MODELS
+from semwatch.models.model_repository import MODELS
+from semwatch.system import child_server
 from semwatch.triton import control
 from semwatch.triton import view as triton_view
 from semwatch.triton.setup import Installation

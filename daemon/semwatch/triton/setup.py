@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from semwatch import model_repository
 from semwatch.errors import ConfigError
+from semwatch.models import model_repository
 from semwatch.triton.config import Target
 
 SERVER = "nvidia-pytriton==0.7.0"

@@ -25,9 +25,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from semwatch import model_repository, serving
 from semwatch.errors import ConfigError, ModelMismatch
-from semwatch.model_repository import MODELS, WEIGHTS, Meta
+from semwatch.models import choice, model_repository
+from semwatch.models.model_repository import MODELS, WEIGHTS, Meta
 from semwatch.triton import config as triton_config
 from semwatch.triton import plans as triton_plans
 from semwatch.triton.config import Target
@@ -109,7 +109,7 @@ class View:
         refused = {}
         for model in MODELS:
             try:
-                self.place(model, serving.choice(self._repository, model))
+                self.place(model, choice.choice(self._repository, model))
             except ModelMismatch as error:
                 refused[model] = str(error)
         return refused

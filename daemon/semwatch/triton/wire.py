@@ -9,7 +9,7 @@ from tritonclient.grpc import InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ModelMismatch
-from semwatch.model_repository import Arrays, Meta, Tensor
+from semwatch.models.model_repository import Arrays, Meta, Tensor
 
 DTYPES = {"uint8": "UINT8", "float32": "FP32"}
 RETRIED = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch import binarization
 from semwatch.errors import ConfigError
+from semwatch.line import binarization
 
 Pixel = TypeVar("Pixel", np.uint8, np.float32)
 

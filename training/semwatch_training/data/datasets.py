@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch import micrograph
 from semwatch.defects import DEFECT_FREE
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
+from semwatch.intake import decoding
+from semwatch.line.detection import resize
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
 from semwatch_training.synthetic.shapes import NoRoom
 
@@ -103,7 +103,7 @@ def load_gray(sample: Sample) -> NDArray[np.uint8]:
         ImageError: the file is not a whole image.
         ServiceUnavailable: the disk or the share is away.
     """
-    return micrograph.read(sample.image)[0].field
+    return decoding.read(sample.image)[0].field
 
 
 def load_mask(sample: Sample, size_hw: tuple[int, int], *, whole_image: bool = False) -> NDArray[np.bool_]:
@@ -126,12 +126,12 @@ def load_mask(sample: Sample, size_hw: tuple[int, int], *, whole_image: bool = F
 
 
 def _mask_of_field(path: Path, image: Path, field_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    mask = micrograph.read(path, min_side_px=1)[0].pixels
+    mask = decoding.read(path, min_side_px=1)[0].pixels
     if 0 < mask.max() <= 127:
         raise ConfigError(f"{path}: gray levels only up to {mask.max()}; save the mask with 0 and 255")
     if mask.shape == field_hw:
         return mask > 127
-    page = micrograph.read(image)[0]
+    page = decoding.read(image)[0]
     x0, y0, x1, y1 = page.field_xyxy
     if mask.shape != page.pixels.shape or (y1 - y0, x1 - x0) != field_hw:
         raise ConfigError(
@@ -197,7 +197,7 @@ def refuse_leakage(
 
 def _content_hash(path: Path) -> str:
     """Hash the decoded field with its size. Equal files decode equally, so a hash of the file would add nothing."""
-    field = micrograph.read(path)[0].field
+    field = decoding.read(path)[0].field
     return hashlib.sha256(repr(field.shape).encode() + field.tobytes()).hexdigest()
 
 
@@ -287,4 +287,4 @@ def folder_images(folder: Path) -> list[Path]:
 def normal_images(paths: list[Path], *, size_px: int) -> Iterator[NDArray[np.uint8]]:
     """Yield the fields of view of image files, first page each, as the daemon reads them: (size_px, size_px) uint8."""
     for path in paths:
-        yield resize(micrograph.read(path)[0].field, (size_px, size_px))
+        yield resize(decoding.read(path)[0].field, (size_px, size_px))

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from semwatch_training.discovery import sinkhorn
 from semwatch_training.discovery.clustering import semi_supervised_kmeans
-from semwatch_training.progress_bars import Progress
+from semwatch_training.system.progress_bars import Progress
 
 Rule = Literal["gated", "literal", "unified"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from semwatch_training import weights_file
+from semwatch_training.system import weights_file
 
 EXACT = ("calibration", "feature_mean", "feature_std", "frozen_mean", "projection", "centre", "n_stored")
 """Kept in fp32 on disk: whitening multiplies small differences."""

@@ -4,17 +4,17 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from semwatch import head_bank
-from semwatch.config import Recipe
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
-from semwatch.inference import Embedded
+from semwatch.models import head_bank
+from semwatch.models.head_bank import Bank
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data import datasets
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head, save_head
 from semwatch_training.discovery.labelled_crops import Crops
-from semwatch_training.progress_bars import Progress
+from semwatch_training.system.progress_bars import Progress
 
 N_IMAGES = 720
 """Synthetic images to search for labelled crops."""

@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
-from semwatch import binarization
-from semwatch.classification import decide
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
-from semwatch.model_repository import Arrays
-from semwatch.pipeline import Candidate, cut_out, gate_threshold, search
+from semwatch.line import binarization
+from semwatch.line.classification import decide
+from semwatch.line.pipeline import Candidate, cut_out, gate_threshold, search
+from semwatch.models.inference import Embedded
+from semwatch.models.model_repository import Arrays
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import MAX_SEEDS, Sample, first_with_room, load_gray, load_mask, synthetic_set
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph

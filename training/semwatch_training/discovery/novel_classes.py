@@ -20,7 +20,7 @@ from semwatch.errors import ConfigError
 from semwatch_training.discovery.clustering import plain_kmeans, semi_supervised_kmeans
 from semwatch_training.discovery.discovery_heads import HeadSettings, Rule, log_probabilities, train
 from semwatch_training.discovery.whitening import within_class_metric
-from semwatch_training.progress_bars import Progress
+from semwatch_training.system.progress_bars import Progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,1 +1,5 @@
-"""Protocols, the paper's experiments, and their reports."""
+"""Protocols, the paper's experiments, baselines in the same run, tables and pictures.
+
+May import: `publishing`, `families`, `discovery` and below.
+Start reading: `evaluate.py`.
+"""

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch import binarization
 from semwatch.errors import ConfigError
+from semwatch.line import binarization
 from semwatch_training.evaluation.report import Cell, Table
 from semwatch_training.metrics.uncertainty import Spread
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
-from semwatch.detection import detect, resize
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
+from semwatch.line.detection import detect, resize
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data import datasets
 from semwatch_training.discovery import clustering, estimate_k
 from semwatch_training.discovery.labelled_crops import encode, given
@@ -23,7 +23,7 @@ from semwatch_training.evaluation.evaluate_discovery import labelled_half
 from semwatch_training.evaluation.report import Cell, Table
 from semwatch_training.metrics import class_metrics
 from semwatch_training.metrics.uncertainty import Spread
-from semwatch_training.progress_bars import Progress
+from semwatch_training.system.progress_bars import Progress
 
 # ---- binarisation ----
 

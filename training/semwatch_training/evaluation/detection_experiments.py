@@ -16,23 +16,23 @@ import torch
 from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
+from semwatch.line.detection import resize
 from semwatch_training.data import datasets
-from semwatch_training.detection import train_detector
-from semwatch_training.detection.branch_views import synthetic_views
-from semwatch_training.detection.few_shot import few_shot_images
-from semwatch_training.detection.fit_memory import fit
-from semwatch_training.detection.memory_detector import Memory, MemoryForm, MemoryGraph, Trunks
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.detection.segmentation_branch import BranchForm, Evidence
-from semwatch_training.detection.train_branch import BranchSchedule, Samples, cache_samples, train_branch
 from semwatch_training.evaluation.evaluate_detection import Engine, Field, judge, synthetic
 from semwatch_training.evaluation.report import Cell, Table
+from semwatch_training.families.branch.branch_views import synthetic_views
+from semwatch_training.families.branch.few_shot import few_shot_images
+from semwatch_training.families.branch.segmentation_branch import BranchForm, Evidence
+from semwatch_training.families.branch.train_branch import BranchSchedule, Samples, cache_samples, train_branch
+from semwatch_training.families.memory.fit_memory import fit
+from semwatch_training.families.memory.memory_detector import Memory, MemoryForm, MemoryGraph, Trunks
+from semwatch_training.families.ni import train_detector
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.metrics import detection_metrics
 from semwatch_training.metrics.uncertainty import Spread
-from semwatch_training.progress_bars import Progress
 from semwatch_training.synthetic import STAGES
+from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks.efficientnet import EfficientNet
 
 Image = NDArray[np.uint8]

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from semwatch.defects import DEFECT_FREE
-from semwatch.inference import Embedded
-from semwatch_training import build_repository
+from semwatch.models.inference import Embedded
 from semwatch_training.data import datasets
 from semwatch_training.data.datasets import DataSet, checked
 from semwatch_training.discovery import estimate_k, labelled_crops
 from semwatch_training.discovery.fit_head import HeadFit
 from semwatch_training.evaluation import (
-    engines,
+    detectors,
     evaluate_detection,
     evaluate_discovery,
     evaluate_heads,
@@ -22,8 +21,9 @@ from semwatch_training.evaluation import (
 )
 from semwatch_training.evaluation.evaluation_data import CACHE, SYNTHETIC, Source
 from semwatch_training.evaluation.report import Result
-from semwatch_training.progress_bars import Progress
+from semwatch_training.publishing import build_repository
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
+from semwatch_training.system.progress_bars import Progress
 
 Unknown = Literal["type", "stage"]
 
@@ -48,8 +48,8 @@ def detection(
     data_set = evaluation_data.read_folder(data, require_masks=False)
     test = checked(DataSet(data_set.name, (), data_set.test), require_masks=True).test
     normals = [sample for sample in data_set.train if sample.label == DEFECT_FREE]
-    trunks = engines.trunks(cache)
-    compared = engines.support_set_free(trunks, weights, false_alarm_rate=false_alarm_rate) | engines.with_normals(
+    trunks = detectors.trunks(cache)
+    compared = detectors.support_set_free(trunks, weights, false_alarm_rate=false_alarm_rate) | detectors.with_normals(
         trunks, normals, data_set.name, seeds, false_alarm_rate=false_alarm_rate, progress=progress
     )
     return evaluate_detection.detection(
@@ -65,7 +65,7 @@ def detection(
 def _synthetic_detection(
     weights: Path, per_type: int, false_alarm_rate: float, cache: Path, progress: Progress
 ) -> Result:
-    compared = engines.support_set_free(engines.trunks(cache), weights, false_alarm_rate=false_alarm_rate)
+    compared = detectors.support_set_free(detectors.trunks(cache), weights, false_alarm_rate=false_alarm_rate)
     result: Result = [], {}
     for stage in STAGES:
         n_normal = 2 * per_type

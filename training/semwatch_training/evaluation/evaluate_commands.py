@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from semwatch.errors import ConfigError
-from semwatch_training import build_repository
 from semwatch_training.evaluation import evaluate
 from semwatch_training.evaluation.evaluation_data import (
     CACHE,
@@ -23,7 +22,8 @@ from semwatch_training.evaluation.evaluation_data import (
     WeightsOption,
     finish,
 )
-from semwatch_training.progress_bars import Bars
+from semwatch_training.publishing import build_repository
+from semwatch_training.system.progress_bars import Bars
 
 evaluate_app = typer.Typer(
     no_args_is_help=True,

@@ -14,17 +14,17 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
-from semwatch import binarization
 from semwatch.defects import DEFECT_FREE
-from semwatch.detection import resize
 from semwatch.errors import ConfigError
+from semwatch.line import binarization
+from semwatch.line.detection import resize
 from semwatch_training.data.datasets import Sample, load_gray, load_mask, synthetic_set
 from semwatch_training.evaluation import plots
 from semwatch_training.evaluation.binarization_rules import mask_table
 from semwatch_training.evaluation.report import Cell, Result, Table
 from semwatch_training.metrics import detection_metrics
 from semwatch_training.metrics.uncertainty import Rate, Spread
-from semwatch_training.progress_bars import Progress
+from semwatch_training.system.progress_bars import Progress
 
 MAX_EXAMPLES = 8
 

@@ -21,7 +21,7 @@ from semwatch_training.evaluation.feature_map import feature_map
 from semwatch_training.evaluation.report import Cell, Result, Table
 from semwatch_training.metrics import class_metrics
 from semwatch_training.metrics.uncertainty import Spread
-from semwatch_training.progress_bars import Progress
+from semwatch_training.system.progress_bars import Progress
 
 SCORES = ("NMI", "ARI", "accuracy", "macro-F1", "known", "novel")
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from semwatch.classification import decide
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
+from semwatch.line.classification import decide
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
 from semwatch_training.discovery.labelled_crops import Crops

@@ -13,11 +13,11 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
-from semwatch.pipeline import gate_threshold
+from semwatch.line.pipeline import gate_threshold
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data import data_folders, datasets
 from semwatch_training.data.datasets import DataSet, Sample
 from semwatch_training.discovery import labelled_crops
@@ -25,8 +25,8 @@ from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.evaluation import report, searched_crops
 from semwatch_training.evaluation.report import Provenance, Result
 from semwatch_training.evaluation.searched_crops import SearchedCrops
-from semwatch_training.progress_bars import Progress, console
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
+from semwatch_training.system.progress_bars import Progress, console
 
 SYNTHETIC = "synthetic"
 REPOSITORY, CACHE = Path("model_repository"), Path(".cache")

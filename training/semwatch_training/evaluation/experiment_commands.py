@@ -10,17 +10,13 @@ from typing import Annotated, get_args
 import numpy as np
 import typer
 
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
-from semwatch_training import build_repository
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data import datasets
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.detection.train_branch import BranchSchedule
-from semwatch_training.detection.train_detector import Schedule
 from semwatch_training.discovery import estimate_k
-from semwatch_training.evaluation import crop_experiments, detection_experiments, engines
+from semwatch_training.evaluation import crop_experiments, detection_experiments, detectors
 from semwatch_training.evaluation.evaluate_detection import Field, of_samples, synthetic
 from semwatch_training.evaluation.evaluation_data import (
     CACHE,
@@ -42,8 +38,12 @@ from semwatch_training.evaluation.evaluation_data import (
     frozen_width,
     read_folder,
 )
-from semwatch_training.progress_bars import Bars
+from semwatch_training.families.branch.train_branch import BranchSchedule
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.families.ni.train_detector import Schedule
+from semwatch_training.publishing import build_repository
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
+from semwatch_training.system.progress_bars import Bars
 from semwatch_training.trunks import backbone
 
 experiment_app = typer.Typer(
@@ -99,8 +99,8 @@ def k_shot(
 
     The rows without a normal image are support-set-free inference: the shipped detector and self-matching.
     """
-    trunks = engines.trunks(cache)
-    free = engines.support_set_free(trunks, weights, false_alarm_rate=0.01)
+    trunks = detectors.trunks(cache)
+    free = detectors.support_set_free(trunks, weights, false_alarm_rate=0.01)
     groups = _normals_and_fields(data, per_type)
     with Bars() as progress:
         table = detection_experiments.k_shot(

@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from rich.text import Text
 
 from semwatch.errors import ConfigError
-from semwatch_training import weights_file
 from semwatch_training.metrics.uncertainty import Rate, Spread
+from semwatch_training.system import weights_file
 
 Cell = str | int | float | Spread | Rate | None
 

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.config import Recipe
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
-from semwatch.inference import Embedded
-from semwatch.pipeline import search
+from semwatch.line.pipeline import search
+from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import Sample, load_gray, load_mask, synthetic_set
 from semwatch_training.discovery.labelled_crops import NOT_A_DEFECT, Crops, encode, given, shown_defect
 from semwatch_training.metrics.uncertainty import Rate

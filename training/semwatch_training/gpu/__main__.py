@@ -11,7 +11,7 @@ from semwatch.errors import ConfigError, SemwatchError
 from semwatch_training.gpu import networks
 from semwatch_training.gpu import run as whole_run
 from semwatch_training.gpu.run import BATCHES, Order
-from semwatch_training.progress_bars import console
+from semwatch_training.system.progress_bars import console
 
 
 def gpu(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from semwatch.errors import ConfigError
-from semwatch_training.build_repository import SHIPPED
-from semwatch_training.detection import folding, train_detector
-from semwatch_training.detection.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.detection.ni_losses import distances
-from semwatch_training.encoding.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.families.ni import folding, train_detector
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.families.ni.ni_losses import distances
+from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
+from semwatch_training.publishing.build_repository import SHIPPED
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import TRUNKS, Attention, Block, Mlp, VisionTransformer

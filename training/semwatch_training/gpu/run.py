@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from semwatch.detection import resize
-from semwatch.model_repository import Arrays, write_whole
-from semwatch_training import engine_parity
-from semwatch_training.detection.ni_detector import DetectorGraph
-from semwatch_training.encoding.smg_vit import EncoderGraph
-from semwatch_training.export import utc_now
+from semwatch.line.detection import resize
+from semwatch.models.model_repository import Arrays, write_whole
+from semwatch.system.clock import utc_now
+from semwatch_training.engines import parity
+from semwatch_training.families.ni.ni_detector import DetectorGraph
+from semwatch_training.families.smg_vit.smg_vit import EncoderGraph
 from semwatch_training.gpu import measure
 from semwatch_training.gpu.networks import Pair, lowered
 
@@ -142,7 +142,7 @@ def looked_at(pair: Pair, n: int) -> dict[str, Arrays]:
     """Inputs of both networks: fields of a synthetic lot, and the middle of each as a crop with a round soft mask."""
     field_px, crop_px = pair.detector.detector.form.input_px, pair.encoder.vit.form.input_px
     side = crop_px // pair.encoder.vit.trunk.shape.patch
-    fields = [page.field for page in engine_parity.read_pages(None, n)]
+    fields = [page.field for page in parity.read_pages(None, n)]
     middles = [field[field.shape[0] // 4 : -field.shape[0] // 4, field.shape[1] // 4 : -field.shape[1] // 4]
                for field in fields]  # fmt: skip
     axis = np.linspace(-2, 2, side, dtype=np.float32)
@@ -232,7 +232,7 @@ def _compare(report: Report, pair: Pair, inputs: dict[str, Arrays], device: str)
                 report.parity.append(
                     Parity(
                         size=pair.name, weights=pair.weights, part=part, precision=_name(dtype), images=n,
-                        relative=engine_parity.differences(expected, found),
+                        relative=parity.differences(expected, found),
                     )
                 )  # fmt: skip
 

@@ -11,12 +11,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch import clusters
-from semwatch.archive import Archive
-from semwatch.clusters import Clusters
-from semwatch.config import Recipe
+from semwatch.classes import clusters
+from semwatch.classes.archive import Archive
+from semwatch.classes.clusters import Clusters
 from semwatch.errors import ServiceUnavailable
-from semwatch.head_bank import Bank
+from semwatch.models.head_bank import Bank
+from semwatch.settings.recipe import Recipe
 from semwatch_training.learning import cycle_report
 from semwatch_training.learning.cycle_report import ClusterRecord, CycleReport, JudgementRecord, KRecord
 from semwatch_training.learning.intake import Sorted

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
+from semwatch.models.head_bank import Bank
 from semwatch_training.discovery.clustering import UNLABELLED, class_means, plain_kmeans, squared_distances
 from semwatch_training.discovery.discovery_heads import HeadSettings
 from semwatch_training.discovery.estimate_k import SPAN, KEstimate, estimate, silhouettes, unit_length
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
 from semwatch_training.discovery.novel_classes import discover, predict
 from semwatch_training.discovery.whitening import principal_components
-from semwatch_training.progress_bars import Progress
+from semwatch_training.system.progress_bars import Progress
 
 COHESIVE = 0.05
 """Mean silhouette from which a class counts as one that stands out; the recipe's own bar comes later."""

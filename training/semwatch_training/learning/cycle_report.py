@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
-from semwatch.model_repository import write_whole
-from semwatch.review_record import first_fault
+from semwatch.models.head_bank import Bank
+from semwatch.models.model_repository import write_whole
+from semwatch.store.review_record import first_fault
 from semwatch_training.evaluation.feature_map import feature_map
 from semwatch_training.evaluation.plots import styled
 from semwatch_training.evaluation.report import Cell, Table, markdown

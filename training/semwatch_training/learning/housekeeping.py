@@ -4,10 +4,11 @@ import shutil
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from semwatch import clusters
-from semwatch.archive import Archive
-from semwatch.clusters import Clusters
-from semwatch.config import Learning
+from semwatch.classes import clusters
+from semwatch.classes.archive import Archive
+from semwatch.classes.clusters import Clusters
+from semwatch.settings.site import Learning
+from semwatch.system.clock import utc_of
 
 REPORTS = "cycles"
 """Folder of the cycles' reports; a name is the cycle's moment, so names sort by time."""
@@ -31,7 +32,7 @@ def tidy(folder: Path, archive: Archive, settings: Learning, *, now_utc: str) ->
     """
     found = clusters.read(folder)
     before = datetime.fromisoformat(now_utc) - timedelta(days=settings.keep_days)
-    n_pruned = archive.prune(before.strftime("%Y-%m-%dT%H:%M:%SZ"), keep=_needed(found))
+    n_pruned = archive.prune(utc_of(before), keep=_needed(found))
     for report in sorted(_folders(folder / REPORTS))[: -settings.keep_reports]:
         shutil.rmtree(report, ignore_errors=True)
     ids = {cluster.id for cluster in found.clusters}

@@ -7,22 +7,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from semwatch import records, unknowns
-from semwatch.archive import Archive
-from semwatch.archive import State as Settled
-from semwatch.classification import size_feature
-from semwatch.config import Site
+from semwatch.classes.archive import Archive
+from semwatch.classes.archive import State as Settled
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.inference import Embedded
-from semwatch.model_repository import Arrays
-from semwatch.records import Record
-from semwatch.unknowns import Claimed, Consumer
+from semwatch.line.classification import size_feature
+from semwatch.models.inference import Embedded
+from semwatch.models.model_repository import Arrays
+from semwatch.settings.site import Site
+from semwatch.streams import records, unknowns
+from semwatch.streams.records import Record
+from semwatch.streams.unknowns import Claimed, Consumer
+from semwatch.system.clock import moment_of, utc_of
 
 CLAIM = 250
 """Records of one claim: some 12 MB."""
@@ -188,7 +189,7 @@ def sort_out(
     """
     archive.add(found, now_utc=now_utc)
     states = archive.state_of([record.id for record in found])
-    too_old = _utc(_moment(now_utc) - timedelta(days=forget_days))
+    too_old = utc_of(moment_of(now_utc) - timedelta(days=forget_days))
     settled: dict[str, Fate] = {}
     fresh, unfit, seen = [], {}, set[object]()
     for record in sorted(found, key=lambda record: (record.created_utc, record.id)):
@@ -283,11 +284,3 @@ def _size(record: Record) -> NDArray[np.float32]:
 
 def _pixels(record: Record) -> bytes:
     return hashlib.sha256(record.crop.tobytes() + record.soft_mask.tobytes()).digest()
-
-
-def _moment(utc: str) -> datetime:
-    return datetime.strptime(utc, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
-
-
-def _utc(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

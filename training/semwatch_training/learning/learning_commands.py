@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 from threadpoolctl import threadpool_limits
 
-from semwatch.config import EXAMPLES, load_site
+from semwatch.settings.fields import EXAMPLES
+from semwatch.settings.site import load_site
 from semwatch_training.learning import refit as refitting
 from semwatch_training.learning.retrain import run_cycle
-from semwatch_training.progress_bars import Bars, console
+from semwatch_training.system.progress_bars import Bars, console
 
 MARKS = {"learned": "green", "refused": "red"}
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from semwatch import clusters, head_bank, model_repository, sightings
-from semwatch.archive import Archive
-from semwatch.clusters import Cluster, Clusters
-from semwatch.config import Recipe
+from semwatch.classes import clusters, sightings
+from semwatch.classes.archive import Archive
+from semwatch.classes.clusters import Cluster, Clusters
+from semwatch.classes.sightings import Found
 from semwatch.defects import NOVEL
 from semwatch.errors import ServiceUnavailable
-from semwatch.head_bank import Bank
-from semwatch.records import Record
-from semwatch.sightings import Found
+from semwatch.models import head_bank, model_repository
+from semwatch.models.head_bank import Bank
+from semwatch.settings.recipe import Recipe
+from semwatch.streams.records import Record
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
 from semwatch_training.learning import promotion, standing
 from semwatch_training.learning.candidates import Candidates

@@ -6,12 +6,13 @@ that died after it had published leaves nothing to guess: the next one writes wh
 
 from collections.abc import Sequence
 
-from semwatch import clusters
-from semwatch.clusters import Clusters
-from semwatch.config import Recipe, Site
-from semwatch.head_bank import Bank
-from semwatch.ledger import Ledger
-from semwatch.model_repository import Meta
+from semwatch.classes import clusters
+from semwatch.classes.clusters import Clusters
+from semwatch.models.head_bank import Bank
+from semwatch.models.model_repository import Meta
+from semwatch.settings.recipe import Recipe
+from semwatch.settings.site import Site
+from semwatch.store.ledger import Ledger
 from semwatch_training.learning import promotion, standing
 from semwatch_training.learning.intake import Fate
 from semwatch_training.learning.new_classes import Findings

@@ -20,11 +20,11 @@ from typing import TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.classification import decide
-from semwatch.config import Promotion, Recipe
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
+from semwatch.line.classification import decide
+from semwatch.models.head_bank import Bank
+from semwatch.settings.recipe import Promotion, Recipe
 from semwatch_training.metrics.adc_metrics import AdcFigures, adc_metrics
 
 PROOF = 2

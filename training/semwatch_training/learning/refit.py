@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from semwatch import head_bank
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
-from semwatch.inference import Embedded
+from semwatch.models import head_bank
+from semwatch.models.head_bank import Bank
+from semwatch.models.inference import Embedded
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
-from semwatch_training.export import publish_head
 from semwatch_training.learning import on_record, standing
+from semwatch_training.publishing.export import publish_head
 
 
 def refit(repository: Path, *, without: Sequence[str], seed: int = 0) -> int:

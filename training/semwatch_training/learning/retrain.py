@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -21,17 +20,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from semwatch import clusters, drift, head_bank, model_repository, serving
-from semwatch.archive import ARCHIVE, Archive
-from semwatch.clusters import Clusters
-from semwatch.config import Recipe, Site, load_recipe
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.classes.clusters import Clusters
 from semwatch.errors import ConfigError, PublishError
-from semwatch.head_bank import Bank
-from semwatch.inference import Embedded
-from semwatch.records import Record
+from semwatch.models import choice, head_bank, model_repository
+from semwatch.models.head_bank import Bank
+from semwatch.models.inference import Embedded
+from semwatch.service import drift
+from semwatch.settings.recipe import Recipe, load_recipe
+from semwatch.settings.site import Site
+from semwatch.streams.records import Record
+from semwatch.system.clock import utc_now
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_head
 from semwatch_training.discovery.head import Head, save_head
-from semwatch_training.export import publish_head
 from semwatch_training.learning import candidates, housekeeping, intake, new_classes, on_record, promotion, standing
 from semwatch_training.learning.account import Account
 from semwatch_training.learning.housekeeping import REPORTS
@@ -39,6 +41,7 @@ from semwatch_training.learning.intake import Held, Sorted
 from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Answers, Judgement
 from semwatch_training.learning.standing import Obeyed, Standing
+from semwatch_training.publishing.export import publish_head
 
 LOCK, CANDIDATE = "retrain.lock", "head.safetensors"
 FEW_AFTER_DRIFT = 10
@@ -94,7 +97,7 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
         ServiceUnavailable: Redis or the disk is away. Nothing is lost; the next cycle begins anew.
         PublishError: the new head could not be placed; the old one serves on.
     """
-    folder, repository, utc = site.learning_dir, site.models.repository, _utc_now()
+    folder, repository, utc = site.learning_dir, site.models.repository, utc_now()
     with _alone(folder) as is_alone:
         if not is_alone:
             return Outcome("busy", "another cycle is running: this one leaves it alone")
@@ -152,12 +155,12 @@ def _run(c: _Cycle) -> Outcome:
         if why_not is None:
             on_record.put(c.site, version, model_repository.read_meta(repository, "head", version), c.utc)
     if why_not is not None:
-        serving.withdraw(repository, "head", version, why_not)
+        choice.withdraw(repository, "head", version, why_not)
         return _refused(c, head, [why_not])
     with c.account.step("settle"):
         done = on_record.by_head(f, obeyed, version)
         intake.settle(c.archive, done, c.utc)
-        serving.prune(repository, "head", keep=c.site.learning.keep_versions)
+        choice.prune(repository, "head", keep=c.site.learning.keep_versions)
         _answer(folder, wishes)
     report = c.account.write("published", version)
     c.held.acknowledge(list(done))
@@ -263,7 +266,7 @@ def _publish(
         PublishError: the disk refused, or a person took the head that this one was made from out of service.
     """
     repository, base = c.site.models.repository, c.base
-    why_withdrawn = serving.why_withdrawn(repository, "head", base.version)
+    why_withdrawn = choice.why_withdrawn(repository, "head", base.version)
     if why_withdrawn is not None:
         raise PublishError(f"head {base.version} was withdrawn while the cycle ran ({why_withdrawn}): run another one")
     now = clusters.read(c.site.learning_dir)
@@ -285,8 +288,8 @@ def _publish(
 
 def _serves(site: Site, version: int) -> str | None:
     """Wait for the first answer of the new head; why there is none, or None."""
-    if serving.daemon_runs(site.state_dir):
-        return serving.await_head(site.state_dir, version, timeout_s=site.learning.swap_timeout_s)
+    if choice.daemon_runs(site.state_dir):
+        return choice.await_head(site.state_dir, version, timeout_s=site.learning.swap_timeout_s)
     with Embedded(site.models.repository, threads=site.models.threads, models=("encoder", "head")) as models:
         return models.refused().get(version)
 
@@ -321,7 +324,7 @@ def _recipes(site: Site) -> list[Recipe]:
     Raises:
         ConfigError: the head is pinned, so that no new one would ever serve.
     """
-    pinned = serving.pin_of(site.models.repository, "head")
+    pinned = choice.pin_of(site.models.repository, "head")
     if pinned is not None:
         raise ConfigError(
             f"head {pinned} is pinned: no new one would serve; release it: `semwatch models pin head --release`"
@@ -331,10 +334,6 @@ def _recipes(site: Site) -> list[Recipe]:
     if not free:
         raise ConfigError("every recipe pins its head: no new one would serve; set pins.head to null in one of them")
     return free
-
-
-def _utc_now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @contextmanager

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from semwatch import clusters, head_bank, sightings
-from semwatch.clusters import LIVE, Clusters, Decision
+from semwatch.classes import clusters, sightings
+from semwatch.classes.clusters import LIVE, Clusters, Decision
 from semwatch.errors import ConfigError
-from semwatch.head_bank import Bank
-from semwatch.inference import Embedded
-from semwatch.model_repository import Meta
+from semwatch.models import head_bank
+from semwatch.models.head_bank import Bank
+from semwatch.models.inference import Embedded
+from semwatch.models.model_repository import Meta
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
 from semwatch_training.learning import candidates
 from semwatch_training.learning.candidates import Candidate

@@ -1,1 +1,5 @@
-"""Frozen trunks: the networks that others trained, and how their weights are fetched."""
+"""Frozen trunks: networks that others trained, and how their weights are fetched and checked.
+
+May import: `system`.
+Start reading: `backbone.py`.
+"""

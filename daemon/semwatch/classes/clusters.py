@@ -1,0 +1,351 @@
+"""Classes that the machine found, and what people decided about them: one file, ``clusters.json`` in the learning_dir.
+
+    revision       one more with each change; a decision's own revision is its name
+    next_number    of the next cluster; the n of novel-<n> is never given twice
+    clusters       see ``Cluster``; its example crops are examples/<id>/<record id>.png beside the file
+    decisions      what people said, oldest first; never deleted
+
+A name counts at once. What a merge, a split or a rejection means for the classes, the next cycle learns and then marks
+as applied. ``decisions`` holds what people can say, ``sightings`` what a cycle says; the file is
+changed by ``change``.
+"""
+
+import difflib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from semwatch.defects import NOVEL
+from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.models.model_repository import write_whole
+from semwatch.settings.fields import Label
+
+FILE, EXAMPLES = "clusters.json", "examples"
+LOCK_S = 30.0
+
+State = Literal["proposed", "learned", "named", "rejected", "merged"]
+DecisionKind = Literal["name", "merge", "split", "reject"]
+LIVE: tuple[State, ...] = ("proposed", "learned", "named")
+Id = Annotated[str, Field(pattern=f"^{NOVEL}[1-9][0-9]*$")]
+RecordId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Example = Annotated[str, Field(pattern=f"^{EXAMPLES}/{NOVEL}[1-9][0-9]*/[0-9a-f]{{32}}\\.png$")]
+Utc = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Count = Annotated[int, Field(ge=1)]
+OrZero = Annotated[int, Field(ge=0)]
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Cluster(_Kept):
+    """One class that was found among unknowns."""
+
+    id: Id
+    state: State
+    """proposed: no head knows it yet. learned, named: a head does, without or with a person's name. rejected: no class.
+    merged: part of another class."""
+    label: Label
+    """The id until a person names it; a name given to a proposed cluster waits here."""
+    code: int | None = None
+    size: Count
+    """Crops."""
+    cohesion: Annotated[float, Field(ge=-1, le=1)]
+    """Mean silhouette."""
+    nearest_known: str
+    nearest_distance: Annotated[float, Field(ge=0)]
+    first_seen_utc: Utc
+    last_seen_utc: Utc
+    cycles: Count
+    """It was seen in."""
+    missed: OrZero = 0
+    """Cycles in a row, up to now, that it was not seen in."""
+    head_version: Count | None = None
+    """First head that knows it."""
+    members: tuple[RecordId, ...]
+    """As it was seen last."""
+    examples: tuple[Example, ...] = ()
+    """Relative to the file's folder."""
+    merged_into: str | None = None
+    """Another cluster's id, or the label of a known class."""
+
+
+class Decision(_Kept):
+    """What one person said of one cluster."""
+
+    revision: Count
+    """Of the file, with which it came."""
+    utc: Utc
+    by: Annotated[str, Field(min_length=1)]
+    """Login name."""
+    kind: DecisionKind
+    cluster: Id
+    label: Label | None = None
+    code: int | None = None
+    into: str | None = None
+    parts: Annotated[int, Field(ge=2)] | None = None
+    applied_utc: Utc | None = None
+    """Since when a head obeys it; None: it waits for the next cycle."""
+
+
+class Clusters(_Kept):
+    """The whole file."""
+
+    schema_version: Literal[1] = 1
+    revision: OrZero = 0
+    next_number: Count = 1
+    clusters: tuple[Cluster, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Clusters":
+        for fault in (*_faulty_ids(self), *map(_fault_of, self.clusters), *_faulty_log(self), *_faulty_merges(self)):
+            if fault:
+                raise PydanticCustomError("nonsense", "{fault}", {"fault": fault})
+        return self
+
+
+# --- what the file may say -----------------------------------------------------------------------------------------
+
+
+def _faulty_ids(c: Clusters) -> Iterator[str]:
+    ids = [k.id for k in c.clusters]
+    yield from (f"{id_} stands there twice" for id_ in ids if ids.count(id_) > 1)
+    holders: dict[str, str] = {}
+    for label, id_ in labels_in_use(c):
+        if holders.setdefault(label.casefold(), id_) != id_:
+            yield f"the label {label!r} is used by {holders[label.casefold()]} and by {id_}"
+    newest = max((number_of(id_) for id_ in (*ids, *(d.cluster for d in c.decisions))), default=0)
+    if c.next_number <= newest:
+        yield f"next_number {c.next_number} is too small: {NOVEL}{newest} was given already"
+
+
+def _fault_of(k: Cluster) -> str | None:
+    has_name = k.label != k.id
+    if has_name and k.label.startswith(NOVEL):
+        return f"{k.id} has the label {k.label!r}, which is another cluster's id"
+    if k.state in ("learned", "named") and has_name != (k.state == "named"):
+        return f"{k.id} is {k.state} and has the label {k.label!r}: learned means without a name, named with one"
+    if k.state in LIVE and (k.head_version is None) != (k.state == "proposed"):
+        return f"{k.id} is {k.state} with head_version {k.head_version}: only a proposed cluster has none"
+    if (k.merged_into is not None) != (k.state == "merged"):
+        return f"{k.id} is {k.state} with merged_into {k.merged_into!r}"
+    return None
+
+
+def _faulty_merges(c: Clusters) -> Iterator[str]:
+    into = {k.id: k.merged_into for k in c.clusters}
+    said = {(d.cluster, d.into) for d in c.decisions if d.kind == "merge"}
+    for id_, target in into.items():
+        if target is None:
+            continue
+        if target.startswith(NOVEL) and target not in into:
+            yield f"{id_} is merged into {target}, which does not exist"
+        if (id_, target) not in said:
+            yield f"{id_} is merged into {target!r}, which nobody decided"
+        passed, at = {id_}, into.get(id_)
+        while at is not None and at not in passed:
+            passed.add(at)
+            at = into.get(at)
+        if at is not None:
+            yield f"{id_} is merged into itself, by way of others"
+
+
+def _faulty_log(c: Clusters) -> Iterator[str]:
+    if any(b <= a for a, b in pairwise((*(d.revision for d in c.decisions), c.revision + 1))):
+        yield f"the decisions' revisions do not rise up to the file's own, {c.revision}"
+    for d in c.decisions:
+        given = {name for name in ("label", "into", "parts") if getattr(d, name) is not None}
+        if given != {"name": {"label"}, "merge": {"into"}, "split": {"parts"}, "reject": set()}[d.kind]:
+            yield f"decision {d.revision} is a {d.kind} with {', '.join(sorted(given)) or 'nothing'}"
+
+
+# --- the file ------------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> Clusters:
+    """Read the file of a learning_dir; nothing found and nothing decided where there is none.
+
+    Raises:
+        ConfigError: it cannot be read, or an edit by hand made nonsense of it.
+    """
+    path = folder / FILE
+    try:
+        return Clusters.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Clusters()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check its owner and mode") from error
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
+        raise ConfigError(
+            f"{path}: {where.lstrip('.') or 'the file'}: {fault['msg']}; undo the edit: `semwatch clusters` changes "
+            f"this file so that it stays whole"
+        ) from error
+
+
+def write(folder: Path, clusters: Clusters) -> None:
+    """Write the file whole; call it inside ``locked``.
+
+    Raises:
+        ConfigError: its revision is not the next one, so somebody else changed the file; or it makes no sense.
+        ServiceUnavailable: the disk refused.
+    """
+    path = folder / FILE
+    on_disk = read(folder).revision
+    if clusters.revision != on_disk + 1:
+        raise ConfigError(
+            f"{path} has revision {on_disk} and was to become {clusters.revision}: somebody else changed it; read it "
+            f"again and decide again"
+        )
+    try:
+        content = Clusters.model_validate(clusters.model_dump()).model_dump_json(indent=1)
+    except ValidationError as error:
+        raise ConfigError(f"{path} is left as it is: {error.errors(include_url=False)[0]['msg']}") from error
+    try:
+        write_whole(path, f"{content}\n".encode())
+    except OSError as error:
+        raise ServiceUnavailable(f"cannot write {path}: {error.strerror}; free or mend the disk") from error
+
+
+@contextmanager
+def locked(folder: Path, timeout_s: float = LOCK_S) -> Iterator[None]:
+    """Hold the file against every other writer; makes the folder.
+
+    Raises:
+        ServiceUnavailable: another writer did not let go in time.
+        ConfigError: the folder cannot be used.
+    """
+    path = folder / f"{FILE}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be opened ({error.strerror}); check the folder and its rights") from error
+    try:
+        _wait_for(fd, path, time.monotonic() + timeout_s)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _wait_for(fd: int, path: Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable(
+                    f"another process is changing {path.with_suffix('')}; try again in a minute"
+                ) from error
+        time.sleep(0.05)
+
+
+def change(folder: Path, step: Callable[[Clusters], Clusters], timeout_s: float = LOCK_S) -> Clusters:
+    """Read, change and write the file as one; ``step`` may combine several functions. Returns what was written.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``read``, ``write``, ``locked`` and the step; nothing was changed.
+    """
+    with locked(folder, timeout_s):
+        before = read(folder)
+        after = step(before).model_copy(update={"revision": before.revision + 1})
+        write(folder, after)
+    return after
+
+
+# --- questions -----------------------------------------------------------------------------------------------------
+
+
+def find(c: Clusters, name: str) -> Cluster:
+    """The cluster of an id, or of a name that a person gave.
+
+    Raises:
+        ConfigError: there is none; with the nearest that there are.
+    """
+    for k in c.clusters:
+        if k.id == name:
+            return k
+    labels = dict(labels_in_use(c))
+    if name in labels:
+        return find(c, labels[name])
+    raise ConfigError(f"no cluster {name!r}; {nearest(name, [*(k.id for k in c.clusters), *labels])}")
+
+
+def pending(c: Clusters) -> tuple[Decision, ...]:
+    """Decisions that no head obeys yet, oldest first; names and splits of clusters that are no more are void."""
+    living = {k.id for k in c.clusters if k.state in LIVE}
+    return tuple(
+        d for d in c.decisions if d.applied_utc is None and (d.kind in ("merge", "reject") or d.cluster in living)
+    )
+
+
+def label_of(c: Clusters, id_: str) -> str | None:
+    """Label under which a cluster's crops are learned, along all merges; None for those of a rejected one.
+
+    Raises:
+        ConfigError: there is no such cluster.
+    """
+    k = root_of(c, find(c, id_))
+    if isinstance(k, str):
+        return k
+    return None if k.state == "rejected" else k.label
+
+
+def labels_in_use(c: Clusters) -> Iterator[tuple[str, str]]:
+    """Names, and whose they are. A rejected or merged cluster keeps its name until a cycle has taken it out."""
+    leaving = {d.cluster for d in pending(c)}
+    for k in c.clusters:
+        if k.label != k.id and (k.state in LIVE or (k.head_version is not None and k.id in leaving)):
+            yield k.label, k.id
+
+
+def names_of(c: Clusters, k: Cluster) -> set[str]:
+    """Labels under which a head may know a cluster: its id, its name, earlier names that no other cluster has now."""
+    in_use = dict(labels_in_use(c))
+    if in_use.get(k.label) != k.id:
+        return {k.id}
+    said = {d.label for d in c.decisions if d.cluster == k.id and d.label is not None}
+    return {k.id, k.label} | {label for label in said if in_use.get(label, k.id) == k.id}
+
+
+def successors(c: Clusters) -> dict[str, str | None]:
+    """For every label that an earlier head may know a cluster by, the label it has now; None: it is a class no more."""
+    return {name: label_of(c, k.id) for k in c.clusters for name in names_of(c, k)}
+
+
+def root_of(c: Clusters, k: Cluster) -> Cluster | str:
+    """What a cluster is after all merges: a cluster, or the label of a known class."""
+    while k.merged_into is not None:
+        if not k.merged_into.startswith(NOVEL):
+            return k.merged_into
+        k = find(c, k.merged_into)
+    return k
+
+
+def replaced(c: Clusters, fresh: Iterable[Cluster]) -> Clusters:
+    """The same with some clusters in place of those of their ids."""
+    by_id = {k.id: k for k in fresh}
+    return c.model_copy(update={"clusters": tuple(by_id.get(k.id, k) for k in c.clusters)})
+
+
+def nearest(name: str, there_are: Iterable[str]) -> str:
+    """Say which names are nearest to one that is wrong."""
+    there_are = list(dict.fromkeys(there_are))
+    shown = difflib.get_close_matches(name, there_are, n=5) or there_are[:5]
+    return f"nearest: {', '.join(shown)}" if shown else "there are none yet: the next cycle may find some"
+
+
+def number_of(id_: str) -> int:
+    """The n of novel-<n>."""
+    return int(id_.removeprefix(NOVEL))

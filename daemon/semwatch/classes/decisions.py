@@ -1,0 +1,151 @@
+"""What people can say of a found class: name it, merge it, split it, reject it. Pure functions; each is one revision.
+
+``name`` is a cluster's id or the name it has; ``classes`` are the labels that the head in service knows; ``by`` is the
+login name of who says it, ``utc`` when. What makes no sense is refused with what to do instead.
+"""
+
+import shlex
+from collections.abc import Collection
+
+from pydantic import TypeAdapter, ValidationError
+
+from semwatch.classes.clusters import (
+    LIVE,
+    Cluster,
+    Clusters,
+    Decision,
+    DecisionKind,
+    State,
+    find,
+    labels_in_use,
+    names_of,
+    nearest,
+    pending,
+    replaced,
+)
+from semwatch.defects import DEFECT_FREE, NOVEL
+from semwatch.errors import ConfigError
+from semwatch.settings.fields import Label
+
+
+def named(
+    c: Clusters, name: str, label: str, code: int | None = None, *, classes: Collection[str], by: str, utc: str
+) -> Clusters:
+    """Give a cluster its name and, optionally, the fab's code; without one, the code it has stays.
+
+    Raises:
+        ConfigError: the label is unfit or taken, or the cluster is no more.
+    """
+    k = _living(c, name)
+    _check_label(c, k, label, classes)
+    state: State = "proposed" if k.state == "proposed" else "named"
+    fresh = k.model_copy(update={"label": label, "code": k.code if code is None else code, "state": state})
+    return _decided(c, fresh, "name", by, utc, label=label, code=code)
+
+
+def merged(c: Clusters, name: str, into: str, *, classes: Collection[str], by: str, utc: str) -> Clusters:
+    """Make a cluster part of another cluster (its id or name) or of a known class (its label).
+
+    Raises:
+        ConfigError: there is no such target, or the merge only makes sense the other way round.
+    """
+    k = _living(c, name)
+    target = _target(c, into, classes)
+    if isinstance(target, Cluster):
+        _check_direction(k, target)
+    into = target.id if isinstance(target, Cluster) else target
+    gone = k.model_copy(update={"state": "merged", "merged_into": into})
+    return _decided(c, gone, "merge", by, utc, into=into)
+
+
+def split(c: Clusters, name: str, parts: int, *, by: str, utc: str) -> Clusters:
+    """Ask the next cycle to make several clusters of one.
+
+    Raises:
+        ConfigError: fewer than two parts, more parts than crops, or it waits to be split already.
+    """
+    k = _living(c, name)
+    if not 2 <= parts <= k.size:
+        raise ConfigError(f"{k.id} cannot be split into {parts} parts: give 2 to {k.size}, it has {k.size} crops")
+    if any(d.cluster == k.id and d.kind == "split" for d in pending(c)):
+        raise ConfigError(f"{k.id} is to be split already; run `semwatch-train retrain` first, then look again")
+    return _decided(c, k, "split", by, utc, parts=parts)
+
+
+def rejected(c: Clusters, name: str, *, by: str, utc: str) -> Clusters:
+    """Say that a cluster is no class: its crops are not proposed again, and the next head does not know it.
+
+    Raises:
+        ConfigError: there is no such cluster, or it is no more.
+    """
+    k = _living(c, name)
+    return _decided(c, k.model_copy(update={"state": "rejected"}), "reject", by, utc)
+
+
+def _decided(
+    c: Clusters,
+    fresh: Cluster,
+    kind: DecisionKind,
+    by: str,
+    utc: str,
+    *,
+    label: str | None = None,
+    code: int | None = None,
+    into: str | None = None,
+    parts: int | None = None,
+) -> Clusters:
+    decision = Decision(
+        revision=c.revision + 1, utc=utc, by=by, kind=kind, cluster=fresh.id,
+        label=label, code=code, into=into, parts=parts,
+    )  # fmt: skip
+    decisions = (*c.decisions, decision)
+    return replaced(c, [fresh]).model_copy(update={"revision": decision.revision, "decisions": decisions})
+
+
+def _living(c: Clusters, name: str) -> Cluster:
+    k = find(c, name)
+    if k.state == "rejected":
+        raise ConfigError(
+            f"{k.id} was rejected; {nearest('', [other.id for other in c.clusters if other.state in LIVE])}"
+        )
+    if k.state == "merged":
+        raise ConfigError(f"{k.id} was merged into {k.merged_into}; decide about that one")
+    return k
+
+
+def _check_label(c: Clusters, k: Cluster, label: str, classes: Collection[str]) -> None:
+    try:
+        TypeAdapter(Label).validate_python(label)
+    except ValidationError as error:
+        raise ConfigError(f"the label {label!r} {error.errors()[0]['msg']}") from error
+    if label.startswith(NOVEL):
+        raise ConfigError(f"the label {label!r} begins like the machine's own; choose a word of the fab")
+    own = names_of(c, k)
+    taken = {known.casefold(): known for known in (*classes, DEFECT_FREE) if known not in own}
+    taken |= {used.casefold(): id_ for used, id_ in labels_in_use(c) if id_ != k.id}
+    if label.casefold() in taken:
+        raise ConfigError(
+            f"there is a class {label!r} already; if they are the same, merge them: "
+            f"`semwatch clusters merge {k.id} {shlex.quote(taken[label.casefold()])}`"
+        )
+
+
+def _target(c: Clusters, into: str, classes: Collection[str]) -> Cluster | str:
+    own = {k.id for k in c.clusters} | set(dict(labels_in_use(c)))
+    if into in own:
+        return _living(c, into)
+    known = [label for label in (*classes, DEFECT_FREE) if not label.startswith(NOVEL)]
+    if into not in known:
+        living = [k.id for k in c.clusters if k.state in LIVE]
+        raise ConfigError(f"no cluster or class {into!r} to merge into; {nearest(into, [*living, *known])}")
+    return into
+
+
+def _check_direction(k: Cluster, target: Cluster) -> None:
+    if target.id == k.id:
+        raise ConfigError(f"{k.id} cannot be merged into itself; name another cluster or a known class")
+    other_way = f"merge them the other way round: `semwatch clusters merge {target.id} {k.id}`"
+    if target.state == "proposed" and k.state != "proposed":
+        raise ConfigError(f"{k.id} is learned and {target.id} is not; {other_way}")
+    if target.label == target.id and k.label != k.id and k.state != "proposed":
+        raise ConfigError(f"{k.id} has the name {k.label!r} and {target.id} has none; {other_way}")

@@ -1,0 +1,59 @@
+"""What every runtime asks of a model version before it may serve, and of every batch before it is sent."""
+
+import numpy as np
+
+from semwatch.errors import ModelMismatch
+from semwatch.models.model_repository import Arrays, Meta
+
+MAX_PROBE_DIFFERENCE = 1e-3
+"""Largest difference to the expected answer, relative to its largest value."""
+
+
+def check_inputs(meta: Meta, inputs: Arrays) -> None:
+    """Refuse a batch that the model does not take.
+
+    Raises:
+        ModelMismatch: names, dtypes or shapes are others than in ``meta``.
+    """
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in meta.inputs.items()}
+    given = {name: (str(array.dtype), array.shape[1:]) for name, array in inputs.items()}
+    if expected != given:
+        raise ModelMismatch(f"the {meta.model} wants {expected} per item, got {given}")
+
+
+def check_fit(encoder: Meta, head: Meta) -> None:
+    """Refuse a head that was not trained on this encoder's features.
+
+    Raises:
+        ModelMismatch: it belongs to another encoder, or names no classes.
+    """
+    if head.encoder_sha256 != encoder.weights_sha256:
+        raise ModelMismatch(
+            "this head was trained on another encoder's features; pin the encoder it belongs to in the recipe, or "
+            "fit a head on this encoder with `semwatch-train head`"
+        )
+    if not head.labels:
+        raise ModelMismatch("the head's meta.json names no classes; publish it again")
+
+
+def check_probe(name: str, expected: Arrays, answered: Arrays) -> None:
+    """Refuse a version that answers its probe otherwise than the network it was made from.
+
+    Args:
+        name: model and version, for the message.
+        expected: what the probe says, by output.
+        answered: what the version said.
+
+    Raises:
+        ModelMismatch: an output is absent, of another shape, or off by more than ``MAX_PROBE_DIFFERENCE``.
+    """
+    for output, values in expected.items():
+        if output not in answered or answered[output].shape != values.shape:
+            raise ModelMismatch(f"{name} gives no {output} of the shape that its probe says; publish it again")
+        largest = max(float(np.abs(values).max(initial=0)), 1e-6)
+        difference = float(np.abs(answered[output] - values).max(initial=0)) / largest
+        if not difference <= MAX_PROBE_DIFFERENCE:
+            raise ModelMismatch(
+                f"{name} answers its probe with another {output} than the network it was made from (off by "
+                f"{difference:.1e} of the largest value, {MAX_PROBE_DIFFERENCE:.0e} allowed); publish it again"
+            )

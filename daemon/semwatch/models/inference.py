@@ -1,0 +1,232 @@
+"""The seam to the models: ``infer(model, inputs) -> Answer``. Everything else in the daemon sees arrays only.
+
+``Embedded`` runs the model repository's ONNX files in this process with ONNX Runtime. It reads the same folders that
+Triton serves, and an answer carries the version that gave it, so labels are never read from another version's folder.
+Every version must answer its probe as the network did that it was made from, or it is not loaded.
+"""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from semwatch.errors import ModelMismatch, ServiceUnavailable
+from semwatch.models import choice, model_repository
+from semwatch.models.checks import check_fit, check_inputs, check_probe
+from semwatch.models.model_repository import MODELS, Arrays, Meta
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said, and which version of it."""
+
+    outputs: Mapping[str, NDArray[np.float32]]
+    version: int
+    meta: Meta
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One change of version, done or refused."""
+
+    model: str
+    version: int
+    refused: str | None = None
+    """Why the version may not serve; None: it serves now."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    session: ort.InferenceSession
+    version: int
+    meta: Meta
+
+
+class Models(Protocol):
+    """Whoever answers for the models: ``Embedded``, or a server behind a client."""
+
+    def infer(self, model: str, inputs: Arrays, *, backlog: bool = False) -> Answer:
+        """Ask a model about a batch, see ``Embedded.infer``."""
+
+    def refresh(self) -> Swap | None:
+        """Let the head that should serve now serve; None where it does already."""
+
+    def meta(self, model: str) -> Meta:
+        """What travels with the version that would answer now."""
+
+    def versions(self) -> dict[str, int]:
+        """Version in service, by model."""
+
+    def refused(self) -> dict[int, str]:
+        """Versions of the head that could not be used, and why."""
+
+    def close(self) -> None:
+        """Let go of what is held."""
+
+
+class Embedded:
+    """The model repository in this process; safe to call from several threads.
+
+    Args:
+        repository: folder with detector, encoder and head.
+        pins: version by model; a model without a pin serves what ``serving.choice`` says.
+        threads: processor threads of one network; None for all the machine has.
+        models: which to load; training asks before there is a head.
+
+    Raises:
+        ModelMismatch: a model is absent, damaged, or does not fit its own description or the other models.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        pins: Mapping[str, int | None] | None = None,
+        threads: int | None = None,
+        models: Sequence[str] = MODELS,
+    ) -> None:
+        self._repository, self._pins = repository, pins or {}
+        # One network at a time has all the cores: two at once only evict each other's caches.
+        self._turn = threading.Lock()
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._refused: dict[tuple[str, int], str] = {}
+        self._loaded: dict[str, _Loaded] = {}
+        for model in models:
+            loaded = self._load_head() if model == "head" else self._load(model, self._wanted(model))
+            self._loaded[model] = loaded
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def infer(self, model: str, inputs: Arrays, *, backlog: bool = False) -> Answer:  # noqa: ARG002
+        """Ask a model about a batch.
+
+        Args:
+            model: "detector", "encoder" or "head".
+            inputs: arrays by name, batch axis first, dtypes as in the model's ``Meta``.
+            backlog: the work may wait; for a server with a queue, without effect here.
+
+        Raises:
+            ModelMismatch: the arrays do not fit the model.
+            ServiceUnavailable: the runtime could not answer now (out of memory).
+        """
+        return self._ask(self._loaded[model], inputs)
+
+    def refresh(self) -> Swap | None:
+        """Let the head that should serve now serve, without an answer missed; None where it does already.
+
+        The new head is loaded and proven on its probe beside the old one, then takes its place between two answers. A
+        version that cannot be used is refused, said once, and the old one goes on. Detector and encoder change only
+        at a start: features of one encoder must not meet a head of another.
+        """
+        now = self._loaded["head"]
+        try:
+            version = self._wanted("head")
+        except ModelMismatch as error:
+            return self._refuse(-1, str(error))
+        if version == now.version or ("head", version) in self._refused:
+            return None
+        try:
+            loaded = self._fitting_head(version)
+        except ModelMismatch as error:
+            return self._refuse(version, str(error))
+        self._loaded = {**self._loaded, "head": loaded}
+        return Swap("head", version)
+
+    def meta(self, model: str) -> Meta:
+        """What travels with the version that would answer now."""
+        return self._loaded[model].meta
+
+    def versions(self) -> dict[str, int]:
+        """Version in service, by model."""
+        return {model: loaded.version for model, loaded in self._loaded.items()}
+
+    def refused(self) -> dict[int, str]:
+        """Versions of the head that could not be used, and why."""
+        return {version: why for (_, version), why in self._refused.items()}
+
+    def close(self) -> None:
+        """Let go of the networks' memory."""
+        with self._turn:
+            self._loaded = {}
+
+    def _ask(self, loaded: _Loaded, inputs: Arrays) -> Answer:
+        check_inputs(loaded.meta, inputs)
+        names = list(loaded.meta.outputs)
+        with self._turn:
+            try:
+                values = loaded.session.run(names, dict(inputs))
+            except Exception as error:
+                raise ServiceUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
+        return Answer(dict(zip(names, values, strict=True)), loaded.version, loaded.meta)
+
+    def _load_head(self) -> _Loaded:
+        """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
+        wanted, *deputies = choice.to_try(self._repository, "head", self._pins.get("head"))
+        try:
+            return self._fitting_head(wanted)
+        except ModelMismatch as error:
+            self._refuse(wanted, str(error))
+            for version in deputies:
+                with suppress(ModelMismatch):
+                    return self._fitting_head(version)
+            raise
+
+    def _fitting_head(self, version: int) -> _Loaded:
+        loaded = self._load("head", version)
+        if "encoder" in self._loaded:
+            check_fit(self._loaded["encoder"].meta, loaded.meta)
+        return loaded
+
+    def _wanted(self, model: str) -> int:
+        pin = self._pins.get(model)
+        return choice.choice(self._repository, model) if pin is None else pin
+
+    def _refuse(self, version: int, why: str) -> Swap | None:
+        is_news = self._refused.get(("head", version)) != why
+        self._refused["head", version] = why
+        return Swap("head", version, why) if is_news else None
+
+    def _load(self, model: str, version: int) -> _Loaded:
+        meta = model_repository.read_meta(self._repository, model, version)
+        path = model_repository.weights_path(self._repository, model, version, meta)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelMismatch(f"{path} does not load: {error}") from error
+        found = {tensor.name for tensor in session.get_inputs()}, {tensor.name for tensor in session.get_outputs()}
+        if found != (set(meta.inputs), set(meta.outputs)):
+            raise ModelMismatch(f"{path} takes and gives {found}, its meta.json says otherwise; publish it again")
+        loaded = _Loaded(session, version, meta)
+        self._check_probe(loaded)
+        return loaded
+
+    def _check_probe(self, loaded: _Loaded) -> None:
+        """A version must answer its probe as what it was made from did."""
+        probe = model_repository.read_probe(self._repository, loaded.meta.model, loaded.version)
+        if probe is None:
+            return
+        inputs, expected = probe
+        name = f"{loaded.meta.model} {loaded.version}"
+        try:
+            answered = self._ask(loaded, inputs).outputs
+        except ServiceUnavailable as error:
+            raise ModelMismatch(f"{name} cannot answer its own probe: {error}") from error
+        check_probe(name, expected, answered)

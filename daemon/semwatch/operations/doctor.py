@@ -1,0 +1,337 @@
+"""How a site stands: ``status`` for a glance, ``examine`` for what to fix. Reads only; safe beside a running daemon."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from semwatch.classes import clusters
+from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
+from semwatch.intake import drop_folder
+from semwatch.line import pipeline
+from semwatch.models import choice
+from semwatch.models.inference import Models
+from semwatch.models.model_repository import MODELS
+from semwatch.service import drift
+from semwatch.service.delivery import connect_publisher
+from semwatch.service.models_in_service import load_models, versions_of
+from semwatch.settings.recipe import Recipe, load_recipe
+from semwatch.settings.site import Folder, Site
+from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.store.review_record import first_fault
+from semwatch.system.clock import utc_of
+
+RATE_WINDOW_S = 300
+CYCLES, REPORT = "cycles", "report.json"
+"""Where the learning side leaves what became of each cycle, below the learning folder."""
+LEDGER_FIGURES = ("reviews_per_minute", "seen", "claimed", "done", "quarantined", "unpublished_records")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+class Cycle(BaseModel):
+    """What is read of a learning cycle's report; it has more."""
+
+    model_config = ConfigDict(frozen=True)
+
+    started_utc: str
+    outcome: Literal["published", "refused", "nothing-new"]
+    version: int | None
+    """Of the head that was published."""
+    reasons: tuple[str, ...] = ()
+    """Why the candidate does not serve."""
+
+
+def status(site: Site) -> dict[str, object]:
+    """Whether the daemon runs, waiting files, rate, queue depths, models chosen and in service, learning, disk left.
+
+    The keys are always the same; None where something cannot be asked.
+
+    Raises:
+        ConfigError: the ledger is broken.
+        ServiceUnavailable: the ledger's disk fails.
+    """
+    path, is_running = site.state_dir / LEDGER, _is_running(site)
+    with ExitStack() as held:
+        ledger = held.enter_context(Ledger(path, read_only=True)) if path.exists() else None
+        ages = {folder.source: _waiting_ages(folder, ledger) for folder in site.folders}
+        figures = _ledger_figures(ledger) if ledger else dict.fromkeys(LEDGER_FIGURES)
+    waiting = [age for found in ages.values() for age in found or ()]
+    return {
+        "daemon_running": is_running,
+        "waiting_files": len(waiting),
+        "oldest_waiting_s": round(max(waiting, default=0.0)),
+        "folders_away": [source for source, found in ages.items() if found is None],
+        **figures,
+        "models": {model: _or_none(partial(choice.choice, site.models.repository, model)) for model in MODELS},
+        **_serving_figures(site, is_running),
+        **_learning_figures(site),
+        "disk_free_mb": _free_mb(site.results_dir),
+        "redis": _or_none(partial(_depths, site)) if site.redis else "not configured",
+    }
+
+
+def examine(site: Site) -> list[Check]:
+    """Check everything the daemon needs before it can work, and everything a person can mend."""
+    checks = [_folder_check(folder) for folder in site.folders]
+    checks += [_writable("results folder", site.results_dir), _writable("state folder", site.state_dir)]
+    checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER)]
+    if site.models.runtime == "triton":
+        checks.append(_try("Triton", partial(_triton_in_words, site.models.triton.url)))
+    checks += [*_model_checks(site), *_learning_checks(site)]
+    if site.redis is not None:
+        checks.append(_redis_check(site))
+    return checks
+
+
+def _ledger_figures(ledger: Ledger) -> dict[str, object]:
+    since = utc_of(datetime.now(UTC) - timedelta(seconds=RATE_WINDOW_S))
+    return {
+        "reviews_per_minute": round(ledger.n_done_since(since) / RATE_WINDOW_S * 60, 1),
+        **{state.lower(): n for state, n in ledger.counts().items()},
+        "unpublished_records": ledger.n_unpublished(),
+    }
+
+
+def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
+    """Seconds since each file that waits was put there; None where the folder cannot be read."""
+    watched = drop_folder.Folder(**folder.model_dump(exclude={"recipe"}))
+    try:
+        return [
+            # ctime, because copies keep the mtime of their original
+            max(time.time() - found.st_ctime, 0.0)
+            for path, found in drop_folder.walk(watched, "")
+            if ledger is None or not ledger.is_settled(folder.source, path, found.st_size, found.st_mtime_ns)
+        ]
+    except OSError:
+        return None
+
+
+def _serving_figures(site: Site, is_running: bool | None) -> dict[str, object]:
+    """What the daemon said that it serves and has refused; a daemon that is gone serves nothing."""
+    versions, refused = choice.announced(site.state_dir) if is_running else ({}, {})
+    return {"in_service": versions or None, "refused_heads": {str(v): why for v, why in refused.items() if v > 0}}
+
+
+def _learning_figures(site: Site) -> dict[str, object]:
+    cycle = _or_none(partial(last_cycle, site.learning_dir))
+    return {
+        "unknowns": _or_none(partial(_archived, site.learning_dir)),
+        "last_cycle": cycle.model_dump() if isinstance(cycle, Cycle) else None,
+        "retrain_wanted": _or_none(partial(drift.wanted, site.learning_dir)),
+    }
+
+
+def _is_running(site: Site) -> bool | None:
+    """Say whether a daemon of this machine holds the ledger.
+
+    The kernel's table answers: to try the lock, even for a moment, could turn away a daemon that starts just then.
+    """
+    lock = site.state_dir / f"{LEDGER}.lock"
+    if not lock.exists():
+        return False
+    try:
+        held = Path("/proc/locks").read_text()
+    except OSError:
+        return None
+    return re.search(rf"FLOCK +ADVISORY +WRITE +-?\d+ \S+:{lock.stat().st_ino} ", held) is not None
+
+
+def _folder_check(folder: Folder) -> Check:
+    name = f"drop folder {folder.source}"
+    if folder.path.exists() and not folder.path.is_dir():
+        return Check(name, False, f"{folder.path} is not a folder", "give the folder's path in the site settings")
+    if not folder.path.is_dir():
+        return Check(
+            name, False, f"{folder.path} is not there", "create it, or mount the share; the daemon waits for it"
+        )
+    if not os.access(folder.path, os.R_OK | os.X_OK):
+        return Check(name, False, f"{folder.path} cannot be read", "give the daemon's user read and search rights")
+    return Check(name, True, str(folder.path))
+
+
+def _writable(name: str, folder: Path) -> Check:
+    place = _existing(folder)
+    if not place.is_dir():
+        return Check(name, False, f"{place} is not a folder", "move it away, or give another path in the site settings")
+    if not os.access(place, os.W_OK | os.X_OK):
+        return Check(name, False, f"{place} cannot be written", "give the daemon's user write rights there")
+    return Check(name, True, str(folder))
+
+
+def _disk_check(site: Site) -> Check:
+    free_mb = _free_mb(site.results_dir)
+    detail = f"{free_mb} MB free, the line pauses under {site.limits.min_free_mb}"
+    return Check("disk", free_mb >= site.limits.min_free_mb, detail, "free some space or lower limits.min_free_mb")
+
+
+def _ledger_check(path: Path) -> Check:
+    if not path.exists():
+        return Check("ledger", True, "none yet, the daemon makes it")
+
+    def look() -> str:
+        with Ledger(path, read_only=True) as ledger:
+            return _counted(ledger.counts().items())
+
+    return _try("ledger", look)
+
+
+def _model_checks(site: Site) -> Iterator[Check]:
+    """Each recipe; the models that they need, loaded once; the gate that comes of both."""
+    recipes: dict[str, Recipe] = {}
+    for folder in site.folders:
+        try:
+            recipe = recipes[folder.source] = load_recipe(folder.recipe)
+            yield Check(f"recipe of {folder.source}", True, f"{recipe.name} version {recipe.version}, id {recipe.id}")
+        except ConfigError as error:
+            yield Check(f"recipe of {folder.source}", False, "cannot be used", str(error))
+    try:
+        models = load_models(site.models, recipes.values() or [Recipe()])
+    except SemwatchError as error:
+        yield Check("models", False, "cannot be used", str(error))
+        return
+    versions = {", ".join(f"{model} {n}" for model, n in loaded.versions().items()) for loaded in models.values()}
+    proven = ": signatures, weights and probes match" if site.models.runtime == "triton" else ""
+    yield Check("models", True, "; ".join(sorted(versions)) + proven)
+    for version, why in sorted({item for loaded in models.values() for item in loaded.refused().items()}):
+        yield Check(
+            f"head {version}",
+            False,
+            f"cannot serve: {why}",
+            "take it back with `semwatch models rollback`, or publish it again",
+        )
+    if _is_running(site):
+        yield _service_check(versions_of(models), choice.announced(site.state_dir)[0])
+    for source, recipe in recipes.items():
+        yield _try(f"gate of {source}", partial(_gate, recipe, models[recipe.pins]))
+
+
+def _triton_in_words(url: str) -> str:
+    """The server and what it holds; that signatures and weights match, loading the models proves."""
+    try:
+        from semwatch.triton.inquiry import ask_server  # noqa: PLC0415 - an extra that an embedded site does not install
+    except ImportError as error:
+        raise ConfigError("runtime: triton needs its client: pip install 'semwatch[triton]'") from error
+    state = ask_server(url)
+    held = ", ".join(f"{model} {' '.join(map(str, ready)) or 'none'}" for model, ready in state.ready.items())
+    return f"{state.version} at {url} holds {held}"
+
+
+def _service_check(fit: Mapping[str, int], announced: Mapping[str, int]) -> Check:
+    """Compare what the daemon serves with what would serve after a start."""
+    late = [f"{model} {announced.get(model)} instead of {n}" for model, n in fit.items() if announced.get(model) != n]
+    if late:
+        return Check("in service", False, f"the daemon serves {', '.join(late)}", "restart the daemon, or see its log")
+    return Check("in service", True, "the daemon serves these")
+
+
+def _learning_checks(site: Site) -> Iterator[Check]:
+    """What learning keeps, and how its last cycle ended; nothing of a folder that is not there yet."""
+    folder = site.learning_dir
+    if site.learning.folder is None and not folder.exists():
+        return
+    place = _writable("learning folder", folder)
+    yield place
+    if not place.ok:
+        return
+    yield _try("unknowns", lambda: _counted((_archived(folder) or {}).items()) or "none archived yet")
+    yield _try("clusters", lambda: f"{len(clusters.read(folder).clusters)} found so far")
+    yield _try("last cycle", lambda: _cycle_in_words(last_cycle(folder)))
+
+
+def last_cycle(learning_dir: Path) -> "Cycle | None":
+    """How the newest cycle that left a report ended; None where there is none.
+
+    Raises:
+        ConfigError: the report is damaged.
+        ServiceUnavailable: the disk cannot be read.
+    """
+    reports = sorted((learning_dir / CYCLES).glob(f"*/{REPORT}"))
+    if not reports:
+        return None
+    try:
+        return Cycle.model_validate_json(reports[-1].read_bytes())
+    except ValidationError as error:
+        raise ConfigError(f"{reports[-1]} is no report of a cycle: {first_fault(error)}; delete its folder") from error
+    except OSError as error:
+        raise ServiceUnavailable(f"{reports[-1]} cannot be read: {error.strerror}") from error
+
+
+def _cycle_in_words(cycle: "Cycle | None") -> str:
+    if cycle is None:
+        return "none yet"
+    head = f", head {cycle.version}" if cycle.version is not None else ""
+    return f"{cycle.outcome}{head}, {cycle.started_utc}" + "".join(f"; {why}" for why in cycle.reasons)
+
+
+def _archived(folder: Path) -> dict[str, int] | None:
+    """Unknowns by what became of them; None where no cycle has kept any."""
+    if not (folder / ARCHIVE).exists():
+        return None
+    with Archive(folder / ARCHIVE, read_only=True) as archive:
+        return {str(state): n for state, n in archive.counts().items()}
+
+
+def _gate(recipe: Recipe, models: Models) -> str:
+    return f"opens above {pipeline.gate_threshold(recipe, models):.4g}"
+
+
+def _redis_check(site: Site) -> Check:
+    try:
+        depths = _depths(site) or {}
+    except ServiceUnavailable as error:
+        remedy = "start it, or correct redis.url in the site settings; until then records wait in the ledger"
+        return Check("Redis", False, str(error), remedy)
+    except SemwatchError as error:
+        return Check("Redis", False, "cannot be used", str(error))
+    return Check("Redis", True, "answers; " + ", ".join(f"{name} {n}" for name, n in depths.items()))
+
+
+def _depths(site: Site) -> dict[str, int] | None:
+    publisher = connect_publisher(site)
+    return None if publisher is None else {name: depth.length for name, depth in publisher.depths().items()}
+
+
+def _counted(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{n} {what.lower()}" for what, n in counts)
+
+
+def _free_mb(folder: Path) -> int:
+    return round(shutil.disk_usage(_existing(folder)).free / 1e6)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _try(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except SemwatchError as error:
+        return Check(name, False, "cannot be used", str(error))
+
+
+def _or_none(look: Callable[[], object]) -> object:
+    try:
+        return look()
+    except SemwatchError:
+        return None

@@ -1,0 +1,472 @@
+"""The daemon's life: start, the loop, stop.
+
+Start order: ledger (locks out a second daemon), models, metrics, folders; then READY. The loop, in one thread, hands
+files to workers, delivers the outbox and the audit log, and tells systemd that it is alive. A worker reviews one file
+from its bytes to the ledger's commit in straight code. Stop order: take no more files, let those in flight finish
+within the bound, deliver what the outbox holds, close folders, models and ledger. A second signal leaves at once: the
+ledger brings the work back.
+
+Crash safety: the result is on disk, whole, before the ledger says DONE; outbox records and the audit line are in the
+same transaction as DONE; deliveries are repeated until confirmed and are idempotent at the other end (stream id,
+audit seq).
+"""
+
+import hashlib
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+
+from semwatch.classes.archive import ARCHIVE
+from semwatch.defects import Review
+from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
+from semwatch.intake import decoding, drop_folder
+from semwatch.intake.drop_folder import Arrival, Incoming
+from semwatch.line import pipeline
+from semwatch.line.class_codes import class_codes
+from semwatch.service import drift, rereview
+from semwatch.service.delivery import Backoff, connect_publisher, deliver_audit, publish_outbox
+from semwatch.service.drift import Alarm, DriftWatch
+from semwatch.service.metrics import Metrics
+from semwatch.service.models_in_service import ModelsInService
+from semwatch.settings.recipe import load_recipe
+from semwatch.settings.site import Site
+from semwatch.store import results
+from semwatch.store.audit import AUDIT, AuditLog
+from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem
+from semwatch.store.review_record import ReviewRecord, printable
+from semwatch.streams import records
+from semwatch.system.clock import utc_now
+from semwatch.system.journal import about
+from semwatch.system.notify import Notifier, watchdog_interval_s
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5
+_AWAY = "a service is away"
+SAY_AGAIN_S = 60.0
+"""Seconds after which a fault that lasts is said again."""
+BESIDE_WORK_S = 0.02
+"""Seconds of re-review between two looks at files under way."""
+LOT_INTERVAL_S = 2.0
+
+
+class Service:
+    """Everything a running daemon holds open.
+
+    Args:
+        site: validated settings.
+        stop: set from outside, for instance by a signal handler, to end the loop; may be set before it begins.
+        environ: for systemd's NOTIFY_SOCKET and WATCHDOG_USEC.
+
+    Raises:
+        ConfigError, ModelMismatch: at construction, saying what to fix.
+    """
+
+    def __init__(
+        self, site: Site, *, stop: threading.Event | None = None, environ: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.site = site
+        self.recipes = {folder.source: load_recipe(folder.recipe) for folder in site.folders}
+        self._notifier = Notifier(environ)
+        self._beat_s = watchdog_interval_s(environ) or TICK_S
+        self._stop = stop or threading.Event()
+        self._open = ExitStack()
+        try:
+            self._start()
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _start(self) -> None:
+        site, keep = self.site, self._open
+        for folder in (site.state_dir, site.results_dir):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"{folder} cannot be made ({error.strerror}); make it, or name another") from error
+        self.ledger = keep.enter_context(Ledger(site.state_dir / LEDGER))
+        self._audit = keep.enter_context(AuditLog(site.state_dir / AUDIT))
+        if self._audit.last_seq > self.ledger.last_audit_seq():
+            raise ConfigError(
+                f"{self._audit.path} ends at line {self._audit.last_seq}, further than the ledger has ever counted: it "
+                f"belongs to an earlier ledger; move it aside, keep it, and start again"
+            )
+        self.metrics = Metrics(self.recipes)
+        keep.callback(self.metrics.close)
+        self._models = ModelsInService(
+            site.models, self.recipes.values(), state_dir=site.state_dir, metrics=self.metrics
+        )
+        keep.callback(self._models.close)
+        for recipe in self.recipes.values():
+            pipeline.gate_threshold(recipe, self._models.of(recipe))  # refuses now rather than at the first file
+        self._publisher = connect_publisher(site)
+        if site.metrics is not None:
+            self.metrics.serve(site.metrics.host, site.metrics.port)
+        folders = [drop_folder.Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
+        self._incoming = keep.enter_context(
+            Incoming(folders, self.ledger.is_settled, reconcile_s=site.reconcile_s, poll_s=site.poll_s)
+        )
+        self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
+        keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
+        self._working: dict[Future[None], tuple[Arrival, float]] = {}
+        self._next_beat = 0.0
+        self._pause, self._say_again = "", 0.0
+        self._lots_to_write: set[Path] = set()
+        self._lots_lock = threading.Lock()
+        self._next_lots = 0.0
+        self._away = Backoff()
+        self._publishing = Backoff()
+        self._drift = DriftWatch.load(site.state_dir / drift.STATE)
+        keep.callback(self._drift.save, site.state_dir / drift.STATE)
+        self._next_drift = time.monotonic() + drift.SAVE_EVERY_S
+        self._rereview = rereview.Rereview(
+            site.learning_dir / ARCHIVE,
+            self._models.by_pins,
+            self.recipes,
+            self.ledger,
+            results_dir=site.results_dir,
+            state_dir=site.state_dir,
+            days=site.learning.reread_days,
+            publishes=self._publisher is not None,
+            is_busy=self._is_in_review,
+            on_revised=self._take_revision,
+        )
+        keep.callback(self._rereview.close)
+        self._has_more_to_reread = False
+
+    def run(self) -> bool:
+        """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.
+
+        Such a review's thread cannot be ended: the caller leaves the process without waiting for it, and the ledger
+        brings the work back.
+
+        An exception that is not in the error tree is a bug: it ends the daemon, and the ledger counts the attempt.
+        """
+        self._notifier.ready()
+        self.metrics.ready.set(1)
+        versions = self._models.versions()
+        log.info("ready: %d folders, models %s", len(self.recipes), versions, extra=about(models=versions))
+        try:
+            while not self._stop.is_set():
+                try:
+                    self._beat()
+                    self._take_files()
+                    self._reap()
+                    self._reread()
+                    self._deliver()
+                except ServiceUnavailable as error:  # the disk under ledger or audit log
+                    if self._away.failed() or time.monotonic() >= self._say_again:
+                        self._say_again = time.monotonic() + SAY_AGAIN_S
+                        log.error("the line waits: %s", error)
+                    self._stop.wait(TICK_S)
+        finally:
+            all_finished = self._shut_down()
+        return all_finished
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def _take_files(self) -> None:
+        reason = self._reason_to_wait()
+        # Work that once failed or killed the process is tried alone: it must not cost its neighbours an attempt.
+        limit = 1 if self._has_retries() else self.site.limits.in_flight
+        free = limit - len(self._working)
+        if reason or free <= 0:
+            wait(self._working, timeout=min(self._beat_s, TICK_S), return_when=FIRST_COMPLETED)
+            if not self._working:
+                self._stop.wait(min(self._beat_s, TICK_S))
+            return
+        is_idle = not self._working and not self._has_more_to_reread
+        timeout_s = min(self._beat_s, TICK_S) if is_idle else 0.02
+        for arrival in self._incoming.arrivals(timeout_s, limit=free):
+            self._working[self._pool.submit(self._process, arrival)] = arrival, time.monotonic()
+
+    def _reap(self) -> None:
+        for future in [future for future in self._working if future.done()]:
+            arrival, _ = self._working.pop(future)
+            try:
+                future.result()
+            except ServiceUnavailable as error:
+                self._away.failed()
+                self.metrics.errors.labels(service="line").inc()
+                log.warning("%s waits in its folder: %s", arrival.path, error, extra=self._about(arrival, "waits"))
+            else:
+                self._away.worked()
+            finally:
+                self._incoming.release(arrival)
+        if time.monotonic() >= self._next_lots:
+            self._write_lots()
+
+    def _reread(self) -> None:
+        """Judge unknowns again after a swap, a slice at a time: a long one between files, a short one beside them."""
+        self._has_more_to_reread = self._rereview.step(BESIDE_WORK_S if self._working else rereview.SLICE_S)
+
+    def _is_in_review(self, source: str, path: str) -> bool:
+        return any((a.source, printable(a.path)) == (source, path) for a, _ in self._working.values())
+
+    def _take_revision(self, path: Path, result: ReviewRecord) -> None:
+        self.metrics.observe_revision(result)
+        with self._lots_lock:
+            self._lots_to_write.add(path.parent)
+
+    def _reason_to_wait(self) -> str | None:
+        """Why no file is taken now; files wait in the folder, which is the buffer."""
+        if self._away.is_waiting():
+            return _AWAY
+        free_mb = shutil.disk_usage(self.site.results_dir).free / 1e6
+        if free_mb < self.site.limits.min_free_mb:
+            return f"disk nearly full, {free_mb:.0f} MB free"
+        redis = self.site.redis
+        if redis is not None and self.ledger.n_unpublished() >= redis.max_unpublished:
+            return "Redis away"
+        return None
+
+    def _has_retries(self) -> bool:
+        places = {folder.source: folder.path for folder in self.site.folders}
+        return any(
+            work.attempts and work.source in places and (places[work.source] / work.path).exists()
+            for work in self.ledger.listing("SEEN", limit=10)
+        )
+
+    def _deliver(self) -> None:
+        """Hand the outbox to Redis and the audit lines to their file."""
+        deliver_audit(self.ledger, self._audit)
+        if self._publisher is None or self._publishing.is_waiting():
+            return
+        try:
+            publish_outbox(self.ledger, self._publisher)
+        except ServiceUnavailable as error:
+            if self._publishing.failed():
+                log.warning("records wait in the outbox: %s", error)
+            self.metrics.errors.labels(service="redis").inc()
+        else:
+            if self._publishing.worked():
+                log.info("Redis takes records again")
+
+    def _beat(self) -> None:
+        """Tell systemd and Prometheus how it stands; a hang of this loop or of a review in a worker silences it."""
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + min(self._beat_s, TICK_S)
+        self._models.refresh()
+        n_waiting, oldest_s = self._incoming.waiting()
+        reason = self._reason_to_wait()
+        longest_s = max((now - start for _, start in self._working.values()), default=0.0)
+        if longest_s < self.site.limits.review_timeout_s:
+            self._notifier.watchdog()
+        else:
+            reason = f"a review hangs, since {longest_s:.0f} s"
+        self._log_pause(reason)
+        self._notifier.status(
+            f"{n_waiting} waiting, {len(self._working)} in review" + (f"; paused: {reason}" if reason else "")
+        )
+        self.metrics.in_flight.set(len(self._working))
+        self.metrics.waiting_files.set(n_waiting)
+        self.metrics.oldest_waiting_seconds.set(oldest_s)
+        self.metrics.unpublished_records.set(self.ledger.n_unpublished())
+        self.metrics.disk_free_bytes.set(shutil.disk_usage(self.site.results_dir).free)
+        for (source, what), value in self._drift.values().items():
+            self.metrics.drift.labels(source, what).set(value)
+        if now >= self._next_drift:
+            self._next_drift = now + drift.SAVE_EVERY_S
+            self._drift.save(self.site.state_dir / drift.STATE)
+
+    def _log_pause(self, reason: str | None) -> None:
+        """Say once that the line pauses and why, and once that it goes on; a service away has lines of its own."""
+        what = (reason or "").partition(",")[0]
+        if what in (self._pause, _AWAY):
+            return
+        if what:
+            # Redis comes back by itself; a disk is freed, and a hang looked into, by a person.
+            log.log(logging.WARNING if what == "Redis away" else logging.ERROR, "paused: %s", reason)
+        else:
+            log.info("goes on after a pause: %s", self._pause)
+        self._pause = what
+
+    def _shut_down(self) -> bool:
+        self._notifier.stopping()
+        self.metrics.ready.set(0)
+        unfinished = wait(self._working, timeout=self.site.limits.stop_timeout_s).not_done
+        try:
+            for future, (arrival, _) in self._working.items():
+                if future.done() and (error := future.exception()):
+                    log.error("a review failed while stopping: %s", error, extra=self._about(arrival, "waits"))
+            self._write_lots()
+            self._deliver()
+        except ServiceUnavailable as error:
+            log.warning("left for the next start: %s", error)
+        finally:
+            self._open.close()
+        log.info("stopped, %d reviews left unfinished", len(unfinished))
+        return not unfinished
+
+    # --- one file, in a worker thread ------------------------------------------------------------------------------
+
+    def _process(self, arrival: Arrival) -> None:
+        start = time.perf_counter()
+        try:
+            data = decoding.read_file(arrival.file)
+        except ImageError as error:
+            if arrival.file.exists():  # else the tool took it away again; nothing was promised
+                self._refuse_unread(arrival, str(error))
+            return
+        if len(data) != arrival.size:
+            return  # still growing; it comes again
+        claim = self._claim(arrival, hashlib.sha256(data).hexdigest())
+        if not claim.is_mine:
+            self._note_not_mine(claim)
+            return
+        if claim.attempts >= self.site.limits.max_attempts:
+            self._quarantine(
+                claim, f"gave up after {claim.attempts} attempts that failed or ended the process", len(data)
+            )
+            return
+        try:
+            self._review(claim, data, start)
+        except ImageError as error:
+            self._quarantine(claim, str(error), len(data))
+        except ServiceUnavailable as error:
+            self.ledger.give_back(claim, str(error))
+            raise
+
+    def _claim(self, arrival: Arrival, sha256: str) -> Claim:
+        return self.ledger.claim(
+            arrival.source,
+            arrival.path,
+            sha256=sha256,
+            size=arrival.size,
+            mtime_ns=arrival.mtime_ns,
+            now_utc=utc_now(),
+        )
+
+    def _review(self, claim: Claim, data: bytes, start: float) -> None:
+        recipe, limits = self.recipes[claim.source], self.site.limits
+        review = pipeline.review(
+            data,
+            source=claim.source,
+            path=claim.path,
+            sha256=claim.sha256,
+            recipe=recipe,
+            models=self._models.of(recipe),
+            reviewed_utc=utc_now(),
+            max_pixels=int(limits.max_image_mpx * 1_000_000),
+            max_pages=limits.max_pages,
+        )
+        named = self._models.codes_of_head(review.model_versions.get("head"))
+        paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
+        items = [OutboxItem(*message) for message in records.messages(review)] if self._publisher else []
+        self.ledger.finish(claim, outbox=items, audit=audit_entry(review, paths.json), now_utc=review.reviewed_utc)
+        with self._lots_lock:
+            self._lots_to_write.add(paths.json.parent)
+        self.metrics.observe(review)
+        self._watch_drift(review)
+        stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
+        log.info(
+            "%s/%s: %d defects, %.0f ms (%s), models %s",
+            claim.source, claim.path, review.n_defects, (time.perf_counter() - start) * 1000, stages,
+            dict(review.model_versions), extra=_about_review(review),
+        )  # fmt: skip
+
+    def _about(self, it: Arrival | Claim | Alarm, event: str) -> dict[str, dict[str, str]]:
+        """The journal's fields of a file, or of a drop folder."""
+        recipe, image = self.recipes[it.source], None if isinstance(it, Alarm) else it.path
+        sha256 = it.sha256 if isinstance(it, Claim) else None
+        return about(event, it.source, image, sha256, recipe=recipe.name, recipe_id=recipe.id)
+
+    def _watch_drift(self, review: Review) -> None:
+        for alarm in self._drift.observe(review):
+            self.metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
+            log.warning("drift: %s", alarm.sentence, extra=self._about(alarm, "drift"))
+            drift.want_retrain(self.site.learning_dir, alarm, utc_now())
+
+    def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
+        now_utc = utc_now()
+        results.write_reason(
+            results_dir=self.site.results_dir,
+            source=claim.source,
+            path=claim.path,
+            sha256=claim.sha256,
+            reason=reason,
+            attempts=claim.attempts + 1,
+            size=size,
+            quarantined_utc=now_utc,
+        )
+        audit = {
+            "event": "quarantined",
+            "utc": now_utc,
+            "source": claim.source,
+            "path": claim.path,
+            "sha256": claim.sha256,
+            "reason": reason,
+        }
+        self.ledger.quarantine(claim, reason, audit=audit, now_utc=now_utc)
+        self.metrics.quarantined.labels(source=claim.source).inc()
+        extra = self._about(claim, "quarantined")
+        log.error("%s/%s quarantined: %s", claim.source, claim.path, reason, extra=extra)
+
+    def _refuse_unread(self, arrival: Arrival, reason: str) -> None:
+        """Quarantine a file that is not even read: its identity is its size and name."""
+        stand_in = hashlib.sha256(
+            f"{arrival.path}\0{arrival.size}\0{arrival.mtime_ns}".encode(errors="surrogateescape")
+        )
+        claim = self._claim(arrival, stand_in.hexdigest())
+        if claim.is_mine:
+            self._quarantine(claim, reason, arrival.size)
+
+    def _note_not_mine(self, claim: Claim) -> None:
+        if claim.outcome == "duplicate":
+            self.metrics.duplicates.labels(source=claim.source).inc()
+            extra = self._about(claim, "duplicate")
+            text = "%s/%s has the content of %s: not reviewed again"
+            log.info(text, claim.source, claim.path, claim.original, extra=extra)
+
+    def _write_lots(self) -> None:
+        with self._lots_lock:
+            lots, self._lots_to_write = self._lots_to_write, set()
+        start = time.monotonic()
+        for lot in lots:
+            results.write_lot_csv(lot)
+        # A table is written anew from all results of its lot: at most one twentieth of the time goes there.
+        end = time.monotonic()
+        self._next_lots = end + max(LOT_INTERVAL_S, 20 * (end - start))
+
+
+def _about_review(review: Review) -> dict[str, dict[str, str]]:
+    """The journal's fields of a finished review."""
+    return about(
+        "reviewed",
+        review.source,
+        review.path,
+        review.sha256,
+        recipe=review.recipe_name,
+        recipe_id=review.recipe_id,
+        verdicts=count_kinds(review),
+        models=review.model_versions,
+    )
+
+
+def count_kinds(review: Review) -> dict[str, int]:
+    """Defects of a review by verdict kind."""
+    kinds = [defect.verdict.kind for page in review.pages for defect in page.defects]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def audit_entry(review: Review, result: Path) -> dict[str, object]:
+    """The audit line of one review: what was judged, by which recipe and models, and what came out."""
+    return {
+        "event": "reviewed",
+        "utc": review.reviewed_utc,
+        "source": review.source,
+        "path": review.path,
+        "sha256": review.sha256,
+        "recipe": review.recipe_id,
+        "models": dict(review.model_versions),
+        "verdicts": count_kinds(review),
+        "result": result.name,
+    }

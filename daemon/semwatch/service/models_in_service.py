@@ -1,0 +1,124 @@
+"""The models that the daemon's recipes ask for: loaded once for each set of pins; heads are swapped while they answer.
+
+What serves and what was refused is logged, counted, and announced in ``serving.json`` (see ``serving``), where a
+learning cycle and ``semwatch models`` look for it.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from semwatch.errors import ConfigError
+from semwatch.models import choice, model_repository
+from semwatch.models.inference import Embedded, Models
+from semwatch.service.metrics import Metrics
+from semwatch.settings.recipe import Pins, Recipe
+from semwatch.settings.site import Models as ModelSettings
+from semwatch.system.journal import about
+
+log = logging.getLogger(__name__)
+
+
+class ModelsInService:
+    """Every network that a running daemon holds.
+
+    Args:
+        settings: repository and runtime.
+        recipes: whose pins are loaded.
+        state_dir: takes ``serving.json``.
+        metrics: counts refused versions.
+
+    Raises: ModelMismatch, saying what to fix.
+    """
+
+    def __init__(
+        self, settings: ModelSettings, recipes: Iterable[Recipe], *, state_dir: Path, metrics: Metrics
+    ) -> None:
+        self._repository, self._state_dir, self._metrics = settings.repository, state_dir, metrics
+        self.by_pins = load_models(settings, recipes)
+        self._codes: dict[int, Mapping[str, int]] = {}
+        self._is_announced = True
+        for version, why in self.refused_heads().items():
+            self._say_refused("head", version, why)
+        self._announce()
+
+    def of(self, recipe: Recipe) -> Models:
+        """The networks that answer for a recipe."""
+        return self.by_pins[recipe.pins]
+
+    def refresh(self) -> None:
+        """Let newly published heads serve; answers under way are given by the old one."""
+        swaps = [swap for models in self.by_pins.values() if (swap := models.refresh()) is not None]
+        for swap in swaps:
+            if swap.refused is None:
+                extra = about("swapped", models={swap.model: swap.version})
+                log.info("%s %d serves from now on", swap.model, swap.version, extra=extra)
+            else:
+                self._say_refused(swap.model, swap.version, swap.refused)
+        if swaps or not self._is_announced:
+            self._announce()
+
+    def close(self) -> None:
+        """Let go of networks and connections."""
+        for models in self.by_pins.values():
+            models.close()
+
+    def versions(self) -> dict[str, int]:
+        """Version in service, by model."""
+        return versions_of(self.by_pins)
+
+    def refused_heads(self) -> dict[int, str]:
+        """Versions of the head that could not be used, and why."""
+        return {version: why for models in self.by_pins.values() for version, why in models.refused().items()}
+
+    def codes_of_head(self, version: int | None) -> Mapping[str, int]:
+        """Fab codes of the classes that people named, as one version of the head knows them; none for None."""
+        if version is None:
+            return {}
+        if version not in self._codes:
+            self._codes[version] = model_repository.read_meta(self._repository, "head", version).codes
+        return self._codes[version]
+
+    def _say_refused(self, model: str, version: int, why: str) -> None:
+        self._metrics.swap_refused.labels(model=model).inc()
+        extra = about("refused", models={model: version})
+        log.error("%s %d is refused, the one before it goes on: %s", model, version, why, extra=extra)
+
+    def _announce(self) -> None:
+        try:
+            choice.announce(self._state_dir, self.versions(), self.refused_heads())
+        except OSError as error:
+            if self._is_announced:
+                log.warning("cannot say what serves, tried again until it works: %s", error)
+            self._is_announced = False
+        else:
+            self._is_announced = True
+
+
+def versions_of(by_pins: Mapping[Pins, Models]) -> dict[str, int]:
+    """Version by model; of a model that some recipes pin and others do not, the one without a pin."""
+    versions: dict[str, int] = {}
+    for _, models in sorted(by_pins.items(), key=lambda item: item[0].head is None):
+        versions |= models.versions()
+    return versions
+
+
+def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins, Models]:
+    """One set of networks per distinct pins: recipes that pin nothing share one.
+
+    Raises:
+        ModelMismatch: a model is absent or not what it should be.
+        ServiceUnavailable: the Triton server is away.
+        ConfigError: its client is not installed.
+    """
+    return {pins: _opened(settings, pins) for pins in dict.fromkeys(recipe.pins for recipe in recipes)}
+
+
+def _opened(settings: ModelSettings, pins: Pins) -> Models:
+    if settings.runtime == "embedded":
+        return Embedded(settings.repository, pins=pins.model_dump(), threads=settings.threads)
+    try:
+        from semwatch.triton.client import Triton  # noqa: PLC0415 - an extra that an embedded site does not install
+    except ImportError as error:
+        raise ConfigError("runtime: triton needs its client: pip install 'semwatch[triton]'") from error
+    return Triton(settings.repository, pins=pins.model_dump(), **settings.triton.model_dump())

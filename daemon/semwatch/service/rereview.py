@@ -1,0 +1,376 @@
+"""After a new head came into service: unknowns of the last days are judged again, from their stored features.
+
+The daemon alone writes results, so it does this itself, a slice at a time between files. Features and their places come
+from the archive of unknowns. A verdict with a label takes the place of the one that stands; a verdict without one does
+so only where the label that stands is no longer a class of the head.
+
+Crash safety: the result is revised first, then the ledger takes audit line and summary in one transaction under an id
+made from the revision. Both do nothing when repeated, and every revision that a pass meets is offered to the ledger
+again, so a crash anywhere leaves one revision with one audit line once the pass has been repeated. ``reread.json`` says
+what is finished; it only saves the repetition.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from semwatch.classes.archive import Archive
+from semwatch.defects import Verdict
+from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable
+from semwatch.line import classification
+from semwatch.models import model_repository
+from semwatch.models.inference import Models
+from semwatch.models.model_repository import Meta
+from semwatch.settings.recipe import Pins, Recipe
+from semwatch.store import results
+from semwatch.store.ledger import Ledger, OutboxItem
+from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, first_fault, verdict_record
+from semwatch.streams import records
+from semwatch.streams.records import Record, ResultSummary
+from semwatch.system.clock import utc_now, utc_of
+from semwatch.system.journal import about
+
+log = logging.getLogger(__name__)
+
+MARKER = "reread.json"
+SLICE_S = 0.2
+"""A slice ends with the image that exceeds it."""
+RETRY_S = 60.0
+_PAGE = 32
+
+Place = tuple[int, int]
+"""Page and ``defect_id``."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What one pass met."""
+
+    records: int = 0
+    revised: int = 0
+    """Images with a new revision."""
+    changed: int = 0
+    """Defects with another verdict."""
+    other_encoder: int = 0
+    """Records left alone: their features mean nothing to this head."""
+    other_recipe: int = 0
+    """Records left alone: their source is judged by another recipe now, or is gone."""
+    stale: int = 0
+    """Records left alone: their result is gone, broken, of other content, has no such defect, or takes no revision."""
+
+
+class Marker(BaseModel):
+    """``reread.json``: what the last finished pass was for, and what it did."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    heads: Mapping[str, int] = {}
+    """Version of the head by source."""
+    utc: str = ""
+    counts: Counts = Counts()
+
+
+class Rereview:
+    """Re-review in slices, for the one thread that also hands out files.
+
+    Args:
+        archive: file of the unknowns; nothing is due while it is absent.
+        models: by pins; a head that changes makes a pass due.
+        recipes: by source.
+        ledger: takes audit lines and summaries.
+        results_dir: the results to revise.
+        state_dir: keeps ``reread.json``.
+        days: how far back; 0: never.
+        publishes: whether summaries leave for Redis.
+        is_busy: says of (source, path as in the record) whether a worker has the image; it is waited for.
+        on_revised: is told each review.json that got a revision, and what it says now.
+
+    Raises: ConfigError when ``reread.json`` is broken.
+    """
+
+    def __init__(
+        self,
+        archive: Path,
+        models: Mapping[Pins, Models],
+        recipes: Mapping[str, Recipe],
+        ledger: Ledger,
+        *,
+        results_dir: Path,
+        state_dir: Path,
+        days: float,
+        publishes: bool,
+        is_busy: Callable[[str, str], bool],
+        on_revised: Callable[[Path, ReviewRecord], None],
+    ) -> None:
+        self._archive, self._models, self._recipes, self._ledger = archive, models, recipes, ledger
+        self._results_dir, self._marker_path, self._days = results_dir, state_dir / MARKER, days
+        self._publishes, self._is_busy, self._on_revised = publishes, is_busy, on_revised
+        self._finished = read_marker(self._marker_path)
+        self._wanted: Mapping[str, int] = {}
+        self._pass: Generator[bool, None, None] | None = None
+        self._not_before = 0.0
+        self.counts = Counts()
+
+    def step(self, budget_s: float = SLICE_S) -> bool:
+        """Judge a slice of what is due; True while there is more. What is away or broken is tried again after a while.
+
+        An exception that is not in the error tree is a bug, as anywhere in the daemon.
+        """
+        if not self._is_due():
+            return False
+        end = time.monotonic() + budget_s
+        try:
+            while self._go_on() and time.monotonic() < end:
+                pass
+        except (ServiceUnavailable, ConfigError, ModelMismatch) as error:
+            log.warning("re-review waits %.0f s and begins again: %s", RETRY_S, error)
+            self.close()
+            self._not_before = time.monotonic() + RETRY_S
+            return False
+        return self._pass is not None
+
+    def close(self) -> None:
+        """Let go of the archive; the pass begins again at the next step."""
+        running, self._pass = self._pass, None
+        if running is not None:
+            running.close()
+
+    # --- one pass --------------------------------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        wanted = {source: self._models[recipe.pins].versions()["head"] for source, recipe in self._recipes.items()}
+        if self._days <= 0 or wanted == self._finished.heads or time.monotonic() < self._not_before:
+            return False
+        if wanted != self._wanted:
+            self.close()
+            self._wanted = wanted
+        return self._pass is not None or self._archive.is_file()
+
+    def _go_on(self) -> bool:
+        """Handle one image; False where there is none left, or a worker has it."""
+        if self._pass is None:
+            self.counts = Counts()
+            self._pass = self._images(utc_of(datetime.now(UTC) - timedelta(days=self._days)))
+        went_on = next(self._pass, None)
+        if went_on is None:
+            self._finish()
+        return went_on is True
+
+    def _finish(self) -> None:
+        self._pass = None
+        marker = Marker(heads=self._wanted, utc=utc_now(), counts=self.counts)
+        try:
+            model_repository.write_whole(self._marker_path, marker.model_dump_json(indent=1).encode() + b"\n")
+        except OSError as error:
+            raise ServiceUnavailable(f"cannot write {self._marker_path}: {error.strerror}") from error
+        self._finished = marker
+        log.info("re-review for heads %s: %s", dict(marker.heads), asdict(self.counts))
+
+    def _images(self, since_utc: str) -> Generator[bool, None, None]:
+        """Handle one image after the other; give True after each, False as often as a worker has the next one."""
+        with Archive(self._archive, read_only=True) as archive:
+            last = ""
+            while page := archive.since(since_utc, after_id=last, limit=_PAGE):
+                for (source, path, sha256), found in groupby(page, key=lambda r: (r.source, r.path, r.sha256)):
+                    while self._is_busy(source, path):
+                        yield False
+                    self._image(source, path, sha256, list(found))
+                    yield True
+                last = page[-1].id
+
+    def _image(self, source: str, path: str, sha256: str, found: list[Record]) -> None:
+        self.counts.records += len(found)
+        fitting = self._fitting(source, found)
+        if not fitting:
+            return
+        try:
+            self._revise(results.review_path(self._results_dir, source, path), sha256, fitting)
+        except ImageError as error:  # broken, out of the results folder, or in the way of a kept revision
+            self.counts.stale += len(fitting)
+            log.warning("not read again: %s", error, extra=about("not read again", source, path, sha256))
+
+    def _revise(self, target: Path, sha256: str, found: list[Record]) -> None:
+        recipe = self._recipes[found[0].source]
+        result = results.read(target) if target.exists() else None
+        if result is None or (result.sha256, result.recipe.id) != (sha256, recipe.id):
+            self.counts.stale += len(found)
+            return
+        self._note(target, result)  # again, in case a crash came between the two
+        verdicts, version = self._changes(result, found, recipe)
+        revised = results.revise(target, verdicts, head_version=version, utc=utc_now())
+        if revised is not None:
+            self.counts.revised += 1
+            self.counts.changed += len(verdicts)
+            self._note(target, revised)
+
+    def _fitting(self, source: str, found: list[Record]) -> list[Record]:
+        """Those that this source's recipe and models can judge."""
+        recipe = self._recipes.get(source)
+        ours = [record for record in found if recipe is not None and record.recipe_id == recipe.id]
+        self.counts.other_recipe += len(found) - len(ours)
+        if recipe is None or not ours:
+            return []
+        models = self._models[recipe.pins]
+        encoder, shape = models.versions()["encoder"], models.meta("head").inputs["features"].shape
+        fitting = [r for r in ours if r.model_versions.get("encoder") == encoder and r.features.shape == shape]
+        self.counts.other_encoder += len(ours) - len(fitting)
+        return fitting
+
+    def _changes(
+        self, result: ReviewRecord, found: list[Record], recipe: Recipe
+    ) -> tuple[dict[Place, VerdictRecord], int]:
+        """Ask the head; return the verdicts that take the place of others, and the head's version."""
+        standing = defects_of(result)
+        known = [r for r in found if (d := standing.get((r.page, r.defect_id))) and d.box_xyxy == r.box_xyxy]
+        self.counts.stale += len(found) - len(known)
+        if not known:
+            return {}, 0
+        features = np.stack([r.features for r in known])
+        answer = self._models[recipe.pins].infer("head", {"features": features}, backlog=True)
+        changes = {}
+        for record, logits, p_values in zip(known, answer.outputs["logits"], answer.outputs["p_values"], strict=True):
+            place = record.page, record.defect_id
+            verdict = classification.decide(
+                logits,
+                p_values,
+                answer.meta.labels,
+                significance=recipe.unknown.significance,
+                decide_confidence=recipe.unknown.decide_confidence,
+            )
+            if replaces(verdict, standing[place].verdict, answer.meta):
+                changes[place] = verdict_record(verdict, class_code(verdict, recipe, answer.meta))
+        return changes, answer.version
+
+    def _note(self, target: Path, result: ReviewRecord) -> None:
+        """Offer a revision to the ledger, which takes it once."""
+        if result.revision == 1:
+            return
+        message = summary(result)
+        outbox = [OutboxItem(*message)] if self._publishes else []
+        if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1]):
+            head, extra = result.model_versions.get("head"), _about(result)
+            log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
+            self._on_revised(target, result)
+
+
+# --- what is said of a revision ------------------------------------------------------------------------------------
+
+
+def replaces(verdict: Verdict, standing: VerdictRecord, head: Meta) -> bool:
+    """Say whether a new verdict takes the place of the one that stands."""
+    if verdict.label is None:
+        return standing.label is not None and standing.label not in head.labels
+    return (verdict.kind, verdict.label) != (standing.kind, standing.label)
+
+
+def class_code(verdict: Verdict, recipe: Recipe, head: Meta) -> int | None:
+    """The fab's code: the recipe's table goes before the head's; a found class without a code is an unknown."""
+    if verdict.label is None:
+        return recipe.unknown_code if verdict.kind == "unknown" else recipe.non_decidable_code
+    if verdict.label in recipe.classes:
+        return recipe.classes[verdict.label].code
+    return head.codes.get(verdict.label, recipe.unknown_code if verdict.kind == "novel" else None)
+
+
+def audit_entry(target: Path, result: ReviewRecord) -> dict[str, object]:
+    """The audit line of one revision; ``changes`` is null where the revision before it was taken away."""
+    try:
+        before = defects_of(results.read(results.revision_path(target, result.revision - 1)))
+        changes = _differences(before, defects_of(result))
+    except ImageError:
+        changes = None
+    return {
+        "event": "revised",
+        "utc": result.revised_utc or result.reviewed_utc,
+        "source": result.source,
+        "path": result.path,
+        "sha256": result.sha256,
+        "recipe": result.recipe.id,
+        "revision": result.revision,
+        "head": result.model_versions.get("head"),
+        "changes": changes,
+        "result": target.name,
+    }
+
+
+def _about(result: ReviewRecord) -> dict[str, dict[str, str]]:
+    """The journal's fields of a revision."""
+    return about(
+        "revised",
+        result.source,
+        result.path,
+        result.sha256,
+        recipe=result.recipe.name,
+        recipe_id=result.recipe.id,
+        verdicts=Counter(defect.verdict.kind for defect in defects_of(result).values()),
+        models=result.model_versions,
+    )
+
+
+def _differences(before: Mapping[Place, DefectRecord], after: Mapping[Place, DefectRecord]) -> list[dict[str, object]]:
+    return [
+        {"page": page, "defect_id": defect_id, "from": _said(before[page, defect_id]), "to": _said(defect)}
+        for (page, defect_id), defect in after.items()
+        if (page, defect_id) in before and _said(before[page, defect_id]) != _said(defect)
+    ]
+
+
+def _said(defect: DefectRecord) -> str:
+    return defect.verdict.label or defect.verdict.kind
+
+
+def summary(result: ReviewRecord) -> records.Message:
+    """Make the results stream's message of a revision; each revision has an id of its own."""
+    versions = dict(sorted(result.model_versions.items()))
+    parts = ["revised", result.sha256, result.source, result.path, result.recipe.id, versions, result.revision]
+    id_ = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    verdicts = [defect.verdict for defect in defects_of(result).values()]
+    said = ResultSummary(
+        id=id_,
+        reviewed_utc=result.reviewed_utc,
+        source=result.source,
+        path=result.path,
+        sha256=result.sha256,
+        recipe_name=result.recipe.name,
+        recipe_id=result.recipe.id,
+        model_versions=versions,
+        image_scores=tuple(page.image_score for page in result.pages),
+        n_defects=len(verdicts),
+        n_by_kind=Counter(verdict.kind for verdict in verdicts),
+        n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
+        revision=result.revision,
+    )
+    meta = TypeAdapter(ResultSummary).dump_json(said, exclude={"id"})
+    fields = {b"id": id_.encode(), b"schema": b"%d" % records.SCHEMA, b"meta": meta}
+    return records.RESULTS, id_, records.pack(fields)
+
+
+def defects_of(result: ReviewRecord) -> dict[Place, DefectRecord]:
+    """All defects of a result by page and ``defect_id``."""
+    return {(page.page, defect.defect_id): defect for page in result.pages for defect in page.defects}
+
+
+def read_marker(path: Path) -> Marker:
+    """Read ``reread.json``; an empty marker where there is none.
+
+    Raises:
+        ConfigError: it is broken.
+    """
+    try:
+        return Marker.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Marker()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check its rights") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_fault(error)}; delete it, re-review then only looks once more") from error

@@ -1,0 +1,171 @@
+"""A recipe: how the images of one layer and step are judged, and what a new head must show before it serves it.
+
+Its identity is the hash of its content; every result, record and audit line carries it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PlainSerializer, model_validator
+
+from semwatch.settings import yaml_file
+from semwatch.settings.fields import (
+    EXAMPLES,
+    Count,
+    Label,
+    Name,
+    Open,
+    OrZero,
+    Percentiles,
+    Settings,
+    Share,
+    refusal,
+)
+
+
+def load_recipe(path: Path) -> "Recipe":
+    """Read a recipe.
+
+    Raises:
+        ConfigError: with every problem found, one a line, as ``file:line: key: remedy``.
+    """
+    return yaml_file.load(path, Recipe, example=EXAMPLES / "recipe.yaml")
+
+
+class Pins(Settings):
+    """Model versions to stay with."""
+
+    detector: Count | None = None
+    """Version of the detector; null: the newest."""
+    encoder: Count | None = None
+    """Version of the encoder; null: the newest."""
+    head: Count | None = None
+    """Version of the head; null: the newest."""
+
+
+class Gate(Settings):
+    """Which pages are searched for defects at all."""
+
+    false_alarm_rate: Open = 0.05
+    """Share of defect-free images that may pass the gate."""
+    threshold: Annotated[float, Field(ge=0)] | None = None
+    """Raw image score above which the gate opens; null: the detector's, for the false alarm rate."""
+
+
+class Binarization(Settings):
+    """From the score map to the defect mask."""
+
+    method: Literal["plateau", "lowest", "fixed", "otsu", "literal"] = "plateau"
+    """plateau: middle of the longest stable count; to compare with: lowest (of that run), literal, otsu, fixed."""
+    grid_px: Annotated[int, Field(ge=16, le=1024)] = 112
+    """Edge of the grid that thresholds are tried on."""
+    n_thresholds: Annotated[int, Field(ge=2, le=1024)] = 64
+    """Thresholds tried, evenly spaced."""
+    percentiles: Percentiles = (1.0, 99.9)
+    """Percentiles of the score map between which the thresholds lie."""
+    # Not Literal[0, 1]: that takes false for 0.
+    epsilon: Annotated[int, Field(ge=0, le=1)] = 0
+    """Change in the number of defects that still counts as the same: 0 or 1."""
+    min_plateau: Count = 4
+    """Shortest run of thresholds that is believed."""
+    max_mask_fraction: Share = 0.5
+    """Largest share of the field that a mask may cover."""
+    max_defects: Count = 8
+    """Most defects kept of one page."""
+    merge_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Boxes closer than this share of the field become one."""
+
+    @model_validator(mode="after")
+    def _plateau_fits_the_sweep(self) -> "Binarization":
+        if self.min_plateau > self.n_thresholds:
+            raise refusal("min_plateau is larger than n_thresholds: no plateau could be found, make it smaller")
+        return self
+
+
+class Crop(Settings):
+    """The square window cut around a defect."""
+
+    context: Annotated[float, Field(ge=1)] = 2.0
+    """Edge of the window, in edges of the defect's box."""
+    min_side_fraction: Share = 0.1
+    """Smallest edge of the window, as a share of the field."""
+
+
+class UnknownRule(Settings):
+    """When a defect is called unknown, when non-decidable."""
+
+    significance: Open = 0.05
+    """Unknown: no class has a p-value above this. It is the share of known defects that are called unknown."""
+    decide_confidence: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Known: the head gives a class this probability among those that fit; else non-decidable."""
+
+
+class Promotion(Settings):
+    """What a newly trained head must show before it serves this recipe."""
+
+    max_accuracy_loss: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Most accuracy that any known class may lose on the golden set."""
+    max_purity_loss: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Most purity that any known class may lose on the golden set."""
+    loss_significance: Share = 0.05
+    """A loss counts where chance makes one like it at most this often (paired sign test); 1: every loss counts."""
+    max_unknown_rate: Share = 0.2
+    """Largest share of the golden set that may be called unknown."""
+    min_cluster_size: Annotated[int, Field(ge=5)] = 12
+    """Fewest crops of a new class."""
+    min_cohesion: Annotated[float, Field(ge=-1, le=1)] = 0.05
+    """Smallest mean silhouette of a new class among all others, from -1 to 1."""
+    min_cycles: Count = 1
+    """Cycles in which a new class must have been seen before it is learned."""
+
+
+class KnownClass(Settings):
+    """One line of the fab's class table."""
+
+    code: int
+    """Class number in the fab's table and in KLARF files."""
+    doi: bool = True
+    """Defect of interest; false: nuisance."""
+
+
+class Recipe(Settings):
+    """How the images of one layer and step are judged."""
+
+    name: Name = "default"
+    """Name of the recipe."""
+    version: OrZero = 1
+    """The engineer's own count; the identity is the content."""
+    pins: Pins = Pins()
+    """Model versions to stay with."""
+    gate: Gate = Gate()
+    """Which pages are searched for defects at all."""
+    binarization: Binarization = Binarization()
+    """From the score map to the defect mask."""
+    crop: Crop = Crop()
+    """The square window cut around a defect."""
+    unknown: UnknownRule = UnknownRule()
+    """When a defect is called unknown, when non-decidable."""
+    # A read-only view, so that nothing changes the identity of a recipe in use.
+    classes: Annotated[
+        Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(dict[str, KnownClass])
+    ] = Field(default_factory=dict, validate_default=True)
+    """The fab's class table: label of the head to code. Labels that are not here have no code."""
+    promotion: Promotion = Promotion()
+    """What a newly trained head must show before it serves this recipe."""
+    unknown_code: int | None = None
+    """Code of an unknown defect, and of a new class that nobody has given a code; null: none."""
+    non_decidable_code: int | None = None
+    """Code of a non-decidable defect; null: none."""
+
+    @property
+    def id(self) -> str:
+        """Identity of the recipe: 16 hexadecimal digits over every value, defaults included.
+
+        Comments, order and spacing do not change it, nor does writing out a default; any other value does.
+        """
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,464 @@
+"""The ledger: one SQLite file that alone says what is done. The drop folder belongs to the tool and is only read.
+
+Whether a file is settled is never stored, it follows: its path resolves to a content, and that content's work is
+finished. So a duplicate of something still in flight becomes settled with it, and comes back if the original fails.
+
+Layout, ``user_version`` 2, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
+
+    work     source, sha256     primary key: a content reviewed for one tool is one piece of work
+             path               where the content lay when it was claimed last, relative to the drop folder
+             state              SEEN (waits) | CLAIMED (in flight) | DONE | QUARANTINED
+             attempts           tries that failed or died with the process
+             reason             why it was given back, failed or quarantined
+             first_seen_utc, finished_utc
+    paths    source, path       primary key
+             size, mtime_ns     the file as it was when it was hashed
+             sha256             what it hashed to
+             seen_utc
+    outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
+    audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
+    noted    id                          what ``note`` has taken and must not take twice; since layout 2
+
+``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from semwatch.errors import ConfigError
+from semwatch.system.sqlite_file import Kind, SqliteFile
+
+log = logging.getLogger(__name__)
+
+LEDGER = "ledger.sqlite"
+"""Its name in the state folder."""
+
+State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
+Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
+
+_KIND = Kind(
+    noun="ledger",
+    application_id=0x53454D57,  # "SEMW"
+    schema=(
+        """CREATE TABLE work (
+            source TEXT NOT NULL, sha256 TEXT NOT NULL, path BLOB NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('SEEN', 'CLAIMED', 'DONE', 'QUARANTINED')),
+            attempts INTEGER NOT NULL DEFAULT 0, reason TEXT, first_seen_utc TEXT NOT NULL, finished_utc TEXT,
+            PRIMARY KEY (source, sha256)) WITHOUT ROWID""",
+        "CREATE INDEX work_by_state ON work (state, first_seen_utc)",
+        "CREATE INDEX work_by_finish ON work (finished_utc)",
+        """CREATE TABLE paths (
+            source TEXT NOT NULL, path BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+            sha256 TEXT NOT NULL, seen_utc TEXT NOT NULL, PRIMARY KEY (source, path)) WITHOUT ROWID""",
+        """CREATE TABLE outbox (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, stream TEXT NOT NULL,
+            payload BLOB NOT NULL)""",
+        "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
+        "CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID",
+    ),
+    migrations={
+        # Some ledgers of layout 1 have the table already.
+        1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
+    },
+    made_by="the daemon makes it at its start",
+    remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
+)
+LOCK_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxItem:
+    """One message that must reach a stream at least once."""
+
+    stream: str
+    id: str
+    """Unique for ever; the consumer drops an id that it has seen."""
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One piece of work as the ledger knows it."""
+
+    source: str
+    sha256: str
+    path: str
+    state: State
+    attempts: int
+    reason: str | None
+    first_seen_utc: str
+    finished_utc: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One file as it was when it was last hashed."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    seen_utc: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The ledger's answer to one file."""
+
+    outcome: Outcome
+    """``new`` and ``retry``: the work is yours, and one of finish, quarantine, fail and give_back must follow.
+    ``settled``: this file is finished already. ``duplicate``: its content was finished under the path ``original``.
+    ``in-flight``: another worker has the content now; release the file, it comes again."""
+    source: str
+    sha256: str
+    path: str
+    attempts: int
+    """Tries that failed or died before this one. At the caller's limit: quarantine, do not try. Work that has attempts
+    is best tried alone, so that what kills the process does not take the attempts of its neighbours with it."""
+    original: str
+    """Path of the file that this content is, or was, reviewed from."""
+
+    @property
+    def is_mine(self) -> bool:
+        """The caller has to do the work."""
+        return self.outcome in ("new", "retry")
+
+
+class Ledger:
+    """The open ledger. Every method may be called from any thread and is one transaction.
+
+    ``read_only`` looks at a ledger that a daemon may be writing; ``exclusive=False`` writes beside a daemon, for
+    ``note`` and an operator's ``requeue``, not for work. Otherwise the ledger is locked against a second daemon, and
+    work that a dead process had in flight goes back to SEEN with one attempt more.
+
+    Raises: ConfigError when the file is no ledger, is broken, too new, or used by another daemon;
+    ServiceUnavailable from every method while the disk is full or failing.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False, exclusive: bool = True, busy_s: float = 10.0) -> None:
+        self.path = path
+        self._lock_fd = _lock_out_others(path) if exclusive and not read_only else None
+        try:
+            # Only who has the ledger alone may change its layout.
+            self._file = SqliteFile(path, _KIND, read_only=read_only, migrates=exclusive, busy_s=busy_s)
+        except BaseException:
+            self._unlock()
+            raise
+        try:
+            if self._lock_fd is not None:
+                self._recover()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, then let the next daemon in."""
+        self._file.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+        self._lock_fd = None
+
+    # --- the life of one piece of work -----------------------------------------------------------------------------
+
+    def is_settled(self, source: str, path: str, size: int, mtime_ns: int) -> bool:
+        """Say whether exactly this file was finished: done, or in quarantine."""
+        rows = self._file.rows(
+            "SELECT 1 FROM paths JOIN work USING (source, sha256) WHERE source = ? AND paths.path = ? AND size = ?"
+            " AND mtime_ns = ? AND state IN ('DONE', 'QUARANTINED')",
+            (source, _blob(path), size, mtime_ns),
+        )
+        return bool(rows)
+
+    def claim(self, source: str, path: str, *, sha256: str, size: int, mtime_ns: int, now_utc: str) -> Claim:
+        """Ask for the work on one hashed file. A path must be in one worker's hands at a time, as ``Incoming`` does."""
+        with self._file.transaction() as db:
+            row = db.execute(
+                "SELECT state, attempts, path FROM work WHERE source = ? AND sha256 = ?", (source, sha256)
+            ).fetchone()
+            state, attempts, original = row if row else (None, 0, _blob(path))
+            outcome = _outcome(state, is_same_path=original == _blob(path))
+            if outcome in ("new", "retry"):
+                original = _blob(path)
+                db.execute(
+                    "INSERT INTO work (source, sha256, path, state, first_seen_utc) VALUES (?1, ?2, ?3, 'CLAIMED', ?4)"
+                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = ?3",
+                    (source, sha256, original, now_utc),
+                )
+            _resolve(db, source, path, sha256=sha256, size=size, mtime_ns=mtime_ns, now_utc=now_utc)
+        return Claim(outcome, source, sha256, path, attempts, _text(original))
+
+    def finish(self, claim: Claim, *, outbox: Sequence[OutboxItem], audit: Mapping[str, object], now_utc: str) -> None:
+        """Make the work DONE, with its messages and its audit line, all or nothing."""
+        with self._file.transaction() as db:
+            _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
+            db.executemany(
+                "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
+                [(item.id, item.stream, item.payload) for item in outbox],
+            )
+            _append_audit(db, audit)
+
+    def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
+        """Put claimed or waiting work aside for good, with the reason and its audit line, all or nothing."""
+        with self._file.transaction() as db:
+            _leave(db, work, "state = 'QUARANTINED', reason = ?, finished_utc = ?", _clean(reason), now_utc)
+            _append_audit(db, audit)
+
+    def give_back(self, claim: Claim, reason: str) -> None:
+        """Let the work wait again because a service is away; no attempt is counted."""
+        with self._file.transaction() as db:
+            _leave(db, claim, "state = 'SEEN', reason = ?", _clean(reason))
+
+    def fail(self, claim: Claim, reason: str) -> int:
+        """Let the work wait again after a failed try; return the attempts so far, for the caller's limit."""
+        with self._file.transaction() as db:
+            _leave(db, claim, "state = 'SEEN', attempts = attempts + 1, reason = ?", _clean(reason))
+        return claim.attempts + 1
+
+    def requeue(self, source: str, sha256: str, *, audit: Mapping[str, object]) -> bool:
+        """Let quarantined work wait again with no attempts counted; False where nothing such is in quarantine.
+
+        The audit line is taken in the same transaction, and only where there was something.
+        """
+        with self._file.transaction() as db:
+            changed = db.execute(
+                "UPDATE work SET state = 'SEEN', attempts = 0, reason = 'requeued', finished_utc = NULL"
+                " WHERE source = ? AND sha256 = ? AND state = 'QUARANTINED'",
+                (source, sha256),
+            )
+            if changed.rowcount == 1:
+                _append_audit(db, audit)
+        return changed.rowcount == 1
+
+    # --- outbox and audit ------------------------------------------------------------------------------------------
+
+    def note(self, *, audit: Mapping[str, object], outbox: Sequence[OutboxItem] = (), once: str | None = None) -> bool:
+        """Take an audit line and messages that belong to no work in flight, all or nothing.
+
+        Messages whose id waits in the outbox already are left out. With ``once``, a name unique for ever, a second call
+        under that name takes nothing and returns False: so a note can be repeated after a crash.
+        """
+        with self._file.transaction() as db:
+            if once is not None:
+                taken = db.execute("INSERT OR IGNORE INTO noted (id) VALUES (?)", (once,))
+                if taken.rowcount == 0:
+                    return False
+            db.executemany(
+                "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
+                [(item.id, item.stream, item.payload) for item in outbox],
+            )
+            _append_audit(db, audit)
+        return True
+
+    def unpublished(self, limit: int) -> list[tuple[int, OutboxItem]]:
+        """Return the oldest messages that wait, with the sequence number to name in ``mark_published``."""
+        rows = self._file.rows("SELECT seq, stream, id, payload FROM outbox ORDER BY seq LIMIT ?", (limit,))
+        return [(seq, OutboxItem(stream, id_, payload)) for seq, stream, id_, payload in rows]
+
+    def mark_published(self, seqs: Sequence[int]) -> None:
+        """Forget messages that have reached their stream."""
+        with self._file.transaction() as db:
+            db.executemany("DELETE FROM outbox WHERE seq = ?", [(seq,) for seq in seqs])
+
+    def n_unpublished(self) -> int:
+        """Count the messages that wait."""
+        return int(self._file.rows("SELECT count(*) FROM outbox")[0][0])
+
+    def audit_after(self, seq: int, limit: int) -> list[tuple[int, str]]:
+        """Return audit lines, JSON text, with a sequence number above ``seq``, oldest first."""
+        return self._file.rows("SELECT seq, line FROM audit WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
+
+    def last_audit_seq(self) -> int:
+        """Return the number of the newest audit line ever queued, 0 where there was none."""
+        rows = self._file.rows("SELECT seq FROM sqlite_sequence WHERE name = 'audit'")
+        return int(rows[0][0]) if rows else 0
+
+    def forget_audit(self, up_to_seq: int) -> None:
+        """Forget audit lines, ``up_to_seq`` included, that are safe in the audit log."""
+        with self._file.transaction() as db:
+            db.execute("DELETE FROM audit WHERE seq <= ?", (up_to_seq,))
+
+    # --- what to show ----------------------------------------------------------------------------------------------
+
+    def counts(self) -> dict[State, int]:
+        """Count the work by state; every state is there."""
+        states: dict[State, int] = {"SEEN": 0, "CLAIMED": 0, "DONE": 0, "QUARANTINED": 0}
+        return states | dict(self._file.rows("SELECT state, count(*) FROM work GROUP BY state"))
+
+    def oldest_waiting(self) -> str | None:
+        """Return ``first_seen_utc`` of the oldest unfinished work, None where all is finished."""
+        rows = self._file.rows("SELECT min(first_seen_utc) FROM work WHERE state IN ('SEEN', 'CLAIMED')")
+        return rows[0][0]  # type: ignore[no-any-return]
+
+    def n_done_since(self, utc: str) -> int:
+        """Count the work that became DONE at or after ``utc``."""
+        rows = self._file.rows("SELECT count(*) FROM work WHERE finished_utc >= ? AND state = 'DONE'", (utc,))
+        return int(rows[0][0])
+
+    def listing(self, state: State, limit: int = 100) -> list[Work]:
+        """Return work in one state, first seen first."""
+        rows = self._file.rows(
+            "SELECT source, sha256, path, state, attempts, reason, first_seen_utc, finished_utc FROM work"
+            " WHERE state = ? ORDER BY first_seen_utc LIMIT ?",
+            (state, limit),
+        )
+        return [Work(source, sha256, _text(path), *rest) for source, sha256, path, *rest in rows]
+
+    def find(self, *, digits: str = "", part: str = "", limit: int = 1000) -> list[tuple[str, Work]]:
+        """Return work whose sha256 begins with ``digits``, or work with a path that holds ``part``, shortest first.
+
+        Beside each stands the path: the one it was found by, or was claimed under. One of the two must be given.
+        """
+        value: str | bytes
+        columns = "w.source, w.sha256, w.path, state, attempts, reason, first_seen_utc, finished_utc"
+        if digits:
+            sql, value = "SELECT w.path, w.source, w.sha256 FROM work AS w WHERE sha256 GLOB ?1", f"{digits}*"
+        else:
+            by_path = "SELECT path, source, sha256 FROM {} WHERE instr(path, ?1)"
+            sql, value = f"{by_path.format('work')} UNION {by_path.format('paths')}", _blob(part)
+        rows = self._file.rows(
+            f"WITH found (at, source, sha256) AS ({sql}) SELECT at, {columns} FROM found JOIN work AS w"
+            " USING (source, sha256) ORDER BY length(at), at, first_seen_utc LIMIT ?2",
+            (value, limit),
+        )
+        return [(_text(at), Work(source, sha, _text(path), *rest)) for at, source, sha, path, *rest in rows]
+
+    def seen_as(self, source: str, sha256: str) -> list[Seen]:
+        """Return the files that hold this content as far as the ledger knows, first hashed first."""
+        rows = self._file.rows(
+            "SELECT path, size, mtime_ns, seen_utc FROM paths WHERE source = ? AND sha256 = ? ORDER BY seen_utc, path",
+            (source, sha256),
+        )
+        return [Seen(_text(path), *rest) for path, *rest in rows]
+
+    def unpublished_with(self, text: bytes, limit: int = 1000) -> list[OutboxItem]:
+        """Return messages that wait and whose payload holds ``text``, such as a sha256, oldest first."""
+        rows = self._file.rows(
+            "SELECT stream, id, payload FROM outbox WHERE instr(payload, ?) ORDER BY seq LIMIT ?", (text, limit)
+        )
+        return [OutboxItem(*row) for row in rows]
+
+    def prune(self, seen_before_utc: str) -> int:
+        """Forget finished paths last resolved before that moment; return how many.
+
+        Safe at any age: a file that still lies there is hashed once more and found finished, because ``work`` stays.
+        """
+        with self._file.transaction() as db:
+            gone = db.execute(
+                "DELETE FROM paths WHERE seen_utc < ? AND (source, sha256) IN"
+                " (SELECT source, sha256 FROM work WHERE state IN ('DONE', 'QUARANTINED'))",
+                (seen_before_utc,),
+            )
+        return gone.rowcount
+
+    def _recover(self) -> None:
+        with self._file.transaction() as db:
+            found = db.execute(
+                "UPDATE work SET state = 'SEEN', attempts = attempts + 1, reason = 'the process died on it'"
+                " WHERE state = 'CLAIMED'"
+            )
+        if found.rowcount:
+            log.warning("ledger %s: %d in flight when the last process died, tried again", self.path, found.rowcount)
+
+
+def _outcome(state: State | None, *, is_same_path: bool) -> Outcome:
+    if state is None:
+        return "new"
+    if state in ("DONE", "QUARANTINED"):
+        return "settled" if is_same_path else "duplicate"
+    # CLAIMED under the very same path is what a give_back that met a full disk leaves behind: no one else has it.
+    return "retry" if state == "SEEN" or is_same_path else "in-flight"
+
+
+def _resolve(
+    db: sqlite3.Connection, source: str, path: str, *, sha256: str, size: int, mtime_ns: int, now_utc: str
+) -> None:
+    """Note what the path holds now. Work that waited for what it held before cannot be done any more."""
+    before = db.execute("SELECT sha256 FROM paths WHERE source = ? AND path = ?", (source, _blob(path))).fetchone()
+    db.execute(
+        "INSERT OR REPLACE INTO paths (source, path, size, mtime_ns, sha256, seen_utc) VALUES (?, ?, ?, ?, ?, ?)",
+        (source, _blob(path), size, mtime_ns, sha256, now_utc),
+    )
+    if before is not None and before[0] != sha256:
+        db.execute(
+            "UPDATE work SET state = 'QUARANTINED', reason = 'replaced before it was reviewed', finished_utc = ?3"
+            " WHERE source = ?1 AND sha256 = ?2 AND state = 'SEEN'"
+            " AND NOT EXISTS (SELECT 1 FROM paths WHERE source = ?1 AND sha256 = ?2)",
+            (source, before[0], now_utc),
+        )
+
+
+def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values: str) -> None:
+    """Move the work out of CLAIMED (a ``Work`` from a listing: out of SEEN)."""
+    state = "CLAIMED" if isinstance(work, Claim) else "SEEN"
+    changed = db.execute(
+        f"UPDATE work SET {assignments} WHERE source = ? AND sha256 = ? AND state = ?",
+        (*values, work.source, work.sha256, state),
+    )
+    if changed.rowcount != 1:
+        raise RuntimeError(f"{work.source} {work.path!r} is not {state} any more")
+
+
+def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:
+    db.execute("INSERT INTO audit (line) VALUES (?)", (json.dumps(dict(audit), allow_nan=False),))
+
+
+def _lock_out_others(path: Path) -> int:
+    """Lock the side file, which stays: to delete it would let two daemons lock two files of one name."""
+    side = path.with_name(f"{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(side, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"ledger {path} cannot be opened ({error}); check the folder and its rights") from error
+    try:
+        _lock(fd, time.monotonic() + LOCK_S)
+    except OSError as error:
+        holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise ConfigError(
+            f"ledger {path} is in use by process {holder}; stop that daemon, or give this one a ledger of its own"
+        ) from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _lock(fd: int, deadline: float) -> None:
+    """Lock at once, or shortly after: who only asks whether a daemon runs holds a shared lock for a moment."""
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.02)
+
+
+def _blob(path: str) -> bytes:
+    return path.encode("utf-8", "surrogateescape")
+
+
+def _text(path: bytes) -> str:
+    return path.decode("utf-8", "surrogateescape")
+
+
+def _clean(reason: str) -> str:
+    """SQLite takes no lone surrogates, which a file name inside a message may carry."""
+    return reason.encode("utf-8", "backslashreplace").decode()

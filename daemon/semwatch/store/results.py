@@ -1,0 +1,448 @@
+"""One result: write whole, read back; ``review_record`` is its format.
+
+A result lives beside the others of its lot, in ``results_dir/<source>/<folder of the image>/``:
+
+    <image>.overlay.png, page p > 0: <image>.p<p>.overlay.png    written first
+    <image>.review.json                                          written last: where it is, the result is whole
+    <image>.r<r>.review.json                                     kept revision r, when a later head has judged again
+    <image>.reason.json                                          instead of these, for an image in quarantine
+    <image>.<first 8 of its sha256>.*                            kept results of other content under the same name
+    lot.csv                                                      derived from the folder's review.json files
+
+``<image>`` is the file's whole name, extension included. One writer per image, one for a lot.csv, at a time.
+"""
+
+import csv
+import errno
+import hashlib
+import io
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from semwatch.defects import Review
+from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.store import overlay
+from semwatch.store.review_record import (
+    SCHEMA_VERSION,
+    DefectRecord,
+    PageRecord,
+    ReasonRecord,
+    ReviewRecord,
+    VerdictRecord,
+    first_fault,
+    page_verdict,
+    printable,
+    to_record,
+)
+
+log = logging.getLogger(__name__)
+
+REVIEW, OVERLAY, REASON, LOT = ".review.json", ".overlay.png", ".reason.json", "lot.csv"
+_BESIDE_SUFFIX = re.compile(r"(\.p\d+)?\.overlay\.png|\.r\d+\.review\.json")
+"""What goes with a review.json."""
+MAX_NAME_BYTES = 200
+"""Longer names are shortened, so that the longest suffix still fits into a file system's 255 bytes."""
+MAX_PATH_BYTES = 3800
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewPaths:
+    """Where a result was written."""
+
+    json: Path
+    overlays: tuple[Path, ...]
+    """In the order of the pages."""
+
+
+# --- write and read ------------------------------------------------------------------------------------------------
+
+
+def write(
+    review: Review,
+    *,
+    results_dir: Path,
+    class_codes: Mapping[str, int] | None = None,
+    unknown_code: int | None = None,
+    non_decidable_code: int | None = None,
+) -> ReviewPaths:
+    """Write overlays and JSON, each whole; to repeat it after a crash gives the same files.
+
+    A result of other content under the same name is kept, with the first 8 digits of its sha256 in its names. One of
+    the same content is replaced; kept revisions of it stay, and the count goes on.
+
+    Raises:
+        ImageError: the path leads out of ``results_dir``, its name fits no file system, or a value is not finite.
+        ServiceUnavailable: the disk is full or broken.
+    """
+    record = to_record(review, class_codes, unknown_code, non_decidable_code)
+    stem = _stem(results_dir, review.source, review.path)
+    target = _named(stem, REVIEW)
+    with _disk(target):
+        _make_folder(stem.parent)
+        if target.exists():
+            _keep_other(stem, record.sha256)
+        overlays = []
+        for page in review.pages:
+            picture = overlay.draw(page, caption=_caption(review))
+            overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
+            _write_whole(overlays[-1], overlay.encode_png(picture))
+        _sync_folder(stem.parent)
+        _write_record(target, record.model_copy(update={"revision": _next_revision(target)}))
+    return ReviewPaths(target, tuple(overlays))
+
+
+def read(path: Path) -> ReviewRecord:
+    """Read a review.json.
+
+    Raises:
+        ImageError: there is none, or it is broken, or not ours, or of another schema version.
+        ServiceUnavailable: the disk cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no result at {path}") from error
+    except OSError as error:
+        raise ServiceUnavailable(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return ReviewRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise ImageError(
+            f"{path} is not a whole result of schema version {SCHEMA_VERSION}: {first_fault(error)}; "
+            "review the image again, or read it with the semwatch that wrote it"
+        ) from error
+
+
+def write_reason(
+    *,
+    results_dir: Path,
+    source: str,
+    path: str,
+    sha256: str,
+    reason: str,
+    attempts: int,
+    size: int,
+    quarantined_utc: str,
+) -> Path:
+    """Write beside the results why an image is in quarantine and what to do about it.
+
+    Raises:
+        ImageError: the path leads out of ``results_dir``.
+        ServiceUnavailable: the disk is full or broken.
+    """
+    record = ReasonRecord(
+        source=printable(source),
+        path=printable(path),
+        sha256=sha256,
+        size=size,
+        quarantined_utc=quarantined_utc,
+        attempts=attempts,
+        reason=printable(reason),
+        what_to_do="Mend the cause, then drop the image again under a new name or requeue it; the original is kept.",
+    )
+    stem = _stem(results_dir, source, path)
+    target = _named(stem, REASON)
+    with _disk(target):
+        _make_folder(stem.parent)
+        _write_record(target, record)
+    return target
+
+
+def _keep_other(stem: Path, sha256: str) -> None:
+    """Rename a result of other content: its JSON last, so that after a crash it still says whose the others are."""
+    target = _named(stem, REVIEW)
+    try:
+        other = read(target).sha256
+    except ImageError:
+        other = hashlib.sha256(target.read_bytes()).hexdigest()
+        log.warning("%s is broken or not ours; it is kept under another name", target)
+    if other == sha256:
+        return
+    kept = _named(stem, f".{other[:8]}")
+    for old in list(stem.parent.iterdir()):
+        suffix = old.name.removeprefix(stem.name)
+        if suffix != old.name and _BESIDE_SUFFIX.fullmatch(suffix):
+            old.replace(_named(kept, suffix))
+    _sync_folder(stem.parent)
+    target.replace(_named(kept, REVIEW))
+    _sync_folder(stem.parent)
+
+
+def _caption(review: Review) -> str:
+    models = "  ".join(f"{model} {version}" for model, version in review.model_versions.items())
+    return f"{review.recipe_name} {review.recipe_id}   {models}"
+
+
+# --- a later head judges again -------------------------------------------------------------------------------------
+
+
+def review_path(results_dir: Path, source: str, path: str) -> Path:
+    """Where ``write`` puts the review.json of an image, whether it is there or not; ``path`` may be spelled out.
+
+    Raises:
+        ImageError: the path leads out of ``results_dir``.
+    """
+    return _named(_stem(results_dir, source, path), REVIEW)
+
+
+def revision_path(path: Path, revision: int) -> Path:
+    """Where a revision of a review.json is kept once there is a later one."""
+    return path.with_name(f"{path.name.removesuffix(REVIEW)}.r{revision}{REVIEW}")
+
+
+def revise(
+    path: Path, verdicts: Mapping[tuple[int, int], VerdictRecord], *, head_version: int, utc: str
+) -> ReviewRecord | None:
+    """Put other verdicts into a result as its next revision and keep the one before; to repeat it does nothing.
+
+    Args:
+        path: of the review.json.
+        verdicts: by page and ``defect_id``; defects that are not here keep theirs.
+        head_version: who judged.
+        utc: when.
+
+    Returns:
+        The new revision; None where no kind or label changes, or where this head or a later one has judged already.
+
+    Raises:
+        ImageError: there is no whole result, it has no such defect, or another file lies where it should be kept.
+        ServiceUnavailable: the disk is full or broken.
+    """
+    record = read(path)
+    missing = verdicts.keys() - {(page.page, defect.defect_id) for page in record.pages for defect in page.defects}
+    if missing:
+        raise ImageError(f"{path} has no defect {min(missing)[1]} on page {min(missing)[0]}; review the image again")
+    pages = tuple(_revised_page(page, verdicts) for page in record.pages)
+    if pages == record.pages or record.model_versions.get("head", 0) >= head_version:
+        return None
+    changes = {
+        "revision": record.revision + 1,
+        "revised_utc": utc,
+        "model_versions": record.model_versions | {"head": head_version},
+        "pages": pages,
+    }
+    revised = record.model_copy(update=changes)
+    with _disk(path):
+        _keep_revision(path, record.revision)
+        _write_record(path, revised)
+    return revised
+
+
+def _revised_page(page: PageRecord, verdicts: Mapping[tuple[int, int], VerdictRecord]) -> PageRecord:
+    defects = []
+    for defect in page.defects:
+        said = verdicts.get((page.page, defect.defect_id), defect.verdict)
+        is_same = (said.kind, said.label) == (defect.verdict.kind, defect.verdict.label)
+        defects.append(defect if is_same else defect.model_copy(update={"verdict": said}))
+    kinds = [defect.verdict.kind for defect in defects]
+    return page.model_copy(update={"defects": tuple(defects), "verdict": page_verdict(kinds)})
+
+
+def _keep_revision(path: Path, revision: int) -> None:
+    """Copy, not rename: the result is in its place at every moment."""
+    kept, data = revision_path(path, revision), path.read_bytes()
+    if not kept.exists():
+        _write_whole(kept, data)
+        _sync_folder(kept.parent)
+    elif kept.read_bytes() != data:
+        raise ImageError(f"{kept} is not revision {revision} of {path.name}; move it aside")
+
+
+def _next_revision(path: Path) -> int:
+    """A review of content whose earlier revisions are kept counts on, so that none is ever overwritten."""
+    revision = 1
+    while revision_path(path, revision).exists():
+        revision += 1
+    return revision
+
+
+# --- a lot ---------------------------------------------------------------------------------------------------------
+
+LOT_COLUMNS = (
+    "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
+    "gate_threshold", "page_verdict", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
+    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision",
+)  # fmt: skip
+
+
+def iter_lot(lot_dir: Path) -> Iterator[ReviewRecord]:
+    """Read the current results of one folder one by one, by name: a lot of thousands is never in memory as a whole.
+
+    Broken files are logged and left out, kept ones are not given.
+
+    Raises:
+        ServiceUnavailable: the disk cannot be read.
+    """
+    with _disk(lot_dir):
+        paths = [path for path in lot_dir.iterdir() if path.name.endswith(REVIEW)] if lot_dir.is_dir() else []
+    for path in sorted(paths, key=lambda path: path.name.removesuffix(REVIEW)):
+        try:
+            record = read(path)
+        except ImageError as error:
+            log.warning("left out of the lot: %s", error)
+            continue
+        if path.name == _shortened(PurePosixPath(record.path).name) + REVIEW:
+            yield record
+
+
+def write_lot_csv(lot_dir: Path) -> Path:
+    """Derive ``lot.csv`` from the folder's results: a row for each defect, and one for each page without any.
+
+    Raises:
+        ServiceUnavailable: the disk is full or broken.
+    """
+    target = lot_dir / LOT
+    with _disk(target):
+        _write_stream(target, _lot_lines(lot_dir))
+        _sync_folder(lot_dir)
+    return target
+
+
+def _lot_lines(lot_dir: Path) -> Iterator[bytes]:
+    yield _csv_line(LOT_COLUMNS)
+    for record in iter_lot(lot_dir):
+        for page in record.pages:
+            for defect in page.defects or [None]:
+                yield _csv_line(_lot_row(record, page, defect))
+
+
+def _csv_line(cells: Sequence[object]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue().encode()
+
+
+def _lot_row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None) -> list[object]:
+    models = " ".join(f"{model}={version}" for model, version in record.model_versions.items())
+    head: list[object] = [
+        record.source, record.path, page.page, record.sha256, record.reviewed_utc, record.recipe.name,
+        record.recipe.id, models, page.image_score, page.gate_threshold, page.verdict,
+    ]  # fmt: skip
+    if defect is None:
+        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 1), record.revision]
+    verdict = defect.verdict
+    nearest = ([near.label for near in verdict.nearest] + [None, None])[:2]
+    return [
+        *head, defect.defect_id, verdict.kind, verdict.label, verdict.class_code, verdict.confidence, *nearest,
+        *defect.box_xyxy, defect.area_px, defect.area_nm2, defect.peak_score, record.revision,
+    ]  # fmt: skip
+
+
+def contact_sheet(overlays: Sequence[Path], out: Path, columns: int = 6, tile_px: int = 320) -> None:
+    """Write one PNG of many overlays, row by row; an overlay that cannot be read is a dark tile.
+
+    Raises:
+        ServiceUnavailable: the disk is full or broken.
+    """
+    with _disk(out):
+        sheet = overlay.tile((_read_picture(path) for path in overlays), columns=columns, tile_px=tile_px)
+        _write_whole(out, overlay.encode_png(sheet))
+        _sync_folder(out.parent)
+
+
+def _read_picture(path: Path) -> NDArray[np.uint8] | None:
+    data = path.read_bytes() if path.is_file() else b""
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    if picture is None:
+        log.warning("no overlay at %s", path)
+    return None if picture is None else np.asarray(picture, np.uint8)
+
+
+# --- names and the disk --------------------------------------------------------------------------------------------
+
+
+def _stem(results_dir: Path, source: str, path: str) -> Path:
+    """Where the result lies, short of its suffix.
+
+    Raises:
+        ImageError: it would lie outside ``results_dir``.
+    """
+    parts = PurePosixPath(path).parts
+    bad = not parts or path.startswith("/") or ".." in parts or "\0" in path
+    if bad or source in ("", ".", "..") or "/" in source or "\0" in source:
+        raise ImageError(f"{printable(source)!r} / {printable(path)!r} is no relative path inside a drop folder")
+    *folders, name = (_shortened(printable(part)) for part in parts)
+    root = results_dir / printable(source)
+    folder = root.joinpath(*folders)
+    if len(os.fsencode(folder)) > MAX_PATH_BYTES:
+        folder = root / _shortened("/".join(folders).replace("/", "~"))
+    if not folder.resolve().is_relative_to(results_dir.resolve()):
+        raise ImageError(f"{folder} is a link that leads out of {results_dir}; remove the link")
+    return folder / name
+
+
+def _named(stem: Path, suffix: str) -> Path:
+    return stem.parent / f"{stem.name}{suffix}"
+
+
+def _overlay_suffix(page: int) -> str:
+    return f".p{page}{OVERLAY}" if page else OVERLAY
+
+
+def _shortened(name: str) -> str:
+    data = name.encode()
+    if len(data) <= MAX_NAME_BYTES:
+        return name
+    kept = data[: MAX_NAME_BYTES - 13].decode(errors="ignore")
+    return f"{kept}~{hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder and those above it, so that they outlive a power cut."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _write_record(target: Path, record: ReviewRecord | ReasonRecord) -> None:
+    _write_whole(target, record.model_dump_json(indent=2).encode() + b"\n")
+    _sync_folder(target.parent)
+
+
+def _write_whole(target: Path, *parts: bytes) -> None:
+    _write_stream(target, parts)
+
+
+def _write_stream(target: Path, parts: Iterable[bytes]) -> None:
+    """One writer per target: the temporary name is always the same, so that a replay clears what a crash left."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with os.fdopen(fd, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ImageError(f"{path}: this file system takes no name of that length; give a shorter one") from error
+        raise ServiceUnavailable(f"cannot write {path}: {error.strerror or error}; free or mend the disk") from error

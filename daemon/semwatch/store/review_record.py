@@ -1,0 +1,228 @@
+"""The format of a result: the models are its one source of truth, ``schemas/`` holds the JSON schema made from them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from semwatch.defects import Box, Defect, PageReview, Review, Verdict, VerdictKind
+from semwatch.errors import ImageError
+
+SCHEMA_VERSION: Final = 1
+SCHEMA_PATH = Path(__file__).with_name("schemas") / "review.schema.json"
+
+
+def _six_digits(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+Number = Annotated[float, BeforeValidator(_six_digits)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RecipeRecord(_Record):
+    """The recipe that judged."""
+
+    name: str
+    id: str = Field(description="Content hash of the recipe.")
+
+
+class NeighbourRecord(_Record):
+    """One class as seen from a defect."""
+
+    label: str
+    probability: Share
+    p_value: Share = Field(description="Conformal p-value: how ordinary this defect would be as a member of the class.")
+
+
+class VerdictRecord(_Record):
+    """What was said of one defect."""
+
+    kind: VerdictKind
+    label: str | None = Field(description="Class name of a known, novel or defect-free verdict, else null.")
+    confidence: Share
+    class_code: int | None = Field(description="The fab's code, where the recipe has one.")
+    nearest: tuple[NeighbourRecord, ...] = Field(description="The nearest classes, nearest first.")
+
+
+class DefectRecord(_Record):
+    """One defect."""
+
+    defect_id: Annotated[int, Field(ge=1, description="1-based within its page.")]
+    box_xyxy: Box = Field(description="Half-open, in pixels of the page as read.")
+    area_px: Annotated[int, Field(ge=0)]
+    area_nm2: Number | None
+    peak_score: Number
+    crop_xyxy: Box = Field(description="Window shown to the encoder; may reach outside the page.")
+    verdict: VerdictRecord
+
+
+class PageRecord(_Record):
+    """One page of the image file."""
+
+    page: Annotated[int, Field(ge=0, description="0-based in its file.")]
+    width_px: int
+    height_px: int
+    field_xyxy: Box = Field(description="The page without info bars.")
+    pixel_nm: Number | None
+    vendor: str | None
+    image_score: Number
+    gate_threshold: Number = Field(description="The page is searched for defects only if its score lies above this.")
+    verdict: Literal["defect-free", "defects"] = Field(
+        description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it defect-free."
+    )
+    defects: tuple[DefectRecord, ...]
+
+
+class ReviewRecord(_Record):
+    """Everything said of one image file."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    source: str
+    path: str = Field(description="POSIX, relative to the drop folder; bytes that are not UTF-8 stand as \\xNN.")
+    sha256: Sha256
+    reviewed_utc: str
+    revision: Annotated[int, Field(ge=1)] = Field(
+        default=1,
+        description="1: as first reviewed. Higher: verdicts were read again by a later head; revision r lies beside as "
+        "<image>.r<r>.review.json, and the overlays stay those of the first review.",
+    )
+    revised_utc: str | None = Field(default=None, description="When this revision was made; null for a review.")
+    recipe: RecipeRecord
+    model_versions: dict[str, int] = Field(
+        description="By model; models that were not asked are absent. In a revision, head is the one that read again."
+    )
+    pages: tuple[PageRecord, ...]
+    timings_ms: dict[str, Number] = Field(description="Milliseconds by stage, in the order of the line.")
+
+
+class ReasonRecord(_Record):
+    """Why an image is in quarantine."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    source: str
+    path: str
+    sha256: str
+    size: int = Field(description="Bytes.")
+    quarantined_utc: str
+    attempts: int
+    reason: str
+    what_to_do: str
+
+
+def to_record(
+    review: Review,
+    class_codes: Mapping[str, int] | None = None,
+    unknown_code: int | None = None,
+    non_decidable_code: int | None = None,
+) -> ReviewRecord:
+    """Say a review in the words of the JSON; floats are rounded to 6 significant digits.
+
+    Args:
+        review: what to say.
+        class_codes: the fab's codes by label; labels that are not here have no code.
+        unknown_code: code of an unknown defect, and of one of a found class without a name.
+        non_decidable_code: code of a non-decidable defect.
+
+    Raises:
+        ImageError: a value is not finite or out of its range; the message names it.
+    """
+    codes = {"unknown": unknown_code, "novel": unknown_code, "non-decidable": non_decidable_code}
+    try:
+        return ReviewRecord(
+            source=printable(review.source),
+            path=printable(review.path),
+            sha256=review.sha256,
+            reviewed_utc=review.reviewed_utc,
+            recipe=RecipeRecord(name=review.recipe_name, id=review.recipe_id),
+            model_versions=dict(review.model_versions),
+            pages=tuple(_page_record(page, class_codes or {}, codes) for page in review.pages),
+            timings_ms={stage: float(ms) for stage, ms in review.timings_ms.items()},
+        )
+    except ValidationError as error:
+        raise ImageError(f"{printable(review.path)}: the review makes no sense: {first_fault(error)}") from error
+
+
+def _page_record(page: PageReview, class_codes: Mapping[str, int], codes: Mapping[str, int | None]) -> PageRecord:
+    micrograph = page.micrograph
+    height_px, width_px = micrograph.pixels.shape
+    return PageRecord(
+        page=micrograph.page,
+        width_px=width_px,
+        height_px=height_px,
+        field_xyxy=_box(micrograph.field_xyxy),
+        pixel_nm=None if micrograph.pixel_nm is None else float(micrograph.pixel_nm),
+        vendor=micrograph.vendor,
+        image_score=float(page.score_map.raw_score),
+        gate_threshold=float(page.gate_threshold),
+        verdict=page_verdict([defect.verdict.kind for defect in page.defects]),
+        defects=tuple(_defect_record(defect, class_codes, codes) for defect in page.defects),
+    )
+
+
+def page_verdict(kinds: Sequence[VerdictKind]) -> Literal["defect-free", "defects"]:
+    """Say of a page what the verdicts on its defects come to."""
+    return "defect-free" if all(kind == "defect-free" for kind in kinds) else "defects"
+
+
+def _defect_record(defect: Defect, class_codes: Mapping[str, int], codes: Mapping[str, int | None]) -> DefectRecord:
+    verdict: Verdict = defect.verdict
+    code = class_codes.get(verdict.label or "", codes.get(verdict.kind))
+    return DefectRecord(
+        defect_id=defect.defect_id,
+        box_xyxy=_box(defect.box_xyxy),
+        area_px=int(defect.area_px),
+        area_nm2=None if defect.area_nm2 is None else float(defect.area_nm2),
+        peak_score=float(defect.peak_score),
+        crop_xyxy=_box(defect.crop_xyxy),
+        verdict=verdict_record(verdict, code),
+    )
+
+
+def verdict_record(verdict: Verdict, class_code: int | None) -> VerdictRecord:
+    """Say one verdict in the words of the JSON."""
+    nearest = tuple(
+        NeighbourRecord(label=near.label, probability=float(near.probability), p_value=float(near.p_value))
+        for near in verdict.nearest
+    )
+    return VerdictRecord(
+        kind=verdict.kind,
+        label=verdict.label,
+        confidence=float(verdict.confidence),
+        class_code=class_code,
+        nearest=nearest,
+    )
+
+
+def _box(box_xyxy: Box) -> Box:
+    x0, y0, x1, y1 = (int(edge) for edge in box_xyxy)
+    return x0, y0, x1, y1
+
+
+def schema_text() -> str:
+    """Return the published JSON schema, made from the models.
+
+    After a change of the models:
+    ``python -c 'from semwatch.store import review_record as r; r.SCHEMA_PATH.write_text(r.schema_text())'``.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | ReviewRecord.model_json_schema()
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def printable(name: str) -> str:
+    """Spell out bytes that are no UTF-8, which neither JSON nor every file system takes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def first_fault(error: ValidationError) -> str:
+    """Say the first thing that is wrong, and where."""
+    fault = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    return f"{where}: {fault['msg']}" if where else fault["msg"]

@@ -1,0 +1,335 @@
+"""What leaves for Redis: records of crops that no class explains, and summaries of whole files; reader and writer.
+
+A record's fields in the stream; a consumer on another machine needs nothing else:
+
+    id         32 hex digits, made from file hash, source, page, defect and recipe: the same defect, the same id
+    schema     b"1"; a new optional key in meta keeps the number, anything else raises it
+    meta       JSON, the plain fields of ``Record``; ``schemas/unknown.schema.json`` describes it
+    features   D little-endian float32
+    soft_mask  t x t little-endian float32, row by row
+    crop_png   S x S PNG, 8-bit gray
+
+A result summary has ``id``, ``schema`` and ``meta`` alone, described by ``schemas/result_summary.schema.json``. Between
+review and Redis, the ledger's outbox keeps either as one ``pack``ed blob.
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import isqrt
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.json_schema import SkipJsonSchema
+
+from semwatch.defects import Box, Defect, Neighbour, PageReview, Review
+
+UNKNOWNS = "unknowns"
+RESULTS = "results"
+SCHEMA = 1
+SCHEMA_PATHS = {
+    UNKNOWNS: Path(__file__).with_name("schemas") / "unknown.schema.json",
+    RESULTS: Path(__file__).with_name("schemas") / "result_summary.schema.json",
+}
+"""The published JSON schema of ``meta``, by stream."""
+
+Fields = dict[bytes, bytes]
+"""One stream entry as it is on the wire."""
+Message = tuple[str, str, bytes]
+"""What the outbox keeps: stream (``UNKNOWNS`` or ``RESULTS``), id, packed fields."""
+
+T = TypeVar("T")
+
+_MAX_CROP_PX = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """One defect that needs a name, with all that learning needs of it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, use_attribute_docstrings=True)
+
+    id: str
+    created_utc: str
+    """ISO 8601 with seconds and ``Z``: when the file was reviewed."""
+    source: str
+    path: str
+    """Relative to the drop folder; bytes that are no UTF-8 are written as ``\\xNN``."""
+    sha256: str
+    page: int
+    defect_id: int
+    box_xyxy: Box
+    crop_xyxy: Box
+    area_px: int
+    area_nm2: float | None
+    pixel_nm: float | None
+    image_score: float
+    """The page's raw score."""
+    peak_score: float
+    kind: Literal["unknown", "non-decidable"]
+    nearest: tuple[Neighbour, ...]
+    recipe_name: str
+    recipe_id: str
+    model_versions: Mapping[str, int]
+    features: SkipJsonSchema[NDArray[np.float32]]
+    """(D,)."""
+    soft_mask: SkipJsonSchema[NDArray[np.float32]]
+    """(t, t) in [0, 1], aligned with the crop."""
+    crop: SkipJsonSchema[NDArray[np.uint8]]
+    """(S, S) gray."""
+    field_short_px: Annotated[int, Field(ge=1)] | None = None
+    """Short side of the field of view, for the size feature of a crop that is embedded again; None in old records."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResultSummary:
+    """What became of one file, for systems that follow along; the whole result is on the tool's own disk."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    reviewed_utc: str
+    source: str
+    path: str
+    sha256: str
+    recipe_name: str
+    recipe_id: str
+    model_versions: Mapping[str, int]
+    image_scores: tuple[float, ...]
+    """Raw score of each page."""
+    n_defects: int
+    n_by_kind: Mapping[str, int]
+    """Defects by verdict kind."""
+    n_by_label: Mapping[str, int]
+    """Defects by label, of those that have one."""
+    revision: Annotated[int, Field(ge=1)] = 1
+    """Of the result: 1 as the line said it, one more each time that a later head judged again."""
+
+
+def records(review: Review) -> list[Record]:
+    """Make a record of every unknown and every non-decidable defect."""
+    wanted = ("unknown", "non-decidable")
+    return [_record(review, p, d) for p in review.pages for d in p.defects if d.verdict.kind in wanted]
+
+
+def _record(review: Review, page: PageReview, defect: Defect) -> Record:
+    assert defect.verdict.kind in ("unknown", "non-decidable")
+    page_no = page.micrograph.page
+    x0, y0, x1, y1 = page.micrograph.field_xyxy
+    return Record(
+        id=_id("unknown", review.sha256, review.source, page_no, defect.defect_id, review.recipe_id),
+        created_utc=review.reviewed_utc,
+        source=review.source,
+        path=_utf8(review.path),
+        sha256=review.sha256,
+        page=page_no,
+        defect_id=defect.defect_id,
+        box_xyxy=defect.box_xyxy,
+        crop_xyxy=defect.crop_xyxy,
+        area_px=defect.area_px,
+        area_nm2=defect.area_nm2,
+        pixel_nm=page.micrograph.pixel_nm,
+        image_score=page.score_map.raw_score,
+        peak_score=defect.peak_score,
+        kind=defect.verdict.kind,
+        nearest=defect.verdict.nearest,
+        recipe_name=review.recipe_name,
+        recipe_id=review.recipe_id,
+        model_versions=dict(review.model_versions),
+        features=defect.features,
+        soft_mask=defect.soft_mask,
+        crop=defect.crop,
+        field_short_px=min(x1 - x0, y1 - y0),
+    )
+
+
+def encode(record: Record) -> Fields:
+    """Write a record as stream fields."""
+    _, png = cv2.imencode(".png", record.crop)
+    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop"})
+    return {
+        b"id": record.id.encode(),
+        b"schema": b"%d" % SCHEMA,
+        b"meta": meta,
+        b"features": record.features.astype("<f4").tobytes(),
+        b"soft_mask": record.soft_mask.astype("<f4").tobytes(),
+        b"crop_png": png.tobytes(),
+    }
+
+
+def decode(fields: Mapping[bytes, bytes]) -> Record:
+    """Read a record; nothing in it is trusted.
+
+    Raises:
+        ValueError: Not a record of this schema; the message says plainly why.
+    """
+    arrays: dict[str, NDArray[Any]] = {
+        "features": _floats(fields, b"features"),
+        "soft_mask": _square(_floats(fields, b"soft_mask")),
+        "crop": _crop(_field(fields, b"crop_png")),
+    }
+    return _validated(_record_type(), fields, arrays)
+
+
+def result_summary(review: Review) -> Fields:
+    """Write the summary of one review as stream fields; the same review gives the same id."""
+    versions = dict(sorted(review.model_versions.items()))
+    verdicts = [defect.verdict for page in review.pages for defect in page.defects]
+    summary = ResultSummary(
+        id=_id("result", review.sha256, review.source, review.path, review.recipe_id, versions),
+        reviewed_utc=review.reviewed_utc,
+        source=review.source,
+        path=_utf8(review.path),
+        sha256=review.sha256,
+        recipe_name=review.recipe_name,
+        recipe_id=review.recipe_id,
+        model_versions=versions,
+        image_scores=tuple(page.score_map.raw_score for page in review.pages),
+        n_defects=len(verdicts),
+        n_by_kind=Counter(verdict.kind for verdict in verdicts),
+        n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
+    )
+    meta = _summary_type().dump_json(summary, exclude={"id"})
+    return {b"id": summary.id.encode(), b"schema": b"%d" % SCHEMA, b"meta": meta}
+
+
+def decode_result(fields: Mapping[bytes, bytes]) -> ResultSummary:
+    """Read a result summary.
+
+    Raises:
+        ValueError: Not a summary of this schema; the message says plainly why.
+    """
+    return _validated(_summary_type(), fields, {})
+
+
+def messages(review: Review) -> list[Message]:
+    """Make all that one review has to say to Redis, ready for the outbox: its records, then its summary."""
+    summary = result_summary(review)
+    found = [(UNKNOWNS, record.id, pack(encode(record))) for record in records(review)]
+    return [*found, (RESULTS, summary[b"id"].decode(), pack(summary))]
+
+
+def pack(fields: Mapping[bytes, bytes]) -> bytes:
+    """Join stream fields into one blob: each name and each value behind its length, 4 bytes little-endian.
+
+    >>> unpack(pack({b"id": b"7", b"meta": b""}))
+    {b'id': b'7', b'meta': b''}
+    """
+    return b"".join(struct.pack("<I", len(part)) + part for item in fields.items() for part in item)
+
+
+def unpack(blob: bytes) -> Fields:
+    """Split what ``pack`` joined.
+
+    Raises:
+        ValueError: The blob is cut short.
+    """
+    parts = []
+    at = 0
+    while at < len(blob):
+        end = at + 4 + int.from_bytes(blob[at : at + 4], "little")
+        if end > len(blob) or at + 4 > len(blob):
+            raise ValueError(f"packed message is cut short at byte {len(blob)}")
+        parts.append(blob[at + 4 : end])
+        at = end
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def json_schemas() -> dict[str, dict[str, Any]]:
+    """Describe the ``meta`` JSON of either stream as JSON Schema, by stream name."""
+    schemas = {UNKNOWNS: _record_type().json_schema(), RESULTS: _summary_type().json_schema()}
+    for schema in schemas.values():
+        del schema["properties"]["id"]  # a field of its own beside meta
+        schema["required"].remove("id")
+        schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schemas
+
+
+def schema_text(stream: str) -> str:
+    """Return the published JSON schema of one stream's ``meta``.
+
+    After a change of ``Record`` or ``ResultSummary``:
+    ``python -c 'from semwatch.streams import records as r; [p.write_text(r.schema_text(s)) for s, p in
+    r.SCHEMA_PATHS.items()]'``.
+    """
+    return json.dumps(json_schemas()[stream], indent=2, ensure_ascii=False) + "\n"
+
+
+@cache
+def _record_type() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
+
+
+@cache
+def _summary_type() -> TypeAdapter[ResultSummary]:
+    return TypeAdapter(ResultSummary)
+
+
+def _validated(kind: TypeAdapter[T], fields: Mapping[bytes, bytes], arrays: Mapping[str, NDArray[Any]]) -> T:
+    if (schema := _field(fields, b"schema")) != b"%d" % SCHEMA:
+        raise ValueError(f"schema is {schema[:20]!r}, this reader knows {SCHEMA}: update semwatch here, then requeue")
+    id_ = _field(fields, b"id").decode("ascii")
+    if not re.fullmatch("[0-9a-f]{32}", id_):
+        raise ValueError(f"id {id_[:40]!r} is not 32 hex digits")
+    meta = json.loads(_field(fields, b"meta"))
+    if not isinstance(meta, dict):
+        raise ValueError("meta is not a JSON object")
+    try:
+        return kind.validate_python({**meta, "id": id_, **arrays})
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise ValueError(f"meta does not fit: {'; '.join(wrong[:3])}") from None
+
+
+def _field(fields: Mapping[bytes, bytes], name: bytes) -> bytes:
+    if name not in fields:
+        raise ValueError(f"field {name.decode()} is missing")
+    return fields[name]
+
+
+def _floats(fields: Mapping[bytes, bytes], name: bytes) -> NDArray[np.float32]:
+    data = _field(fields, name)
+    if len(data) % 4:
+        raise ValueError(f"{name.decode()} is cut short: {len(data)} bytes are no whole number of float32")
+    values = np.frombuffer(data, "<f4").astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name.decode()} holds values that are not finite")
+    return values
+
+
+def _square(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    t = isqrt(values.size)
+    if t * t != values.size:
+        raise ValueError(f"soft_mask is not square: {values.size} values")
+    return values.reshape(t, t)
+
+
+def _crop(png: bytes) -> NDArray[np.uint8]:
+    # The header is read first: a small PNG may ask for gigabytes.
+    if len(png) < 26 or png[:8] != b"\x89PNG\r\n\x1a\n" or png[12:16] != b"IHDR":
+        raise ValueError("crop_png is not a PNG")
+    W, H, depth, colour = struct.unpack(">IIBB", png[16:26])
+    if not (W == H and 1 <= W <= _MAX_CROP_PX and (depth, colour) == (8, 0)):
+        raise ValueError(f"crop_png is {W} x {H}, {depth}-bit, colour type {colour}: wanted square 8-bit gray")
+    crop = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    if crop is None:
+        raise ValueError("crop_png is damaged")
+    return np.asarray(crop, np.uint8)
+
+
+def _id(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _utf8(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,0 +1,86 @@
+"""kill -9 at random moments while files arrive: every file has one result, one stream entry, one audit line."""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from daemon import SOURCE, Daemon, Site, make_site, png
+from semwatch.store import audit
+from semwatch.streams.embedded_redis import EmbeddedRedis
+
+N_IMAGES = int(os.environ.get("SEMWATCH_CRASH_IMAGES", "60"))
+N_KILLS = int(os.environ.get("SEMWATCH_CRASH_KILLS", "8"))
+SEED = 20260101
+
+
+@pytest.mark.timeout(3000)
+def test_killed_at_random_moments_nothing_is_lost_and_nothing_doubled(tmp_path: Path, tiny_repository: Path) -> None:
+    repository = Path(os.environ.get("SEMWATCH_CRASH_REPOSITORY", tiny_repository))
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        # The kills are the test's, not the files': attempts must not run out.
+        site = make_site(
+            tmp_path / "site", repository, redis_url=server.url, limits={"min_free_mb": 0, "max_attempts": N_KILLS + 1}
+        )
+        n_in_flight = _kill_again_and_again(site)
+        with Daemon(site) as daemon:
+            daemon.wait_ready()
+            daemon.wait_for(lambda: len(site.reviews()) >= N_IMAGES, 900)
+            assert daemon.stop() == 0
+        _check(site, redis.Redis.from_url(server.url))
+    print(f"\n{N_KILLS} kills, {n_in_flight} of them with work in flight; {N_IMAGES} files, {N_IMAGES} results")
+
+
+def _kill_again_and_again(site: Site) -> int:
+    rng = random.Random(SEED)
+    waiting = list(range(N_IMAGES))
+    n_in_flight = 0
+    for kill in range(N_KILLS):
+        share = len(waiting) if kill == N_KILLS - 1 else N_IMAGES // N_KILLS
+        with Daemon(site) as daemon:
+            if rng.random() < 0.8:  # the others are killed while starting
+                daemon.wait_ready()
+            moment = time.monotonic() + rng.uniform(0.0, 0.6)
+            while time.monotonic() < moment:
+                if share and waiting:
+                    index = waiting.pop()
+                    site.put(f"lot{index % 3}/{index}.png", png(index))
+                    share -= 1
+                time.sleep(0.005)
+            daemon.kill()
+        n_in_flight += "CLAIMED" in _states(site)
+    for index in waiting:
+        site.put(f"lot{index % 3}/{index}.png", png(index))
+    return n_in_flight
+
+
+def _states(site: Site) -> set[str]:
+    import sqlite3
+
+    path = site.state / "ledger.sqlite"
+    if not path.exists():
+        return set()
+    with sqlite3.connect(path) as db:
+        return {row[0] for row in db.execute("SELECT DISTINCT state FROM work")}
+
+
+def _check(site: Site, client: "redis.Redis") -> None:
+    names = {p.relative_to(site.results).as_posix().removesuffix(".review.json") for p in site.reviews()}
+    assert names == {f"lot{index % 3}/{index}.png" for index in range(N_IMAGES)}
+    assert site.reasons() == {}
+    assert _states(site) == {"DONE"}
+    assert not [p for p in site.results.rglob("*") if ".tmp" in p.name or "partial" in p.name]
+    log = site.state / "audit.jsonl"
+    assert audit.verify(log, expected_last_seq=N_IMAGES).ok
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(line["path"] for line in lines) == sorted(names)
+    for stream in ("semwatch:results", "semwatch:unknowns"):
+        ids = [fields[b"id"] for _, fields in client.xrange(stream)]
+        assert len(ids) == len(set(ids))
+    summaries = [json.loads(fields[b"meta"]) for _, fields in client.xrange("semwatch:results")]
+    assert sorted(summary["path"] for summary in summaries) == sorted(names)
+    assert {summary["source"] for summary in summaries} == {SOURCE}

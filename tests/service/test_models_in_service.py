@@ -1,0 +1,86 @@
+"""The models that a daemon holds: what it says of them, and how it goes on where that cannot be written."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from semwatch.errors import ModelMismatch
+from semwatch.models import choice, model_repository
+from semwatch.service.metrics import Metrics
+from semwatch.service.models_in_service import ModelsInService
+from semwatch.settings.recipe import Pins, Recipe
+from semwatch.settings.site import Models
+
+
+@pytest.fixture
+def repository(tiny_repository: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_repository, tmp_path / "models")
+
+
+def publish(repository: Path, **changes: object) -> int:
+    meta = model_repository.read_meta(repository, "head", 1).model_copy(update=changes)
+    return model_repository.publish(repository, meta, repository / "head/1/model.onnx")
+
+
+def hold(repository: Path, *recipes: Recipe, state_dir: Path, metrics: Metrics | None = None) -> ModelsInService:
+    settings = Models(repository=repository, threads=1)
+    return ModelsInService(settings, recipes, state_dir=state_dir, metrics=metrics or Metrics())
+
+
+def test_repository_without_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelMismatch, match="semwatch-train build"):
+        hold(tmp_path / "nothing", Recipe(), state_dir=tmp_path)
+    assert choice.announced(tmp_path) == ({}, {})
+
+
+def test_recipes_of_equal_pins_share_their_networks(repository: Path, tmp_path: Path) -> None:
+    publish(repository)
+    free, other, pinned = Recipe(), Recipe(name="other"), Recipe(pins=Pins(head=1))
+    models = hold(repository, free, other, pinned, state_dir=tmp_path)
+    assert models.of(free) is models.of(other)
+    assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [2, 1]
+    assert models.versions()["head"] == 2  # announced is the one without a pin
+    assert choice.announced(tmp_path)[0] == {"detector": 1, "encoder": 1, "head": 2}
+    publish(repository)
+    models.refresh()
+    assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [3, 1]
+
+
+def test_head_that_was_refused_at_the_start_is_logged_counted_and_announced(
+    repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics()
+    publish(repository, encoder_sha256="0" * 64)
+    models = hold(repository, Recipe(), state_dir=tmp_path, metrics=metrics)
+    assert "head 2 is refused, the one before it goes on" in caplog.text
+    assert metrics.registry.get_sample_value("semwatch_swap_refused_total", {"model": "head"}) == 1
+    models.refresh()
+    assert metrics.registry.get_sample_value("semwatch_swap_refused_total", {"model": "head"}) == 1
+    versions, refused = choice.announced(tmp_path)
+    assert (versions["head"], set(refused)) == (1, {2})
+
+
+def test_announcement_that_the_disk_refused_is_warned_of_once_and_made_up_for(
+    repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = hold(repository, Recipe(), state_dir=tmp_path)
+    (tmp_path / choice.ANNOUNCED).unlink()
+    (tmp_path / choice.ANNOUNCED).mkdir()
+    publish(repository)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            models.refresh()
+    assert caplog.text.count("cannot say what serves") == 1
+    assert models.versions()["head"] == 2
+    (tmp_path / choice.ANNOUNCED).rmdir()
+    models.refresh()
+    assert choice.announced(tmp_path)[0]["head"] == 2
+
+
+def test_codes_are_those_of_the_version_that_answered(repository: Path, tmp_path: Path) -> None:
+    models = hold(repository, Recipe(), state_dir=tmp_path)
+    publish(repository, codes={"bridge": 7})
+    assert models.codes_of_head(None) == {}
+    assert [dict(models.codes_of_head(version)) for version in (1, 2)] == [{}, {"bridge": 7}]

@@ -1,0 +1,558 @@
+import csv
+import dataclasses
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jsonschema
+import numpy as np
+import pytest
+
+from factories import KINDS, make_review, make_verdict
+from paths import ROOT
+from semwatch.defects import Review, Verdict, VerdictKind
+from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.store import results, review_record
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def changed_defect(review: Review, **changes: Any) -> Review:
+    page = review.pages[0]
+    defects = (dataclasses.replace(page.defects[0], **changes), *page.defects[1:])
+    return dataclasses.replace(review, pages=(dataclasses.replace(page, defects=defects), *review.pages[1:]))
+
+
+@contextmanager
+def disk_that_ends_at(n_bytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# --- the record ----------------------------------------------------------------------------------------------------
+
+
+def test_clean_image_gives_a_defect_free_record() -> None:
+    record = review_record.to_record(make_review(0))
+    assert [(page.verdict, page.defects) for page in record.pages] == [("defect-free", ())]
+    assert record.model_versions == {"detector": 1}
+
+
+def test_record_says_what_the_review_says() -> None:
+    review = make_review(2, n_pages=2, size_hw=(100, 200), info_bar_px=10)
+    record = review_record.to_record(review)
+    assert (record.source, record.path, record.sha256) == (review.source, review.path, review.sha256)
+    assert [page.page for page in record.pages] == [0, 1]
+    page, said = review.pages[1], record.pages[1]
+    assert (said.width_px, said.height_px, said.field_xyxy) == (200, 100, (0, 0, 200, 90))
+    assert said.verdict == "defects"
+    for defect, written in zip(page.defects, said.defects, strict=True):
+        assert written.box_xyxy == defect.box_xyxy
+        assert written.crop_xyxy == defect.crop_xyxy
+        assert written.peak_score == pytest.approx(defect.peak_score, rel=1e-5)
+        assert written.verdict.label == defect.verdict.label
+        assert [near.label for near in written.verdict.nearest] == [near.label for near in defect.verdict.nearest]
+
+
+def test_page_whose_defects_the_head_calls_defect_free_is_defect_free() -> None:
+    verdicts = [make_verdict("defect-free"), make_verdict("defect-free")]
+    assert review_record.to_record(make_review(2, verdicts=verdicts)).pages[0].verdict == "defect-free"
+    mixed = [make_verdict("defect-free"), make_verdict("unknown")]
+    assert review_record.to_record(make_review(2, verdicts=mixed)).pages[0].verdict == "defects"
+
+
+def test_class_codes_come_from_the_table_and_unlisted_labels_have_none() -> None:
+    verdicts = [*(make_verdict(kind) for kind in KINDS), make_verdict("known", "bridge")]
+    record = review_record.to_record(make_review(5, verdicts=verdicts), {"particle": 7, "defect-free": 0}, 99, 98)
+    assert [d.verdict.class_code for d in record.pages[0].defects] == [7, 99, 98, 0, None]
+    bare = review_record.to_record(make_review(5, verdicts=verdicts))
+    assert {d.verdict.class_code for d in bare.pages[0].defects} == {None}
+
+
+def test_floats_have_six_significant_digits() -> None:
+    record = review_record.to_record(changed_defect(make_review(1), area_nm2=1234567.891, peak_score=0.123456789))
+    (defect,) = record.pages[0].defects
+    assert (defect.area_nm2, defect.peak_score) == (1234570.0, 0.123457)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_number_that_is_not_finite_is_never_written(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ImageError, match="makes no sense: peak_score"):
+        results.write(changed_defect(make_review(1), peak_score=value), results_dir=tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_confidence_just_above_one_by_rounding_is_one_and_far_above_is_refused() -> None:
+    def sure(confidence: float) -> Review:
+        return make_review(1, verdicts=[dataclasses.replace(make_verdict(), confidence=confidence)])
+
+    assert review_record.to_record(sure(1.0000001)).pages[0].defects[0].verdict.confidence == 1
+    with pytest.raises(ImageError, match="confidence"):
+        review_record.to_record(sure(1.01))
+
+
+def test_numpy_numbers_are_welcome() -> None:
+    box = tuple(np.int32(v) for v in (1, 2, 3, 4))
+    review = changed_defect(make_review(1), box_xyxy=box, area_px=np.int64(4), peak_score=np.float32(0.5))
+    assert review_record.to_record(review).pages[0].defects[0].box_xyxy == (1, 2, 3, 4)
+
+
+# --- the schema ----------------------------------------------------------------------------------------------------
+
+
+def test_published_schema_is_the_models_own() -> None:
+    assert review_record.SCHEMA_PATH.read_text() == review_record.schema_text(), review_record.schema_text.__doc__
+
+
+def test_written_results_satisfy_the_published_schema_and_additions_do_not(tmp_path: Path) -> None:
+    schema = json.loads(review_record.SCHEMA_PATH.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    verdicts = [make_verdict(kind) for kind in KINDS]
+    for n in (0, 4):
+        path = results.write(make_review(n, verdicts=verdicts, pixel_nm=None), results_dir=tmp_path).json
+        written = json.loads(path.read_text())
+        validator.validate(written)
+        assert not validator.is_valid(written | {"extra": 1})
+
+
+# --- write and read ------------------------------------------------------------------------------------------------
+
+
+def test_result_lies_beside_its_lot_and_reads_back(tmp_path: Path) -> None:
+    review = make_review(2, n_pages=3, path="lot7/w1/a.tif")
+    paths = results.write(review, results_dir=tmp_path)
+    folder = "tool-a/lot7/w1"
+    assert names(tmp_path) == [
+        f"{folder}/a.tif.overlay.png",
+        f"{folder}/a.tif.p1.overlay.png",
+        f"{folder}/a.tif.p2.overlay.png",
+        f"{folder}/a.tif.review.json",
+    ]
+    assert results.read(paths.json) == review_record.to_record(review)
+    for path in paths.overlays:
+        assert cv2.imread(str(path)) is not None
+
+
+def test_image_at_the_top_of_the_drop_folder_has_a_place(tmp_path: Path) -> None:
+    assert results.write(make_review(0, path="a.tif"), results_dir=tmp_path).json == (
+        tmp_path / "tool-a" / "a.tif.review.json"
+    )
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    def content() -> dict[str, bytes]:
+        return {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+
+    results.write(make_review(2), results_dir=tmp_path)
+    before = content()
+    results.write(make_review(2), results_dir=tmp_path)
+    assert content() == before
+
+
+def test_second_opinion_on_the_same_content_replaces_the_first(tmp_path: Path) -> None:
+    results.write(make_review(1), results_dir=tmp_path)
+    path = results.write(dataclasses.replace(make_review(1), recipe_id="other"), results_dir=tmp_path).json
+    assert len(names(tmp_path)) == 2
+    assert results.read(path).recipe.id == "other"
+
+
+def test_result_of_other_content_is_kept_under_its_hash(tmp_path: Path) -> None:
+    old, new = "a" * 64, "b" * 64
+    results.write(make_review(1, n_pages=2, sha256=old), results_dir=tmp_path)
+    paths = results.write(make_review(1, sha256=new), results_dir=tmp_path)
+    folder = paths.json.parent
+    assert names(folder) == [
+        "a.tif.aaaaaaaa.overlay.png",
+        "a.tif.aaaaaaaa.p1.overlay.png",
+        "a.tif.aaaaaaaa.review.json",
+        "a.tif.overlay.png",
+        "a.tif.review.json",
+    ]
+    assert results.read(folder / "a.tif.aaaaaaaa.review.json").sha256 == old
+    assert results.read(paths.json).sha256 == new
+
+
+def test_overlays_of_a_neighbour_with_a_like_name_stay(tmp_path: Path) -> None:
+    results.write(make_review(1, path="a.tif.tif"), results_dir=tmp_path)
+    results.write(make_review(1, path="a.tif", sha256="a" * 64), results_dir=tmp_path)
+    results.write(make_review(1, path="a.tif", sha256="b" * 64), results_dir=tmp_path)
+    assert "tool-a/a.tif.tif.overlay.png" in names(tmp_path)
+
+
+def test_broken_old_result_is_kept_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = results.write(make_review(1), results_dir=tmp_path).json
+    path.write_text("{")
+    with caplog.at_level(logging.WARNING):
+        results.write(make_review(1), results_dir=tmp_path)
+    assert "kept under another name" in caplog.text
+    assert len(names(tmp_path)) == 4
+    assert results.read(path).source == "tool-a"
+
+
+CRASHING_WRITER = """
+import os, sys
+from pathlib import Path
+from factories import make_review
+from semwatch.store import results
+n_left = int(sys.argv[2])
+def die_at_rename(event, args):
+    global n_left
+    if event == "os.rename":
+        n_left -= 1
+        if n_left == 0:
+            os._exit(9)
+sys.addaudithook(die_at_rename)
+results.write(make_review(1, n_pages=2, sha256="b" * 64), results_dir=Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_death_before_any_rename_leaves_whole_results_and_the_replay_mends_all(tmp_path: Path, step: int) -> None:
+    old = results.write(make_review(1, n_pages=2, sha256="a" * 64), results_dir=tmp_path).json
+    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'daemon'}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", CRASHING_WRITER, str(tmp_path), str(step)]
+    died = subprocess.run(command, env=environ, timeout=60, check=False)
+    assert died.returncode == (9 if step <= 6 else 0)  # 2 old overlays, old JSON, 2 overlays, JSON
+    assert old.exists() == (step <= 3 or step == 7)
+    if step <= 3:
+        assert results.read(old).sha256 == "a" * 64
+    results.write(make_review(1, n_pages=2, sha256="b" * 64), results_dir=tmp_path)
+    assert names(old.parent) == [
+        f"a.tif{tag}{suffix}"
+        for tag in (".aaaaaaaa", "")
+        for suffix in (".overlay.png", ".p1.overlay.png", ".review.json")
+    ]
+    assert results.read(old).sha256 == "b" * 64
+    assert results.read(old.with_name("a.tif.aaaaaaaa.review.json")).sha256 == "a" * 64
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, 4096])
+def test_full_disk_is_a_service_away_and_leaves_nothing_half_written(tmp_path: Path, n_bytes: int) -> None:
+    with disk_that_ends_at(n_bytes), pytest.raises(ServiceUnavailable, match=r"cannot write .*a\.tif\.review\.json"):
+        results.write(make_review(1), results_dir=tmp_path)
+    assert names(tmp_path) == []
+    results.write(make_review(1), results_dir=tmp_path)
+    assert len(names(tmp_path)) == 2
+
+
+def test_place_that_is_no_folder_is_a_service_away(tmp_path: Path) -> None:
+    (tmp_path / "tool-a").write_text("a file")
+    with pytest.raises(ServiceUnavailable, match="cannot write"):
+        results.write(make_review(0), results_dir=tmp_path)
+
+
+BAD_PATHS = ["", ".", "/etc/a.tif", "../a.tif", "lot/../../a.tif", "a/..", "a\0.tif"]
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
+def test_path_that_leads_elsewhere_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ImageError, match="no relative path"):
+        results.write(make_review(0, path=path), results_dir=tmp_path / "results")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("source", ["", ".", "..", "a/b", "/a"])
+def test_source_that_leads_elsewhere_is_refused(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ImageError, match="no relative path"):
+        results.write(make_review(0, source=source), results_dir=tmp_path / "results")
+    assert names(tmp_path) == []
+
+
+def test_link_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "results"
+    outside.mkdir()
+    inside.mkdir()
+    (inside / "tool-a").symlink_to(outside)
+    with pytest.raises(ImageError, match="leads out"):
+        results.write(make_review(0), results_dir=inside)
+    assert names(outside) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".tif", "ä" * 120 + ".tif", "日" * 80 + ".tif"])
+def test_long_names_are_shortened_and_stay_apart(tmp_path: Path, name: str) -> None:
+    first = results.write(make_review(1, n_pages=2, path=name), results_dir=tmp_path).json
+    other = results.write(make_review(1, path=f"y{name[1:]}"), results_dir=tmp_path).json
+    assert first != other
+    assert results.read(first).path == name
+    assert len(list(results.iter_lot(first.parent))) == 2
+    results.write(make_review(1, path=name, sha256="b" * 64), results_dir=tmp_path)
+    assert len(list(results.iter_lot(first.parent))) == 2
+
+
+def test_very_deep_folders_have_a_place(tmp_path: Path) -> None:
+    paths = [f"{top}/{'/'.join(['d' * 200] * 19)}/a.tif" for top in "ab"]
+    first, other = (results.write(make_review(0, path=path), results_dir=tmp_path).json for path in paths)
+    assert first != other
+    assert results.read(first).path == paths[0]
+
+
+def test_name_that_is_not_utf8_is_spelled_out(tmp_path: Path) -> None:
+    path = results.write(make_review(0, path=os.fsdecode(b"l\xff/a\xe4.tif")), results_dir=tmp_path).json
+    assert results.read(path).path == "l\\xff/a\\xe4.tif"
+    assert len(list(results.iter_lot(path.parent))) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 2}', "\0" * 100])
+def test_foreign_or_broken_file_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.review.json"
+    path.write_text(text)
+    with pytest.raises(ImageError, match=r"a\.review\.json is not a whole result of schema version 1"):
+        results.read(path)
+
+
+def test_result_cut_at_any_of_many_bytes_is_refused(tmp_path: Path) -> None:
+    path = results.write(make_review(1), results_dir=tmp_path).json
+    whole = path.read_bytes().rstrip()
+    for size in range(0, len(whole), 37):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ImageError):
+            results.read(path)
+
+
+def test_missing_result_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="there is no result"):
+        results.read(tmp_path / "none")
+
+
+def test_reason_says_why_and_what_to_do(tmp_path: Path) -> None:
+    path = results.write_reason(
+        results_dir=tmp_path,
+        source="tool-a",
+        path="lot/a.tif",
+        sha256="a" * 64,
+        reason="not a TIFF: \udcff",
+        attempts=3,
+        size=17,
+        quarantined_utc="2025-03-01T12:00:00Z",
+    )
+    assert path == tmp_path / "tool-a" / "lot" / "a.tif.reason.json"
+    reason = json.loads(path.read_text())
+    assert (reason["reason"], reason["attempts"], reason["size"]) == ("not a TIFF: \\xff", 3, 17)
+    assert "requeue" in reason["what_to_do"]
+
+
+# --- a later head judges again -------------------------------------------------------------------------------------
+
+T1 = "2025-03-02T12:00:00Z"
+
+
+def said(kind: VerdictKind = "novel", label: str | None = "novel-1") -> review_record.VerdictRecord:
+    return review_record.verdict_record(Verdict(kind, label, 0.9, ()), 7)
+
+
+def unknown_result(folder: Path, n_defects: int = 2, **options: Any) -> Path:
+    review = make_review(n_defects, verdicts=[make_verdict("unknown")], **options)
+    return results.write(review, results_dir=folder).json
+
+
+def test_revising_nothing_changes_nothing(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    before = names(tmp_path), path.read_bytes()
+    same = {(0, 1): less_sure(path)}
+    for verdicts in ({}, same):
+        assert results.revise(path, verdicts, head_version=4, utc=T1) is None
+    assert (names(tmp_path), path.read_bytes()) == before
+
+
+def less_sure(path: Path) -> review_record.VerdictRecord:
+    """The standing verdict with another confidence: same kind, same label."""
+    return results.read(path).pages[0].defects[0].verdict.model_copy(update={"confidence": 0.01})
+
+
+def test_revision_replaces_what_it_is_given_and_keeps_the_one_before(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    before, first = path.read_bytes(), results.read(path)
+    revised = results.revise(path, {(0, 2): said()}, head_version=4, utc=T1)
+    assert revised == results.read(path)
+    assert (revised.revision, revised.revised_utc, revised.reviewed_utc) == (2, T1, first.reviewed_utc)
+    assert revised.model_versions == {"detector": 1, "encoder": 1, "head": 4}
+    assert revised.pages[0].defects == (
+        first.pages[0].defects[0],
+        first.pages[0].defects[1].model_copy(update={"verdict": said()}),
+    )
+    assert path.with_name("a.tif.r1.review.json").read_bytes() == before
+    validator = jsonschema.Draft202012Validator(json.loads(review_record.SCHEMA_PATH.read_text()))
+    validator.validate(json.loads(path.read_text()))
+
+
+def test_page_verdict_follows_its_defects(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path, n_pages=2)
+    clean = said("defect-free", "defect-free")
+    revised = results.revise(path, {(0, 1): clean, (0, 2): clean, (1, 1): clean}, head_version=4, utc=T1)
+    assert revised is not None
+    assert [page.verdict for page in revised.pages] == ["defect-free", "defects"]
+
+
+@pytest.mark.parametrize("head", [1, 3])
+def test_head_that_judged_already_or_an_earlier_one_changes_nothing(tmp_path: Path, head: int) -> None:
+    path = unknown_result(tmp_path)
+    assert results.revise(path, {(0, 1): said()}, head_version=head, utc=T1) is None
+    assert results.read(path).revision == 1
+
+
+def test_revisions_count_on_and_all_of_them_are_kept(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    for head, label in ((4, "novel-1"), (5, "novel-2"), (6, "residue")):
+        results.revise(path, {(0, 1): said(label=label)}, head_version=head, utc=T1)
+    kept = [results.read(results.revision_path(path, revision)) for revision in (1, 2, 3)]
+    assert [record.revision for record in [*kept, results.read(path)]] == [1, 2, 3, 4]
+    assert [record.pages[0].defects[0].verdict.label for record in kept] == [None, "novel-1", "novel-2"]
+
+
+def test_defect_that_the_result_does_not_have_is_refused(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    with pytest.raises(ImageError, match="no defect 3 on page 0"):
+        results.revise(path, {(0, 3): said()}, head_version=4, utc=T1)
+
+
+def test_kept_revision_of_other_bytes_is_never_overwritten(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    kept = results.revision_path(path, 1)
+    kept.write_text("mine")
+    with pytest.raises(ImageError, match=r"a\.tif\.r1\.review\.json is not revision 1"):
+        results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    assert (kept.read_text(), results.read(path).revision) == ("mine", 1)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, 4096])
+def test_full_disk_leaves_the_revision_before_in_its_place(tmp_path: Path, n_bytes: int) -> None:
+    path = unknown_result(tmp_path, n_defects=9)  # more than 4096 bytes
+    before = path.read_bytes()
+    with disk_that_ends_at(n_bytes), pytest.raises(ServiceUnavailable, match="cannot write"):
+        results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    assert path.read_bytes() == before
+    assert results.revise(path, {(0, 1): said()}, head_version=4, utc=T1) is not None
+    assert results.revision_path(path, 1).read_bytes() == before
+
+
+def test_result_written_before_there_were_revisions_reads_and_is_revised(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    old = json.loads(path.read_text())
+    del old["revision"], old["revised_utc"]
+    path.write_text(json.dumps(old))
+    assert (results.read(path).revision, results.read(path).revised_utc) == (1, None)
+    assert results.revise(path, {(0, 1): said()}, head_version=4, utc=T1) is not None
+    assert json.loads(results.revision_path(path, 1).read_text()) == old
+
+
+def test_review_anew_counts_on_and_overwrites_no_kept_revision(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    before = results.revision_path(path, 1).read_bytes()
+    for _ in range(2):  # a replay gives the same
+        unknown_result(tmp_path)
+        assert results.read(path).revision == 2
+    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    assert results.read(path).revision == 3
+    assert results.revision_path(path, 1).read_bytes() == before
+
+
+def test_kept_revisions_go_with_their_content_when_other_content_takes_the_name(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path, sha256="a" * 64)
+    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    unknown_result(tmp_path, sha256="b" * 64)
+    found = [name.name for name in path.parent.iterdir() if name.name.endswith("review.json")]
+    assert sorted(found) == ["a.tif.aaaaaaaa.r1.review.json", "a.tif.aaaaaaaa.review.json", "a.tif.review.json"]
+    assert results.read(path).revision == 1
+
+
+def test_lot_shows_the_latest_revision_alone(tmp_path: Path) -> None:
+    path = unknown_result(tmp_path)
+    results.write(make_review(0, path="lot7/wafer01/b.tif"), results_dir=tmp_path)
+    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
+    table = rows(results.write_lot_csv(path.parent))
+    assert [(row["path"][-5:], row["label"], row["revision"]) for row in table] == [
+        ("a.tif", "novel-1", "2"),
+        ("a.tif", "", "2"),
+        ("b.tif", "", "1"),
+    ]
+    assert list(table[0])[-1] == "revision"
+
+
+def test_place_of_a_result_is_found_from_the_path_as_it_is_spelled_out(tmp_path: Path) -> None:
+    name = os.fsdecode(b"l\xff/" + b"x" * 250 + b".tif")
+    path = results.write(make_review(0, path=name), results_dir=tmp_path).json
+    for spelling in (name, review_record.printable(name)):
+        assert results.review_path(tmp_path, "tool-a", spelling) == path
+    with pytest.raises(ImageError, match="no relative path"):
+        results.review_path(tmp_path, "tool-a", "../a.tif")
+
+
+# --- a lot ---------------------------------------------------------------------------------------------------------
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_empty_lot_is_a_header(tmp_path: Path) -> None:
+    assert list(results.iter_lot(tmp_path / "none")) == []
+    assert results.write_lot_csv(tmp_path).read_text().splitlines() == [",".join(results.LOT_COLUMNS)]
+
+
+def test_lot_has_a_row_for_each_defect_and_for_each_clean_image_in_order(tmp_path: Path) -> None:
+    verdicts = [make_verdict("known", 'a "b", c\nd'), make_verdict("unknown")]
+    for name, n in (("c.tif", 0), ("a.tif", 2), ("b.tif", 1)):
+        paths = results.write(make_review(n, path=f"lot/{name}", verdicts=verdicts), results_dir=tmp_path)
+    table = rows(results.write_lot_csv(paths.json.parent))
+    said = [(row["path"], row["defect_id"], row["kind"], row["label"]) for row in table]
+    assert said == [
+        ("lot/a.tif", "1", "known", 'a "b", c\nd'),
+        ("lot/a.tif", "2", "unknown", ""),
+        ("lot/b.tif", "1", "known", 'a "b", c\nd'),
+        ("lot/c.tif", "", "", ""),
+    ]
+    assert [row["page_verdict"] for row in table] == ["defects"] * 3 + ["defect-free"]
+
+
+def test_defect_row_holds_the_record_s_numbers(tmp_path: Path) -> None:
+    paths = results.write(make_review(1), results_dir=tmp_path, class_codes={"particle": 7})
+    (row,) = rows(results.write_lot_csv(paths.json.parent))
+    (defect,) = results.read(paths.json).pages[0].defects
+    assert tuple(int(row[edge]) for edge in ("x0", "y0", "x1", "y1")) == defect.box_xyxy
+    assert (int(row["area_px"]), float(row["peak_score"])) == (defect.area_px, defect.peak_score)
+    assert (row["class_code"], row["nearest_1"], row["nearest_2"]) == ("7", "particle", "residue")
+    assert row["models"] == "detector=1 encoder=1 head=3"
+
+
+def test_lot_leaves_out_kept_and_broken_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    results.write(make_review(1, sha256="a" * 64), results_dir=tmp_path)
+    paths = results.write(make_review(1, sha256="b" * 64), results_dir=tmp_path)
+    (paths.json.parent / "x.tif.review.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert [record.sha256 for record in list(results.iter_lot(paths.json.parent))] == ["b" * 64]
+    assert "x.tif.review.json" in caplog.text
+
+
+def test_contact_sheet_of_nothing_and_of_missing_overlays_is_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    for overlays in ([], [tmp_path / "none.png", tmp_path / "empty.png"]):
+        results.contact_sheet(overlays, tmp_path / "sheet.png", columns=1, tile_px=40)
+        picture = cv2.imread(str(tmp_path / "sheet.png"))
+        assert picture is not None
+        assert picture.shape == (40 * max(1, len(overlays)), 40, 3)
+
+
+def test_contact_sheet_shows_overlays_row_by_row(tmp_path: Path) -> None:
+    paths = results.write(make_review(1, n_pages=3), results_dir=tmp_path)
+    results.contact_sheet(paths.overlays, tmp_path / "sheet.png", columns=2, tile_px=100)
+    picture = cv2.imread(str(tmp_path / "sheet.png"))
+    assert picture is not None
+    assert picture.shape == (200, 200, 3)
+    assert [picture[y : y + 100, x : x + 100].std() > 10 for y in (0, 100) for x in (0, 100)] == [True] * 3 + [False]

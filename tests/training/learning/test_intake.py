@@ -1,0 +1,312 @@
+"""What a cycle learns from: records held and given back, sorted out, embedded again."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+
+from learning_site import Lab, add_raw, make_lab, unknown
+from semwatch.classes.archive import Archive
+from semwatch.errors import ServiceUnavailable
+from semwatch.models.inference import Embedded
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.records import Fields, Record, encode
+from semwatch.streams.unknowns import connect
+from semwatch_training.learning import intake
+from semwatch_training.learning.intake import Fate, Held, Sorted, fault_of, features_of, sort_out
+
+NOW = "2026-03-01T00:00:00Z"
+RECENT = "2026-02-20T00:00:00Z"
+
+
+def quiet(*_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
+    server.start()
+    with connect(server.url, timeout_s=1) as made:
+        made.flushall()
+        yield made
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny_repository: Path, client: redis.Redis, server: EmbeddedRedis) -> Lab:
+    return make_lab(tmp_path / "site", tiny_repository, client, server.url)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Iterator[Archive]:
+    with Archive(tmp_path / "unknowns.sqlite") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def models(tiny_repository: Path) -> Iterator[Embedded]:
+    with Embedded(tiny_repository, models=("encoder", "head")) as loaded:
+        yield loaded
+
+
+def record(i: int, **changes: Any) -> Record:
+    return unknown(i, 5, width=74, **{"created_utc": RECENT, **changes})
+
+
+def held(client: redis.Redis) -> Held:
+    return Held(intake.consumer(client, "semwatch"))
+
+
+# --- in our hands ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_waits_and_nothing_is_held(lab: Lab) -> None:
+    hands = held(lab.client)
+    assert hands.take(10, quiet) == []
+    hands.acknowledge([])
+    hands.acknowledge(["never heard of"])
+    hands.give_back()
+
+
+def test_no_more_is_taken_than_asked_for_and_what_is_not_acknowledged_goes_back(lab: Lab, monkeypatch) -> None:
+    monkeypatch.setattr(intake, "CLAIM", 3)
+    lab.add([record(i) for i in range(10)])
+    hands = held(lab.client)
+    taken = [r.id for r in hands.take(8, quiet)]
+    assert taken == [f"{i:032x}" for i in range(8)]
+    hands.acknowledge(taken[:5])
+    hands.give_back()
+    assert lab.claimable() == {f"{i:032x}": 1 for i in range(5, 10)}
+
+
+def test_record_in_two_entries_is_taken_once_and_both_entries_share_its_fate(lab: Lab) -> None:
+    for i in (1, 1, 2, 2, 3, 3):
+        add_raw(lab.client, encode(record(i)))
+    hands = held(lab.client)
+    one, two, three = (r.id for r in hands.take(10, quiet))
+    hands.acknowledge([one])
+    hands.put_aside(two, "looks like a coffee stain")
+    hands.give_back()
+    assert lab.n_waiting() == 2
+    assert lab.claimable() == {three: 1}
+    assert lab.dead_reasons() == {two: "looks like a coffee stain"}
+
+
+def test_what_a_dead_learner_held_comes_again_under_its_name(lab: Lab) -> None:
+    lab.add([record(i) for i in range(4)])
+    assert len(held(lab.client).take(3, quiet)) == 3
+    assert len(lab.claimable()) == 1
+    hands = held(lab.client)
+    assert len(hands.take(10, quiet)) == 4
+    assert sorted(items[0].n_deliveries for items in hands.claims.values()) == [1, 2, 2, 2]
+
+
+def test_acknowledgement_is_tried_a_few_times_and_no_more(lab: Lab, server: EmbeddedRedis, monkeypatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(intake.time, "sleep", pauses.append)
+    lab.add([record(1)])
+    hands = held(lab.client)
+    (taken,) = hands.take(1, quiet)
+    server.stop()
+    with pytest.raises(ServiceUnavailable, match="Redis is away"):
+        hands.acknowledge([taken.id])
+    assert [pause for pause in pauses if pause >= 1] == [1, 2, 3, 4]
+    hands.give_back()  # no error: it comes free by itself
+    server.start()
+    assert lab.n_waiting() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"page": 10**30}, "out of all bounds"),
+        ({"defect_id": -(2**40)}, "out of all bounds"),
+        ({"area_px": -1}, "out of all bounds"),
+        ({"box_xyxy": [0, 0, 2**31, 1]}, "out of all bounds"),
+        ({"path": "\ud800"}, "not Unicode"),
+        ({"source": "a\udfff"}, "not Unicode"),
+    ],
+)
+def test_record_that_no_archive_could_keep_is_damaged(changes: dict[str, Any], fault: str) -> None:
+    fields: Fields = encode(record(1))
+    fields[b"meta"] = json.dumps({**json.loads(fields[b"meta"]), **changes}).encode()
+    with pytest.raises(ValueError, match=fault):
+        intake.decoded(fields)
+
+
+def test_sound_record_is_read_as_it_is() -> None:
+    found = intake.decoded(encode(record(1, path="Größe/µ.tif", area_px=0)))
+    assert (found.id, found.path, found.area_px) == (record(1).id, "Größe/µ.tif", 0)
+
+
+# --- sorted out ------------------------------------------------------------------------------------------------------
+
+
+def sorted_out(found: Sequence[Record], archive: Archive, fates: Mapping[str, Fate] | None = None) -> Sorted:
+    return sort_out(
+        found,
+        archive,
+        fates=fates or {},
+        fault=lambda r: "no features" if r.field_short_px is None else None,
+        forget_days=30,
+        now_utc=NOW,
+    )
+
+
+def test_nothing_is_sorted_into_nothing(archive: Archive) -> None:
+    found = sorted_out([], archive)
+    assert (found.fresh, found.done, found.unfit, found.n_duplicates) == ((), (), {}, 0)
+
+
+def test_fresh_records_are_kept_and_come_oldest_first(archive: Archive) -> None:
+    records = [record(i, created_utc=f"2026-02-{20 - i:02}T00:00:00Z") for i in range(5)]
+    found = sorted_out(records, archive)
+    assert [r.id for r in found.fresh] == [r.id for r in records[::-1]]
+    assert (found.done, archive.counts()["waiting"]) == ((), 5)
+
+
+def test_what_an_earlier_cycle_settled_is_done_and_its_note_stays(archive: Archive) -> None:
+    archive.add([record(1), record(2)], now_utc=NOW)
+    archive.settle([record(1).id], "learned", "pit, head 4", now_utc=RECENT)
+    found = sorted_out([record(1), record(2)], archive, {record(1).id: ("rejected", "novel-9")})
+    assert (found.done, [r.id for r in found.fresh]) == ((record(1).id,), [record(2).id])
+    assert archive.note_of([record(1).id]) == {record(1).id: "pit, head 4"}
+
+
+def test_fates_are_written_down(archive: Archive) -> None:
+    fates: dict[str, Fate] = {record(1).id: ("learned", "pit, head 4"), record(2).id: ("rejected", "novel-9")}
+    found = sorted_out([record(i) for i in range(4)], archive, fates)
+    assert set(found.done) == set(fates)
+    assert archive.state_of(found.done) == {id_: state for id_, (state, _) in fates.items()}
+    assert archive.note_of(found.done) == {id_: note for id_, (_, note) in fates.items()}
+
+
+def test_same_place_of_the_same_file_and_the_same_pixels_are_duplicates_of_the_oldest(archive: Archive) -> None:
+    first = record(1, created_utc="2026-02-01T00:00:00Z")
+    other_recipe = replace(record(2), sha256=first.sha256, recipe_id="1" * 16)
+    copied = replace(record(3), crop=first.crop, soft_mask=first.soft_mask)
+    found = sorted_out([copied, other_recipe, first], archive)
+    assert [r.id for r in found.fresh] == [first.id]
+    assert (set(found.done), found.n_duplicates) == ({other_recipe.id, copied.id}, 2)
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [{"page": 1}, {"box_xyxy": (0, 0, 9, 9)}, {"source": "sem-2"}],
+    ids=["page", "place", "tool"],
+)
+def test_another_page_place_or_tool_is_no_duplicate(archive: Archive, differs: dict[str, Any]) -> None:
+    other = record(2, sha256=record(1).sha256, **differs)
+    assert len(sorted_out([record(1), other], archive).fresh) == 2
+
+
+def test_same_pixels_under_another_mask_are_another_defect(archive: Archive) -> None:
+    assert len(sorted_out([record(1), record(2, crop=record(1).crop)], archive).fresh) == 2
+
+
+def test_repetition_of_what_was_learned_is_a_duplicate(archive: Archive) -> None:
+    again = record(2, crop=record(1).crop, soft_mask=record(1).soft_mask)
+    found = sorted_out([record(1), again], archive, {record(1).id: ("learned", "pit, head 4")})
+    assert (found.fresh, found.n_duplicates) == ((), 1)
+
+
+@pytest.mark.parametrize("why", ["too old", "unfit"])
+def test_what_is_dropped_takes_no_younger_repetition_with_it(archive: Archive, why: str) -> None:
+    dropped = record(1, created_utc="2025-01-01T00:00:00Z" if why == "too old" else "2026-02-01T00:00:00Z")
+    dropped = dropped if why == "too old" else replace(dropped, field_short_px=None)
+    again = record(2, crop=dropped.crop, soft_mask=dropped.soft_mask)
+    found = sorted_out([dropped, again], archive)
+    assert [r.id for r in found.fresh] == [again.id]
+    assert (found.done, dict(found.unfit)) == (
+        ((dropped.id,), {}) if why == "too old" else ((), {dropped.id: "no features"})
+    )
+
+
+def test_what_has_waited_too_long_is_forgotten_but_not_a_second_sooner(archive: Archive) -> None:
+    old, just = record(1, created_utc="2026-01-29T23:59:59Z"), record(2, created_utc="2026-01-30T00:00:00Z")
+    found = sorted_out([old, just], archive)
+    assert ([r.id for r in found.fresh], found.done) == ([just.id], (old.id,))
+    assert archive.state_of([old.id]) == {old.id: "forgotten"}
+
+
+def test_fault_of_what_is_done_already_is_nobodys_concern(archive: Archive) -> None:
+    spoilt = record(1, field_short_px=None)
+    found = sorted_out([spoilt], archive, {spoilt.id: ("learned", "pit, head 4")})
+    assert (found.done, dict(found.unfit)) == ((spoilt.id,), {})
+
+
+# --- embedded --------------------------------------------------------------------------------------------------------
+
+FOREIGN = {"encoder": 7}
+
+
+def test_features_of_nothing_have_the_encoders_width(models: Embedded) -> None:
+    assert features_of([], models, quiet).shape == (0, 74)
+
+
+def test_features_of_this_encoder_are_taken_as_they_are(models: Embedded) -> None:
+    assert fault_of(record(1), models) is None
+    np.testing.assert_array_equal(features_of([record(1)], models, quiet), record(1).features[None])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_versions": FOREIGN},
+        {"model_versions": {}},
+        {"features": np.zeros(3, np.float32)},
+        {"features": np.zeros(0, np.float32)},
+        {"features": np.full(74, 1e30, np.float32)},
+    ],
+    ids=["another encoder", "no encoder", "another width", "none", "beyond half precision"],
+)
+def test_features_that_mean_nothing_here_are_made_again_from_the_crop(models: Embedded, changes) -> None:
+    found = [record(1), record(2, **changes), record(3)]
+    assert [fault_of(r, models) for r in found] == [None] * 3
+    made = features_of(found, models, quiet)
+    asked = {
+        "crop": found[1].crop[None],
+        "soft_mask": found[1].soft_mask[None],
+        "size": np.log2(np.array([[56, 300**0.5]]) / 200).astype(np.float32),
+    }
+    np.testing.assert_allclose(made[1], models.infer("encoder", asked).outputs["features"][0], rtol=1e-6)
+    np.testing.assert_array_equal(made[[0, 2]], [found[0].features, found[2].features])
+
+
+def test_many_crops_are_embedded_in_batches_as_one_would_be(models: Embedded) -> None:
+    found = [record(i, model_versions=FOREIGN) for i in range(intake.EMBED_BATCH + 3)]
+    told: list[tuple[int, int]] = []
+    made = features_of(found, models, lambda _, done, total: told.append((done, total)))
+    assert told == [(16, 19), (19, 19)]
+    np.testing.assert_allclose(made[17], features_of(found[17:18], models, quiet)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"field_short_px": None}, "it does not say how large its field was"),
+        ({"crop": np.zeros((40, 40), np.uint8)}, r"\(40, 40\) and \(4, 4\), not \(56, 56\) and \(4, 4\)"),
+        ({"soft_mask": np.zeros((16, 16), np.float32)}, r"\(56, 56\) and \(16, 16\)"),
+    ],
+)
+def test_crop_that_cannot_be_embedded_is_a_fault_that_says_why(models: Embedded, changes, why: str) -> None:
+    spoilt = record(1, model_versions=FOREIGN, **changes)
+    assert re.search(f"no features of encoder 1, and .*{why}.*: review its image again", fault_of(spoilt, models) or "")
+    assert fault_of(record(1, **changes), models) is None  # its own features are enough
+
+
+@pytest.mark.parametrize("xyxy", [(30, 30, 30, 30), (30, 30, 10, 10)])
+def test_crop_without_a_size_is_embedded_all_the_same(models: Embedded, xyxy: tuple[int, int, int, int]) -> None:
+    flat = record(1, model_versions=FOREIGN, crop_xyxy=xyxy, area_px=0)
+    assert fault_of(flat, models) is None
+    assert np.isfinite(features_of([flat], models, quiet)).all()

@@ -1,1 +1,0 @@
-"""Stage A: detectors, how each is trained or fitted."""

@@ -1,0 +1,154 @@
+"""How far a converted network, or its engine on a GPU, is from the fp32 network it was made from.
+
+Each difference is the largest one, relative to the output's largest value. A converted network is judged twice: as ONNX
+Runtime runs it on the processor, and with every low-precision tensor rounded on its own. The runtime alone would
+flatter: without kernels of that type it computes whole stretches in fp32. A GPU lies between the two.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from semwatch.defects import Micrograph
+from semwatch.errors import PublishError
+from semwatch.intake import decoding
+from semwatch.line.detection import resize
+from semwatch.line.pipeline import search
+from semwatch.models.inference import Embedded
+from semwatch.models.model_repository import Arrays, Meta
+from semwatch.settings.recipe import Recipe
+from semwatch.triton.plans import Difference
+from semwatch_training.data.datasets import folder_images
+from semwatch_training.synthetic import lot_images
+
+BATCH = 4
+"""Samples asked at once."""
+
+
+def judge(source: ModelProto, converted: Mapping[str, ModelProto], inputs: Mapping[str, Arrays]) -> list[Difference]:
+    """Compare networks of one signature with the one they were made from.
+
+    Args:
+        source: the fp32 network.
+        converted: by the way of judging them, see ``Difference``.
+        inputs: "noise" or "images" -> arrays by input name; an empty batch is left out.
+    """
+    original = _session(source)
+    sessions = {way: _session(model) for way, model in converted.items()}
+    found = []
+    for kind, arrays in inputs.items():
+        n = len(next(iter(arrays.values())))
+        if n == 0:
+            continue
+        expected = _run(original, arrays)
+        for way, session in sessions.items():
+            relative = differences(expected, _run(session, arrays))
+            found.append(Difference.model_validate({"inputs": kind, "way": way, "samples": n, "relative": relative}))
+    return found
+
+
+def differences(expected: Arrays, given: Arrays) -> dict[str, float]:
+    """Largest difference by output, relative to the largest expected value; infinite where one is not a number."""
+    worst = {}
+    for name, values in expected.items():
+        off = float(np.abs(given[name] - values).max()) / max(float(np.abs(values).max()), 1e-12)
+        worst[name] = off if np.isfinite(off) else float("inf")
+    return worst
+
+
+def looked_at(
+    repository: Path, side: int, versions: Mapping[str, int], pages: list[Micrograph]
+) -> dict[str, Arrays]:  # fmt: skip
+    """What the models are fed with when they review these pages: fields, crops of candidates, features.
+
+    The first candidate of each page is cropped; ``side`` is the detector's, in pixels.
+    """
+    inputs: dict[str, Arrays] = {"detector": {"image": np.stack([resize(p.field, (side, side)) for p in pages])}}
+    recipe = Recipe()
+    recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})
+    with Embedded(repository, models=("detector", "encoder"), pins=dict(versions)) as models:
+        candidates = [c for page in pages for c in search(page, recipe, models).candidates[:1]]
+        crops: Arrays = {
+            "crop": np.stack([c.crop for c in candidates]),
+            "soft_mask": np.stack([c.soft_mask for c in candidates]),
+            "size": np.stack([c.size for c in candidates]),
+        }
+        features = [models.infer("encoder", part).outputs["features"] for part in _batches(crops)]
+    return {**inputs, "encoder": crops, "head": {"features": np.concatenate(features)}}
+
+
+def read_pages(folder: Path | None, n: int) -> list[Micrograph]:
+    """First pages of up to n images spread over a folder; of a synthetic lot without one."""
+    if folder is not None:
+        paths = folder_images(folder)
+        return [decoding.read(path)[0] for path in paths[:: max(1, len(paths) // n)][:n]]
+    with tempfile.TemporaryDirectory() as written:
+        pages = []
+        for image in lot_images(n=n, seed=23, size_hw=(512, 512)):
+            path = Path(written) / image.name
+            path.write_bytes(image.content)
+            pages.append(decoding.read(path)[0])
+    return pages
+
+
+def run_plan(toolkit: ModuleType, plan: bytes, meta: Meta, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+    """Answers of an engine to a batch, on the GPU of this machine.
+
+    Raises:
+        PublishError: the GPU or this TensorRT cannot run the plan.
+    """
+    trt: Any = toolkit
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise PublishError("TensorRT on this machine's GPU cannot read the plan that it was made for")
+    context, stream = engine.create_execution_context(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    n = len(next(iter(inputs.values())))
+    tensors = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
+    outputs = {name: torch.empty((n, *tensor.shape), device="cuda") for name, tensor in meta.outputs.items()}
+    for name, tensor in tensors.items():
+        context.set_input_shape(name, tuple(tensor.shape))
+    for name, tensor in {**tensors, **outputs}.items():
+        context.set_tensor_address(name, tensor.data_ptr())
+    torch.cuda.synchronize()
+    if not context.execute_async_v3(stream.cuda_stream):
+        raise PublishError("TensorRT could not run the plan on this machine's GPU")
+    stream.synchronize()
+    return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+
+
+def gpu_difference(toolkit: ModuleType, plan: bytes, meta: Meta, source: ModelProto, inputs: Arrays) -> Difference:
+    """Compare a plan on this machine's GPU with its fp32 network on the processor, over images."""
+    expected = _run(_session(source), inputs)
+    given = _joined([run_plan(toolkit, plan, meta, part) for part in _batches(inputs)])
+    n = len(next(iter(inputs.values())))
+    return Difference(inputs="images", way="gpu", samples=n, relative=differences(expected, given))
+
+
+def _session(model: ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    # As written: the optimizer takes the pair of casts away that a rounding is made of.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: ort.InferenceSession, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+    names = [tensor.name for tensor in session.get_outputs()]
+    return _joined([dict(zip(names, session.run(names, part), strict=True)) for part in _batches(inputs)])
+
+
+def _batches(inputs: Arrays) -> list[dict[str, NDArray[Any]]]:
+    n = len(next(iter(inputs.values())))
+    return [{name: array[i : i + BATCH] for name, array in inputs.items()} for i in range(0, n, BATCH)]
+
+
+def _joined(parts: list[dict[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,220 @@
+"""Torch to the model repository: ONNX with normalisation inside, parity checked before anything is published."""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from semwatch.errors import PublishError
+from semwatch.models import head_bank, model_repository
+from semwatch.models.head_bank import Bank
+from semwatch.models.model_repository import Arrays, Meta, Tensor
+from semwatch.system.clock import utc_now
+from semwatch_training.discovery.head import Head
+from semwatch_training.families.memory.memory_detector import MemoryForm, MemoryGraph
+from semwatch_training.families.ni import folding
+from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph
+from semwatch_training.families.smg_vit.smg_vit import EncoderGraph
+
+OPSET = 20
+MAX_RELATIVE_DIFFERENCE = 1e-3
+N_PROBE = 16
+"""Crops whose answers travel with a head, to be asked again at every load."""
+
+Provenance = Mapping[str, str | float | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Largest difference between ONNX Runtime and torch, relative to the largest torch value, by output."""
+
+    relative: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The worst output's difference."""
+        return max(self.relative.values())
+
+
+def publish_detector(
+    graph: DetectorGraph | MemoryGraph,
+    repository: Path,
+    *,
+    normal_scores: Sequence[float],
+    provenance: Provenance,
+) -> int:
+    """Export and publish a detector with the raw scores of its held-out normal images; returns the version."""
+    form: MemoryForm | DetectorForm
+    if isinstance(graph, MemoryGraph):
+        form, side = graph.form, graph.form.side
+    else:
+        form, side = graph.detector.form, graph.side
+    meta = Meta(
+        model="detector",
+        created_utc=utc_now(),
+        inputs={"image": Tensor(dtype="uint8", shape=(form.input_px, form.input_px))},
+        outputs={
+            "score_map": Tensor(dtype="float32", shape=(side, side)),
+            "raw_score": Tensor(dtype="float32", shape=()),
+        },
+        normal_scores=tuple(sorted(round(score, 7) for score in normal_scores)),
+        provenance={**flat(asdict(form)), **provenance},
+    )
+    exported = graph if isinstance(graph, MemoryGraph) else folding.folded(graph)
+    return _publish(exported.eval(), meta, repository)
+
+
+def publish_encoder(graph: EncoderGraph, repository: Path, *, provenance: Provenance) -> int:
+    """Export and publish an encoder; returns the version."""
+    form, trunk = graph.vit.form, graph.vit.trunk.shape
+    side = form.input_px // trunk.patch
+    meta = Meta(
+        model="encoder",
+        created_utc=utc_now(),
+        inputs={
+            "crop": Tensor(dtype="uint8", shape=(form.input_px, form.input_px)),
+            "soft_mask": Tensor(dtype="float32", shape=(side, side)),
+            "size": Tensor(dtype="float32", shape=(2,)),
+        },
+        outputs={"features": Tensor(dtype="float32", shape=(graph.width,))},
+        provenance={**flat(asdict(form)), "frozen_width": graph.frozen_width, **provenance},
+    )
+    return _publish(graph.eval(), meta, repository)
+
+
+def publish_head(
+    head: Head,
+    repository: Path,
+    *,
+    encoder_version: int,
+    provenance: Provenance,
+    codes: Mapping[str, int] = MappingProxyType({}),
+    bank: Bank | None = None,
+    golden: Bank | None = None,
+) -> int:
+    """Export and publish a head for the features of one encoder version; returns the version.
+
+    Args:
+        head: to publish.
+        repository: where to.
+        encoder_version: whose features it reads.
+        provenance: how it was made.
+        codes: fab codes of classes that people named.
+        bank: what it was fitted on; without it the head cannot learn more classes.
+        golden: what it and its successors are proven on.
+    """
+    encoder = model_repository.read_meta(repository, "encoder", encoder_version)
+    K = len(head.labels)
+    meta = Meta(
+        model="head",
+        created_utc=utc_now(),
+        inputs={"features": encoder.outputs["features"]},
+        outputs={"logits": Tensor(dtype="float32", shape=(K,)), "p_values": Tensor(dtype="float32", shape=(K,))},
+        labels=head.labels,
+        codes={label: code for label, code in codes.items() if label in head.labels},
+        encoder_sha256=encoder.weights_sha256,
+        provenance=provenance,
+    )
+    shown = golden if golden is not None and len(golden) else bank
+    probe = None if shown is None else {"features": shown.features[:: max(1, len(shown) // N_PROBE)][:N_PROBE]}
+    kept = {head_bank.BANK: bank, head_bank.GOLDEN: golden}
+    return _publish(head.eval(), meta, repository, probe=probe, banks={k: v for k, v in kept.items() if v is not None})
+
+
+def to_onnx(graph: nn.Module, meta: Meta, path: Path) -> None:
+    """Write an ONNX file with a dynamic batch axis and the signature's own names."""
+    example = tuple(torch.from_numpy(array) for array in random_inputs(meta, batch=2, seed=0).values())
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own insides; parity is what we go by
+        program = torch.onnx.export(
+            graph,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(meta.inputs),
+            output_names=list(meta.outputs),
+            dynamic_shapes=tuple({0: batch} for _ in example),
+            external_data=False,
+            verbose=False,
+        )
+    if program is None:
+        raise PublishError(f"torch gave no ONNX program for the {meta.model}")
+    program.save(str(path))
+
+
+def parity(graph: nn.Module, meta: Meta, path: Path, batches: Sequence[Arrays]) -> Parity:
+    """Compare an ONNX file with the module it was made from."""
+    options = ort.SessionOptions()
+    # Named, or ONNX Runtime would bind its threads to cores, which a hardened unit forbids.
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    worst = dict.fromkeys(meta.outputs, 0.0)
+    for inputs in batches:
+        values = session.run(list(meta.outputs), inputs)
+        for (name, expected), value in zip(_answers(graph, meta, inputs).items(), values, strict=True):
+            difference = np.abs(expected - value).max() / max(np.abs(expected).max(), 1e-12)
+            worst[name] = max(worst[name], float(difference))
+    return Parity(worst)
+
+
+def _answers(graph: nn.Module, meta: Meta, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+    """What the torch original says, by output."""
+    with torch.no_grad():
+        answer = graph(*(torch.from_numpy(inputs[name]) for name in meta.inputs))
+    outputs = answer if isinstance(answer, tuple) else (answer,)
+    return {name: output.numpy() for name, output in zip(meta.outputs, outputs, strict=True)}
+
+
+def random_inputs(meta: Meta, *, batch: int, seed: int) -> dict[str, NDArray[Any]]:
+    """Inputs of the right names, shapes and dtypes: uint8 noise, float32 in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (
+            rng.integers(0, 256, (batch, *tensor.shape), dtype=np.uint8)
+            if tensor.dtype == "uint8"
+            else rng.random((batch, *tensor.shape), dtype=np.float32)
+        )
+        for name, tensor in meta.inputs.items()
+    }
+
+
+def _publish(
+    graph: nn.Module,
+    meta: Meta,
+    repository: Path,
+    *,
+    probe: Arrays | None = None,
+    banks: Mapping[str, Bank] = MappingProxyType({}),
+) -> int:
+    """Publish with a probe: a few inputs, by default random ones, and what torch answers to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / model_repository.WEIGHTS
+        to_onnx(graph, meta, path)
+        # Another batch size than the one traced: a batch axis frozen by mistake shows here.
+        found = parity(graph, meta, path, [random_inputs(meta, batch=batch, seed=batch) for batch in (1, 3)])
+        if not found.worst < MAX_RELATIVE_DIFFERENCE:
+            raise PublishError(f"the exported {meta.model} differs from its torch original: {dict(found.relative)}")
+        beside = {name: Path(folder) / name for name in (model_repository.PROBE, *banks)}
+        inputs = probe if probe is not None else random_inputs(meta, batch=2, seed=0)
+        model_repository.write_probe(beside[model_repository.PROBE], inputs, _answers(graph, meta, inputs))
+        for name, bank in banks.items():
+            head_bank.write(bank, beside[name])
+        return model_repository.publish(repository, meta, path, beside=beside)
+
+
+def flat(form: Mapping[str, Any]) -> dict[str, str | float | int]:
+    """A form's fields as plain provenance values."""
+    return {key: value if isinstance(value, str | float | int) else str(value) for key, value in form.items()}

@@ -1,0 +1,47 @@
+"""Checkpoints and curves of a training run: written whole; a run is resumed only with the same settings."""
+
+import csv
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semwatch.errors import ConfigError
+from semwatch_training.system import weights_file
+
+
+def write(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write a run's state beside its settings, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save({**state, "settings": settings}, partial)
+    weights_file.place(partial, path)
+
+
+def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read what ``write`` wrote; None where there is nothing yet.
+
+    Raises:
+        ConfigError: it cannot be read, or belongs to a run with other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConfigError(f"{path} is no checkpoint that can be read; remove it") from error
+    if state.get("settings") != settings:
+        raise ConfigError(f"{path} was written by a run with other settings; remove it or give another --out")
+    return state
+
+
+def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Write a training curve as CSV, one row per entry."""
+    partial = path.with_suffix(".partial.csv")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(curve[0]))
+        writer.writeheader()
+        writer.writerows(curve)
+    weights_file.place(partial, path)
