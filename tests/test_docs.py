@@ -51,7 +51,7 @@ def first_of(*modules: str) -> ModuleType:
 records = first_of("semwatch.streams.records", "semwatch.records")
 unknowns = first_of("semwatch.streams.unknowns", "semwatch.unknowns")
 embedded_redis = first_of("semwatch.streams.embedded_redis", "semwatch.embedded_redis")
-lot_table = first_of("semwatch.store.lot_table", "semwatch.results")
+lot_table = first_of("semwatch.store.lot_table", "semwatch.store.results", "semwatch.results")
 review_record = first_of("semwatch.store.review_record", "semwatch.review_record")
 
 
