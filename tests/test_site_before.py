@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import redis
-import yaml
-
 import site_before as before
+import yaml
 
 
 @pytest.fixture(scope="module")
