@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cluster_files import T0, three
-from commands import Command, in_process, put, write_recipe
+from commands import Command, put, write_recipe
 from daemon import SOURCE, Daemon, Site, make_site, png
 from factories import make_review, make_verdict
 from semwatch.classes import clusters
@@ -25,11 +25,6 @@ from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis, find_executable
 
 NOWHERE = "redis://127.0.0.1:1/0"
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ Real processes, a real Redis, a real head fitted on what the line itself called 
 
 import csv
 import json
-import os
 import shutil
 import statistics
 import time
@@ -38,6 +37,7 @@ from semwatch.settings.site import load_site
 from semwatch.store import audit, overlay
 from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.system import child_server
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.publishing.export import publish_head
 
@@ -126,7 +126,7 @@ class Story:
 def story(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path, learned: Path) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("story")
     repository = shutil.copytree(tiny_repository, folder / "models")
-    port = 21464 + os.getpid() % 1000
+    port = child_server.free_port()
     with EmbeddedRedis(folder / "redis") as server:
         site = make_site(
             folder / "site", repository, redis_url=server.url, recipe=RECIPE, metrics={"port": port}, reconcile_s=0.5
@@ -434,7 +434,7 @@ def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
     tmp_path: Path, tiny_repository: Path
 ) -> None:
     """A reference window without one unknown, then a few files of nothing else."""
-    port = 22464 + os.getpid() % 1000
+    port = child_server.free_port()
     site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port})
     recipe = load_recipe(site.folder / "recipe.yaml")
     watch = DriftWatch()
