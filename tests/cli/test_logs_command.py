@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from commands import Command, Said, in_process
+from commands import Command, Said
 from daemon import SOURCE, Daemon, Site, make_site, png
 from semwatch.service import rereview
 from semwatch.service.delivery import deliver_audit
@@ -19,11 +19,6 @@ from semwatch.store.ledger import Ledger
 from semwatch.store.review_record import VerdictRecord
 
 NOWHERE = "redis://127.0.0.1:1/0"
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """``semwatch queue`` and the rights it needs, on a real server; the published schemas of both streams."""
 
-import io
 import json
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import pytest
 import redis
 import yaml
 
-from commands import Command, in_process
 from factories import make_review, make_verdict
 from semwatch.errors import ConfigError
 from semwatch.streams import queues, records, unknowns
@@ -29,33 +26,9 @@ DAY_MS = 24 * 3600 * 1000
 RIGHTS = re.findall(r"``(~semwatch:\*[^`]*)``", unknowns.__doc__ or "")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    with connect(server.url) as made:
-        made.flushall()
-        yield made
-
-
-@pytest.fixture
-def publisher(client: redis.Redis) -> Publisher:
-    return Publisher(client)
-
-
 @pytest.fixture
 def site(server: EmbeddedRedis, tmp_path: Path) -> Path:
     return write_site(tmp_path, {"url": server.url, "timeout_s": 2})
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(sys, "stdin", io.StringIO())  # nobody there to be asked
-    return in_process(capsys, monkeypatch)
 
 
 def write_site(folder: Path, server: dict[str, Any] | None) -> Path:

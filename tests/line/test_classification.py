@@ -1,9 +1,6 @@
-import doctest
-
 import numpy as np
 import pytest
 
-from semwatch.line import classification
 from semwatch.line.classification import classify, decide, size_feature
 from semwatch.models.inference import Embedded
 
@@ -26,10 +23,6 @@ def test_no_defect_asks_no_model(tiny_repository) -> None:
             **RULE,
         )
     assert (features.shape, verdicts, versions) == ((0, 0), [], {})
-
-
-def test_documented_examples_hold() -> None:
-    assert doctest.testmod(classification).failed == 0
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,6 @@ def judge(name: str, asked: list[str]):
 @pytest.fixture(scope="module", autouse=True)
 def tiny() -> Iterator[list[str]]:
     """Tiny trunks, crops that are at hand, and reports of one figure; yields the names of the reports asked for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     asked: list[str] = []
     rng = np.random.default_rng(0)
     found = unlabelled_crops.Crops(
@@ -99,7 +97,6 @@ def tiny() -> Iterator[list[str]]:
         for name in FIGURES:
             patch.setattr(evaluate_commands, name, judge(name, asked))
         yield asked
-    torch.set_num_threads(before)
 
 
 def run(out: Path, plan: ship.Plan = PLAN) -> list[ship.Part]:

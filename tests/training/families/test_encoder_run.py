@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from progress import quiet
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
@@ -46,8 +47,6 @@ FROZEN = len(ENCODER.pooled_layers) * SHAPE.width + 2
 @pytest.fixture(scope="module", autouse=True)
 def tiny_backbone() -> Iterator[None]:
     """A tiny trunk in the place of the one that is fetched, and an encoder that fits it; no GPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -55,11 +54,6 @@ def tiny_backbone() -> Iterator[None]:
         for module in (build_repository, command_line):
             patch.setattr(module, "EncoderForm", lambda: ENCODER)
         yield
-    torch.set_num_threads(before)
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Take no notice."""
 
 
 def some_crops(n: int = 8) -> Crops:
@@ -73,7 +67,7 @@ def kept(tmp_path) -> Path:
     return tmp_path / "crops.npz"
 
 
-def run(out: Path, source: CropSource, schedule: Schedule = SCHEDULE, progress=silent, repository=Path("absent")):
+def run(out: Path, source: CropSource, schedule: Schedule = SCHEDULE, progress=quiet, repository=Path("absent")):
     return train_encoder(out, ENCODER, source, schedule, repository=repository, cache=out.parent, progress=progress)
 
 
@@ -141,7 +135,7 @@ def test_folder_where_the_gate_stays_shut_is_refused(tiny_repository, tmp_path, 
         Embedded(tiny_repository, models=("detector", "encoder"), threads=1) as models,
         pytest.raises(ConfigError, match="opened on none of 2 images"),
     ):
-        unlabelled_crops.of_files(models, paths, progress=silent)
+        unlabelled_crops.of_files(models, paths, progress=quiet)
 
 
 def test_images_are_drawn_by_seed_and_all_where_there_are_few(tmp_path) -> None:

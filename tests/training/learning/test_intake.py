@@ -12,34 +12,17 @@ import pytest
 import redis
 
 from learning_site import Lab, add_raw, make_lab, unknown
+from progress import quiet
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.inference import Embedded
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.records import Fields, Record, encode
-from semwatch.streams.unknowns import connect
 from semwatch_training.learning import intake
 from semwatch_training.learning.archive import Archive
 from semwatch_training.learning.intake import Claims, Settlement, SortedUnknowns, fault_of, features_of, sort_out
 
 NOW = "2026-03-01T00:00:00Z"
 RECENT = "2026-02-20T00:00:00Z"
-
-
-def quiet(*_: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    server.start()
-    with connect(server.url, timeout_s=1) as made:
-        made.flushall()
-        yield made
 
 
 @pytest.fixture

@@ -53,20 +53,6 @@ class Crash(BaseException):
     """The process dies here, as far as one can without dying."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    server.start()
-    with connect(server.url, timeout_s=2) as made:
-        made.flushall()
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def quick(exports: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Export each head once, draw small pictures: neither is what is tested here."""
@@ -98,11 +84,6 @@ def learned_site(
 @pytest.fixture
 def learned(learned_site: Path, tmp_path: Path, client: redis.Redis) -> Lab:
     return Lab(shutil.copytree(learned_site, tmp_path / "site"), client)
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return in_process(capsys, monkeypatch)
 
 
 def add_two(lab: Lab) -> None:
