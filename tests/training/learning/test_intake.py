@@ -283,8 +283,8 @@ def test_many_crops_are_embedded_in_batches_as_one_would_be(models: Embedded) ->
     ("changes", "why"),
     [
         ({"field_short_px": None}, "it does not hold the size of its field"),
-        ({"crop": np.zeros((40, 40), np.uint8)}, r"\(40, 40\) and \(4, 4\), not \(56, 56\) and \(4, 4\)"),
-        ({"soft_mask": np.zeros((16, 16), np.float32)}, r"\(56, 56\) and \(16, 16\)"),
+        ({"crop": np.zeros((40, 40), np.uint8)}, r"its crop is \(40, 40\), not \(56, 56\)"),
+        ({"soft_mask": np.zeros((16, 16), np.float32)}, r"its soft_mask is \(16, 16\), not \(4, 4\)"),
     ],
 )
 def test_crop_that_cannot_be_embedded_is_a_fault_that_says_why(models: Embedded, changes, why: str) -> None:
