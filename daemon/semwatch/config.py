@@ -457,6 +457,10 @@ class KnownClass(_Settings):
     """Defect of interest; false: nuisance."""
 
 
+def _as_dict(classes: Mapping[str, KnownClass]) -> dict[str, KnownClass]:
+    return dict(classes)
+
+
 class Recipe(_Settings):
     """How the images of one layer and step are judged."""
 
@@ -476,7 +480,7 @@ class Recipe(_Settings):
     """When a defect is called unknown, when non-decidable."""
     # A read-only view, so that nothing changes the identity of a recipe in use.
     classes: Annotated[
-        Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(dict[str, KnownClass])
+        Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(_as_dict)
     ] = Field(default_factory=dict, validate_default=True)
     """The fab's class table: label of the head to code. Labels that are not here have no code."""
     promotion: Promotion = Promotion()
