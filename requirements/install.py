@@ -48,7 +48,10 @@ def install_redis_server() -> None:
 def install_torch() -> None:
     """Take the CPU build where pip finds it for this Python, else the CUDA build and its libraries, of some 5 GB."""
     done = subprocess.run(
-        [*PIP, *LOCKED, "--requirement", str(HERE / "torch-cpu.txt")], check=False, stderr=subprocess.PIPE, encoding="utf-8"
+        [*PIP, *LOCKED, "--requirement", str(HERE / "torch-cpu.txt")],
+        check=False,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
     )
     if "HASHES" in done.stderr:  # found, but not what was locked
         sys.stderr.write(done.stderr)

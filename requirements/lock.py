@@ -5,7 +5,7 @@ One resolution for all supported Pythons at once; a package stands in one file, 
 - ``edge.txt``: the daemon, with a Redis server of its own
 - ``learning.txt``: edge, and what trains and builds models
 - ``development.txt``: learning, and what tests, checks and compiles for GPUs
-- ``torch-cpu.txt``: torch's small build, for where pip finds one: on a disk or an index that the machine's pip is set to
+- ``torch-cpu.txt``: torch's small build, for where pip finds one: on a disk or an index that the machine's pip knows
 - ``torch-cuda.txt``: torch from the package index and the libraries of NVIDIA that it needs, for everywhere else
 - ``build.txt``: what builds the packages that come as source, semwatch among them
 
@@ -65,7 +65,10 @@ def compiled(source: Path, *options: str) -> str:
     """Let uv resolve for all Pythons from the oldest on; its output."""
     uv = (sys.executable, "-m", "uv", "--quiet", "pip", "compile", "--universal", f"--python-version={PYTHONS[0]}")
     done = subprocess.run(
-        [*uv, "--no-annotate", "--no-header", *options, str(source)], check=True, stdout=subprocess.PIPE, encoding="utf-8"
+        [*uv, "--no-annotate", "--no-header", *options, str(source)],
+        check=True,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
     )
     return done.stdout
 
@@ -86,7 +89,7 @@ def pins(locked: Blocks) -> str:
 
 def cpu_wheels(block: str, old: str) -> str:
     """Lock the CPU wheels that pip finds here, one for each Python, and those of the same version in the old lock."""
-    version = block.split("==")[1].split()[0] + "+cpu"
+    version = re.findall(r"==(\S+)", block)[0] + "+cpu"
     hashes = set()
     for match in re.finditer(r"^torch==(\S+).*(\n +--hash=.*)*", old, re.MULTILINE):
         hashes |= set(re.findall(r"sha256:\w+", match[0])) if match[1] == version else set()

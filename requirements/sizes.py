@@ -1,4 +1,4 @@
-"""Print how much disk each set takes in this environment, where `development` is installed; compiled modules included."""
+"""Print how much disk each set takes where `development` is installed, modules as compiled at installation included."""
 
 import importlib.metadata
 import re

@@ -346,9 +346,9 @@ def as_service(tmp_path: Path, command: str) -> str:
         """).encode(),
     )
     script = f"""
-        mount -t tmpfs none /run && mkdir -p /run/systemd/journal /run/systemd/journald.conf.d /run/log/journal || exit 77
-        mount -t tmpfs none /var/log || exit 77  # nor the machine's own journal
-        printf '[Journal]\\nReadKMsg=no\\nAudit=no\\n' >/run/systemd/journald.conf.d/own.conf  # nor the kernel's messages
+        mount -t tmpfs none /var/log && mount -t tmpfs none /run || exit 77
+        mkdir -p /run/systemd/journal /run/systemd/journald.conf.d /run/log/journal
+        printf '[Journal]\\nReadKMsg=no\\nAudit=no\\n' >/run/systemd/journald.conf.d/no_kernel.conf
         {JOURNALD} >/dev/null 2>&1 &
         journald=$!
         trap 'kill $journald; wait' EXIT
@@ -406,7 +406,8 @@ def test_real_journal_takes_a_message_larger_than_a_datagram(tmp_path) -> None:
     out = as_service(
         tmp_path,
         f"$start {sys.executable} {program}; sleep 0.5;"
-        " journalctl --quiet --all -o cat SYSLOG_IDENTIFIER=semwatch PRIORITY=3; echo ----; journalctl --quiet _TRANSPORT=kernel",
+        " journalctl --quiet --all -o cat SYSLOG_IDENTIFIER=semwatch PRIORITY=3;"
+        " echo ----; journalctl --quiet _TRANSPORT=kernel",
     )
     ours, of_the_kernel = out.split("----\n")
     assert ours == "x" * 2_000_000 + "\nend\n"

@@ -479,9 +479,9 @@ class Recipe(_Settings):
     unknown: UnknownRule = UnknownRule()
     """When a defect is called unknown, when non-decidable."""
     # A read-only view, so that nothing changes the identity of a recipe in use.
-    classes: Annotated[
-        Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(_as_dict)
-    ] = Field(default_factory=dict, validate_default=True)
+    classes: Annotated[Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(_as_dict)] = Field(
+        default_factory=dict, validate_default=True
+    )
     """The fab's class table: label of the head to code. Labels that are not here have no code."""
     promotion: Promotion = Promotion()
     """What a newly trained head must show before it serves this recipe."""
