@@ -12,7 +12,7 @@ from pathlib import Path
 
 import redis
 
-PACKED = Path(__file__).parent / "fixtures" / "site_before.tar.xz"
+PACKED = Path(__file__).parents[1] / "fixtures" / "site_before.tar.xz"
 PACKED_URL = "redis://127.0.0.1:6379/0"
 LEARNER = "retrain-station-1"
 """The consumer of the cycle that was killed; its machine was called station-1."""
