@@ -1,6 +1,5 @@
 """The found classes shared through a real Redis: each side remembers them, and a state that Redis lost comes back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,22 +10,7 @@ from semwatch.classes import clusters, decisions
 from semwatch.classes.clusters import FILE, Clusters
 from semwatch.classes.register import ClassRegister
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.handoff import Handoff
-from semwatch.streams.unknowns import connect
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    with connect(server.url) as made:
-        made.flushall()
-        yield made
 
 
 @pytest.fixture

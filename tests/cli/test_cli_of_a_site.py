@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cluster_files import T0, three
-from commands import Command, in_process, put, write_recipe
+from commands import Command, put, write_recipe
 from daemon import SOURCE, Daemon, Site, make_site, png
 from semwatch.classes.register import ClassRegister
 from semwatch.errors import ConfigError
@@ -20,14 +20,9 @@ from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis, find_executable
 from semwatch.streams.handoff import Cycle, Handoff, Wish, wish_message
-from semwatch.streams.unknowns import Publisher, connect
+from semwatch.streams.unknowns import Publisher
 
 NOWHERE = "redis://127.0.0.1:1/0"
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -163,23 +158,10 @@ def publish_head(repository: Path, *, weights: bytes | None = None) -> int:
     return model_repository.publish(repository, meta, file, beside={"probe.npz": newest / "probe.npz"})
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def handoff(redis_server: EmbeddedRedis) -> Iterator[Handoff]:
-    with connect(redis_server.url) as client:
-        client.flushall()
-        yield Handoff(client)
-
-
 def test_doctor_of_a_site_that_has_never_learned_says_nothing_of_learning(
-    semwatch, tmp_path, tiny_repository, redis_server, handoff
+    semwatch, tmp_path, tiny_repository, server, client
 ) -> None:
-    for name, url in (("without", None), ("with", redis_server.url)):
+    for name, url in (("without", None), ("with", server.url)):
         site = make_site(tmp_path / name, tiny_repository, redis_url=url)
         code, checks = doctor(semwatch, site)
         assert code == 0
@@ -187,17 +169,17 @@ def test_doctor_of_a_site_that_has_never_learned_says_nothing_of_learning(
 
 
 def test_doctor_and_status_show_unknowns_clusters_last_cycle_and_wishes(
-    semwatch, tmp_path, tiny_repository, redis_server, handoff
+    semwatch, tmp_path, tiny_repository, server, client
 ) -> None:
-    site = make_site(tmp_path / "site", tiny_repository, redis_url=redis_server.url)
+    site = make_site(tmp_path / "site", tiny_repository, redis_url=server.url)
+    handoff = Handoff(client)
     counts = {"waiting": 3, "learned": 2, "explained": 0}
     handoff.add_cycle(Cycle(utc=T0, outcome="published", version=2, unknowns=counts))
     reasons = ("bridge loses 12 points",)
     handoff.add_cycle(Cycle(utc="2026-01-02T00:00:00Z", outcome="refused", reasons=reasons, unknowns=counts))
     ClassRegister(handoff, site.state, owner="cycle").change(lambda _: three())
     wish = Wish(site="site", source="sem-1", utc="2026-01-03T00:00:00Z", sentence="unknown rate rose")
-    with connect(redis_server.url) as client:
-        Publisher(client).publish([wish_message(wish)])
+    Publisher(client).publish([wish_message(wish)])
     code, checks = doctor(semwatch, site)
     assert code == 0
     assert checks["unknowns"]["detail"] == "3 waiting, 2 learned, 0 explained"
@@ -215,11 +197,10 @@ def test_doctor_and_status_show_unknowns_clusters_last_cycle_and_wishes(
     [("semwatch:classes", {"revision": "1", "state": '{"clusters": 3}'}), ("semwatch:cycles", {"meta": "went well"})],
 )
 def test_doctor_names_what_is_wrong_with_learning(
-    semwatch, tmp_path, tiny_repository, redis_server, handoff, key, fields
+    semwatch, tmp_path, tiny_repository, server, client, key, fields
 ) -> None:
-    site = make_site(tmp_path / "site", tiny_repository, redis_url=redis_server.url)
-    with connect(redis_server.url) as client:
-        client.xadd(key, fields)
+    site = make_site(tmp_path / "site", tiny_repository, redis_url=server.url)
+    client.xadd(key, fields)
     code, checks = doctor(semwatch, site)
     assert code == 1
     assert [name for name, found in checks.items() if not found["ok"]] == ["learning"]

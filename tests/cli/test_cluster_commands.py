@@ -7,13 +7,14 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import redis
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -33,22 +34,13 @@ from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.handoff import Handoff
-from semwatch.streams.unknowns import connect
 
 Run = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
 @pytest.fixture
-def handoff(server: EmbeddedRedis) -> Iterator[Handoff]:
-    with connect(server.url) as client:
-        client.flushall()
-        yield Handoff(client)
+def handoff(client: redis.Redis) -> Handoff:
+    return Handoff(client)
 
 
 @pytest.fixture

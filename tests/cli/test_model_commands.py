@@ -9,18 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from commands import Command, Said, in_process, spawn
+from commands import Command, Said, spawn
 from daemon import Daemon, Site, make_site
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.store import serving
 from semwatch.store.ledger import Ledger
 
 BESIDE = (model_repository.PROBE, head_bank.BANK, head_bank.GOLDEN)
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import csv
 import io
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 from rich.console import Console
 
 from cluster_files import T0
@@ -131,13 +131,7 @@ def test_cluster_gets_the_unseen_type_that_more_than_half_of_its_crops_show(
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path / "redis") as running:
-        yield running
-
-
-@pytest.fixture
-def layout(tmp_path: Path, tiny_repository: Path, server: EmbeddedRedis) -> Layout:
+def layout(tmp_path: Path, tiny_repository: Path, server: EmbeddedRedis, client: redis.Redis) -> Layout:
     """A demo after its cycle: the head serves novel-1 and novel-2; nobody has given a name."""
     layout = Layout(tmp_path / "demo")
     layout.drop.mkdir(parents=True)

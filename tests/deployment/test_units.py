@@ -18,7 +18,8 @@ from semwatch.settings.site import Triton as TritonSettings
 UNITS = ROOT / "systemd"
 DROP_INS = UNITS / "drop-ins"
 RULES = yaml.safe_load((UNITS / "prometheus-rules.yaml").read_text())["groups"][0]["rules"]
-GUIDE = UNITS / "OPERATIONS.md"
+GUIDE = ROOT / "docs" / "night.md"
+OPERATOR_PAGES = [ROOT / "docs" / name for name in ("install.md", "night.md", "operations.md")]
 PROGRAMS = "/opt/semwatch/current/bin"
 
 DAEMONS = ("semwatch.service", "semwatch@.service")
@@ -311,7 +312,7 @@ def test_alarm_asks_for_what_the_daemon_measures(rule: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_alarm_leads_to_its_section_of_the_guide(rule: dict[str, dict[str, str]]) -> None:
-    assert rule["annotations"]["guide"] == f"{GUIDE.name}#{str(rule['alert']).lower()}"
+    assert rule["annotations"]["guide"] == f"docs/{GUIDE.name}#{str(rule['alert']).lower()}"
     assert f"\n### {rule['alert']}\n" in GUIDE.read_text()
 
 
@@ -319,8 +320,8 @@ def test_guide_explains_no_alarm_that_is_not_there() -> None:
     assert set(re.findall(r"^### (Semwatch\w+)$", GUIDE.read_text(), re.M)) == {rule["alert"] for rule in RULES}
 
 
-def test_guide_names_files_that_are_there() -> None:
-    text = GUIDE.read_text()
+def test_operator_pages_name_files_that_are_there() -> None:
+    text = "\n".join(page.read_text() for page in OPERATOR_PAGES)
     assert set(re.findall(r"drop-ins/([\w-]+\.conf)", text)) == set(WHERE)
     assert sorted(WHERE) == sorted(file.name for file in DROP_INS.iterdir())
     for name in re.findall(r"\bsemwatch[\w@-]*\.(?:service|timer|path|target)\b", text):

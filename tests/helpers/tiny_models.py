@@ -14,14 +14,17 @@ import pytest
 import torch
 from torch import nn
 
+from export_cache import once
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
+from semwatch_training.families.ni import export as ni_export
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.publishing import export
-from semwatch_training.publishing.export import publish_detector, publish_encoder, publish_head
+from semwatch_training.publishing.export import publish, publish_head
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
 
@@ -87,8 +90,8 @@ def publish_all(repository: Path) -> Path:
     """Publish version 1 of detector, encoder and head."""
     encoder = encoder_graph()
     width = encoder.frozen_width + SHAPE.width
-    publish_detector(detector_graph(), repository, normal_scores=[i / 1000 for i in range(60)], provenance={})
-    version = publish_encoder(encoder, repository, provenance={})
+    publish(ni_export.exported(detector_graph(), normal_scores=[i / 1000 for i in range(60)]), repository)
+    version = publish(smg_vit_export.exported(encoder), repository)
     publish_head(
         head(width, encoder.frozen_width), repository, encoder_version=version, provenance={},
         bank=blobs(width), golden=blobs(width, seed=1),
@@ -102,7 +105,12 @@ class _ByValue(pickle.Pickler):
     fast = True  # nor does it matter which of two equal strings are one object
 
     def reducer_override(self, value: object) -> Any:
-        return (np.asarray, (value.detach().numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+        if isinstance(value, torch.Tensor):
+            return np.asarray, (value.detach().numpy(),)
+        if isinstance(value, nn.Module):  # the order of a set is another in every process
+            state = [(name, sorted(v) if isinstance(v, set) else v) for name, v in vars(value).items()]
+            return tuple, ((type(value), state),)
+        return NotImplemented
 
 
 def _fingerprint(value: object) -> str:
@@ -121,9 +129,7 @@ def exporting_once(kept: Path) -> Iterator[None]:
 
     def exported(graph: nn.Module, meta: Meta, path: Path) -> None:
         file = kept / f"{_fingerprint((graph, meta.inputs, meta.outputs))}.onnx"
-        if not file.exists():
-            to_onnx(graph, meta, file)
-        shutil.copyfile(file, path)
+        shutil.copyfile(once(file, lambda partial: to_onnx(graph, meta, partial)), path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "to_onnx", exported)

@@ -5,7 +5,6 @@ Real processes, a real Redis, a real head fitted on what the line itself called 
 
 import csv
 import json
-import os
 import shutil
 import statistics
 import time
@@ -39,6 +38,7 @@ from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.handoff import Handoff
 from semwatch.streams.unknowns import connect
+from semwatch.system import child_server
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.publishing.export import publish_head
 
@@ -127,7 +127,7 @@ class Story:
 def story(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path, learned: Path) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("story")
     repository = shutil.copytree(tiny_repository, folder / "models")
-    port = 21464 + os.getpid() % 1000
+    port = child_server.free_port()
     with EmbeddedRedis(folder / "redis") as server:
         site = make_site(
             folder / "site", repository, redis_url=server.url, recipe=RECIPE, metrics={"port": port}, reconcile_s=0.5
@@ -430,7 +430,7 @@ def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
     tmp_path: Path, tiny_repository: Path
 ) -> None:
     """A reference window without one unknown, then a few files of nothing else."""
-    port = 22464 + os.getpid() % 1000
+    port = child_server.free_port()
     redis_server = EmbeddedRedis(tmp_path / "redis")
     site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port}, redis_url=redis_server.url)
     recipe = load_recipe(site.folder / "recipe.yaml")

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import redis
@@ -16,19 +15,6 @@ from semwatch.streams.unknowns import Publisher, connect
 UTC = "2026-03-01T08:00:00Z"
 SERVING = Serving(site="fab-1", utc=UTC, versions={"head": 3}, refused_heads={2: "its probe differs"})
 WISH = Wish(site="fab-1", source="sem-1", utc=UTC, sentence="unknown rate rose")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    with connect(server.url) as made:
-        made.flushall()
-        yield made
 
 
 @pytest.fixture

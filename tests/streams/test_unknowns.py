@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
@@ -48,25 +48,6 @@ from semwatch.streams.unknowns import Claimed, Consumer, Publisher, connect
 UNKNOWN = make_verdict("unknown")
 STREAM = "semwatch:unknowns"
 DEAD = "semwatch:unknowns:dead"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    server.start()
-    with connect(server.url) as made:
-        made.flushall()
-        yield made
-
-
-@pytest.fixture
-def publisher(client: redis.Redis) -> Publisher:
-    return Publisher(client)
 
 
 def kill(server: EmbeddedRedis) -> None:

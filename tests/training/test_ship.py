@@ -24,6 +24,7 @@ from semwatch_training.families.branch.train_branch import BranchSchedule
 from semwatch_training.families.detector_run import BranchImages
 from semwatch_training.families.ni.ni_detector import DetectorForm
 from semwatch_training.families.smg_vit import encoder_run, self_supervision, unlabelled_crops
+from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit.encoder_run import CropSource
 from semwatch_training.publishing import build_repository
 from semwatch_training.trunks import backbone
@@ -81,8 +82,6 @@ def judge(name: str, asked: list[str]):
 @pytest.fixture(scope="module", autouse=True)
 def tiny() -> Iterator[list[str]]:
     """Tiny trunks, crops that are at hand, and reports of one figure; yields the names of the reports asked for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     asked: list[str] = []
     rng = np.random.default_rng(0)
     found = unlabelled_crops.Crops(
@@ -92,14 +91,13 @@ def tiny() -> Iterator[list[str]]:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional())
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        for module in (build_repository, ship):
+        for module in (smg_vit_export, ship):
             patch.setattr(module, "EncoderForm", lambda: ENCODER)
         patch.setattr(labelled_crops, "collect", labelled)
         patch.setattr(unlabelled_crops, "of_synthetic", lambda *_, **__: found)
         for name in FIGURES:
             patch.setattr(evaluate_commands, name, judge(name, asked))
         yield asked
-    torch.set_num_threads(before)
 
 
 def run(out: Path, plan: ship.Plan = PLAN) -> list[ship.Part]:

@@ -111,6 +111,8 @@ class Service:
         self._presence = learning_side.Presence(self._handoff, site.name) if self._handoff else None
         self._are_classes_read = self._handoff is None
         migration.take_over_unknowns(site, self.ledger)
+        if self._handoff is not None:
+            migration.take_over_wishes(site, self.ledger)
         self._note_heads()
         if site.metrics is not None:
             self.metrics.serve(site.metrics.host, site.metrics.port)

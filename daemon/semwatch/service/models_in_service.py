@@ -5,10 +5,10 @@ learning cycle and ``semwatch models`` look for it.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from semwatch.errors import ConfigError
+from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded, Models
 from semwatch.service.metrics import Metrics
@@ -113,7 +113,31 @@ def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins
         ServiceUnavailable: the Triton server is away.
         ConfigError: its client is not installed.
     """
-    return {pins: _opened(settings, pins) for pins in dict.fromkeys(recipe.pins for recipe in recipes)}
+    loaded = {pins: _opened(settings, pins) for pins in dict.fromkeys(recipe.pins for recipe in recipes)}
+    if settings.runtime == "triton":
+        try:
+            _refuse_two_signatures(list(loaded.values()))
+        except ModelMismatch:
+            for models in loaded.values():
+                models.close()
+            raise
+    return loaded
+
+
+def _refuse_two_signatures(loaded: Sequence[Models]) -> None:
+    """Refuse recipes whose pins ask one server for models of one role with other inputs: each would push the other out.
+
+    Raises:
+        ModelMismatch: naming the versions.
+    """
+    for model in ("detector", "encoder", "head"):
+        signatures = {models.versions()[model]: dict(models.meta(model).inputs) for models in loaded}
+        first, *others = signatures.items()
+        if odd := [version for version, inputs in others if inputs != first[1]]:
+            raise ModelMismatch(
+                f"recipes pin {model} {first[0]} and {model} {odd[0]}, whose inputs differ: a Triton server holds "
+                f"versions of one signature; pin the same {model} in all recipes, or use runtime: embedded"
+            )
 
 
 def _opened(settings: ModelSettings, pins: Pins) -> Models:

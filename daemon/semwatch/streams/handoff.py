@@ -32,7 +32,7 @@ from semwatch.streams.unknowns import connect, redis_key, translated
 
 WISHES, CYCLES, CLASSES, EXAMPLES, SERVING = "wishes", "cycles", "classes", "examples", "serving"
 SERVING_TTL_S = 30
-MAX_WISHES, MAX_CYCLES, MAX_STATES = 100, 100, 50
+MAX_WISHES, MAX_CYCLES, MAX_STATES, MAX_SENTENCE = 100, 100, 50, 2000
 LOCK_POLL_S = 0.05
 SCHEMA = 1
 
@@ -60,7 +60,7 @@ class Wish(_Record):
     site: str
     source: str
     utc: str
-    sentence: Annotated[str, Field(max_length=2000)]
+    sentence: Annotated[str, Field(max_length=MAX_SENTENCE)]
     """For people."""
 
 

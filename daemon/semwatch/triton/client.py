@@ -23,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.models.checks import check_fit, check_inputs
+from semwatch.models.contract import check_contract
 from semwatch.models.inference import Answer, Swap
 from semwatch.models.model_repository import MODELS, Arrays, Meta
 from semwatch.triton import wire as triton_wire
@@ -244,6 +245,7 @@ class Triton:
             ServiceUnavailable: the server is away.
         """
         meta = model_repository.read_meta(self._repository, model, number)
+        check_contract(meta)
         model_repository.weights_path(self._repository, model, number, meta)
         version = Version(number, meta)
         try:

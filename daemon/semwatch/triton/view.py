@@ -124,7 +124,7 @@ class View:
         return [int(version) for version in found[1].split(",")] if found else []
 
     def place(self, model: str, version: int) -> None:
-        """Let Triton hold this version too, from its next load on.
+        """Let Triton hold this version too, from its next load on; versions with another signature leave.
 
         Raises:
             ModelMismatch: the version is absent or damaged, or has no plan that was compiled from it.
@@ -136,6 +136,7 @@ class View:
         with self._held():
             self._link(weights, plans, self.folder / model / str(version))
             kept = [v for v in self.placed(model) if v != version and self._is_whole(model, v)]
+            kept = [v for v in kept if triton_config.may_share(self._meta(model, v), meta)]
             self._configure(model, [*kept, version][-MAX_PLACED:])
 
     def remove(self, model: str, version: int) -> None:

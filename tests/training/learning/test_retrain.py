@@ -24,13 +24,14 @@ from daemon import Daemon
 from daemon import Site as DaemonSite
 from learning_site import RECIPE, Lab, add_raw, make_lab
 from semwatch.classes import clusters
+from semwatch.classes.register import ClassRegister
 from semwatch.errors import ConfigError, ModelMismatch, PublishError, ServiceUnavailable
 from semwatch.line.classification import decide
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.inference import Embedded
 from semwatch.store import serving
-from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.handoff import Handoff
 from semwatch.streams.records import Fields, encode
 from semwatch.streams.unknowns import Consumer, connect
 from semwatch_training.__main__ import main
@@ -50,20 +51,6 @@ N = 44
 
 class Crash(BaseException):
     """The process dies here, as far as one can without dying."""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    server.start()
-    with connect(server.url, timeout_s=2) as made:
-        made.flushall()
-        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -97,11 +84,6 @@ def learned_site(
 @pytest.fixture
 def learned(learned_site: Path, tmp_path: Path, client: redis.Redis) -> Lab:
     return Lab(shutil.copytree(learned_site, tmp_path / "site"), client)
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return in_process(capsys, monkeypatch)
 
 
 def add_two(lab: Lab) -> None:
@@ -441,8 +423,9 @@ BEFORE_PUBLISHING = {
 AFTER_PUBLISHING = {
     "publish": (retrain, "publish_head", 1),
     "swap": (retrain, "_serves", 1),
-    "audit line": (Ledger, "note", 1),
-    "clusters file": (outcomes, "record_promotion", 2),
+    "state of the classes": (ClassRegister, "write", 2),
+    "marking of the classes": (outcomes, "record_promotion", 2),
+    "answered wishes": (Handoff, "answer", 1),
     "archive": (intake, "settle", 3),
     "retention": (choice, "prune", 1),
     "report": (ReportBuilder, "write", 1),
@@ -769,6 +752,7 @@ def test_class_that_is_merged_while_it_is_learned_is_merged_by_the_next_cycle(la
 
 
 def test_damaged_state_stops_the_cycle_with_its_fault_where_redis_has_none(learned: Lab) -> None:
+    assert learned.found().revision == 2  # Redis has it again
     path = learned.learning / clusters.FILE
     damaged = path.read_text().replace('"learned"', '"loved"', 1)
     path.write_text(damaged)

@@ -274,5 +274,4 @@ def _place(folder: Path, contents: Mapping[str, bytes]) -> None:
 def _inputs(repository: Path, images: Path | None, n: int) -> dict[str, Arrays]:
     """What each model is fed with when the line reviews images."""
     versions = {model: choice.choice(repository, model) for model in ("detector", "encoder")}
-    side = model_repository.read_meta(repository, "detector", versions["detector"]).inputs["image"].shape[0]
-    return parity.looked_at(repository, side, versions, parity.read_pages(images, n))
+    return parity.looked_at(repository, versions, parity.read_pages(images, n))

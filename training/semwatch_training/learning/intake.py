@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.line import inputs as line_inputs
 from semwatch.line.classification import size_feature
+from semwatch.line.inputs import KeptView
+from semwatch.models.contract import OF_A_CROP
 from semwatch.models.inference import Embedded
-from semwatch.models.model_repository import Arrays
 from semwatch.settings.site import Site
 from semwatch.streams import records, unknowns
 from semwatch.streams.records import Record
@@ -232,13 +234,15 @@ def settle(archive: Archive, settlements: Mapping[str, Settlement], now_utc: str
 def fault_of(record: Record, models: Embedded) -> str | None:
     """Why nothing can be learned from a record: it has no features of this encoder, and gets none from its crop."""
     encoder, version = models.meta("encoder"), models.versions()["encoder"]
-    given = (record.crop.shape, record.soft_mask.shape)
-    wanted = (encoder.inputs["crop"].shape, encoder.inputs["soft_mask"].shape)
     if _has_features(record, models):
         return None
-    if given != wanted:
-        why = f"its crop and soft mask are {given[0]} and {given[1]}, not {wanted[0]} and {wanted[1]}"
-    elif record.field_short_px is None:
+    given = {"crop": record.crop.shape, "soft_mask": record.soft_mask.shape}
+    wanted = {name: tensor.shape for name, tensor in encoder.inputs.items() if name in given}
+    if absent := sorted(encoder.inputs.keys() - set(OF_A_CROP)):
+        why = f"the encoder asks for {', '.join(absent)}, which a record does not hold"
+    elif odd := [name for name in wanted if given[name] != wanted[name]]:
+        why = " and ".join(f"its {name} is {given[name]}, not {wanted[name]}" for name in odd)
+    elif "size" in encoder.inputs and record.field_short_px is None:
         why = "it does not hold the size of its field"
     else:
         return None
@@ -277,16 +281,18 @@ def _has_features(record: Record, models: Embedded) -> bool:
 
 
 def _embedded(found: Sequence[Record], models: Embedded) -> NDArray[np.float32]:
-    inputs: Arrays = {
-        "crop": np.stack([record.crop for record in found]),
-        "soft_mask": np.stack([record.soft_mask for record in found]),
-        "size": np.stack([_size(record) for record in found]),
-    }
-    return np.asarray(models.infer("encoder", inputs).outputs["features"], np.float32)
+    asked = line_inputs.for_encoder(models.meta("encoder"), [_view(record) for record in found])
+    return np.asarray(models.infer("encoder", asked).outputs["features"], np.float32)
 
 
-def _size(record: Record) -> NDArray[np.float32]:
-    assert record.field_short_px is not None  # see ``fault_of``
+def _view(record: Record) -> KeptView:
+    return KeptView(record.crop, record.soft_mask, size_of(record))
+
+
+def size_of(record: Record) -> NDArray[np.float32]:
+    """The size feature (2,) of a record; NaN in old ones, which do not say how large their field was."""
+    if record.field_short_px is None:
+        return np.full(2, np.nan, np.float32)
     x0, _, x1, _ = record.crop_xyxy
     return size_feature(x1 - x0, record.area_px, (record.field_short_px, record.field_short_px))
 

@@ -34,6 +34,15 @@ def read(path: Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise not_ours(path, what, error) from error
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """Read the header alone; empty where there is no file, or it is no safetensors file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
 def not_ours(path: Path, what: str, error: Exception) -> ConfigError:
     """The refusal of a file that is not what it should be."""
     return ConfigError(f"{path} holds no {what} of this release ({error}); give what `semwatch-train {what}` wrote")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,27 @@ def load_efficientnet(cache: Path) -> efficientnet.EfficientNet:
 def load(cache: Path) -> VisionTransformer:
     """The default trunk, ready for inference in fp32."""
     return load_trunk(TRUNK_NAME, ensure(cache))
+
+
+class Backbones:
+    """The default trunks, each loaded when it is first asked for.
+
+    Args:
+        cache: where the converted checkpoints are kept.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+
+    @cached_property
+    def vit(self) -> VisionTransformer:
+        """The ViT."""
+        return load(self._cache)
+
+    @cached_property
+    def efficientnet(self) -> efficientnet.EfficientNet:
+        """The EfficientNet."""
+        return load_efficientnet(self._cache)
 
 
 def convert(model: onnx.ModelProto) -> dict[str, Tensor]:

@@ -149,6 +149,7 @@ def save(
 ) -> None:
     """Write weights as fp16 safetensors with form, held-out scores and provenance in the header."""
     header = {
+        "family": "ni",
         "form": json.dumps(asdict(detector.form)),
         "normal_scores": json.dumps(normal_scores),
         "provenance": json.dumps(provenance),
