@@ -15,7 +15,7 @@ from semwatch.store.ledger import Ledger
 from semwatch.system.clock import utc_of
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
-KEEP_DAYS = 10.0
+KEEP_DAYS, REREAD_DAYS = 10.0, 20.0
 
 
 class Site:
@@ -28,7 +28,9 @@ class Site:
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.day, self.seconds = 0.0, 0.0
         monkeypatch.setattr(forgetting.time, "monotonic", lambda: self.seconds)
-        self.forgetting = Forgetting(self.ledger, self.drops, keep_days=KEEP_DAYS, now=lambda: self.now)
+        self.forgetting = Forgetting(
+            self.ledger, self.drops, keep_days=KEEP_DAYS, reread_days=REREAD_DAYS, now=lambda: self.now
+        )
 
     @property
     def now(self) -> datetime:
@@ -141,7 +143,9 @@ def test_source_that_the_settings_do_not_name_now_is_remembered(site: Site) -> N
     file = site.drop("b", "1.tif")
     site.review()
     site.drop("a", "other.tif")
-    site.forgetting = Forgetting(site.ledger, {"a": site.drops["a"]}, keep_days=KEEP_DAYS, now=lambda: site.now)
+    site.forgetting = Forgetting(
+        site.ledger, {"a": site.drops["a"]}, keep_days=KEEP_DAYS, reread_days=REREAD_DAYS, now=lambda: site.now
+    )
     site.review()
     site.days_pass(5 * KEEP_DAYS)
     assert file.exists()
@@ -156,6 +160,14 @@ def test_content_that_another_took_the_place_of_is_forgotten(site: Site) -> None
     assert site.n_known == 2
     site.days_pass(2 * KEEP_DAYS)
     assert site.n_known == 1
+
+
+def test_note_is_kept_while_what_it_speaks_of_may_be_judged_again(site: Site) -> None:
+    site.ledger.note(audit={}, once="revision", once_utc=utc_of(START))
+    site.days_pass(REREAD_DAYS - 1)
+    assert site.ledger.was_noted("revision")
+    site.days_pass(2)
+    assert not site.ledger.was_noted("revision")
 
 
 def test_a_round_is_once_a_day_and_a_few_files_a_step(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ class Forgetting:
         ledger: that forgets.
         folders: drop folder by source.
         keep_days: since a file was last found in its folder.
+        reread_days: how far back unknowns are judged again; what was noted of them is kept as long at least.
         now: the time, aware; for tests.
     """
 
@@ -38,9 +39,11 @@ class Forgetting:
         folders: Mapping[str, Path],
         *,
         keep_days: float,
+        reread_days: float,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._ledger, self._folders, self._keep, self._now = ledger, folders, timedelta(days=keep_days), now
+        self._keep_notes = timedelta(days=max(keep_days, reread_days))
         self._next = 0.0
         self._after = ("", "")
         self._n_forgotten = 0
@@ -73,11 +76,11 @@ class Forgetting:
         if page:
             self._after = page[-1][:2]
         else:
-            self._end_round(forgotten_utc)
+            self._end_round(now, forgotten_utc)
 
-    def _end_round(self, forgotten_utc: str) -> None:
+    def _end_round(self, now: datetime, forgotten_utc: str) -> None:
         n_work = self._ledger.forget_work(forgotten_utc)
-        n_notes = self._ledger.forget_notes(forgotten_utc)
+        n_notes = self._ledger.forget_notes(utc_of(now - self._keep_notes))
         if self._n_forgotten or n_work or n_notes:
             log.info("forgotten: %d paths, %d images, %d notes", self._n_forgotten, n_work, n_notes)
         self._next = time.monotonic() + ROUND_S

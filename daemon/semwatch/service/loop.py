@@ -147,7 +147,9 @@ class Service:
         keep.callback(self._rereview.close)
         self._has_more_to_reread = False
         places = {folder.source: folder.path for folder in site.folders}
-        self._forgetting = Forgetting(self.ledger, places, keep_days=site.ledger.keep_days)
+        self._forgetting = Forgetting(
+            self.ledger, places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
+        )
 
     def run(self) -> bool:
         """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.

@@ -170,7 +170,7 @@ class LedgerMemory(Settings):
 
     keep_days: Annotated[float, Field(ge=1)] = 400.0
     """Days after which a finished image that has left its drop folder is forgotten: the same content, dropped again
-    later, is reviewed anew. What still lies there is remembered. No fewer than learning.reread_days."""
+    later, is reviewed anew. What still lies there is remembered."""
 
 
 class MetricsEndpoint(Settings):
@@ -217,7 +217,7 @@ class Site(Settings):
 
     @model_validator(mode="after")
     def _folders_keep_apart(self) -> "Site":
-        faults = [*_repeated_sources(self), *_nested_folders(self), *_outputs_in_folders(self), *_forgotten(self)]
+        faults = [*_repeated_sources(self), *_nested_folders(self), *_outputs_in_folders(self)]
         if faults:
             details = [InitErrorDetails(type=fault, loc=at, input=None) for at, fault in faults]
             raise ValidationError.from_exception_data("Site", details)
@@ -250,12 +250,6 @@ def _outputs_in_folders(site: Site) -> Faults:
         if around:
             text = "lies in the drop folder {around}: choose a folder outside, or output is read as input"
             yield (key,), refusal(text, around=str(around))
-
-
-def _forgotten(site: Site) -> Faults:
-    if site.ledger.keep_days < site.learning.reread_days:
-        text = "is smaller than learning.reread_days: what shall be judged again would be forgotten"
-        yield ("ledger", "keep_days"), refusal(text)
 
 
 def _real(path: Path) -> Path:
