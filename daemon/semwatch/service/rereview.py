@@ -31,8 +31,9 @@ from semwatch.models.inference import Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.store import results
-from semwatch.store.ledger import Ledger, OutboxItem, UnknownFeatures
+from semwatch.store.ledger import Ledger, OutboxItem
 from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, verdict_record
+from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.streams import records
 from semwatch.streams.records import Record, ResultSummary
 from semwatch.system import files

@@ -33,9 +33,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from semwatch.errors import ConfigError
+from semwatch.store import unknown_features
+from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.sqlite_file import Kind, SqliteFile
 
 log = logging.getLogger(__name__)
@@ -46,14 +48,6 @@ LEDGER = "ledger.sqlite"
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
-_UNKNOWNS = (
-    """CREATE TABLE unknowns (
-        id TEXT PRIMARY KEY, created_utc TEXT NOT NULL, source TEXT NOT NULL, path TEXT NOT NULL,
-        sha256 TEXT NOT NULL, page INTEGER NOT NULL, defect_id INTEGER NOT NULL, box TEXT NOT NULL,
-        recipe_id TEXT NOT NULL, encoder TEXT NOT NULL, features BLOB NOT NULL) WITHOUT ROWID""",
-    "CREATE INDEX unknowns_by_image ON unknowns (source, path, sha256, page, defect_id, id)",
-    "CREATE INDEX unknowns_by_time ON unknowns (created_utc)",
-)
 _KIND = Kind(
     noun="ledger",
     application_id=0x53454D57,  # "SEMW"
@@ -73,12 +67,12 @@ _KIND = Kind(
             payload BLOB NOT NULL)""",
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
         "CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID",
-        *_UNKNOWNS,
+        *unknown_features.SCHEMA,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
-        2: _UNKNOWNS,
+        2: unknown_features.SCHEMA,
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
@@ -94,27 +88,6 @@ class OutboxItem:
     id: str
     """Unique for ever; the consumer drops an id that it has seen."""
     payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class UnknownFeatures:
-    """What a later head needs to judge an unknown again."""
-
-    id: str
-    """Of its record."""
-    created_utc: str
-    source: str
-    path: str
-    """As in the record: bytes that are no UTF-8 are spelled out."""
-    sha256: str
-    page: int
-    defect_id: int
-    box_xyxy: tuple[int, int, int, int]
-    recipe_id: str
-    encoder: str
-    """Whose features these are."""
-    features: bytes
-    """D little-endian float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +225,7 @@ class Ledger:
                 "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
-            _add_unknowns(db, unknowns)
+            unknown_features.add(db, unknowns)
             _append_audit(db, audit)
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
@@ -345,7 +318,7 @@ class Ledger:
         with self._file.transaction() as db:
             if db.execute("INSERT OR IGNORE INTO noted (id) VALUES (?)", (once,)).rowcount == 0:
                 return False
-            _add_unknowns(db, found)
+            unknown_features.add(db, found)
         return True
 
     def was_noted(self, once: str) -> bool:
@@ -358,21 +331,7 @@ class Ledger:
         Ordered by source, path, content, page and defect. An image is never cut in two: all of its unknowns follow
         where ``limit`` would end among them.
         """
-        start = ("", "", "", 0, 0, "") if after is None else _place(after)
-        ends = self._file.rows(
-            f"SELECT source, path, sha256 FROM (SELECT {_PLACE} FROM unknowns WHERE created_utc >= ?"
-            f" AND ({_PLACE}) > (?, ?, ?, ?, ?, ?) ORDER BY {_PLACE} LIMIT ?)"
-            " ORDER BY source DESC, path DESC, sha256 DESC LIMIT 1",
-            (utc, *start, limit),
-        )
-        if not ends:
-            return []
-        rows = self._file.rows(
-            f"SELECT {_COLUMNS} FROM unknowns WHERE created_utc >= ? AND ({_PLACE}) > (?, ?, ?, ?, ?, ?)"
-            f" AND (source, path, sha256) <= (?, ?, ?) ORDER BY {_PLACE}",
-            (utc, *start, *ends[0]),
-        )
-        return [_unknown(*row) for row in rows]
+        return unknown_features.since(self._file, utc, after, limit)
 
     def forget_unknowns(self, before_utc: str) -> int:
         """Delete the unknowns created before that moment; return how many."""
@@ -548,35 +507,3 @@ def _text(path: bytes) -> str:
 def _clean(reason: str) -> str:
     """SQLite takes no lone surrogates, which a file name inside a message may carry."""
     return reason.encode("utf-8", "backslashreplace").decode()
-
-
-_PLACE = "source, path, sha256, page, defect_id, id"
-"""The order of ``unknowns_since``."""
-_COLUMNS = "id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features"
-
-
-def _place(of: UnknownFeatures) -> tuple[object, ...]:
-    return of.source, of.path, of.sha256, of.page, of.defect_id, of.id
-
-
-def _unknown(
-    id_: str, utc: str, source: str, path: str, sha256: str, page: int, defect_id: int, box: str, *rest: Any
-) -> UnknownFeatures:
-    x0, y0, x1, y1 = json.loads(box)
-    recipe_id, encoder, features = rest
-    return UnknownFeatures(
-        id_, utc, source, path, sha256, page, defect_id, (x0, y0, x1, y1), recipe_id, encoder, features
-    )
-
-
-def _add_unknowns(db: sqlite3.Connection, found: Sequence[UnknownFeatures]) -> None:
-    db.executemany(
-        f"INSERT OR IGNORE INTO unknowns ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (
-                u.id, u.created_utc, u.source, u.path, u.sha256, u.page, u.defect_id, json.dumps(u.box_xyxy),
-                u.recipe_id, u.encoder, u.features,
-            )
-            for u in found
-        ],
-    )  # fmt: skip
