@@ -255,7 +255,7 @@ class Rereview:
             return
         message = summary(result)
         outbox = [OutboxItem(*message)] if self._publishes else []
-        if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1]):
+        if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1], once_utc=utc_now()):
             head, extra = result.model_versions.get("head"), _about(result)
             log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
             self._on_revised(target, result)
