@@ -202,14 +202,20 @@ def _before(repository: Path, model: str, version: int, refused: Collection[int]
 # --- what the daemon serves ------------------------------------------------------------------------------------------
 
 
-def announce(state_dir: Path, versions: Mapping[str, int], refused_heads: Mapping[int, str]) -> None:
-    """Write down what serves and which heads were refused.
+def announce(
+    state_dir: Path,
+    versions: Mapping[str, int],
+    refused_heads: Mapping[int, str],
+    *,
+    hashes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write down what serves, with its content hashes, and which heads were refused.
 
     Raises:
         OSError: the disk refused.
     """
     utc = utc_now()
-    said = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
+    said = {"utc": utc, "versions": dict(versions), "hashes": dict(hashes), "refused_heads": dict(refused_heads)}
     model_repository.write_whole(state_dir / ANNOUNCED, json.dumps(said).encode())
 
 

@@ -467,6 +467,7 @@ def audit_entry(review: Review, result: Path) -> dict[str, object]:
         "sha256": review.sha256,
         "recipe": review.recipe_id,
         "models": dict(review.model_versions),
+        "model_hashes": dict(review.model_hashes),
         "verdicts": count_kinds(review),
         "result": result.name,
     }

@@ -86,7 +86,7 @@ class ModelsInService:
 
     def _announce(self) -> None:
         try:
-            choice.announce(self._state_dir, self.versions(), self.refused_heads())
+            choice.announce(self._state_dir, self.versions(), self.refused_heads(), hashes=hashes_of(self.by_pins))
         except OSError as error:
             if self._is_announced:
                 log.warning("cannot say what serves, tried again until it works: %s", error)
@@ -98,9 +98,21 @@ class ModelsInService:
 def versions_of(by_pins: Mapping[Pins, Models]) -> dict[str, int]:
     """Version by model; of a model that some recipes pin and others do not, the one without a pin."""
     versions: dict[str, int] = {}
-    for _, models in sorted(by_pins.items(), key=lambda item: item[0].head is None):
+    for models in _pinned_first(by_pins):
         versions |= models.versions()
     return versions
+
+
+def hashes_of(by_pins: Mapping[Pins, Models]) -> dict[str, str]:
+    """Content hash by model, of the versions in ``versions_of``."""
+    hashes: dict[str, str] = {}
+    for models in _pinned_first(by_pins):
+        hashes |= models.hashes()
+    return hashes
+
+
+def _pinned_first(by_pins: Mapping[Pins, Models]) -> list[Models]:
+    return [models for _, models in sorted(by_pins.items(), key=lambda item: item[0].head is None)]
 
 
 def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins, Models]:
