@@ -3,22 +3,37 @@ PYTHON ?= python3
 BIN    := .venv/bin
 REPO   := model_repository
 ENGINE ?= embedded
-STAMP  := .venv/.installed
+# One stamp for each Python: with another PYTHON than the last, the environment is made anew.
+STAMP  := .venv/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+UV     := uv==0.13.9
 # Memory of the networks in huge pages, as the units have it: the detector is a tenth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install models demo demo-learn triton test test-systemd check bench clean
+# One test process a processor; each has servers of its own.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PYTEST := $(BIN)/python -m pytest
+# What a machine needs to boot another: then `make check` proves the deployment too.
+CAN_BOOT := $(shell [ "$$(id -u)" = 0 ] && command -v systemd-nspawn >/dev/null && command -v debootstrap)
+
+.PHONY: help install lock sizes models demo demo-learn triton test test-slow test-systemd lint check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(STAMP): pyproject.toml requirements/install.py $(wildcard requirements/*.txt)
+	test -e $@ || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python requirements/install.py development
 	touch $@
 
-install: $(STAMP)  ## a local virtual environment with everything
+install: $(STAMP)  ## a local virtual environment with everything, as locked; PYTHON=python3.13 takes that Python
+
+lock:  ## the newest versions into requirements/; KEEP=1 changes only what pyproject.toml asks for
+	$(PYTHON) -m venv .cache/lock && .cache/lock/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+	.cache/lock/bin/python requirements/lock.py $(if $(KEEP),--keep)
+
+sizes: $(STAMP)  ## how much disk the sets edge, learning and development take, installed
+	@$(BIN)/python requirements/sizes.py
 
 models: $(STAMP)  ## fetch and check the backbone, build the model repository (skips what is there)
 	$(BIN)/semwatch-train build --repository $(REPO)
@@ -32,20 +47,28 @@ demo-learn: models  ## two unseen defect types become classes: a lot, a cycle, n
 triton: models  ## a local Triton server, set up and running in the background; semwatch triton down ends it
 	$(BIN)/semwatch triton setup && $(BIN)/semwatch triton up
 
-test: models  ## all tests
-	$(BIN)/python -m pytest tests
+test: models  ## the tests, but for those that take minutes; WORKERS=1 runs them one after another
+	$(PYTEST) tests --numprocesses $(WORKERS) --dist worksteal -m "not slow"
+
+test-slow: models  ## the tests that take minutes
+	$(PYTEST) tests --numprocesses $(WORKERS) --dist worksteal -m slow
 
 test-systemd: models  ## scenarios on a real systemd, booted in systemd-nspawn; root, systemd-container, debootstrap
-	$(BIN)/python -m pytest tests/systemd -s -o python_files='machine_*.py' $(if $(SCENARIOS),-k "$(SCENARIOS)")
+	$(PYTEST) tests/systemd -s -o python_files='machine_*.py' $(if $(SCENARIOS),-k "$(SCENARIOS)")
 
-check: models  ## what CI runs, and the linters: ruff, mypy, import contracts, tests
+lint: $(STAMP)  ## ruff, mypy, import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests
+
+check: lint  ## everything: the linters, all tests, and where this machine can boot another, a real systemd
+	$(MAKE) test
+	$(MAKE) test-slow
+	$(if $(CAN_BOOT),$(MAKE) test-systemd,@echo "no systemd-nspawn, debootstrap or root here: the scenarios on a real systemd are left out")
 
 bench: models  ## benchmarks: tables with ratios against a floor or a peer of the same run
-	$(BIN)/python -m pytest tests/benchmarks -s -o python_files='bench_*.py'
+	$(PYTEST) tests/benchmarks -s -o python_files='bench_*.py'
 
 clean:  ## remove what was built here
 	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]*
+	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache report-* semwatch-results

@@ -1,21 +1,34 @@
-"""Fixtures: the real model repository that `make models` builds, and a tiny one for tests of the plumbing."""
+"""Fixtures of every room: model repositories, real and tiny; a Redis server; the command line in this process."""
 
+import io
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
+import export_cache
+from commands import Command, in_process
 from paths import ROOT
 from semwatch.errors import ConfigError
 from semwatch.streams import embedded_redis
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.unknowns import Publisher, connect
 from semwatch.triton.setup import set_up
 
 # Before torch and numpy are imported: on arrays as small as ours, a second thread only spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What the machine says to its terminals and services is not for ours: a test's output is plain and 80 columns wide.
+for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "GITHUB_ACTIONS", "PY_COLORS", "NOTIFY_SOCKET",
+             "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM", "TZ"):  # fmt: skip
+    os.environ.pop(name, None)
 
-if server := os.environ.get("SEMWATCH_REDIS_SERVER"):  # another Redis or Valkey than the one in the wheel
-    embedded_redis.find_executable = lambda: Path(server)
+
+if redis_server := os.environ.get("SEMWATCH_REDIS_SERVER"):  # another Redis or Valkey than the one in the wheel
+    embedded_redis.find_executable = lambda: Path(redis_server)
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +63,9 @@ def installed() -> Path:
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where ``tiny_models.exporting_once`` keeps the files of this session."""
-    return tmp_path_factory.mktemp("exports")
+def exports() -> Path:
+    """Where ``tiny_models.exporting_once`` keeps its files, from one run to the next."""
+    return export_cache.opened()
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +75,32 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> 
 
     with exporting_once(exports):
         return publish_all(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """A Redis server of this file's own, on a socket in its folder."""
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
+    """The server, empty, and up again if the test before killed it."""
+    server.start()
+    with connect(server.url, timeout_s=2) as made:
+        made.flushall()
+        yield made
+
+
+@pytest.fixture
+def publisher(client: redis.Redis) -> Publisher:
+    """Of the empty server."""
+    return Publisher(client)
+
+
+@pytest.fixture
+def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``semwatch ARGV...`` in this process, with nobody there to be asked."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    return in_process(capsys, monkeypatch)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from commands import Command, in_process, put, spawn, write_recipe
+from commands import Command, put, spawn, write_recipe
 from daemon import png
 
 COMMANDS = (
@@ -25,11 +25,6 @@ COMMANDS = (
     ["quarantine", "list"],
     ["quarantine", "requeue"],
 )
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture

@@ -18,12 +18,7 @@ import redis
 from commands import spawn
 from semwatch.errors import ConfigError
 from semwatch.streams.embedded_redis import EmbeddedRedis
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from semwatch.system import child_server
 
 
 @contextmanager
@@ -57,7 +52,7 @@ def answers(client: redis.Redis) -> bool:
 
 
 def test_the_process_itself_becomes_a_server_that_loses_nothing(tmp_path: Path) -> None:
-    port = free_port()
+    port = child_server.free_port()
     with running(f"redis://127.0.0.1:{port}/0", "--folder", tmp_path / "data", "--port", port) as (process, client):
         assert client.info("server")["process_id"] == process.pid
         wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction", "bind": "127.0.0.1"}
@@ -102,6 +97,6 @@ def test_port_and_socket_together_are_refused(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    said = spawn("redis", "--folder", "file/data", "--port", free_port(), cwd=tmp_path)
+    said = spawn("redis", "--folder", "file/data", "--port", child_server.free_port(), cwd=tmp_path)
     assert said.code == 2
     assert "file/data" in said.words

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from export_cache import once
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
@@ -104,7 +105,12 @@ class _ByValue(pickle.Pickler):
     fast = True  # nor does it matter which of two equal strings are one object
 
     def reducer_override(self, value: object) -> Any:
-        return (np.asarray, (value.detach().numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+        if isinstance(value, torch.Tensor):
+            return np.asarray, (value.detach().numpy(),)
+        if isinstance(value, nn.Module):  # the order of a set is another in every process
+            state = [(name, sorted(v) if isinstance(v, set) else v) for name, v in vars(value).items()]
+            return tuple, ((type(value), state),)
+        return NotImplemented
 
 
 def _fingerprint(value: object) -> str:
@@ -123,9 +129,7 @@ def exporting_once(kept: Path) -> Iterator[None]:
 
     def exported(graph: nn.Module, meta: Meta, path: Path) -> None:
         file = kept / f"{_fingerprint((graph, meta.inputs, meta.outputs))}.onnx"
-        if not file.exists():
-            to_onnx(graph, meta, file)
-        shutil.copyfile(file, path)
+        shutil.copyfile(once(file, lambda partial: to_onnx(graph, meta, partial)), path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "to_onnx", exported)

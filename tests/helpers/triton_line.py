@@ -23,6 +23,7 @@ from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import load_recipe
 from semwatch.store import audit, results
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.system import child_server
 from semwatch.system.clock import utc_now
 from semwatch.triton import background as triton_background
 from semwatch.triton import control
@@ -298,7 +299,7 @@ def line(
             server.start()
             port = int(server.url.rpartition(":")[2])
         else:
-            port = _free_port()
+            port = child_server.free_port()
             server._ports = (port, 0)
         proxy = None
         if proxied:
@@ -321,12 +322,6 @@ def line(
             if made.kept is not None:
                 made.kept.stop()
             made.server.stop(timeout_s=0.05)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # --- the count -------------------------------------------------------------------------------------------------------

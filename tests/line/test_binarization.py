@@ -1,4 +1,3 @@
-import doctest
 import math
 from fractions import Fraction
 
@@ -13,7 +12,6 @@ from skimage import measure
 
 from semwatch.defects import Box
 from semwatch.errors import ImageError
-from semwatch.line import binarization
 from semwatch.line.binarization import (
     Method,
     binarize,
@@ -59,12 +57,6 @@ def centroid(values: NDArray[np.generic]) -> NDArray[np.float64]:
 
 def inside(box: Box, outer: Box) -> bool:
     return outer[0] <= box[0] and outer[1] <= box[1] and box[2] <= outer[2] and box[3] <= outer[3]
-
-
-def test_the_examples_in_the_docstrings_are_true() -> None:
-    result = doctest.testmod(binarization)
-    assert result.attempted >= 10
-    assert result.failed == 0
 
 
 # --- gate ---------------------------------------------------------------------------------------------------------

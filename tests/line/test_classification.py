@@ -1,9 +1,6 @@
-import doctest
-
 import numpy as np
 import pytest
 
-from semwatch.line import classification
 from semwatch.line.classification import classify, decide, size_feature
 from semwatch.line.inputs import KeptView
 from semwatch.models.inference import Embedded, ModelId
@@ -21,10 +18,6 @@ def test_no_defect_asks_no_model(tiny_repository) -> None:
         models.infer = None  # type: ignore[assignment]
         features, verdicts, answered = classify([], models, **RULE)
     assert (features.shape, verdicts, answered) == ((0, 0), [], {})
-
-
-def test_documented_examples_hold() -> None:
-    assert doctest.testmod(classification).failed == 0
 
 
 @pytest.mark.parametrize(

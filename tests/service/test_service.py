@@ -16,6 +16,7 @@ from daemon import SOURCE, Daemon, Site, make_site, png
 from semwatch.models import model_repository
 from semwatch.store import audit
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.system import child_server
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ class Worked:
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path) -> Worked:
     """One run for all tests that look at what an uneventful run leaves."""
-    port = 19464 + os.getpid() % 1000
+    port = child_server.free_port()
     site = make_site(tmp_path_factory.mktemp("worked") / "site", tiny_repository, metrics={"port": port})
     files = [site.put(f"lot/{index}.png", png(index)) for index in range(5)]
     files.append(site.put("broken.png", b"no image"))

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import jsonschema
 import numpy as np
 import pytest
@@ -48,25 +49,6 @@ from semwatch.streams.unknowns import Claimed, Consumer, Publisher, connect
 UNKNOWN = make_verdict("unknown")
 STREAM = "semwatch:unknowns"
 DEAD = "semwatch:unknowns:dead"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    server.start()
-    with connect(server.url) as made:
-        made.flushall()
-        yield made
-
-
-@pytest.fixture
-def publisher(client: redis.Redis) -> Publisher:
-    return Publisher(client)
 
 
 def kill(server: EmbeddedRedis) -> None:
@@ -228,6 +210,10 @@ def _with_meta(fields: Fields, **changes: object) -> Fields:
     return {**fields, b"meta": json.dumps({**json.loads(fields[b"meta"]), **changes}).encode()}
 
 
+def _png(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
 BROKEN: dict[str, tuple[Callable[[Fields], Fields], str]] = {
     "no fields": (lambda f: {}, "features is missing"),
     "no schema": (lambda f: {k: v for k, v in f.items() if k != b"schema"}, "schema is missing"),
@@ -242,6 +228,14 @@ BROKEN: dict[str, tuple[Callable[[Fields], Fields], str]] = {
         lambda f: {**f, b"crop_png": f[b"crop_png"][:16] + b"\x7f" * 8 + b"\x08\x00"},
         "wanted square",
     ),
+    **{
+        f"{name} crop": (lambda f, pixels=pixels: {**f, b"crop_png": _png(pixels)}, "wanted square 8-bit gray")
+        for name, pixels in {
+            "16-bit": np.full((56, 56), 300, np.uint16),
+            "colour": np.zeros((56, 56, 3), np.uint8),
+            "oblong": np.zeros((56, 57), np.uint8),
+        }.items()
+    },
     "id not hex": (lambda f: {**f, b"id": b"../etc/passwd"}, "32 hex digits"),
     "id not ascii": (lambda f: {**f, b"id": b"\xff"}, "ascii"),
     "meta no json": (lambda f: {**f, b"meta": b"{"}, "Expecting property name"),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
+from semwatch.system.files import file_sha256
 from semwatch_training import __main__ as command_line
 from semwatch_training import ship
 from semwatch_training.discovery import labelled_crops
@@ -81,8 +82,6 @@ def judge(name: str, asked: list[str]):
 @pytest.fixture(scope="module", autouse=True)
 def tiny() -> Iterator[list[str]]:
     """Tiny trunks, crops that are at hand, and reports of one figure; yields the names of the reports asked for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     asked: list[str] = []
     rng = np.random.default_rng(0)
     found = unlabelled_crops.Crops(
@@ -99,7 +98,6 @@ def tiny() -> Iterator[list[str]]:
         for name in FIGURES:
             patch.setattr(evaluate_commands, name, judge(name, asked))
         yield asked
-    torch.set_num_threads(before)
 
 
 def run(out: Path, plan: ship.Plan = PLAN) -> list[ship.Part]:
@@ -242,4 +240,4 @@ def test_served_head_names_the_encoder_that_was_trained(shipped) -> None:
     out, _ = shipped
     encoder, head = (model_repository.read_meta(out / "repository", *which) for which in (("encoder", 2), ("head", 1)))
     assert head.encoder_sha256 == encoder.weights_sha256
-    assert encoder.provenance["trained_layers"] == model_repository.file_sha256(out / "weights/encoder.safetensors")
+    assert encoder.provenance["trained_layers"] == file_sha256(out / "weights/encoder.safetensors")

@@ -1,6 +1,5 @@
 import csv
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from progress import InterruptedByTest, RecordedProgress
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.line.binarization import Region
@@ -35,31 +35,6 @@ SCHEDULE = Schedule(epochs=4, batch=4, warm_up_steps=3, features_per_image=16)
 N_STEPS = 4 * (24 // 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Told:
-    """Progress that remembers, and breaks off at a step."""
-
-    def __init__(self, interrupt_at: int | None = None) -> None:
-        self.steps: list[tuple[int, int]] = []
-        self.interrupt_at = interrupt_at
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self.steps.append((done, total))
-        if done == self.interrupt_at:
-            raise Interrupted
-
-
 # ---- the cache of features ----
 
 
@@ -69,9 +44,9 @@ def images(n: int, seed: int = 0) -> list[np.ndarray]:
 
 def cached(path: Path, n: int = 2, given: list[np.ndarray] | None = None) -> tuple[np.ndarray, int]:
     """Features, and how many images had to be run for them."""
-    told = Told()
-    features = cache_features(detector_graph(), images(n) if given is None else given, n, path, progress=told)
-    return features, len(told.steps)
+    progress = RecordedProgress()
+    features = cache_features(detector_graph(), images(n) if given is None else given, n, path, progress=progress)
+    return features, len(progress.steps)
 
 
 def test_cached_features_are_the_trunks_in_fp16(tmp_path) -> None:
@@ -109,8 +84,8 @@ def test_cache_that_does_not_fit_is_rebuilt(tmp_path, content) -> None:
 
 def test_interrupted_cache_is_never_taken_for_a_whole_one(tmp_path) -> None:
     path = tmp_path / "features.npy"
-    with pytest.raises(Interrupted):
-        cache_features(detector_graph(), images(3), 3, path, progress=Told(interrupt_at=2))
+    with pytest.raises(InterruptedByTest):
+        cache_features(detector_graph(), images(3), 3, path, progress=RecordedProgress(interrupt_at=2))
     assert not path.exists()
     features, n_run = cached(path, n=3)
     assert n_run == 3
@@ -145,12 +120,12 @@ def same_weights(a: NIDetector, b: NIDetector) -> bool:
 
 @pytest.mark.parametrize("pseudo_defects", [False, True])
 def test_training_lowers_both_losses(tmp_path, pseudo_defects) -> None:
-    schedule, told = replace(SCHEDULE, pseudo_defects=pseudo_defects), Told()
-    curve = train(fresh(), toy_features(), schedule, tmp_path, progress=told)
+    schedule, progress = replace(SCHEDULE, pseudo_defects=pseudo_defects), RecordedProgress()
+    curve = train(fresh(), toy_features(), schedule, tmp_path, progress=progress)
     assert [row["epoch"] for row in curve] == [1, 2, 3, 4]
     assert curve[-1]["reconstruction_loss"] < 0.75 * curve[0]["reconstruction_loss"]
     assert curve[-1]["normal_loss"] < curve[0]["normal_loss"]
-    assert told.steps == [(step, N_STEPS) for step in range(1, N_STEPS + 1)]
+    assert progress.steps == [(step, N_STEPS) for step in range(1, N_STEPS + 1)]
 
 
 @pytest.mark.parametrize("pseudo_defects", [False, True])
@@ -160,13 +135,13 @@ def test_interrupted_training_ends_with_the_very_weights_of_an_uninterrupted_one
 ) -> None:
     schedule, features = replace(SCHEDULE, pseudo_defects=pseudo_defects), toy_features()
     whole = fresh()
-    curve = train(whole, features, schedule, tmp_path / "whole", progress=Told())
-    with pytest.raises(Interrupted):
-        train(fresh(), features, schedule, tmp_path / "cut", progress=Told(interrupt_at))
+    curve = train(whole, features, schedule, tmp_path / "whole", progress=RecordedProgress())
+    with pytest.raises(InterruptedByTest):
+        train(fresh(), features, schedule, tmp_path / "cut", progress=RecordedProgress(interrupt_at))
     # Without a checkpoint the weights it starts from count; with one they do not.
-    resumed, told = fresh(5 if interrupt_at == 3 else 99), Told()
-    curve_resumed = train(resumed, features, schedule, tmp_path / "cut", progress=told)
-    assert told.steps[0] == ({3: 1, 12: 7, 15: 13}[interrupt_at], N_STEPS)
+    resumed, progress = fresh(5 if interrupt_at == 3 else 99), RecordedProgress()
+    curve_resumed = train(resumed, features, schedule, tmp_path / "cut", progress=progress)
+    assert progress.steps[0] == ({3: 1, 12: 7, 15: 13}[interrupt_at], N_STEPS)
     assert same_weights(whole, resumed)
     drop = {"seconds", "eta_seconds"}
     assert [{k: v for k, v in row.items() if k not in drop} for row in curve_resumed] == [
@@ -175,23 +150,23 @@ def test_interrupted_training_ends_with_the_very_weights_of_an_uninterrupted_one
 
 
 def test_finished_training_is_not_done_again(tmp_path) -> None:
-    whole, again, told = fresh(), fresh(99), Told()
-    curve = train(whole, toy_features(), SCHEDULE, tmp_path, progress=Told())
-    assert train(again, toy_features(), SCHEDULE, tmp_path, progress=told) == curve
-    assert told.steps == []
+    whole, again, progress = fresh(), fresh(99), RecordedProgress()
+    curve = train(whole, toy_features(), SCHEDULE, tmp_path, progress=RecordedProgress())
+    assert train(again, toy_features(), SCHEDULE, tmp_path, progress=progress) == curve
+    assert progress.steps == []
     assert same_weights(whole, again)
 
 
 def test_another_seed_gives_other_weights(tmp_path) -> None:
     first, second = fresh(), fresh()
-    train(first, toy_features(), SCHEDULE, tmp_path / "1", progress=Told())
-    train(second, toy_features(), replace(SCHEDULE, seed=2), tmp_path / "2", progress=Told())
+    train(first, toy_features(), SCHEDULE, tmp_path / "1", progress=RecordedProgress())
+    train(second, toy_features(), replace(SCHEDULE, seed=2), tmp_path / "2", progress=RecordedProgress())
     assert not same_weights(first, second)
 
 
 def test_checkpoint_of_other_settings_is_refused_and_left_alone(tmp_path) -> None:
     one_epoch, features = replace(SCHEDULE, epochs=1), toy_features()
-    train(fresh(), features, one_epoch, tmp_path, progress=Told())
+    train(fresh(), features, one_epoch, tmp_path, progress=RecordedProgress())
     before = (tmp_path / "checkpoint.pt").read_bytes()
     other_form = NIDetector(replace(DETECTOR, attention="literal"))  # the same shapes, another network
     for detector, given, schedule in (
@@ -201,13 +176,13 @@ def test_checkpoint_of_other_settings_is_refused_and_left_alone(tmp_path) -> Non
         (other_form, features, one_epoch),
     ):
         with pytest.raises(ConfigError, match=r"other settings; remove it or give another --out"):
-            train(detector, given, schedule, tmp_path, progress=Told())
+            train(detector, given, schedule, tmp_path, progress=RecordedProgress())
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="3 training images are fewer than a batch of 4; lower --batch"):
-        train(fresh(), toy_features()[:3], SCHEDULE, tmp_path, progress=Told())
+        train(fresh(), toy_features()[:3], SCHEDULE, tmp_path, progress=RecordedProgress())
 
 
 def test_rate_warms_up_linearly_falls_without_a_step_up_and_stays_at_its_floor() -> None:
@@ -225,7 +200,7 @@ def test_training_shorter_than_its_warm_up_has_a_rate() -> None:
 
 
 def test_training_leaves_its_curve_beside_the_checkpoint(tmp_path) -> None:
-    curve = train(fresh(), toy_features(), replace(SCHEDULE, epochs=2), tmp_path, progress=Told())
+    curve = train(fresh(), toy_features(), replace(SCHEDULE, epochs=2), tmp_path, progress=RecordedProgress())
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [{key: float(value) for key, value in row.items()} for row in rows] == curve
@@ -302,12 +277,12 @@ def test_weights_of_another_release_are_refused(tmp_path) -> None:
 
 
 def test_raw_scores_are_the_graphs_one_for_each_image() -> None:
-    graph, told = detector_graph(), Told()
-    scores = raw_scores(graph, images(3), 3, progress=told)
+    graph, progress = detector_graph(), RecordedProgress()
+    scores = raw_scores(graph, images(3), 3, progress=progress)
     with torch.no_grad():
         expected = graph(torch.from_numpy(np.stack(images(3))))[1]
     assert scores == pytest.approx(expected.tolist(), rel=1e-4)
-    assert told.steps == [(1, 3), (2, 3), (3, 3)]
+    assert progress.steps == [(1, 3), (2, 3), (3, 3)]
 
 
 # ---- what to train on ----
@@ -439,10 +414,10 @@ def test_collected_crops_keep_their_image_and_count_what_was_planted(tiny_reposi
     from semwatch.models.inference import Embedded
     from semwatch.settings.recipe import Recipe
 
-    told = Told()
+    progress = RecordedProgress()
     with Embedded(tiny_repository, models=("detector", "encoder"), threads=1) as models:
         shut = Recipe.model_validate({"gate": {"threshold": 9.0}})  # collect opens it: the head must know false alarms
-        crops = labelled_crops.collect(models, shut, n_images=8, first_seed=5, progress=told)
+        crops = labelled_crops.collect(models, shut, n_images=8, first_seed=5, progress=progress)
     assert len(crops.features) == len(crops.labels) == len(crops.image_idx) >= 8
     assert crops.features.shape[1] == models_width(tiny_repository)
     assert sum(crops.n_planted.values()) == 7
@@ -451,7 +426,7 @@ def test_collected_crops_keep_their_image_and_count_what_was_planted(tiny_reposi
     assert len(crops.labels) - sum(crops.n_found.values()) == 7 - len(set(crops.n_found) - {DEFECT_FREE})
     assert set(crops.image_idx.tolist()) == set(range(8))
     assert {label for label, i in zip(crops.labels, crops.image_idx, strict=True) if i == 7} == {DEFECT_FREE}
-    assert told.steps[-1] == (8, 8)
+    assert progress.steps[-1] == (8, 8)
 
 
 def models_width(repository: Path) -> int:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from commands import spawn
+from semwatch.system import child_server
 from semwatch.triton.client import Triton
 
 
@@ -32,9 +33,9 @@ class Served:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = f"semwatch-serve-{os.getpid()}-{time.monotonic_ns()}"
         self._socket.bind(f"\0{address}")
-        self.port = free_port()
+        self.port = child_server.free_port()
         arguments = ["--folder", folder, "--repository", repository, "--view", view, "--threads", 1]
-        ports = ["--grpc-port", self.port, "--http-port", free_port()]
+        ports = ["--grpc-port", self.port, "--http-port", child_server.free_port()]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "semwatch", "triton", "serve", *map(str, [*arguments, *ports])],
             env={**os.environ, "NOTIFY_SOCKET": f"@{address}", "WATCHDOG_USEC": "1000000"},
@@ -76,12 +77,6 @@ class Served:
                 child.kill()
         self.process.communicate(timeout=10)
         self._socket.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

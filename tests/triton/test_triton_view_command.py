@@ -3,14 +3,7 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
-from commands import Command, in_process
-
-
-@pytest.fixture
-def semwatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return in_process(capsys, monkeypatch)
+from commands import Command
 
 
 def test_view_holds_each_model_with_its_configuration(semwatch: Command, tiny_repository: Path, tmp_path: Path) -> None:

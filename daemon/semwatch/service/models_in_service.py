@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from semwatch.errors import ConfigError, ModelMismatch
-from semwatch.models import choice, model_repository
+from semwatch.models import model_repository
 from semwatch.models.inference import Embedded, Models
 from semwatch.service.metrics import Metrics
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.settings.site import Models as ModelSettings
+from semwatch.store import serving
 from semwatch.system.journal import about
 
 log = logging.getLogger(__name__)
@@ -39,24 +40,25 @@ class ModelsInService:
         self._codes: dict[int, Mapping[str, int]] = {}
         self._is_announced = True
         for version, why in self.refused_heads().items():
-            self._say_refused("head", version, why)
+            self._log_refused("head", version, why)
         self._announce()
 
     def of(self, recipe: Recipe) -> Models:
         """The networks that answer for a recipe."""
         return self.by_pins[recipe.pins]
 
-    def refresh(self) -> None:
-        """Let newly published heads serve; answers under way are given by the old one."""
+    def refresh(self) -> bool:
+        """Let newly published heads serve; answers under way are given by the old one. True where one serves now."""
         swaps = [swap for models in self.by_pins.values() if (swap := models.refresh()) is not None]
         for swap in swaps:
             if swap.refused is None:
                 extra = about("swapped", models={swap.model: swap.version})
                 log.info("%s %d serves from now on", swap.model, swap.version, extra=extra)
             else:
-                self._say_refused(swap.model, swap.version, swap.refused)
+                self._log_refused(swap.model, swap.version, swap.refused)
         if swaps or not self._is_announced:
             self._announce()
+        return any(swap.refused is None for swap in swaps)
 
     def close(self) -> None:
         """Let go of networks and connections."""
@@ -66,6 +68,10 @@ class ModelsInService:
     def versions(self) -> dict[str, int]:
         """Version in service, by model."""
         return versions_of(self.by_pins)
+
+    def hashes(self) -> dict[str, str]:
+        """Content hash of the version in service, by model."""
+        return hashes_of(self.by_pins)
 
     def refused_heads(self) -> dict[int, str]:
         """Versions of the head that could not be used, and why."""
@@ -79,14 +85,14 @@ class ModelsInService:
             self._codes[version] = model_repository.read_meta(self._repository, "head", version).codes
         return self._codes[version]
 
-    def _say_refused(self, model: str, version: int, why: str) -> None:
+    def _log_refused(self, model: str, version: int, why: str) -> None:
         self._metrics.swap_refused.labels(model=model).inc()
         extra = about("refused", models={model: version})
         log.error("%s %d is refused, the one before it goes on: %s", model, version, why, extra=extra)
 
     def _announce(self) -> None:
         try:
-            choice.announce(self._state_dir, self.versions(), self.refused_heads(), hashes=hashes_of(self.by_pins))
+            serving.announce(self._state_dir, self.versions(), self.refused_heads(), hashes=self.hashes())
         except OSError as error:
             if self._is_announced:
                 log.warning("cannot say what serves, tried again until it works: %s", error)

@@ -167,7 +167,7 @@ class Triton:
 
     def _ask(self, version: Version, inputs: Arrays, deadline: float, priority: int) -> Arrays:
         """Answer one batch that Triton takes whole, again and later while the server is away."""
-        said: Exception | None = None
+        last_error: Exception | None = None
         for attempt in range(self._attempts):
             if attempt:
                 time.sleep(max(0.0, min(BACKOFF_S * 2 ** (attempt - 1), deadline - time.monotonic())))
@@ -176,7 +176,7 @@ class Triton:
             try:
                 answer = self._server.ask(version, inputs, deadline, priority)
             except InferenceServerException as error:
-                said = error
+                last_error = error
                 self._judge(version, error)
             except (ModelMismatch, ConfigError) as error:
                 self._server.lost()
@@ -184,7 +184,9 @@ class Triton:
             else:
                 if answer is not None:
                     return answer
-        raise ServiceUnavailable(f"Triton at {self._url} gave no {version.meta.model} answer: {words(said)}") from said
+        raise ServiceUnavailable(
+            f"Triton at {self._url} gave no {version.meta.model} answer: {words(last_error)}"
+        ) from last_error
 
     def _judge(self, version: Version, error: InferenceServerException) -> None:
         """Return where another try may help; else raise what the caller shall know."""

@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
+from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.models.inference import Embedded
@@ -23,10 +24,6 @@ SHUT = Recipe.model_validate({"gate": {"threshold": 9.0}})
 def models(tiny_repository) -> Iterator[Embedded]:
     with Embedded(tiny_repository, models=("detector", "encoder"), threads=1) as served:
         yield served
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    pass
 
 
 def written(path: Path, pixels: np.ndarray) -> Path:

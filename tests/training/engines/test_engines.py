@@ -13,6 +13,7 @@ import typer
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+from progress import quiet
 from semwatch.errors import ConfigError, ModelMismatch, PublishError
 from semwatch.models import model_repository
 from semwatch.triton import config as triton_config
@@ -26,10 +27,6 @@ RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
 )
 MODELS = ("detector", "encoder", "head")
-
-
-def quiet(*_: object) -> None:
-    pass
 
 
 def graph(nodes, inputs, outputs, constants=(), opset=20) -> onnx.ModelProto:  # type: ignore[no-untyped-def]

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch_training.discovery.discovery_heads import HeadSettings
@@ -25,10 +26,6 @@ from semwatch_training.metrics.uncertainty import Rate, Spread
 D = 10
 FIT = HeadFit(frozen_width=D, components=8, directions=4, folds=4)
 QUICK = HeadSettings(n_heads=2, epochs=8)
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    pass
 
 
 def crops_of(labels: list[str], features: np.ndarray, image_idx: np.ndarray | None = None) -> Crops:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch_training.data.datasets import Sample
@@ -52,10 +53,6 @@ def fields() -> list[Field]:
         field("spot", 32, 16, 48, 32),
         field("line", 0, 40, 64, 48),
     ]
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    pass
 
 
 def judged(engines: dict[str, Engine], given: list[Field]) -> tuple[list[Table], dict[str, object]]:

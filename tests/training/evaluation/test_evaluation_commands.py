@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch_training import __main__ as command_line
@@ -48,8 +49,6 @@ BRANCH = BranchForm(input_px=64, projection=4, width=8, dilations=(1,))
 @pytest.fixture(scope="module", autouse=True)
 def tiny_backbones() -> Iterator[None]:
     """Random trunks in the place of those that are fetched, and forms that fit them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     convolutional = EfficientNet().eval().requires_grad_(False)
     with pytest.MonkeyPatch.context() as patch:
@@ -59,11 +58,6 @@ def tiny_backbones() -> Iterator[None]:
             patch.setattr(module, "MemoryForm", lambda: FORM)
         patch.setattr(detectors, "CORESET", replace(FORM, alike=0))
         yield
-    torch.set_num_threads(before)
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    pass
 
 
 def run(*arguments: object, code: int = 0) -> Result:

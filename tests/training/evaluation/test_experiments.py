@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 import tiny_models
+from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.models.inference import Embedded
@@ -31,21 +31,9 @@ from tiny_models import DETECTOR, trunk
 FORM = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=200, candidates=300)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def convolutional() -> EfficientNet:
     return tiny_models.convolutional()
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    pass
 
 
 def stripes(seed: int, side: int = 112) -> np.ndarray:

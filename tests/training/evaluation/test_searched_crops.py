@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
+from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.models.inference import Embedded
@@ -25,10 +26,6 @@ from semwatch_training.metrics.uncertainty import Rate
 from semwatch_training.synthetic import DEFECT_TYPES
 
 SIDE = 96
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    pass
 
 
 def box(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:

@@ -12,9 +12,11 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from progress import quiet
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
+from semwatch.system.files import file_sha256
 from semwatch_training import __main__ as command_line
 from semwatch_training.discovery.head import save_head
 from semwatch_training.families.exported import Exported
@@ -48,8 +50,6 @@ FROZEN = len(ENCODER.pooled_layers) * SHAPE.width + 2
 @pytest.fixture(scope="module", autouse=True)
 def tiny_backbone() -> Iterator[None]:
     """A tiny trunk in the place of the one that is fetched, and an encoder that fits it; no GPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -57,11 +57,6 @@ def tiny_backbone() -> Iterator[None]:
         for module in (smg_vit_export, command_line):
             patch.setattr(module, "EncoderForm", lambda: ENCODER)
         yield
-    torch.set_num_threads(before)
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Take no notice."""
 
 
 def some_crops(n: int = 8) -> Crops:
@@ -75,7 +70,7 @@ def kept(tmp_path) -> Path:
     return tmp_path / "crops.npz"
 
 
-def run(out: Path, source: CropSource, schedule: Schedule = SCHEDULE, progress=silent, repository=Path("absent")):
+def run(out: Path, source: CropSource, schedule: Schedule = SCHEDULE, progress=quiet, repository=Path("absent")):
     return train_encoder(out, ENCODER, source, schedule, repository=repository, cache=out.parent, progress=progress)
 
 
@@ -143,7 +138,7 @@ def test_folder_where_the_gate_stays_shut_is_refused(tiny_repository, tmp_path, 
         Embedded(tiny_repository, models=("detector", "encoder"), threads=1) as models,
         pytest.raises(ConfigError, match="opened on none of 2 images"),
     ):
-        unlabelled_crops.of_files(models, paths, progress=silent)
+        unlabelled_crops.of_files(models, paths, progress=quiet)
 
 
 def test_images_are_drawn_by_seed_and_all_where_there_are_few(tmp_path) -> None:
@@ -301,7 +296,7 @@ def test_trained_encoder_answers_what_torch_computes_and_names_its_file(built) -
     assert np.allclose(found, expected, atol=1e-4)
     assert np.allclose(found[:, :FROZEN], untrained[:, :FROZEN], atol=1e-5)
     assert np.abs(found[:, FROZEN:] - untrained[:, FROZEN:]).max() > 1e-3
-    assert provenance["trained_layers"] == model_repository.file_sha256(weights / "encoder.safetensors")
+    assert provenance["trained_layers"] == file_sha256(weights / "encoder.safetensors")
     assert provenance["frozen_width"] == FROZEN
     assert provenance["n_crops"] == 8
 

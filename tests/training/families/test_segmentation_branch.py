@@ -1,5 +1,4 @@
 import csv
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from progress import InterruptedByTest, RecordedProgress
 from semwatch.errors import ConfigError
 from semwatch.models.model_repository import Meta, Tensor
 from semwatch.system import clock
@@ -42,30 +42,9 @@ FORM = BranchForm(input_px=64, projection=8, width=8, dilations=(1, 2))
 SCHEDULE = BranchSchedule(steps=60, batch=4, warm_up_steps=5, learning_rate=5e-3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def convolutional() -> EfficientNet:
     return shallow()
-
-
-class Told:
-    """Progress that remembers, and breaks off at a step."""
-
-    def __init__(self, interrupt_at: int | None = None) -> None:
-        self.steps: list[tuple[int, int]] = []
-        self.interrupt_at = interrupt_at
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self.steps.append((done, total))
-        if done == self.interrupt_at:
-            raise InterruptedError
 
 
 # ---- what the branch reads ----
@@ -253,16 +232,16 @@ def pairs(n: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_cached_evidence_is_what_the_trunk_gives_and_is_reused(tmp_path, convolutional) -> None:
-    evidence, told = Evidence(convolutional, FORM), Told()
-    samples = cache_samples(evidence, pairs(2), 2, tmp_path / "new", progress=told)
+    evidence, progress = Evidence(convolutional, FORM), RecordedProgress()
+    samples = cache_samples(evidence, pairs(2), 2, tmp_path / "new", progress=progress)
     with torch.no_grad():
         expected = evidence(torch.from_numpy(np.stack([image for image, _ in pairs(2)])))
     for part, other in zip(unpacked(np.asarray(samples.evidence), FORM), expected, strict=True):
         assert torch.allclose(part, other, rtol=2e-3, atol=2e-2)
     assert samples.cover[0].max() == 0
     assert samples.cover[1, 1].tolist() == [0, 255, 128, 0, 0, 0, 0, 0]
-    again = cache_samples(evidence, pairs(2), 2, tmp_path / "new", progress=told)
-    assert told.steps == [(1, 2), (2, 2)]
+    again = cache_samples(evidence, pairs(2), 2, tmp_path / "new", progress=progress)
+    assert progress.steps == [(1, 2), (2, 2)]
     assert np.array_equal(again.evidence, samples.evidence)
     assert np.array_equal(again.cover, samples.cover)
 
@@ -271,7 +250,7 @@ def test_cached_evidence_is_what_the_trunk_gives_and_is_reused(tmp_path, convolu
 def test_cache_that_does_not_fit_is_rebuilt(tmp_path, convolutional, content) -> None:
     evidence = Evidence(convolutional, FORM)
     cache_samples(evidence, pairs(1 if content == "shorter" else 2), 1 if content == "shorter" else 2, tmp_path,
-                  progress=Told())  # fmt: skip
+                  progress=RecordedProgress())  # fmt: skip
     path = tmp_path / "evidence.npy"
     if content == "cut off":
         path.write_bytes(path.read_bytes()[:-10])
@@ -279,9 +258,9 @@ def test_cache_that_does_not_fit_is_rebuilt(tmp_path, convolutional, content) ->
         path.write_bytes(b"no array")
     elif content == "cover gone":
         (tmp_path / "cover.npy").unlink()
-    told = Told()
-    samples = cache_samples(evidence, pairs(2), 2, tmp_path, progress=told)
-    assert (len(samples.evidence), len(told.steps)) == (2, 2)
+    progress = RecordedProgress()
+    samples = cache_samples(evidence, pairs(2), 2, tmp_path, progress=progress)
+    assert (len(samples.evidence), len(progress.steps)) == (2, 2)
 
 
 def toy_samples(n: int = 16) -> Samples:
@@ -310,12 +289,12 @@ def same(a: SegmentationBranch, b: SegmentationBranch) -> bool:
 
 
 def test_training_finds_the_planted_patches_and_writes_its_curve(tmp_path) -> None:
-    samples, branch, told = toy_samples(), fresh(), Told()
-    curve = train_branch(branch, samples, SCHEDULE, tmp_path, progress=told)
+    samples, branch, progress = toy_samples(), fresh(), RecordedProgress()
+    curve = train_branch(branch, samples, SCHEDULE, tmp_path, progress=progress)
     assert [row["step"] for row in curve] == [50, 60]
     assert curve[-1]["loss"] < curve[0]["loss"]
     assert curve[0]["eta_seconds"] > curve[-1]["eta_seconds"] == 0
-    assert told.steps == [(step, 60) for step in range(1, 61)]
+    assert progress.steps == [(step, 60) for step in range(1, 61)]
     with (tmp_path / "metrics.csv").open() as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in curve]
     with torch.no_grad():
@@ -325,24 +304,24 @@ def test_training_finds_the_planted_patches_and_writes_its_curve(tmp_path) -> No
 
 def test_interrupted_training_ends_with_the_very_weights_of_an_uninterrupted_one(tmp_path) -> None:
     samples, whole = toy_samples(), fresh()
-    train_branch(whole, samples, SCHEDULE, tmp_path / "whole", progress=Told())
-    with pytest.raises(InterruptedError):
-        train_branch(fresh(), samples, SCHEDULE, tmp_path / "cut", progress=Told(interrupt_at=55))
-    resumed, told = fresh(99), Told()
-    train_branch(resumed, samples, SCHEDULE, tmp_path / "cut", progress=told)
-    assert told.steps[0] == (51, 60)
+    train_branch(whole, samples, SCHEDULE, tmp_path / "whole", progress=RecordedProgress())
+    with pytest.raises(InterruptedByTest):
+        train_branch(fresh(), samples, SCHEDULE, tmp_path / "cut", progress=RecordedProgress(interrupt_at=55))
+    resumed, progress = fresh(99), RecordedProgress()
+    train_branch(resumed, samples, SCHEDULE, tmp_path / "cut", progress=progress)
+    assert progress.steps[0] == (51, 60)
     assert same(whole, resumed)
     again = fresh(7)
-    train_branch(again, samples, SCHEDULE, tmp_path / "cut", progress=Told())  # finished: nothing to do
+    train_branch(again, samples, SCHEDULE, tmp_path / "cut", progress=RecordedProgress())  # finished: nothing to do
     assert same(whole, again)
 
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path) -> None:
     short = replace(SCHEDULE, steps=1)
-    train_branch(fresh(), toy_samples(), short, tmp_path, progress=Told())
+    train_branch(fresh(), toy_samples(), short, tmp_path, progress=RecordedProgress())
     for samples, schedule in ((toy_samples(), SCHEDULE), (toy_samples(14), short)):
         with pytest.raises(ConfigError, match="other settings; remove it or give another --out"):
-            train_branch(fresh(), samples, schedule, tmp_path, progress=Told())
+            train_branch(fresh(), samples, schedule, tmp_path, progress=RecordedProgress())
 
 
 @pytest.mark.parametrize(("cover", "kind"), [(0, "normal"), (255, "defective")])
@@ -350,14 +329,14 @@ def test_images_of_one_kind_only_are_refused(tmp_path, cover, kind) -> None:
     samples = toy_samples()
     only = Samples(samples.evidence, np.full_like(samples.cover, cover))
     with pytest.raises(ConfigError, match=f"all 16 training images are {kind}"):
-        train_branch(fresh(), only, SCHEDULE, tmp_path, progress=Told())
+        train_branch(fresh(), only, SCHEDULE, tmp_path, progress=RecordedProgress())
 
 
 def test_evidence_that_is_not_finite_is_refused(tmp_path) -> None:
     samples = toy_samples()
     samples.evidence[:] = np.nan
     with pytest.raises(ConfigError, match="not finite; the cached evidence is damaged"):
-        train_branch(fresh(), samples, SCHEDULE, tmp_path, progress=Told())
+        train_branch(fresh(), samples, SCHEDULE, tmp_path, progress=RecordedProgress())
 
 
 def test_rate_warms_up_and_falls() -> None:

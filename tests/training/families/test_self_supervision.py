@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from progress import quiet
 from semwatch.errors import ConfigError
 from semwatch_training.data.augment import NOTHING
 from semwatch_training.families.smg_vit import self_supervision as ss
@@ -20,18 +21,6 @@ SCHEDULE = ss.Schedule(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Take no notice."""
-
-
 def crops(n: int = 10) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (n, 56, 56), dtype=np.uint8), rng.random((n, 4, 4), dtype=np.float32)
@@ -43,7 +32,7 @@ def encoder(seed: int = 0) -> SmgVit:
 
 @pytest.fixture(scope="module")
 def views(tmp_path_factory) -> Views:
-    return cache_views(encoder(), *crops(), tmp_path_factory.mktemp("views"), n_views=2, progress=silent)
+    return cache_views(encoder(), *crops(), tmp_path_factory.mktemp("views"), n_views=2, progress=quiet)
 
 
 def guided_state(vit: SmgVit) -> dict[str, torch.Tensor]:
@@ -60,30 +49,30 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_no_crops_make_no_views(tmp_path) -> None:
     empty = np.zeros((0, 56, 56), np.uint8), np.zeros((0, 4, 4), np.float32)
     with pytest.raises(ConfigError, match="at least one crop"):
-        cache_views(encoder(), *empty, tmp_path, progress=silent)
+        cache_views(encoder(), *empty, tmp_path, progress=quiet)
 
 
 def test_each_crop_needs_its_mask(tmp_path) -> None:
     pixels, masks = crops()
     with pytest.raises(ConfigError, match="a mask for each"):
-        cache_views(encoder(), pixels, masks[:3], tmp_path, progress=silent)
+        cache_views(encoder(), pixels, masks[:3], tmp_path, progress=quiet)
 
 
 def test_views_must_divide_into_patches(tmp_path) -> None:
     with pytest.raises(ConfigError, match="multiple of 14"):
-        cache_views(encoder(), *crops(), tmp_path, side_px=50, progress=silent)
+        cache_views(encoder(), *crops(), tmp_path, side_px=50, progress=quiet)
 
 
 def test_masks_of_nan_are_refused(tmp_path) -> None:
     pixels, masks = crops()
     masks[2, 1, 1] = np.nan
     with pytest.raises(ConfigError, match="without NaN"):
-        cache_views(encoder(), pixels, masks, tmp_path, progress=silent)
+        cache_views(encoder(), pixels, masks, tmp_path, progress=quiet)
 
 
 def test_cached_tokens_give_the_class_token_of_the_whole_network(tmp_path) -> None:
     vit, (pixels, masks) = encoder(), crops(3)
-    plain = cache_views(vit, pixels, masks, tmp_path, n_views=1, augmentation=NOTHING, progress=silent)
+    plain = cache_views(vit, pixels, masks, tmp_path, n_views=1, augmentation=NOTHING, progress=quiet)
     images = (torch.from_numpy(pixels).float() / 255).unsqueeze(1).expand(-1, 3, -1, -1)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     _, whole = vit((images - mean) / std, torch.from_numpy(masks))
@@ -116,19 +105,19 @@ def test_cache_is_reused_for_the_same_content_and_not_for_another(tmp_path) -> N
 
 
 def test_cache_cut_off_is_made_anew(tmp_path) -> None:
-    first = cache_views(encoder(), *crops(4), tmp_path, n_views=1, progress=silent)
+    first = cache_views(encoder(), *crops(4), tmp_path, n_views=1, progress=quiet)
     tokens = np.array(first.tokens)
     (path,) = tmp_path.glob("views-*.npy")
     del first
     path.write_bytes(path.read_bytes()[:200])
-    again = cache_views(encoder(), *crops(4), tmp_path, n_views=1, progress=silent)
+    again = cache_views(encoder(), *crops(4), tmp_path, n_views=1, progress=quiet)
     assert np.array_equal(again.tokens, tokens)
 
 
 def test_views_of_a_crop_do_not_depend_on_the_others(tmp_path) -> None:
     pixels, masks = crops(4)
-    some = cache_views(encoder(), pixels[:2], masks[:2], tmp_path, progress=silent)
-    every = cache_views(encoder(), pixels, masks, tmp_path, progress=silent)
+    some = cache_views(encoder(), pixels[:2], masks[:2], tmp_path, progress=quiet)
+    every = cache_views(encoder(), pixels, masks, tmp_path, progress=quiet)
     assert np.array_equal(some.soft_masks, every.soft_masks[:2])
 
 
@@ -138,7 +127,7 @@ def test_views_of_a_crop_do_not_depend_on_the_others(tmp_path) -> None:
 def test_training_moves_the_guided_layers_and_nothing_else(views, tmp_path) -> None:
     vit = encoder()
     guided, frozen = guided_state(vit), {k: v.clone() for k, v in vit.trunk.state_dict().items()}
-    curve = ss.train(vit, views, SCHEDULE, tmp_path, progress=silent)
+    curve = ss.train(vit, views, SCHEDULE, tmp_path, progress=quiet)
     assert len(curve) == 2
     assert not torch.equal(guided["scale"], vit.guided.scale)
     assert not torch.equal(guided["blocks.1.mlp.fc1.weight"], vit.guided.blocks[1].mlp.fc1.weight)
@@ -148,7 +137,7 @@ def test_training_moves_the_guided_layers_and_nothing_else(views, tmp_path) -> N
 def test_student_comes_to_answer_as_a_teacher_that_keeps_still(views, tmp_path) -> None:
     still = replace(SCHEDULE, epochs=12, teacher_momentum=1.0, centre_momentum=1.0, final_teacher_temperature=0.04)
     vit, before = encoder(), guided_state(encoder())
-    curve = ss.train(vit, views, still, tmp_path, progress=silent)
+    curve = ss.train(vit, views, still, tmp_path, progress=quiet)
     assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
     assert same(before, vit.guided.state_dict())  # what is kept is the teacher
 
@@ -171,7 +160,7 @@ def test_training_finds_kinds_that_it_is_not_told(tmp_path) -> None:
 
     before = share_of_same_kind()
     longer = replace(SCHEDULE, epochs=60, batch=16, learning_rate=3e-3, teacher_momentum=0.95, prototypes=24)
-    last = ss.train(vit, toy, replace(longer, hidden=32, bottleneck=16), tmp_path, progress=silent)[-1]
+    last = ss.train(vit, toy, replace(longer, hidden=32, bottleneck=16), tmp_path, progress=quiet)[-1]
     assert share_of_same_kind() > before + 0.08
     assert last["loss"] < 0.7 * math.log(24)
     assert last["marginal_entropy"] > 0.5  # not all crops got one answer
@@ -180,7 +169,7 @@ def test_training_finds_kinds_that_it_is_not_told(tmp_path) -> None:
 
 def test_resumed_training_ends_with_the_very_same_weights(views, tmp_path) -> None:
     whole = encoder()
-    straight = ss.train(whole, views, replace(SCHEDULE, epochs=3), tmp_path / "a", progress=silent)
+    straight = ss.train(whole, views, replace(SCHEDULE, epochs=3), tmp_path / "a", progress=quiet)
 
     class Stop(Exception):
         """Power failure."""
@@ -192,14 +181,14 @@ def test_resumed_training_ends_with_the_very_same_weights(views, tmp_path) -> No
     with pytest.raises(Stop):
         ss.train(encoder(), views, replace(SCHEDULE, epochs=3), tmp_path / "b", progress=pull_the_plug)
     resumed = encoder()
-    curve = ss.train(resumed, views, replace(SCHEDULE, epochs=3), tmp_path / "b", progress=silent)
+    curve = ss.train(resumed, views, replace(SCHEDULE, epochs=3), tmp_path / "b", progress=quiet)
     assert same(guided_state(whole), guided_state(resumed))
     assert [row["loss"] for row in curve] == [row["loss"] for row in straight]
 
 
 def test_finished_run_gives_the_same_again_without_training(views, tmp_path) -> None:
     first, again, told = encoder(), encoder(), []
-    ss.train(first, views, SCHEDULE, tmp_path, progress=silent)
+    ss.train(first, views, SCHEDULE, tmp_path, progress=quiet)
     ss.train(again, views, SCHEDULE, tmp_path, progress=lambda *done: told.append(done))
     assert not told
     assert same(guided_state(first), guided_state(again))
@@ -210,7 +199,7 @@ def test_seed_decides_the_run(views, tmp_path) -> None:
     for index, seed in enumerate((1, 1, 2)):
         vit = encoder()
         torch.manual_seed(index)  # what others drew before does not matter
-        ss.train(vit, views, replace(SCHEDULE, epochs=1, seed=seed), tmp_path / str(index), progress=silent)
+        ss.train(vit, views, replace(SCHEDULE, epochs=1, seed=seed), tmp_path / str(index), progress=quiet)
         runs.append(guided_state(vit))
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
@@ -221,69 +210,69 @@ def test_training_leaves_the_callers_random_numbers_alone(views, tmp_path) -> No
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    ss.train(vit, views, replace(SCHEDULE, epochs=1), tmp_path, progress=silent)
+    ss.train(vit, views, replace(SCHEDULE, epochs=1), tmp_path, progress=quiet)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_checkpoint_of_another_run_is_refused(views, tmp_path) -> None:
-    ss.train(encoder(), views, replace(SCHEDULE, epochs=1), tmp_path, progress=silent)
+    ss.train(encoder(), views, replace(SCHEDULE, epochs=1), tmp_path, progress=quiet)
     with pytest.raises(ConfigError, match="other settings"):
-        ss.train(encoder(), views, replace(SCHEDULE, epochs=1, seed=2), tmp_path, progress=silent)
+        ss.train(encoder(), views, replace(SCHEDULE, epochs=1, seed=2), tmp_path, progress=quiet)
 
 
 def test_checkpoint_that_is_none_is_refused_in_plain_words(views, tmp_path) -> None:
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(ConfigError, match=r"checkpoint.pt is no checkpoint that can be read; remove it"):
-            ss.train(encoder(), views, SCHEDULE, tmp_path, progress=silent)
+            ss.train(encoder(), views, SCHEDULE, tmp_path, progress=quiet)
 
 
 def test_fewer_crops_than_a_batch_are_refused(views, tmp_path) -> None:
     with pytest.raises(ConfigError, match="do not fill a batch of 11"):
-        ss.train(encoder(), views, replace(SCHEDULE, batch=11), tmp_path, progress=silent)
+        ss.train(encoder(), views, replace(SCHEDULE, batch=11), tmp_path, progress=quiet)
     with pytest.raises(ConfigError, match="do not fill a batch of 1;"):
-        ss.train(encoder(), views, replace(SCHEDULE, batch=1), tmp_path, progress=silent)
+        ss.train(encoder(), views, replace(SCHEDULE, batch=1), tmp_path, progress=quiet)
 
 
 def test_one_view_is_too_few(views, tmp_path) -> None:
     single = replace(views, tokens=views.tokens[:, :1], soft_masks=views.soft_masks[:, :1])
     with pytest.raises(ConfigError, match="two views"):
-        ss.train(encoder(), single, SCHEDULE, tmp_path, progress=silent)
+        ss.train(encoder(), single, SCHEDULE, tmp_path, progress=quiet)
 
 
 def test_views_of_another_trunk_are_refused(views, tmp_path) -> None:
     with pytest.raises(ConfigError, match="cache them again"):
-        ss.train(encoder(seed=7), views, SCHEDULE, tmp_path, progress=silent)
+        ss.train(encoder(seed=7), views, SCHEDULE, tmp_path, progress=quiet)
 
 
 def test_trained_guided_layers_do_not_outdate_the_views(views, tmp_path) -> None:
     vit = encoder()
-    ss.train(vit, views, replace(SCHEDULE, epochs=1), tmp_path / "first", progress=silent)
-    assert ss.train(vit, views, replace(SCHEDULE, epochs=1), tmp_path / "second", progress=silent)
+    ss.train(vit, views, replace(SCHEDULE, epochs=1), tmp_path / "first", progress=quiet)
+    assert ss.train(vit, views, replace(SCHEDULE, epochs=1), tmp_path / "second", progress=quiet)
 
 
 def test_local_views_are_seen_by_the_student(views, tmp_path) -> None:
-    local = cache_views(encoder(), *crops(), tmp_path, n_views=1, side_px=28, progress=silent)
+    local = cache_views(encoder(), *crops(), tmp_path, n_views=1, side_px=28, progress=quiet)
     assert local.tokens.shape == (10, 1, 5, 24)
     with_local, without = encoder(), encoder()
     once = replace(SCHEDULE, epochs=1)
-    ss.train(with_local, views, once, tmp_path / "a", local=local, progress=silent)
-    ss.train(without, views, once, tmp_path / "b", progress=silent)
+    ss.train(with_local, views, once, tmp_path / "a", local=local, progress=quiet)
+    ss.train(without, views, once, tmp_path / "b", progress=quiet)
     assert not same(guided_state(with_local), guided_state(without))
     fewer = replace(local, tokens=local.tokens[:5], soft_masks=local.soft_masks[:5])
     with pytest.raises(ConfigError, match="5 crops have local views and 10"):
-        ss.train(encoder(), views, once, tmp_path / "c", local=fewer, progress=silent)
+        ss.train(encoder(), views, once, tmp_path / "c", local=fewer, progress=quiet)
 
 
 def test_tokens_of_nan_stop_the_run(views, tmp_path) -> None:
     broken = np.array(views.tokens)
     broken[3, :, 0] = np.nan
     with pytest.raises(ConfigError, match="loss is nan"):
-        ss.train(encoder(), replace(views, tokens=broken), replace(SCHEDULE, epochs=4), tmp_path, progress=silent)
+        ss.train(encoder(), replace(views, tokens=broken), replace(SCHEDULE, epochs=4), tmp_path, progress=quiet)
 
 
 def test_curve_is_written_beside_the_checkpoint(views, tmp_path) -> None:
-    curve = ss.train(encoder(), views, SCHEDULE, tmp_path, progress=silent)
+    curve = ss.train(encoder(), views, SCHEDULE, tmp_path, progress=quiet)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in curve]
@@ -301,8 +290,8 @@ def test_progress_counts_every_step(views, tmp_path) -> None:
 
 def test_identical_crops_do_not_break_training(tmp_path) -> None:
     pixels, masks = (np.repeat(array[:1], 8, axis=0) for array in crops())
-    alike = cache_views(encoder(), pixels, masks, tmp_path, augmentation=NOTHING, progress=silent)
-    curve = ss.train(encoder(), alike, SCHEDULE, tmp_path / "run", progress=silent)
+    alike = cache_views(encoder(), pixels, masks, tmp_path, augmentation=NOTHING, progress=quiet)
+    curve = ss.train(encoder(), alike, SCHEDULE, tmp_path / "run", progress=quiet)
     assert curve[0]["feature_std"] == pytest.approx(0, abs=1e-4)  # and the curve says that nothing tells them apart
     assert all(math.isfinite(value) for row in curve for value in row.values())
 
@@ -368,7 +357,7 @@ def test_learning_rate_warms_up_and_falls() -> None:
 
 def test_saved_stage_b_comes_back_in_half_precision(views, tmp_path) -> None:
     vit = encoder()
-    ss.train(vit, views, SCHEDULE, tmp_path, progress=silent)
+    ss.train(vit, views, SCHEDULE, tmp_path, progress=quiet)
     ss.save(vit, tmp_path / "b.safetensors", provenance={"seed": 1})
     loaded = encoder()
     assert ss.load(tmp_path / "b.safetensors", loaded) == {"seed": 1}

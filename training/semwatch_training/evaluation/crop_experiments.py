@@ -36,7 +36,7 @@ def binarization(models: Embedded, fields: Mapping[str, Iterable[Field]], n: int
         models: with a detector.
         fields: n in all, by name of their group, such as a process stage; those without a true mask are left out.
         n: for the progress.
-        progress: told after every field.
+        progress: called after every field.
 
     Raises:
         ConfigError: no field of a group has a true mask.

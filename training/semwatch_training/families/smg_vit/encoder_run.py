@@ -55,7 +55,7 @@ def train_encoder(
         repository: whose detector searches; it is not read where the crops come from a file.
         cache: where the converted trunk is kept.
         n_views: of each crop; each step draws two.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Returns:
         The last row of the curve, see ``self_supervision.train``.

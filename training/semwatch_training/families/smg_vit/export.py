@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
-from semwatch.models import model_repository
 from semwatch.models.model_repository import Meta, Tensor
+from semwatch.system import files
 from semwatch.system.clock import utc_now
 from semwatch_training.families.exported import Exported, Provenance, flat
 from semwatch_training.families.smg_vit import self_supervision
@@ -43,7 +43,7 @@ def read(path: Path | None, backbones: Backbones) -> Exported:
     vit = SmgVit(backbones.vit, form)
     provenance: dict[str, str | float | int] = {}
     if path is not None:
-        provenance = {**self_supervision.load(path, vit), TRAINED: model_repository.file_sha256(path)}
+        provenance = {**self_supervision.load(path, vit), TRAINED: files.file_sha256(path)}
     graph = EncoderGraph(vit, backbones.efficientnet if form.second_trunk else None)
     return exported(graph, provenance=provenance, form=form_of(provenance))
 

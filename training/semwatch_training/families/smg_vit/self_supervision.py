@@ -99,7 +99,7 @@ def train(
         schedule: how.
         folder: of checkpoint and curve.
         local: smaller views of the same crops, seen by the student only.
-        progress: told after every step.
+        progress: called after every step.
 
     Returns:
         The curve's rows.
