@@ -264,7 +264,7 @@ class Service:
         """Say what serves; at the first meeting, put an older site's found classes where learning looks."""
         assert self._handoff is not None
         assert self._presence is not None
-        self._presence.renew(self._models.versions(), self._models.refused_heads())
+        self._presence.renew(self._models.versions(), self._models.refused_heads(), self._models.hashes())
         if not self._are_classes_read:
             self._are_classes_read = True
             try:
@@ -504,6 +504,7 @@ def audit_entry(review: Review, result: Path) -> dict[str, object]:
         "sha256": review.sha256,
         "recipe": review.recipe_id,
         "models": dict(review.model_versions),
+        "model_hashes": dict(review.model_hashes),
         "verdicts": count_kinds(review),
         "result": result.name,
     }

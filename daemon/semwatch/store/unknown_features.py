@@ -43,7 +43,7 @@ class UnknownFeatures:
     box_xyxy: tuple[int, int, int, int]
     recipe_id: str
     encoder: str
-    """Whose features these are."""
+    """Whose features these are: its content hash, of older reviews its version number."""
     features: bytes
     """D little-endian float32."""
 
