@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN    := .venv/bin
 REPO   := model_repository
 ENGINE ?= embedded
-STAMP  := .venv/.installed
+# One stamp for each Python: with another PYTHON than the last, the environment is made anew.
+STAMP  := .venv/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+UV     := uv==0.13.9
 # Memory of the networks in huge pages, as the units have it: the detector is a tenth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Compiled modules are kept whatever the shell says: collecting the tests takes half the time.
@@ -15,18 +17,25 @@ PYTEST := $(BIN)/python -m pytest
 # What a machine needs to boot another: then `make check` proves the deployment too.
 CAN_BOOT := $(shell [ "$$(id -u)" = 0 ] && command -v systemd-nspawn >/dev/null && command -v debootstrap)
 
-.PHONY: help install models demo demo-learn triton test test-slow test-systemd lint check bench clean
+.PHONY: help install lock sizes models demo demo-learn triton test test-slow test-systemd lint check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(STAMP): pyproject.toml requirements/install.py $(wildcard requirements/*.txt)
+	test -e $@ || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python requirements/install.py development
 	touch $@
 
-install: $(STAMP)  ## a local virtual environment with everything
+install: $(STAMP)  ## a local virtual environment with everything, as locked; PYTHON=python3.13 takes that Python
+
+lock:  ## the newest versions into requirements/; KEEP=1 changes only what pyproject.toml asks for
+	$(PYTHON) -m venv .cache/lock && .cache/lock/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+	.cache/lock/bin/python requirements/lock.py $(if $(KEEP),--keep)
+
+sizes: $(STAMP)  ## how much disk the sets edge, learning and development take, installed
+	@$(BIN)/python requirements/sizes.py
 
 models: $(STAMP)  ## fetch and check the backbone, build the model repository (skips what is there)
 	$(BIN)/semwatch-train build --repository $(REPO)
@@ -64,3 +73,4 @@ bench: models  ## benchmarks: tables with ratios against a floor or a peer of th
 
 clean:  ## remove what was built here
 	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]*
+	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache report-* semwatch-results

@@ -21,6 +21,11 @@ from semwatch.triton.setup import set_up
 # Before torch and numpy are imported: on arrays as small as ours, a second thread only spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What the machine says to its terminals and services is not for ours: a test's output is plain and 80 columns wide.
+for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "GITHUB_ACTIONS", "PY_COLORS", "NOTIFY_SOCKET",
+             "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM", "TZ"):  # fmt: skip
+    os.environ.pop(name, None)
+
 
 if redis_server := os.environ.get("SEMWATCH_REDIS_SERVER"):  # another Redis or Valkey than the one in the wheel
     embedded_redis.find_executable = lambda: Path(redis_server)

@@ -28,7 +28,6 @@ from rich.table import Table
 import fresh_crops
 from daemon import make_site
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.classes.clusters import Clusters
 from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
@@ -37,6 +36,7 @@ from semwatch.streams import unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.records import UNKNOWNS, Record
 from semwatch.streams.unknowns import Publisher
+from semwatch_training.learning.archive import ARCHIVE, Archive
 
 N, N_PEER = 2000, 200
 CORES = 2

@@ -36,6 +36,7 @@ from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import PROBE, Arrays
 from semwatch.service.loop import TICK_S
 from semwatch.settings.recipe import Recipe
+from semwatch.store import serving
 from semwatch_training.learning.refit import refit
 from semwatch_training.synthetic import lot_images
 
@@ -228,7 +229,7 @@ def test_swap_of_a_running_daemon(repository: Path, heads: Heads, tmp_path: Path
     assert failed == []
     assert wrong == []
     assert set(site.reasons()) == set()
-    assert set(choice.announced(site.state)[1]) == bad
+    assert set(serving.announced(site.state)[1]) == bad
     assert bad.isdisjoint(one.version for one in asked)
 
 
@@ -254,7 +255,7 @@ def drop_and_wait(site: Site, pixels: NDArray[np.uint8], number: int) -> Asked:
 
 def awaited(site: Site, version: int) -> None:
     """Wait until the daemon says that it serves a head, or that it does not."""
-    choice.await_head(site.state, version, timeout_s=60)
+    serving.await_head(site.state, version, timeout_s=60)
 
 
 def seconds_of_the_daemon(site: Site, repository: Path) -> float:
@@ -326,7 +327,7 @@ def roll_back(repository: Path, site: Site | None) -> int:
         return choice.roll_back(repository, "head", "benchmark")[1]
     said = commands.spawn("models", "rollback", "head", "--site", site.file, cwd=site.folder)
     assert said.code == 0, said.err
-    return choice.announced(site.state)[0]["head"]
+    return serving.announced(site.state)[0]["head"]
 
 
 def show(title: str, asked: Sequence[Asked], events: Sequence[Event], begun: float) -> None:

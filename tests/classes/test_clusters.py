@@ -1,34 +1,28 @@
-"""The clusters' file: read, written, locked, and edited by hand into nonsense."""
+"""The clusters' file: read, written, and edited by hand into nonsense."""
 
 import json
-import multiprocessing
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster_files import CLASSES, T0, T1, WHO, found, three
-from paths import ROOT
+from cluster_files import CLASSES, SIGNED, T0, T1, found, three
 from semwatch.classes import clusters
 from semwatch.classes.clusters import (
     FILE,
     Clusters,
-    change,
+    as_json,
     label_of,
-    locked,
     names_of,
+    parsed,
     pending,
     read,
     successors,
     write,
 )
 from semwatch.classes.decisions import merged, named, rejected
-from semwatch.classes.sightings import applied, seen
+from semwatch.classes.observations import applied, observe
 from semwatch.errors import ConfigError, ServiceUnavailable
-
-DAEMON = ROOT / "daemon"
 
 
 def kept(folder: Path, c: Clusters) -> Path:
@@ -44,34 +38,29 @@ def test_no_file_is_no_cluster(tmp_path) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path) -> None:
-    c = merged(named(three(), "novel-1", "void", 12, classes=CLASSES, **WHO), "novel-2", "void", classes=(), **WHO)
-    with locked(tmp_path):
-        write(tmp_path, three().model_copy(update={"revision": 1}))
-        write(tmp_path, c)
-    assert read(tmp_path) == c
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [FILE, f"{FILE}.lock"]
-
-
-@pytest.mark.parametrize("revision", [0, 2, 7])
-def test_revision_that_is_not_the_next_one_is_somebody_elses_change(tmp_path, revision) -> None:
-    with pytest.raises(ConfigError, match=rf"has revision 0 and was to become {revision}: somebody else changed it"):
-        write(tmp_path, Clusters(revision=revision))
-    assert not (tmp_path / FILE).exists()
+    c = merged(
+        named(three(), "novel-1", "void", 12, classes=CLASSES, **SIGNED), "novel-2", "void", classes=(), **SIGNED
+    )
+    write(tmp_path / "made", three().model_copy(update={"revision": 1}))
+    write(tmp_path / "made", c)
+    assert read(tmp_path / "made") == c
+    assert [p.name for p in (tmp_path / "made").iterdir()] == [FILE]
+    assert parsed(as_json(c), "the state") == c
 
 
 def test_nonsense_is_not_written(tmp_path) -> None:
     broken = three().model_copy(update={"revision": 1, "next_number": 2})
-    with pytest.raises(ConfigError, match="left as it is: next_number 2 is too small: novel-3 was given already"):
+    with pytest.raises(ConfigError, match="left as they are: next_number 2 is too small: novel-3 was given already"):
         write(tmp_path, broken)
     assert read(tmp_path) == Clusters()
 
 
 def test_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch) -> None:
-    change(tmp_path, lambda c: seen(c, [found(1)], utc=T0))
+    write(tmp_path, observe(Clusters(), [found(1)], utc=T0))
     before = (tmp_path / FILE).read_bytes()
-    (tmp_path / f".{FILE}.partial").mkdir()  # the disk refuses, also to root
+    (tmp_path / f".{FILE}.tmp").mkdir()  # the disk refuses, also to root
     with pytest.raises(ServiceUnavailable, match=rf"cannot write {tmp_path / FILE}: Is a directory"):
-        change(tmp_path, lambda c: seen(c, [found(1)], utc=T1))
+        write(tmp_path, observe(Clusters(), [found(1)], utc=T1))
     assert (tmp_path / FILE).read_bytes() == before
 
 
@@ -146,8 +135,8 @@ def test_folder_instead_of_the_file_is_refused(tmp_path) -> None:
 
 
 def two_merges() -> dict[str, Any]:
-    once = merged(three(), "novel-2", "novel-1", classes=CLASSES, **WHO)
-    return merged(once, "novel-3", "novel-1", classes=CLASSES, **WHO).model_dump(mode="json")
+    once = merged(three(), "novel-2", "novel-1", classes=CLASSES, **SIGNED)
+    return merged(once, "novel-3", "novel-1", classes=CLASSES, **SIGNED).model_dump(mode="json")
 
 
 def test_merges_in_a_ring_are_refused(tmp_path) -> None:
@@ -180,92 +169,42 @@ def test_log_that_does_not_hold_together_is_refused(tmp_path, key, value, said) 
         read(tmp_path)
 
 
-# --- several at once -----------------------------------------------------------------------------------------------
-
-
-def _ten_changes(folder: Path, start: int) -> None:
-    for n in range(start, start + 10):
-        change(folder, lambda c, n=n: seen(c, [found(n)], utc=T0))
-
-
-def test_changes_of_several_processes_are_all_there(tmp_path) -> None:
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_ten_changes, args=(tmp_path, 100 * i)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(30)
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    c = read(tmp_path)
-    assert (c.revision, c.next_number) == (40, 41)
-
-
-def test_lock_is_waited_for_and_then_given_up(tmp_path) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from semwatch.classes.clusters import locked\n"
-        f"with locked(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env={"PYTHONPATH": str(DAEMON)})
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(ServiceUnavailable, match=rf"is changing {tmp_path / FILE}; try again"):
-            change(tmp_path, lambda c: c, timeout_s=0.2)
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert change(tmp_path, lambda c: c, timeout_s=5).revision == 1  # a killed holder holds nothing
-
-
-def test_step_that_refuses_changes_nothing_and_lets_go(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="no cluster 'novel-1'; there are none yet"):
-        change(tmp_path, lambda c: rejected(c, "novel-1", **WHO))
-    assert not (tmp_path / FILE).exists()
-    assert change(tmp_path, lambda c: c, timeout_s=0.1).revision == 1
-
-
-def test_learning_dir_that_cannot_be_made_is_a_setting_to_mend(tmp_path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="check the folder and its rights"):
-        change(tmp_path / "file" / "learning", lambda c: c)
-
-
 # --- questions -----------------------------------------------------------------------------------------------------
 
 
 def test_cluster_is_found_by_id_and_by_name() -> None:
-    c = named(three(), "novel-2", "void", classes=CLASSES, **WHO)
+    c = named(three(), "novel-2", "void", classes=CLASSES, **SIGNED)
     assert clusters.find(c, "void") is clusters.find(c, "novel-2")
     with pytest.raises(ConfigError, match="no cluster 'novle-2'; nearest: novel-2, novel-3, novel-1"):
         clusters.find(c, "novle-2")
 
 
 def test_labels_follow_names_merges_and_rejections() -> None:
-    c = named(three(), "novel-1", "void", classes=CLASSES, **WHO)
+    c = named(three(), "novel-1", "void", classes=CLASSES, **SIGNED)
     assert successors(c) == {"novel-1": "void", "void": "void", "novel-2": "novel-2", "novel-3": "novel-3"}
-    c = merged(c, "novel-3", "novel-2", classes=CLASSES, **WHO)
-    c = merged(c, "novel-2", "novel-1", classes=CLASSES, **WHO)
+    c = merged(c, "novel-3", "novel-2", classes=CLASSES, **SIGNED)
+    c = merged(c, "novel-2", "novel-1", classes=CLASSES, **SIGNED)
     assert label_of(c, "novel-3") == "void"
-    c = merged(c, "void", "bridge", classes=CLASSES, **WHO)
+    c = merged(c, "void", "bridge", classes=CLASSES, **SIGNED)
     assert successors(c) == {"novel-1": "bridge", "void": "bridge", "novel-2": "bridge", "novel-3": "bridge"}
-    c = rejected(three(), "novel-1", **WHO)
+    c = rejected(three(), "novel-1", **SIGNED)
     assert successors(c)["novel-1"] is None
 
 
 def test_earlier_name_leads_to_the_present_one_until_another_cluster_takes_it() -> None:
-    c = named(three(), "novel-1", "viod", classes=CLASSES, **WHO)
-    c = named(c, "novel-1", "void", classes=(*CLASSES, "viod"), **WHO)
+    c = named(three(), "novel-1", "viod", classes=CLASSES, **SIGNED)
+    c = named(c, "novel-1", "void", classes=(*CLASSES, "viod"), **SIGNED)
     assert successors(c)["viod"] == "void"
-    c = named(c, "novel-2", "viod", classes=CLASSES, **WHO)
+    c = named(c, "novel-2", "viod", classes=CLASSES, **SIGNED)
     assert successors(c)["viod"] == "viod"
     assert names_of(c, clusters.find(c, "novel-1")) == {"novel-1", "void"}
 
 
 def test_name_of_a_rejected_class_is_free_once_no_head_serves_it() -> None:
-    c = rejected(named(three(), "novel-1", "void", classes=CLASSES, **WHO), "novel-1", **WHO)
+    c = rejected(named(three(), "novel-1", "void", classes=CLASSES, **SIGNED), "novel-1", **SIGNED)
     with pytest.raises(ConfigError, match="there is a class 'void' already"):
-        named(c, "novel-2", "void", classes=CLASSES, **WHO)
+        named(c, "novel-2", "void", classes=CLASSES, **SIGNED)
     c = applied(c, [d.revision for d in pending(c)], T1)
-    c = named(c, "novel-2", "void", classes=CLASSES, **WHO)
+    c = named(c, "novel-2", "void", classes=CLASSES, **SIGNED)
     assert successors(c) == {"novel-1": None, "novel-2": "void", "void": "void", "novel-3": "novel-3"}
     assert Clusters.model_validate(c.model_dump()) == c

@@ -4,19 +4,19 @@ import random
 
 import pytest
 
-from cluster_files import CLASSES, T0, T1, T2, WHO, found, three
+from cluster_files import CLASSES, SIGNED, T0, T1, T2, found, three
 from semwatch.classes.clusters import Clusters, find, label_of, pending
 from semwatch.classes.decisions import merged, named, rejected, split
-from semwatch.classes.sightings import applied, learned, seen
+from semwatch.classes.observations import applied, learned, observe
 from semwatch.errors import ConfigError
 
 
 def test_nothing_can_be_said_of_nothing() -> None:
     for say in (
-        lambda: named(Clusters(), "novel-1", "void", classes=(), **WHO),
-        lambda: merged(Clusters(), "novel-1", "bridge", classes=CLASSES, **WHO),
-        lambda: split(Clusters(), "novel-1", 2, **WHO),
-        lambda: rejected(Clusters(), "novel-1", **WHO),
+        lambda: named(Clusters(), "novel-1", "void", classes=(), **SIGNED),
+        lambda: merged(Clusters(), "novel-1", "bridge", classes=CLASSES, **SIGNED),
+        lambda: split(Clusters(), "novel-1", 2, **SIGNED),
+        lambda: rejected(Clusters(), "novel-1", **SIGNED),
     ):
         with pytest.raises(ConfigError, match="no cluster 'novel-1'; there are none yet: the next cycle may find some"):
             say()
@@ -24,7 +24,7 @@ def test_nothing_can_be_said_of_nothing() -> None:
 
 def test_learned_cluster_gets_its_name_and_code() -> None:
     before = three()
-    c = named(before, "novel-1", "void", 12, classes=(*CLASSES, "novel-1"), **WHO)
+    c = named(before, "novel-1", "void", 12, classes=(*CLASSES, "novel-1"), **SIGNED)
     k = find(c, "novel-1")
     assert (k.state, k.label, k.code) == ("named", "void", 12)
     (decision,) = c.decisions
@@ -34,7 +34,7 @@ def test_learned_cluster_gets_its_name_and_code() -> None:
 
 
 def test_proposed_cluster_keeps_its_name_until_it_is_learned() -> None:
-    c = named(three(), "novel-2", "void", 12, classes=CLASSES, **WHO)
+    c = named(three(), "novel-2", "void", 12, classes=CLASSES, **SIGNED)
     assert (find(c, "novel-2").state, label_of(c, "novel-2")) == ("proposed", "void")
     assert [d.kind for d in pending(c)] == ["name"]
     c = learned(c, ["novel-2"], 3, T2)
@@ -45,13 +45,13 @@ def test_proposed_cluster_keeps_its_name_until_it_is_learned() -> None:
 
 
 def test_name_can_be_mended_and_keeps_its_code() -> None:
-    c = named(three(), "novel-1", "Viod", 12, classes=CLASSES, **WHO)
+    c = named(three(), "novel-1", "Viod", 12, classes=CLASSES, **SIGNED)
     in_service = (*CLASSES, "Viod")
-    c = named(c, "Viod", "viod", classes=in_service, **WHO)
-    c = named(c, "viod", "void", classes=in_service, **WHO)  # the head still has the first name
-    c = named(c, "void", "viod", classes=in_service, **WHO)
+    c = named(c, "Viod", "viod", classes=in_service, **SIGNED)
+    c = named(c, "viod", "void", classes=in_service, **SIGNED)  # the head still has the first name
+    c = named(c, "void", "viod", classes=in_service, **SIGNED)
     assert (find(c, "novel-1").label, find(c, "novel-1").code) == ("viod", 12)
-    assert find(named(c, "viod", "void", 13, classes=in_service, **WHO), "void").code == 13
+    assert find(named(c, "viod", "void", 13, classes=in_service, **SIGNED), "void").code == 13
 
 
 @pytest.mark.parametrize(
@@ -72,19 +72,19 @@ def test_name_can_be_mended_and_keeps_its_code() -> None:
     ],
 )
 def test_unfit_label_is_refused_with_what_to_do(label, said) -> None:
-    c = named(three(), "novel-1", "void", classes=CLASSES, **WHO)
+    c = named(three(), "novel-1", "void", classes=CLASSES, **SIGNED)
     with pytest.raises(ConfigError, match=said):
-        named(c, "novel-2", label, classes=("bridge", "particle", "odd class"), **WHO)
+        named(c, "novel-2", label, classes=("bridge", "particle", "odd class"), **SIGNED)
 
 
 def test_merge_into_a_class_a_cluster_or_the_name_of_one() -> None:
-    c = named(three(), "novel-1", "void", classes=CLASSES, **WHO)
-    assert label_of(merged(c, "novel-2", "bridge", classes=CLASSES, **WHO), "novel-2") == "bridge"
-    assert label_of(merged(c, "novel-2", "defect-free", classes=(), **WHO), "novel-2") == "defect-free"
-    assert label_of(merged(c, "novel-2", "novel-3", classes=CLASSES, **WHO), "novel-2") == "novel-3"
-    by_name = merged(c, "novel-2", "void", classes=(*CLASSES, "void"), **WHO)
+    c = named(three(), "novel-1", "void", classes=CLASSES, **SIGNED)
+    assert label_of(merged(c, "novel-2", "bridge", classes=CLASSES, **SIGNED), "novel-2") == "bridge"
+    assert label_of(merged(c, "novel-2", "defect-free", classes=(), **SIGNED), "novel-2") == "defect-free"
+    assert label_of(merged(c, "novel-2", "novel-3", classes=CLASSES, **SIGNED), "novel-2") == "novel-3"
+    by_name = merged(c, "novel-2", "void", classes=(*CLASSES, "void"), **SIGNED)
     assert (find(by_name, "novel-2").state, find(by_name, "novel-2").merged_into) == ("merged", "novel-1")
-    renamed = named(by_name, "novel-1", "pit", classes=CLASSES, **WHO)
+    renamed = named(by_name, "novel-1", "pit", classes=CLASSES, **SIGNED)
     assert label_of(renamed, "novel-2") == "pit"
 
 
@@ -99,28 +99,32 @@ def test_merge_into_a_class_a_cluster_or_the_name_of_one() -> None:
 )
 def test_merge_that_makes_no_sense_is_refused(cluster, into, said) -> None:
     with pytest.raises(ConfigError, match=said):
-        merged(three(), cluster, into, classes=(*CLASSES, "novel-1", "novel-9"), **WHO)
+        merged(three(), cluster, into, classes=(*CLASSES, "novel-1", "novel-9"), **SIGNED)
 
 
 def test_learned_name_is_not_lost_in_a_nameless_cluster() -> None:
-    c = named(learned(three(), ["novel-2"], 3, T0), "novel-1", "void", classes=CLASSES, **WHO)
+    c = named(learned(three(), ["novel-2"], 3, T0), "novel-1", "void", classes=CLASSES, **SIGNED)
     with pytest.raises(
         ConfigError, match=r"novel-1 has the name 'void' and novel-2 has none; .* merge novel-2 novel-1"
     ):
-        merged(c, "void", "novel-2", classes=CLASSES, **WHO)
+        merged(c, "void", "novel-2", classes=CLASSES, **SIGNED)
 
 
 @pytest.mark.parametrize("how", ["rejected", "merged"])
 def test_what_is_no_more_takes_no_decision(how) -> None:
     c = three()
-    c = rejected(c, "novel-2", **WHO) if how == "rejected" else merged(c, "novel-2", "bridge", classes=CLASSES, **WHO)
+    c = (
+        rejected(c, "novel-2", **SIGNED)
+        if how == "rejected"
+        else merged(c, "novel-2", "bridge", classes=CLASSES, **SIGNED)
+    )
     said = "novel-2 was rejected; nearest: novel-1, novel-3" if how == "rejected" else "was merged into bridge; decide"
     for say in (
-        lambda: named(c, "novel-2", "void", classes=(), **WHO),
-        lambda: merged(c, "novel-2", "novel-1", classes=(), **WHO),
-        lambda: merged(c, "novel-3", "novel-2", classes=(), **WHO),
-        lambda: split(c, "novel-2", 2, **WHO),
-        lambda: rejected(c, "novel-2", **WHO),
+        lambda: named(c, "novel-2", "void", classes=(), **SIGNED),
+        lambda: merged(c, "novel-2", "novel-1", classes=(), **SIGNED),
+        lambda: merged(c, "novel-3", "novel-2", classes=(), **SIGNED),
+        lambda: split(c, "novel-2", 2, **SIGNED),
+        lambda: rejected(c, "novel-2", **SIGNED),
     ):
         with pytest.raises(ConfigError, match=said):
             say()
@@ -129,20 +133,20 @@ def test_what_is_no_more_takes_no_decision(how) -> None:
 @pytest.mark.parametrize("parts", [-1, 0, 1, 5])
 def test_split_needs_two_parts_and_a_crop_each(parts) -> None:
     with pytest.raises(ConfigError, match=f"novel-3 cannot be split into {parts} parts: give 2 to 4"):
-        split(three(), "novel-3", parts, **WHO)
+        split(three(), "novel-3", parts, **SIGNED)
 
 
 def test_split_waits_once() -> None:
-    c = split(three(), "novel-3", 4, **WHO)
+    c = split(three(), "novel-3", 4, **SIGNED)
     assert [(d.kind, d.parts) for d in pending(c)] == [("split", 4)]
     with pytest.raises(ConfigError, match="novel-3 is to be split already"):
-        split(c, "novel-3", 2, **WHO)
-    assert len(split(applied(c, [1], T2), "novel-3", 2, **WHO).decisions) == 2
+        split(c, "novel-3", 2, **SIGNED)
+    assert len(split(applied(c, [1], T2), "novel-3", 2, **SIGNED).decisions) == 2
 
 
 def test_names_and_splits_of_what_is_no_more_are_void() -> None:
-    c = split(named(three(), "novel-2", "void", classes=(), **WHO), "novel-2", 2, **WHO)
-    c = rejected(c, "novel-2", **WHO)
+    c = split(named(three(), "novel-2", "void", classes=(), **SIGNED), "novel-2", 2, **SIGNED)
+    c = rejected(c, "novel-2", **SIGNED)
     assert [d.kind for d in pending(c)] == ["reject"]
     assert pending(applied(c, [3], T2)) == ()
 
@@ -154,13 +158,13 @@ def _one_step(dice: random.Random, c: Clusters, step: int) -> Clusters:
     some = [found(*(step // 4 + 4 * group + i for i in range(4))) for group in dice.sample(range(12), 3)]
     happens = dice.choice(
         [
-            lambda: named(c, name, f"name {dice.randrange(9)}", classes=CLASSES, **WHO),
-            lambda: merged(c, name, into, classes=CLASSES, **WHO),
-            lambda: split(c, name, dice.randrange(1, 4), **WHO),
-            lambda: rejected(c, name, **WHO),
+            lambda: named(c, name, f"name {dice.randrange(9)}", classes=CLASSES, **SIGNED),
+            lambda: merged(c, name, into, classes=CLASSES, **SIGNED),
+            lambda: split(c, name, dice.randrange(1, 4), **SIGNED),
+            lambda: rejected(c, name, **SIGNED),
             lambda: applied(c, [d.revision for d in pending(c)][:2], T2),
             lambda: learned(c, [name], 1 + step, T2),
-            lambda: seen(c, some, utc=T2),
+            lambda: observe(c, some, utc=T2),
         ]
     )
     return happens()

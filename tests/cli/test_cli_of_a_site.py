@@ -1,6 +1,5 @@
 """The command line beside a site: ``doctor``, ``status``, ``audit`` and ``quarantine``."""
 
-import json
 import os
 import re
 import shutil
@@ -14,15 +13,14 @@ import yaml
 from cluster_files import T0, three
 from commands import Command, put, write_recipe
 from daemon import SOURCE, Daemon, Site, make_site, png
-from factories import make_review, make_verdict
-from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.classes.register import ClassRegister
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
 from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger
-from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis, find_executable
+from semwatch.streams.handoff import Cycle, Handoff, Wish, wish_message
+from semwatch.streams.unknowns import Publisher
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -160,87 +158,53 @@ def publish_head(repository: Path, *, weights: bytes | None = None) -> int:
     return model_repository.publish(repository, meta, file, beside={"probe.npz": newest / "probe.npz"})
 
 
-def write_cycle(site: Site, utc: str, **report: object) -> Path:
-    """What is read of the report that a cycle leaves, and something that is not."""
-    said = {"schema_version": 1, "started_utc": utc, "n_claimed": 40, **report}
-    folder = site.state / "learning" / "cycles" / utc.replace(":", "")
-    return put(folder / "report.json", json.dumps(said).encode())
+def test_doctor_of_a_site_that_has_never_learned_says_nothing_of_learning(
+    semwatch, tmp_path, tiny_repository, server, client
+) -> None:
+    for name, url in (("without", None), ("with", server.url)):
+        site = make_site(tmp_path / name, tiny_repository, redis_url=url)
+        code, checks = doctor(semwatch, site)
+        assert code == 0
+        assert not {"unknowns", "clusters", "last cycle", "in service", "learning"} & checks.keys()
 
 
-def archive_unknowns(site: Site, n: int) -> list[str]:
-    review = make_review(n, verdicts=[make_verdict("unknown")])
-    found = records.records(review)
-    with Archive(site.state / "learning" / ARCHIVE) as archive:
-        archive.add(found, now_utc=T0)
-    return [record.id for record in found]
-
-
-def test_doctor_of_a_site_that_has_never_learned_says_nothing_of_learning(semwatch, tmp_path, tiny_repository) -> None:
-    site = make_site(tmp_path / "site", tiny_repository)
+def test_doctor_and_status_show_unknowns_clusters_last_cycle_and_wishes(
+    semwatch, tmp_path, tiny_repository, server, client
+) -> None:
+    site = make_site(tmp_path / "site", tiny_repository, redis_url=server.url)
+    handoff = Handoff(client)
+    counts = {"waiting": 3, "learned": 2, "explained": 0}
+    handoff.add_cycle(Cycle(utc=T0, outcome="published", version=2, unknowns=counts))
+    reasons = ("bridge loses 12 points",)
+    handoff.add_cycle(Cycle(utc="2026-01-02T00:00:00Z", outcome="refused", reasons=reasons, unknowns=counts))
+    ClassRegister(handoff, site.state, owner="cycle").change(lambda _: three())
+    wish = Wish(site="site", source="sem-1", utc="2026-01-03T00:00:00Z", sentence="unknown rate rose")
+    Publisher(client).publish([wish_message(wish)])
     code, checks = doctor(semwatch, site)
     assert code == 0
-    assert not {"learning folder", "unknowns", "clusters", "last cycle", "in service"} & checks.keys()
-    (site.state / "learning").mkdir(parents=True)
-    code, checks = doctor(semwatch, site)
-    assert code == 0
-    told = [checks[name]["detail"] for name in ("unknowns", "clusters", "last cycle")]
-    assert told == ["none archived yet", "0 found so far", "none yet"]
-
-
-def test_doctor_and_status_tell_unknowns_clusters_last_cycle_and_wishes(semwatch, tmp_path, tiny_repository) -> None:
-    site = make_site(tmp_path / "site", tiny_repository)
-    ids = archive_unknowns(site, 5)
-    with Archive(site.state / "learning" / ARCHIVE) as archive:
-        archive.settle(ids[:2], "learned", "novel-1", now_utc=T0)
-    clusters.change(site.state / "learning", lambda _: three())
-    write_cycle(site, "2026-01-01T00:00:00Z", outcome="published", version=2)
-    write_cycle(site, "2026-01-02T00:00:00Z", outcome="refused", version=None, reasons=["bridge loses 12 points"])
-    put(site.state / "learning" / "retrain.wanted", b"2026-01-03T00:00:00Z sem-1: unknown rate rose\n")
-    code, checks = doctor(semwatch, site)
-    assert code == 0
-    assert checks["unknowns"]["detail"].startswith("3 waiting, 2 learned, 0 explained")
+    assert checks["unknowns"]["detail"] == "3 waiting, 2 learned, 0 explained"
     assert checks["clusters"]["detail"] == "3 found so far"
     assert checks["last cycle"]["detail"] == "refused, 2026-01-02T00:00:00Z; bridge loses 12 points"
     state = status(semwatch, site)
     assert (state["unknowns"]["waiting"], state["unknowns"]["learned"]) == (3, 2)
     assert (state["last_cycle"]["outcome"], state["last_cycle"]["reasons"]) == ("refused", ["bridge loses 12 points"])
-    assert state["retrain_wanted"] == ["2026-01-03T00:00:00Z sem-1: unknown rate rose"]
+    assert state["wishes"] == ["unknown rate rose"]
     assert "unknown rate rose" in semwatch("status", "--site", site.file).words
 
 
-def break_archive(site: Site) -> None:
-    put(site.state / "learning" / ARCHIVE, b"no database at all" * 100)
-
-
-def break_clusters(site: Site) -> None:
-    put(site.state / "learning" / "clusters.json", b'{"clusters": 3}')
-
-
-def break_report(site: Site) -> None:
-    write_cycle(site, T0, outcome="went well", version=2)
-
-
-def put_file_for_learning(site: Site) -> None:
-    put(site.folder / "learned", b"")
-    change_settings(site, learning={"folder": "learned"})
-
-
 @pytest.mark.parametrize(
-    ("damage", "faulty", "remedy"),
-    [
-        (break_archive, ["unknowns"], "move the file"),
-        (break_clusters, ["clusters"], "clusters.json"),
-        (break_report, ["last cycle"], "delete its folder"),
-        (put_file_for_learning, ["learning folder"], "move it away"),
-    ],
+    ("key", "fields"),
+    [("semwatch:classes", {"revision": "1", "state": '{"clusters": 3}'}), ("semwatch:cycles", {"meta": "went well"})],
 )
-def test_doctor_names_what_is_wrong_with_learning(semwatch, tmp_path, tiny_repository, damage, faulty, remedy) -> None:
-    site = make_site(tmp_path / "site", tiny_repository)
-    damage(site)
+def test_doctor_names_what_is_wrong_with_learning(
+    semwatch, tmp_path, tiny_repository, server, client, key, fields
+) -> None:
+    site = make_site(tmp_path / "site", tiny_repository, redis_url=server.url)
+    client.xadd(key, fields)
     code, checks = doctor(semwatch, site)
     assert code == 1
-    assert [name for name, found in checks.items() if not found["ok"]] == faulty
-    assert remedy in checks[faulty[0]]["remedy"]
+    assert [name for name, found in checks.items() if not found["ok"]] == ["learning"]
+    assert checks["learning"]["remedy"]
     assert semwatch("status", "--site", site.file, "--json").code == 0  # a glance is always there
 
 

@@ -14,33 +14,49 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import redis
 from click.testing import Result
 from typer.testing import CliRunner
 
-from cluster_files import T0, WHO, found, three
+from cluster_files import SIGNED, T0, found, three
 from daemon import make_site
-from semwatch.classes.clusters import FILE, Clusters, change, find, locked, pending, read
+from semwatch.classes.clusters import Clusters, find, pending
 from semwatch.classes.decisions import named
-from semwatch.classes.sightings import learned, seen
+from semwatch.classes.observations import learned, observe
+from semwatch.classes.register import ClassRegister
 from semwatch.cli import clusters as commands
-from semwatch.errors import ConfigError, PublishError
+from semwatch.errors import ConfigError, PublishError, ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.models.inference import Embedded
 from semwatch.models.relabel import relabel
+from semwatch.operations import decide
 from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import Ledger
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.handoff import Handoff
 
 Run = Callable[..., str]
 
 
 @pytest.fixture
-def site(tmp_path: Path, tiny_repository: Path) -> Site:
+def handoff(client: redis.Redis) -> Handoff:
+    return Handoff(client)
+
+
+@pytest.fixture
+def register(handoff: Handoff, tmp_path: Path) -> ClassRegister:
+    """Learning's side of the found classes."""
+    return ClassRegister(handoff, tmp_path / "learning", owner="cycle")
+
+
+@pytest.fixture
+def site(tmp_path: Path, tiny_repository: Path, server: EmbeddedRedis, register: ClassRegister) -> Site:
     """Head 2 serves bridge as novel-1; novel-2 and novel-3 are proposed."""
     repository = shutil.copytree(tiny_repository, tmp_path / "models")
     relabel(repository, {"bridge": "novel-1"}, {}, utc=T0)
-    settings = load_site(make_site(tmp_path / "site", repository).file)
+    settings = load_site(make_site(tmp_path / "site", repository, redis_url=server.url).file)
     settings.state_dir.mkdir()
-    change(settings.learning_dir, lambda _: three())
+    register.change(lambda _: three())
     return settings
 
 
@@ -75,8 +91,8 @@ def in_one(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_site_without_clusters_says_where_they_come_from(run, site) -> None:
-    (site.learning_dir / FILE).unlink()
+def test_site_without_clusters_says_where_they_come_from(run, site, handoff) -> None:
+    handoff._client.flushall()
     assert "no clusters yet: a learning cycle finds them" in run("list")
     assert json.loads(run("list", "--json")) == {"clusters": [], "pending": []}
     for command in (("show", "novel-1"), ("name", "novel-1", "void"), ("merge", "novel-1", "particle"),
@@ -86,12 +102,12 @@ def test_site_without_clusters_says_where_they_come_from(run, site) -> None:
     assert audited(site) == []
 
 
-def test_list_fits_a_terminal_of_80_columns(run, site) -> None:
+def test_list_fits_a_terminal_of_80_columns(run, site, register) -> None:
     def named_at_length(c: Clusters) -> Clusters:
-        c = seen(c, [found(*range(100, 4000), nearest="defect-free")] * 12, utc=T0)
-        return named(c, "novel-12", "residue after strip", 4711, classes=(), **WHO)
+        c = observe(c, [found(*range(100, 4000), nearest="defect-free")] * 12, utc=T0)
+        return named(c, "novel-12", "residue after strip", 4711, classes=(), **SIGNED)
 
-    change(site.learning_dir, named_at_length)
+    register.change(named_at_length)
     said = run("list")
     assert max(map(len, said.splitlines())) <= 80
     assert "waits for the next cycle:\n  novel-12 is residue after strip, code 4711 (ana, " in said
@@ -108,11 +124,10 @@ def test_list_shows_what_is_no_more_only_on_demand(run, site) -> None:
     assert [d["kind"] for d in json.loads(run("list", "--json"))["pending"]] == ["reject"]
 
 
-def test_show_tells_all_and_draws_the_examples(run, site) -> None:
-    k = find(read(site.learning_dir), "novel-2")
-    for i, example in enumerate(k.examples):
-        (site.learning_dir / example).parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(site.learning_dir / example), np.full((64, 64), 60 + 100 * i, np.uint8))
+def test_show_tells_all_and_draws_the_examples(run, site, register, handoff) -> None:
+    k = find(register.read(), "novel-2")
+    pictures = [cv2.imencode(".png", np.full((64, 64), 60 + 100 * i, np.uint8))[1].tobytes() for i in range(2)]
+    handoff.put_examples("novel-2", dict(zip(k.examples, pictures, strict=True)))
     run("split", "novel-2")
     said = in_one(run("show", "novel-2"))
     for part in ("proposed", "none yet", "6 crops, 6 records", "0.500 (mean silhouette", "bridge, at distance 2",
@@ -126,12 +141,12 @@ def test_show_tells_all_and_draws_the_examples(run, site) -> None:
     assert [d["parts"] for d in told["decisions"]] == [2]
 
 
-def test_show_without_examples_on_disk_says_so(run, site) -> None:
+def test_show_without_examples_says_so(run, site) -> None:
     assert "none kept" in run("show", "novel-2")
     assert json.loads(run("show", "novel-2", "--json"))["sheet"] is None
 
 
-def test_name_of_a_learned_cluster_is_served_at_once(run, site) -> None:
+def test_name_of_a_learned_cluster_is_served_at_once(run, site, register) -> None:
     with Embedded(site.models.repository) as models:
         said = run("name", "novel-1", "void", "--code", "12")
         assert "on record: novel-1 is void, code 12 (" in said
@@ -141,7 +156,7 @@ def test_name_of_a_learned_cluster_is_served_at_once(run, site) -> None:
         assert (swap.version, swap.refused) == (3, None)
         assert models.meta("head").labels[0] == "void"
         assert dict(models.meta("head").codes) == {"void": 12}
-    after = read(site.learning_dir)
+    after = register.read()
     assert (find(after, "novel-1").state, find(after, "novel-1").code) == ("named", 12)
     assert pending(after) == ()
     (line,) = audited(site)
@@ -162,14 +177,14 @@ def test_name_is_mended_by_its_present_name_and_given_twice_without_harm(run, si
     assert [line["label"] for line in audited(site)] == ["viod", "void", "void"]
 
 
-def test_name_of_a_proposed_cluster_is_kept_for_the_cycle_that_learns_it(run, site) -> None:
+def test_name_of_a_proposed_cluster_is_kept_for_the_cycle_that_learns_it(run, site, register) -> None:
     assert "no head knows it yet: it gets this name in the cycle that learns it" in run("name", "novel-2", "void")
     assert model_repository.versions(site.models.repository, "head") == [1, 2]
-    after = change(site.learning_dir, lambda c: learned(c, ["novel-2"], 3, T0))
+    after = register.change(lambda c: learned(c, ["novel-2"], 3, T0))
     assert (find(after, "novel-2").state, find(after, "novel-2").label) == ("named", "void")
 
 
-def test_name_that_a_head_cannot_take_now_is_kept(run, site) -> None:
+def test_name_that_a_head_cannot_take_now_is_kept(run, site, register) -> None:
     repository = site.models.repository
     choice.pin(repository, "head", 2)
     assert "head 2 is pinned and goes on as it is" in run("name", "novel-1", "void")
@@ -177,7 +192,7 @@ def test_name_that_a_head_cannot_take_now_is_kept(run, site) -> None:
     choice.roll_back(repository, "head", "a test")
     assert "head 1 does not know this class; the next head that does has the name" in run("name", "void", "void")
     assert model_repository.versions(repository, "head") == [1, 2]
-    assert [d.label for d in pending(read(site.learning_dir))] == ["void", "void"]
+    assert [d.label for d in pending(register.read())] == ["void", "void"]
 
 
 def test_recipe_that_pins_another_head_is_told(run, site) -> None:
@@ -187,17 +202,19 @@ def test_recipe_that_pins_another_head_is_told(run, site) -> None:
     assert "takes effect now: head 3 serves the name; but recipe.yaml pins head 2: change pins.head there" in said
 
 
-def test_disk_that_refuses_the_head_keeps_the_name_and_the_same_command_mends_it(run, site, monkeypatch) -> None:
+def test_disk_that_refuses_the_head_keeps_the_name_and_the_same_command_mends_it(
+    run, site, monkeypatch, register
+) -> None:
     with monkeypatch.context() as full:
         full.setattr(tempfile, "tempdir", str(site.state_dir / "nowhere"))  # as with a TMPDIR that is gone
         with pytest.raises(PublishError, match="the name is kept: mend this and give it again"):
             run("name", "novel-1", "void")
-    after = read(site.learning_dir)
+    after = register.read()
     assert (find(after, "novel-1").label, labels(site)[0]) == ("void", "novel-1")
     assert [d.kind for d in pending(after)] == ["name"]
     assert "takes effect now: head 3 serves the name" in run("name", "novel-1", "void")
     assert labels(site)[0] == "void"
-    assert pending(read(site.learning_dir)) == ()
+    assert pending(register.read()) == ()
 
 
 @pytest.mark.parametrize(
@@ -209,12 +226,12 @@ def test_disk_that_refuses_the_head_keeps_the_name_and_the_same_command_mends_it
         (("reject", "novel-1"), "reject", "novel-1 is rejected", "leaves its crops out"),
     ],
 )
-def test_other_decisions_wait_for_the_next_cycle(run, site, argv, kind, words, then) -> None:
+def test_other_decisions_wait_for_the_next_cycle(run, site, argv, kind, words, then, register) -> None:
     said = run(*argv)
     assert words in said
     assert then in said
     assert "run `semwatch-train retrain --site " in said
-    assert [d.kind for d in pending(read(site.learning_dir))] == [kind]
+    assert [d.kind for d in pending(register.read())] == [kind]
     assert [line["kind"] for line in audited(site)] == [kind]
     assert model_repository.versions(site.models.repository, "head") == [1, 2]
 
@@ -227,21 +244,21 @@ def test_answers_for_machines(run, site) -> None:
     assert json.loads(run("reject", "novel-3", "--json"))["kind"] == "reject"
 
 
-def test_refused_decision_leaves_no_trace(run, site) -> None:
-    before = (site.learning_dir / FILE).read_bytes()
+def test_refused_decision_leaves_no_trace(run, site, handoff) -> None:
+    before = handoff.classes()
     for argv in (("name", "novel-1", "particle"), ("merge", "novel-2", "brigde"), ("split", "novel-1", "--parts", "1")):
         with pytest.raises(ConfigError):
             run(*argv)
-    assert (site.learning_dir / FILE).read_bytes() == before
+    assert handoff.classes() == before
     assert audited(site) == []
 
 
-def test_no_audit_line_no_decision(run, site) -> None:
-    before = (site.learning_dir / FILE).read_bytes()
+def test_no_audit_line_no_decision(run, site, handoff) -> None:
+    before = handoff.classes()
     (site.state_dir / "ledger.sqlite").write_bytes(b"not a ledger, and long enough to be looked at" * 40)
     with pytest.raises(ConfigError, match="ledger"):
         run("reject", "novel-1")
-    assert (site.learning_dir / FILE).read_bytes() == before
+    assert handoff.classes() == before
 
 
 def test_decision_beside_a_running_daemon_is_taken(run, site) -> None:
@@ -250,11 +267,11 @@ def test_decision_beside_a_running_daemon_is_taken(run, site) -> None:
     assert [line["kind"] for line in audited(site)] == ["reject"]
 
 
-def test_file_that_a_cycle_holds_is_waited_for(run, site) -> None:
+def test_classes_that_a_cycle_holds_are_waited_for(run, site, register) -> None:
     holds, seconds = threading.Event(), 0.4
 
     def cycle() -> None:
-        with locked(site.learning_dir):
+        with register.locked():
             holds.set()
             time.sleep(seconds)
 
@@ -265,17 +282,30 @@ def test_file_that_a_cycle_holds_is_waited_for(run, site) -> None:
     run("reject", "novel-2")
     assert time.monotonic() - start > seconds / 2
     thread.join(10)
-    assert find(read(site.learning_dir), "novel-2").state == "rejected"
+    assert find(register.read(), "novel-2").state == "rejected"
 
 
 def test_who_decided_is_a_login_name(monkeypatch) -> None:
     monkeypatch.setattr(os, "getlogin", lambda: "ana")
-    assert commands.login_name() == "ana"
+    assert decide.login_name() == "ana"
 
     def no_terminal() -> str:
         raise OSError
 
     monkeypatch.setattr(os, "getlogin", no_terminal)
-    assert commands.login_name() == pwd.getpwuid(os.getuid()).pw_name
+    assert decide.login_name() == pwd.getpwuid(os.getuid()).pw_name
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
-    assert commands.login_name() == "uid 4000000000"
+    assert decide.login_name() == "uid 4000000000"
+
+
+def test_site_without_redis_says_what_to_add(tmp_path, tiny_repository, run) -> None:
+    make_site(tmp_path / "site", tiny_repository)
+    for command in (("list",), ("show", "novel-1"), ("reject", "novel-1")):
+        with pytest.raises(ConfigError, match="no redis section"):
+            run(*command)
+
+
+def test_server_that_is_away_is_a_service_away(tmp_path, tiny_repository, run) -> None:
+    make_site(tmp_path / "site", tiny_repository, redis_url="redis://127.0.0.1:1/0")
+    with pytest.raises(ServiceUnavailable):
+        run("list")

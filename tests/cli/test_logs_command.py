@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from commands import Command, Said
+from commands import Command, Said, in_process, put
 from daemon import SOURCE, Daemon, Site, make_site, png
 from semwatch.service import rereview
 from semwatch.service.delivery import deliver_audit
@@ -19,6 +19,17 @@ from semwatch.store.ledger import Ledger
 from semwatch.store.review_record import VerdictRecord
 
 NOWHERE = "redis://127.0.0.1:1/0"
+
+
+@pytest.fixture
+def semwatch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Command:
+    """The command beside an empty journal: the machine's own may hold anything."""
+    journalctl = put(tmp_path_factory.mktemp("bin") / "journalctl", b"#!/bin/sh\n")
+    journalctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(journalctl.parent), prepend=os.pathsep)
+    return in_process(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

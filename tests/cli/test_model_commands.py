@@ -12,6 +12,7 @@ import pytest
 from commands import Command, Said, spawn
 from daemon import Daemon, Site, make_site
 from semwatch.models import choice, head_bank, model_repository
+from semwatch.store import serving
 from semwatch.store.ledger import Ledger
 
 BESIDE = (model_repository.PROBE, head_bank.BANK, head_bank.GOLDEN)
@@ -86,7 +87,7 @@ def test_pinned_withdrawn_and_refused_versions_say_so(models, site, repository) 
         publish(repository)
     choice.withdraw(repository, "head", 4, "calls [pits] bridges")
     site.state.mkdir()
-    choice.announce(site.state, {"head": 1}, {3: "answers its probe otherwise"})
+    serving.announce(site.state, {"head": 1}, {3: "answers its probe otherwise"})
     assert states(models) == {
         1: "",
         2: "",
@@ -154,7 +155,7 @@ def test_rollback_goes_past_versions_that_the_daemon_refused(models, site, repos
     for _ in range(2):
         publish(repository)
     site.state.mkdir()
-    choice.announce(site.state, {"head": 3}, {2: "broken"})
+    serving.announce(site.state, {"head": 3}, {2: "broken"})
     assert models("rollback").code == 0
     assert states(models) == {1: "chosen", 2: "withdrawn, refused", 3: "withdrawn"}
     assert [choice.why_withdrawn(repository, "head", n) for n in (2, 3)] == ["broken", "rolled back"]
@@ -166,14 +167,14 @@ def test_nothing_to_go_back_to_is_refused_and_leaves_no_line(models, site, repos
     assert "nothing to go back to" in said.err
     publish(repository)
     site.state.mkdir()
-    choice.announce(site.state, {"head": 2}, {1: "broken"})
+    serving.announce(site.state, {"head": 2}, {1: "broken"})
     assert models("rollback", "head").code == 1
     assert audited(site) == []
     assert choice.choice(repository, "head") == 2
 
 
 def test_audit_line_stands_even_where_the_disk_refuses_the_change(models, site, repository) -> None:
-    (repository / "head" / f".{choice.PINNED}.partial").mkdir()  # where the pin would be written
+    (repository / "head" / f".{choice.PINNED}.tmp").mkdir()  # where the pin would be written
     said = models("pin", "head", 1)
     assert said.code == 1
     assert "cannot write" in said.err
@@ -233,7 +234,7 @@ def test_commands_change_the_running_daemon_and_wait_for_it(models, site, reposi
     """Pin, release, broken head, rollback past it; the last as a process of its own, as a person calls it."""
 
     def head() -> int:
-        return choice.announced(site.state)[0]["head"]
+        return serving.announced(site.state)[0]["head"]
 
     with Daemon(site) as daemon:
         daemon.wait_ready()
@@ -249,7 +250,7 @@ def test_commands_change_the_running_daemon_and_wait_for_it(models, site, reposi
 
         (tmp_path / "broken.onnx").write_bytes(b"no network")
         assert publish(repository, weights=tmp_path / "broken.onnx") == 3
-        daemon.wait_for(lambda: 3 in choice.announced(site.state)[1])
+        daemon.wait_for(lambda: 3 in serving.announced(site.state)[1])
         listed = rows(models("list", "--json"))
         assert listed["head", 2]["state"] == "serves"
         assert listed["head", 3]["state"] == "chosen, refused"

@@ -1,9 +1,8 @@
-"""``semwatch queue`` and the rights it needs, the published schemas and the README's consumer, on a real server."""
+"""``semwatch queue`` and the rights it needs, on a real server; the published schemas of both streams."""
 
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -16,7 +15,6 @@ import redis
 import yaml
 
 from factories import make_review, make_verdict
-from paths import ROOT
 from semwatch.errors import ConfigError
 from semwatch.streams import queues, records, unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
@@ -391,7 +389,7 @@ def test_operator_without_rights_is_told_so(semwatch, server, client, tmp_path) 
         assert (said.code, "the user's ACL" in said.err) == (2, True), argv
 
 
-# --- what is published: schemas and the README's example -------------------------------------------------------------
+# --- what is published: schemas ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [UNKNOWNS, RESULTS])
@@ -420,26 +418,3 @@ def test_short_side_of_the_field_is_without_info_bar_and_records_of_before_still
     assert decode({**fields, b"meta": json.dumps(meta).encode()}).field_short_px is None
     with pytest.raises(ValueError, match="field_short_px"):
         decode({**fields, b"meta": json.dumps({**meta, "field_short_px": 0}).encode()})
-
-
-def test_consumer_of_the_readme_runs_as_it_is_written(server, client, publisher, tmp_path) -> None:
-    example = next(
-        block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-        if "unknowns.Consumer(" in block
-    )
-    here, n_addresses = re.subn(r"redis://127\.0\.0\.1:6379/0", server.url, example)
-    assert n_addresses == 1
-    publisher.publish(records.messages(REVIEW))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", here],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(unknowns.__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split()[:2] == ["lot7/wafer01/a.tif", "unknown"]
-    assert queues.stats(client, UNKNOWNS).length == 0  # acknowledged

@@ -8,26 +8,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 from rich.console import Console
 
 from cluster_files import T0
 from factories import make_review, make_verdict
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.classes.clusters import Clusters
-from semwatch.classes.sightings import Found, learned, seen
+from semwatch.classes.observations import Observation, learned, observe
+from semwatch.classes.register import ClassRegister
 from semwatch.defects import Verdict
 from semwatch.demo import learning
-from semwatch.demo.learning import _counts, _show, _speak, _type_of, run_learning_demo
+from semwatch.demo.learning import _counts, _name_clusters, _show, _type_of, run_learning_demo
 from semwatch.demo.one_lot import Layout, write_settings
 from semwatch.errors import ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.models.relabel import relabel
+from semwatch.service import rereview
 from semwatch.settings.site import Site, load_site
 from semwatch.store import results
+from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.store.review_record import ReviewRecord, to_record
 from semwatch.streams import records
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.handoff import Handoff
 from semwatch.streams.records import Record
+from semwatch.streams.unknowns import connect
 
 UNKNOWN = make_verdict("unknown")
 NOVEL = Verdict("novel", "novel-1", 0.9, ())
@@ -125,23 +131,25 @@ def test_cluster_gets_the_unseen_type_that_more_than_half_of_its_crops_show(
 
 
 @pytest.fixture
-def layout(tmp_path: Path, tiny_repository: Path) -> Layout:
+def layout(tmp_path: Path, tiny_repository: Path, server: EmbeddedRedis, client: redis.Redis) -> Layout:
     """A demo after its cycle: the head serves novel-1 and novel-2; nobody has given a name."""
     layout = Layout(tmp_path / "demo")
     layout.drop.mkdir(parents=True)
     repository = shutil.copytree(tiny_repository, layout.folder / "models")
     relabel(repository, {"bridge": "novel-1", "particle": "novel-2"}, {}, utc=T0)
-    write_settings(layout, "redis://127.0.0.1:1/0", repository)
+    write_settings(layout, server.url, repository)
     return layout
 
 
-def learn(site: Site, groups: list[list[Record]]) -> None:
-    """What a cycle leaves: every record in the archive, each group a cluster, the first three of them learned."""
-    with Archive(site.learning_dir / ARCHIVE) as archive:
-        archive.add([record for group in groups for record in group], now_utc=T0)
-    found = [Found(tuple(r.id for r in group), len(group), 0.5, "void", 2.0, examples=()) for group in groups]
+def learn(site: Site, url: str, groups: list[list[Record]]) -> None:
+    """What line and cycle leave: every unknown in the ledger, each group a cluster, the first three of them learned."""
+    with Ledger(site.state_dir / LEDGER) as ledger:
+        ledger.add_unknowns(rereview.features_of(record for group in groups for record in group), once="a test")
+    found = [Observation(tuple(r.id for r in group), len(group), 0.5, "void", 2.0, examples=()) for group in groups]
     ids = [f"novel-{i}" for i in range(1, min(len(groups), 3) + 1)]
-    clusters.change(site.learning_dir, lambda _: learned(seen(Clusters(), found, utc=T0), ids, 2, T0))
+    with Handoff(connect(url)) as handoff:
+        register = ClassRegister(handoff, site.learning_dir, owner="cycle")
+        register.change(lambda _: learned(observe(Clusters(), found, utc=T0), ids, 2, T0))
 
 
 def crops(path: str, n: int) -> list[Record]:
@@ -149,11 +157,14 @@ def crops(path: str, n: int) -> list[Record]:
     return [replace(record, path=path) for record in found]
 
 
-def test_each_learned_cluster_is_named_by_its_crops_and_a_second_one_of_a_type_is_merged(layout: Layout) -> None:
+def test_each_learned_cluster_is_named_by_its_crops_and_a_second_one_of_a_type_is_merged(
+    layout: Layout, server: EmbeddedRedis
+) -> None:
     site = load_site(layout.site)
     site.state_dir.mkdir()
     learn(
         site,
+        server.url,
         [
             [*crops("a.png", 3), *crops("b.png", 2)],  # scratch by 3 of 5
             [*crops("c.png", 4)],  # residue
@@ -163,8 +174,8 @@ def test_each_learned_cluster_is_named_by_its_crops_and_a_second_one_of_a_type_i
     )
     truth = {"a.png": ["scratch"], "b.png": ["void"], "c.png": ["residue", "residue"], "d.png": ["scratch"]}
     made = console()
-    _speak(site, layout, write_truth(layout.folder / "lot1", {**truth, "e.png": ["residue"]}), made)
-    now = clusters.read(site.learning_dir)
+    _name_clusters(site, server.url, layout, write_truth(layout.folder / "lot1", {**truth, "e.png": ["residue"]}), made)
+    now = clusters.read(site.state_dir)
     assert [(k.id, k.state, k.label) for k in now.clusters] == [
         ("novel-1", "named", "scratch"),
         ("novel-2", "named", "residue"),

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from semwatch.models.model_repository import Meta
 from semwatch.settings.fields import EXAMPLES
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import load_site
+from semwatch.system.files import file_sha256
 
 SITE = Path("/etc/semwatch/site.yaml")
 UNIT = Path("/etc/systemd/system/semwatch.service")
@@ -54,6 +57,31 @@ def at(root: Path, path: Path) -> Path:
 
 
 # --- install ----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_for_operators_lie_where_units_and_alarms_point(tmp_path: Path) -> None:
+    semwatch(tmp_path, "install")
+    docs = Path("/usr/share/doc/semwatch")
+    named = {Path(line.removeprefix("Documentation=file:")) for line in at(tmp_path, UNIT).read_text().splitlines()
+             if line.startswith("Documentation=file:")}  # fmt: skip
+    assert named == {docs / "docs/night.md"}
+    guides = re.findall(r'guide: "([^"#]+)#', at(tmp_path, docs / "prometheus-rules.yaml").read_text())
+    for page in [*named, *(docs / guide for guide in guides)]:
+        assert at(tmp_path, page).is_file(), page
+    linked = re.findall(r"\]\((\w+\.md)", at(tmp_path, docs / "docs/night.md").read_text())
+    assert linked
+    for name in linked:
+        assert at(tmp_path, docs / "docs" / name).is_file(), name
+
+
+def test_a_version_from_before_the_pages_can_still_be_laid_out(tmp_path: Path) -> None:
+    package = tmp_path / "lib" / "python3.11" / "site-packages" / "semwatch"
+    source = Path(installed_files.__file__).parents[1]
+    shutil.copytree(installed_files.systemd_folder(source), package / "systemd")
+    shutil.copytree(EXAMPLES, package / "examples")
+    files = installed_files.wanted(package, prefix=Path("/opt/semwatch"), tools=("",))
+    assert UNIT in files
+    assert not [path for path in files if path.parent.name == "docs"]
 
 
 def test_dry_run_shows_every_file_and_writes_nothing(tmp_path: Path) -> None:
@@ -138,7 +166,7 @@ def test_a_file_that_we_replace_keeps_the_rights_a_person_gave_it(tmp_path: Path
     at(tmp_path, UNIT).chmod(0o600)
     at(tmp_path, UNIT).write_text("an older one of ours")
     told = json.loads(record.read_text())
-    told["files"][str(UNIT)] = model_repository.file_sha256(at(tmp_path, UNIT))
+    told["files"][str(UNIT)] = file_sha256(at(tmp_path, UNIT))
     record.write_text(json.dumps(told))
     assert semwatch(tmp_path, "install")[UNIT]["action"] == "replaced"
     assert stat.S_IMODE(at(tmp_path, UNIT).stat().st_mode) == 0o600

@@ -10,6 +10,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from paths import ROOT
+from semwatch.service.learning_side import EARLY_CYCLE
 from semwatch.service.metrics import Metrics
 from semwatch.settings.site import Limits, Redis, Site, load_site
 from semwatch.settings.site import Triton as TritonSettings
@@ -17,7 +18,8 @@ from semwatch.settings.site import Triton as TritonSettings
 UNITS = ROOT / "systemd"
 DROP_INS = UNITS / "drop-ins"
 RULES = yaml.safe_load((UNITS / "prometheus-rules.yaml").read_text())["groups"][0]["rules"]
-GUIDE = UNITS / "OPERATIONS.md"
+GUIDE = ROOT / "docs" / "night.md"
+OPERATOR_PAGES = [ROOT / "docs" / name for name in ("install.md", "night.md", "operations.md")]
 PROGRAMS = "/opt/semwatch/current/bin"
 
 DAEMONS = ("semwatch.service", "semwatch@.service")
@@ -216,7 +218,7 @@ def folders() -> dict[str, list[str]]:
 
 
 def example() -> Site:
-    return load_site(ROOT / "daemon/semwatch/examples/site.yaml")
+    return load_site(ROOT / "daemon/semwatch/settings/examples/site.yaml")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_units_write_where_the_example_site_says() -> None:
     assert cycle["ReadWritePaths"] == [str(site.models.repository)]
     assert cycle["StateDirectory"] == daemon["StateDirectory"]
     assert {str(site.folders[0].path), str(site.results_dir), str(site.models.repository)} <= folders().keys()
-    assert unit("semwatch-retrain.path")["PathChanged"] == [str(site.learning_dir / "retrain.wanted")]
+    assert unit("semwatch-retrain.path")["PathChanged"] == [str(site.state_dir / EARLY_CYCLE)]
 
 
 def test_no_daemon_may_write_models_or_drop_folders() -> None:
@@ -310,7 +312,7 @@ def test_alarm_asks_for_what_the_daemon_measures(rule: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_alarm_leads_to_its_section_of_the_guide(rule: dict[str, dict[str, str]]) -> None:
-    assert rule["annotations"]["guide"] == f"{GUIDE.name}#{str(rule['alert']).lower()}"
+    assert rule["annotations"]["guide"] == f"docs/{GUIDE.name}#{str(rule['alert']).lower()}"
     assert f"\n### {rule['alert']}\n" in GUIDE.read_text()
 
 
@@ -318,8 +320,8 @@ def test_guide_explains_no_alarm_that_is_not_there() -> None:
     assert set(re.findall(r"^### (Semwatch\w+)$", GUIDE.read_text(), re.M)) == {rule["alert"] for rule in RULES}
 
 
-def test_guide_names_files_that_are_there() -> None:
-    text = GUIDE.read_text()
+def test_operator_pages_name_files_that_are_there() -> None:
+    text = "\n".join(page.read_text() for page in OPERATOR_PAGES)
     assert set(re.findall(r"drop-ins/([\w-]+\.conf)", text)) == set(WHERE)
     assert sorted(WHERE) == sorted(file.name for file in DROP_INS.iterdir())
     for name in re.findall(r"\bsemwatch[\w@-]*\.(?:service|timer|path|target)\b", text):

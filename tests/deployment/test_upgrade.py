@@ -20,6 +20,7 @@ from semwatch.deployment.installation import Record
 from semwatch.deployment.installed_files import UNITS, systemd_folder, wanted
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.settings.fields import EXAMPLES
 from semwatch.store.ledger import Ledger, OutboxItem
 
 OLD, NEW = "0.1.0", "0.2.0"
@@ -127,7 +128,8 @@ def put_version(at: Place, version: str) -> None:
     package = home / "lib" / "python3.11" / "site-packages" / "semwatch"
     source = Path(semwatch.__file__).parent
     shutil.copytree(systemd_folder(source), package / "systemd")
-    shutil.copytree(source / "examples", package / "examples")
+    # A release before the rooms had its examples at the top.
+    shutil.copytree(EXAMPLES, package / "examples" if version == OLD else package / "settings" / "examples")
     with (package / "systemd" / DAEMON).open("a") as unit:
         unit.write(f"# of {version}\n")
     (home / "bin").mkdir()

@@ -12,14 +12,18 @@ import numpy as np
 import redis
 import yaml
 
-from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.classes.clusters import Clusters
+from semwatch.classes.register import ClassRegister
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
+from semwatch.service import learning_side
 from semwatch.settings.site import Site, load_site
+from semwatch.store.ledger import Ledger
+from semwatch.streams.handoff import Handoff, Wish, wish_message
 from semwatch.streams.records import UNKNOWNS, Fields, Record, decode, encode, pack
 from semwatch.streams.unknowns import Consumer, Publisher
+from semwatch_training.learning.archive import ARCHIVE, Archive
 
 INPUT_PX, TOKENS = 56, 4
 STREAM = "semwatch:unknowns"
@@ -148,7 +152,26 @@ class Lab:
 
     def clusters(self) -> dict[str, tuple[str, str]]:
         """State and label by id."""
-        return {k.id: (k.state, k.label) for k in clusters.read(self.learning).clusters}
+        return {k.id: (k.state, k.label) for k in self.found().clusters}
+
+    def found(self) -> Clusters:
+        """The state that daemon and learning share."""
+        return self.register().read()
+
+    def register(self) -> ClassRegister:
+        """The daemon's side of it."""
+        return learning_side.register_of(self.site, self.handoff(), "test")
+
+    def handoff(self) -> Handoff:
+        return Handoff(self.client)
+
+    def wish(self, sentence: str) -> None:
+        """Let the drift watch ask for a cycle."""
+        wish = Wish(site="site", source="sem-1", utc="2026-01-03T00:00:00Z", sentence=sentence)
+        Publisher(self.client).publish([wish_message(wish)])
+
+    def wishes(self) -> list[str]:
+        return [wish.sentence for wish in self.handoff().wishes().values()]
 
     def states(self) -> dict[str, int]:
         with Archive(self.learning / ARCHIVE, read_only=True) as archive:
@@ -156,8 +179,9 @@ class Lab:
 
     def audit_lines(self, event: str = "head published") -> list[str]:
         path = self.folder / "state" / "ledger.sqlite"
-        if not path.exists():
-            return []
+        path.parent.mkdir(exist_ok=True)
+        with Ledger(path, exclusive=False) as ledger:  # as a daemon does at its start
+            learning_side.note_published_heads(ledger, self.repository, self.version)
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
             return [line for (line,) in db.execute("SELECT line FROM audit ORDER BY seq") if event in line]
 

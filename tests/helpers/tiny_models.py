@@ -21,10 +21,12 @@ from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
+from semwatch_training.families.ni import export as ni_export
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.publishing import export
-from semwatch_training.publishing.export import publish_detector, publish_encoder, publish_head
+from semwatch_training.publishing.export import publish, publish_head
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
 
@@ -91,8 +93,8 @@ def publish_all(repository: Path) -> Path:
     """Publish version 1 of detector, encoder and head."""
     encoder = encoder_graph()
     width = encoder.frozen_width + SHAPE.width
-    publish_detector(detector_graph(), repository, normal_scores=[i / 1000 for i in range(60)], provenance={})
-    version = publish_encoder(encoder, repository, provenance={})
+    publish(ni_export.exported(detector_graph(), normal_scores=[i / 1000 for i in range(60)]), repository)
+    version = publish(smg_vit_export.exported(encoder), repository)
     publish_head(
         head(width, encoder.frozen_width), repository, encoder_version=version, provenance={},
         bank=blobs(width), golden=blobs(width, seed=1),

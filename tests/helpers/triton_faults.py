@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 from semwatch.models import head_bank, model_repository
+from semwatch.system.files import file_sha256
 from semwatch.triton import config as triton_config
 from triton_line import N_FILES, PACE_S, Count, EmptyAtStart, Line, count, line, local_server
 
@@ -485,7 +486,7 @@ def _other_weights(made: Line) -> Path:
         if values.dtype == np.float32 and values.ndim == 2:
             weight.CopyFrom(numpy_helper.from_array(-values, weight.name))
     onnx.save(network, other / "head/1/model.onnx")
-    sha256 = model_repository.file_sha256(other / "head/1/model.onnx")
+    sha256 = file_sha256(other / "head/1/model.onnx")
     meta = model_repository.read_meta(other, "head", 1)
     (other / "head/1/meta.json").write_text(meta.model_copy(update={"weights_sha256": sha256}).model_dump_json())
     return other
@@ -499,7 +500,7 @@ def _replace_head(repository: Path, meta: model_repository.Meta) -> None:
         if output.name not in meta.outputs:
             network.graph.output.remove(output)
     onnx.save(network, path)
-    meta = meta.model_copy(update={"weights_sha256": model_repository.file_sha256(path)})
+    meta = meta.model_copy(update={"weights_sha256": file_sha256(path)})
     (repository / "head/1/meta.json").write_text(meta.model_dump_json())
     (repository / "head/1" / model_repository.PROBE).unlink(missing_ok=True)
 

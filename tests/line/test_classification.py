@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from semwatch.line.classification import classify, decide, size_feature
+from semwatch.line.inputs import KeptView
 from semwatch.models.inference import Embedded
 
 LABELS = ("bridge", "defect-free", "void")
@@ -15,13 +16,7 @@ def judge(logits, p_values, **changes):
 def test_no_defect_asks_no_model(tiny_repository) -> None:
     with Embedded(tiny_repository) as models:
         models.infer = None  # type: ignore[assignment]
-        features, verdicts, versions = classify(
-            np.zeros((0, 56, 56), np.uint8),
-            np.zeros((0, 4, 4), np.float32),
-            np.zeros((0, 2), np.float32),
-            models,
-            **RULE,
-        )
+        features, verdicts, versions = classify([], models, **RULE)
     assert (features.shape, verdicts, versions) == ((0, 0), [], {})
 
 
@@ -67,13 +62,9 @@ def test_size_feature_is_relative_to_the_field_and_finite_for_nothing() -> None:
 def test_classify_gives_one_verdict_for_each_crop(tiny_repository) -> None:
     rng = np.random.default_rng(0)
     with Embedded(tiny_repository) as models:
-        features, verdicts, versions = classify(
-            rng.integers(0, 256, (3, 56, 56), dtype=np.uint8),
-            rng.random((3, 4, 4), dtype=np.float32),
-            np.zeros((3, 2), np.float32),
-            models,
-            **RULE,
-        )
+        crops, masks = rng.integers(0, 256, (3, 56, 56), dtype=np.uint8), rng.random((3, 4, 4), dtype=np.float32)
+        views = [KeptView(crop, mask, np.zeros(2, np.float32)) for crop, mask in zip(crops, masks, strict=True)]
+        features, verdicts, versions = classify(views, models, **RULE)
     assert features.shape == (3, 74)
     assert len(verdicts) == 3
     assert versions == {"encoder": 1, "head": 1}

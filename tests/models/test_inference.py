@@ -95,7 +95,7 @@ def test_head_of_another_encoder_is_refused(tiny_repository, tmp_path) -> None:
 def test_signature_that_lies_about_the_graph_is_refused(tiny_repository, tmp_path) -> None:
     repository = shutil.copytree(tiny_repository, tmp_path / "models")
     meta = model_repository.read_meta(repository, "detector", 1)
-    lying = meta.model_copy(update={"inputs": {"picture": meta.inputs["image"]}})
+    lying = meta.model_copy(update={"outputs": {**meta.outputs, "certainty": meta.outputs["raw_score"]}})
     model_repository.publish(repository, lying, repository / "detector/1/model.onnx")
     with pytest.raises(ModelMismatch, match=r"meta\.json says otherwise"):
         Embedded(repository)

@@ -11,11 +11,47 @@ import redis
 
 from daemon import SOURCE, Daemon, Site, make_site, png
 from semwatch.store import audit
+from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis
 
 N_IMAGES = int(os.environ.get("SEMWATCH_CRASH_IMAGES", "60"))
 N_KILLS = int(os.environ.get("SEMWATCH_CRASH_KILLS", "8"))
 SEED = 20260101
+
+
+DIES_ON_POISON = """
+import os, sys, time
+from semwatch.__main__ import main
+from semwatch.line import pipeline
+
+def review(data, *, path, real=pipeline.review, **rest):
+    if path == "poison.png":
+        time.sleep(0.3)  # until its neighbours are in flight
+        os._exit(9)
+    time.sleep(0.6)  # still in flight when it dies
+    return real(data, path=path, **rest)
+
+pipeline.review = review
+main()
+"""
+
+
+def test_file_that_kills_the_process_costs_its_neighbours_one_attempt_at_most(tmp_path, tiny_repository) -> None:
+    """What had an attempt is tried alone, so whoever dies on it dies alone."""
+    limits = {"min_free_mb": 0, "in_flight": 3, "max_attempts": 3}
+    site = make_site(tmp_path / "site", tiny_repository, limits=limits)
+    for age, name in enumerate(("a.png", "b.png", "poison.png")):  # the poison is the oldest, so it is tried first
+        os.utime(site.put(name, png(age)), (1e9 - age, 1e9 - age))
+    for _ in range(3):
+        with Daemon(site, program=("-c", DIES_ON_POISON)) as daemon:
+            assert daemon.process.wait(60) == 9
+    with Daemon(site, program=("-c", DIES_ON_POISON)) as daemon:
+        daemon.wait_for(lambda: len(site.reviews()) == 2)
+        assert daemon.stop() == 0
+    assert list(site.reasons()) == ["poison.png.reason.json"]
+    with Ledger(site.state / "ledger.sqlite", read_only=True) as ledger:
+        attempts = {work.path: work.attempts for work in ledger.listing("DONE")}
+    assert attempts == {"a.png": 1, "b.png": 1}
 
 
 @pytest.mark.timeout(3000)

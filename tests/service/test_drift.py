@@ -16,29 +16,23 @@ from scipy.stats import chi2
 
 from factories import make_review
 from semwatch.defects import PageReview, Review, Verdict
-from semwatch.errors import ServiceUnavailable
 from semwatch.service import drift
 from semwatch.service.drift import (
     FEWEST,
     HEIGHT,
     LARGE_PSI,
-    MAX_REASONS,
     NOW,
     REFERENCE,
     RUN,
     STATE,
-    WANTED,
     WATCHED,
     Alarm,
     DriftWatch,
-    clear_wanted,
     cusum_steps,
     decile_edges,
     psi,
     psi_threshold,
     risen,
-    want_retrain,
-    wanted,
 )
 
 CLASSES = ("particle", "bridge", "scratch", "residue", "unknown", "non-decidable")
@@ -338,13 +332,14 @@ def test_recipe_seen_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     assert [kept["recipe_id"] for kept in watch.state()["watches"]] == ["a", "c"]
 
 
-def test_another_head_starts_rate_and_mix_anew_and_keeps_the_score() -> None:
+@pytest.mark.parametrize("swapped", [{"head": 4}, {"encoder": 2}], ids=["head", "encoder"])
+def test_another_head_or_encoder_starts_rate_and_mix_anew_and_keeps_the_score(swapped: dict[str, int]) -> None:
     watch = settled()
     shares = (0.05, 0.05, 0.10, 0.10, 0.65, 0.05)
-    assert feed(watch, draw(REFERENCE, 19, shares=shares, head=4)) == [], "a new reference"
+    assert feed(watch, draw(REFERENCE, 19, shares=shares, **swapped)) == [], "a new reference"
     values = watch.values()
     assert values["tool-a", "class mix"] == values["tool-a", "unknown rate"] == 0.0 < values["tool-a", "score"]
-    assert {alarm.what for _, alarm in feed(watch, draw(NOW, 20, head=4))} == {"unknown rate", "class mix"}
+    assert {alarm.what for _, alarm in feed(watch, draw(NOW, 20, **swapped))} == {"unknown rate", "class mix"}
 
 
 def test_reset_is_what_another_head_does() -> None:
@@ -507,50 +502,3 @@ def test_watching_costs_little() -> None:
     feed(watch, reviews)
     cost_us = (time.thread_time() - start) / len(reviews) * 1e6
     assert cost_us < 150, "50 is what is asked for; a busy machine may take three times that"
-
-
-# --- the wish to learn early ---------------------------------------------------------------------------------------
-
-
-def test_no_wish_before_there_is_a_reason(tmp_path: Path) -> None:
-    assert wanted(tmp_path / "learning") == []
-    clear_wanted(tmp_path / "learning")
-    want_retrain(tmp_path / "learning", ALARM, UTC)
-    assert wanted(tmp_path / "learning") == [f"{UTC} {ALARM.sentence}"]
-    clear_wanted(tmp_path / "learning")
-    assert wanted(tmp_path / "learning") == []
-
-
-def test_newest_reasons_are_kept(tmp_path: Path) -> None:
-    for i in range(MAX_REASONS + 5):
-        want_retrain(tmp_path, replace(ALARM, sentence=f"reason {i}"), UTC)
-    assert wanted(tmp_path) == [f"{UTC} reason {i}" for i in range(5, MAX_REASONS + 5)]
-    assert len((tmp_path / WANTED).read_text().splitlines()) == MAX_REASONS
-    assert [entry.name for entry in tmp_path.iterdir()] == [WANTED]
-
-
-def test_edited_wish_is_read_line_by_line(tmp_path: Path) -> None:
-    (tmp_path / WANTED).write_bytes(b"by hand: new reticle \xff\n\n   \nsecond")
-    assert wanted(tmp_path) == ["by hand: new reticle �", "second"]
-
-
-def test_reasons_of_many_threads_are_all_kept(tmp_path: Path) -> None:
-    alarms = [replace(ALARM, sentence=f"reason {i}") for i in range(8)]
-    threads = [threading.Thread(target=want_retrain, args=(tmp_path, alarm, UTC)) for alarm in alarms]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert sorted(wanted(tmp_path)) == [f"{UTC} reason {i}" for i in range(8)]
-
-
-def test_wish_that_cannot_be_kept_is_a_warning_and_one_that_cannot_be_read_an_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / WANTED).mkdir()
-    want_retrain(tmp_path, ALARM, UTC)
-    assert "the wish to learn early is not kept" in caplog.text
-    with pytest.raises(ServiceUnavailable, match="cannot be read"):
-        wanted(tmp_path)
-    with pytest.raises(ServiceUnavailable, match="cannot be deleted"):
-        clear_wanted(tmp_path)

@@ -22,7 +22,6 @@ import tifffile
 
 from daemon import SOURCE, Daemon, Site, make_site, png
 from factories import make_review, make_verdict
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.defects import Review
 from semwatch.errors import ServiceUnavailable
 from semwatch.line import pipeline
@@ -32,11 +31,13 @@ from semwatch.models.model_repository import Arrays
 from semwatch.models.relabel import relabel
 from semwatch.service import drift, rereview
 from semwatch.service.drift import DriftWatch
+from semwatch.service.learning_side import EARLY_CYCLE
 from semwatch.settings.recipe import Recipe, load_recipe
-from semwatch.settings.site import load_site
-from semwatch.store import audit, overlay
+from semwatch.store import audit, overlay, serving
 from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.handoff import Handoff
+from semwatch.streams.unknowns import connect
 from semwatch.system import child_server
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.publishing.export import publish_head
@@ -84,7 +85,7 @@ def publish_from(folder: Path, repository: Path, *, weights: Path | None = None,
 
 
 def serves(site: Site, head: int) -> Callable[[], bool]:
-    return lambda: choice.announced(site.state)[0].get("head") == head
+    return lambda: serving.announced(site.state)[0].get("head") == head
 
 
 def result(site: Site, name: str) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path, learn
             told.logs.append(daemon.log())
         with Daemon(site) as daemon:
             told.reviews["restarted"] = review_one(site, daemon, "restarted.png", 106)
-            told.announced.append(choice.announced(site.state))
+            told.announced.append(serving.announced(site.state))
             assert daemon.stop() == 0
             told.logs.append(daemon.log().removeprefix(told.logs[0]))
         told.results = [records.decode_result(fields) for _, fields in client.xrange("semwatch:results")]
@@ -159,11 +160,6 @@ def _unknown_then_novel(told: Story, daemon: Daemon, client: "redis.Redis", lear
         review_one(site, daemon, f"lot/{seed}.png", seed)
     daemon.wait_for(lambda: client.xlen("semwatch:results") == N_FIRST)
     told.reviews["first"] = result(site, "lot/0.png")
-    with Archive(site.folder / "being-made.sqlite") as archive:  # what a cycle does, without its hours
-        archive.add([records.decode(fields) for _, fields in client.xrange("semwatch:unknowns")], now_utc=T0)
-    learning_dir = load_site(site.file).learning_dir
-    learning_dir.mkdir()
-    (site.folder / "being-made.sqlite").rename(learning_dir / ARCHIVE)
     _swap(told, daemon, publish_from(learned / "head/2", site.folder.parent / "models"))
     _await_revision(told, daemon, client, 2)
     told.reviews["revised"] = result(site, "lot/0.png")
@@ -187,7 +183,7 @@ def _broken(told: Story, daemon: Daemon, repository: Path, folder: Path) -> None
     head = publish_from(repository / "head/4", repository, weights=folder / "broken.onnx")
     daemon.wait_for(lambda: f"head {head} is refused" in daemon.log())
     told.reviews["beside a broken head"] = review_one(told.site, daemon, "beside.png", 104)
-    told.announced.append(choice.announced(told.site.state))
+    told.announced.append(serving.announced(told.site.state))
 
 
 def _swap(told: Story, daemon: Daemon, head: int) -> None:
@@ -411,7 +407,7 @@ def test_daemon_starts_with_the_pinned_version_and_leaves_it_when_the_pin_goes(t
     site = make_site(tmp_path / "site", repository)
     with Daemon(site) as daemon:
         pinned = review_one(site, daemon, "a.png", 1)
-        assert choice.announced(site.state)[0]["head"] == 1
+        assert serving.announced(site.state)[0]["head"] == 1
         choice.pin(repository, "head", None)
         daemon.wait_for(serves(site, 2), 20)
         released = review_one(site, daemon, "b.png", 2)
@@ -437,7 +433,8 @@ def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
 ) -> None:
     """A reference window without one unknown, then a few files of nothing else."""
     port = child_server.free_port()
-    site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port})
+    redis_server = EmbeddedRedis(tmp_path / "redis")
+    site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port}, redis_url=redis_server.url)
     recipe = load_recipe(site.folder / "recipe.yaml")
     watch = DriftWatch()
     ordinary = make_review(1, source=SOURCE, verdicts=[make_verdict("known")], model_versions={"head": 1})
@@ -445,16 +442,18 @@ def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
     assert [alarm for _ in range(drift.REFERENCE) for alarm in watch.observe(ordinary)] == []
     site.state.mkdir()
     watch.save(site.state / drift.STATE)
-    with Daemon(site) as daemon:
+    with redis_server, Handoff(connect(redis_server.url)) as handoff, Daemon(site) as daemon:
         for seed in range(8):
             review_one(site, daemon, f"{seed}.png", seed)
         daemon.wait_for(lambda: "drift: " in daemon.log())
-        daemon.wait_for(lambda: drift.wanted(site.state / "learning") != [])
+        daemon.wait_for(lambda: handoff.wishes() != {})
+        (wish,) = handoff.wishes().values()
+        assert (site.state / EARLY_CYCLE).is_file()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             metrics = answer.read().decode()
         assert daemon.stop() == 0
         assert daemon.log().count("drift: ") == 1
-    (wish,) = drift.wanted(site.state / "learning")
-    assert "unknown rate rose: 0% in the reference window, 100% in the last" in wish
+    assert (wish.site, wish.source) == ("site", SOURCE)
+    assert "unknown rate rose: 0% in the reference window, 100% in the last" in wish.sentence
     assert f'semwatch_drift_alarms_total{{source="{SOURCE}",what="unknown rate"}} 1.0' in metrics
     assert DriftWatch.load(site.state / drift.STATE).values()[SOURCE, "unknown rate"] >= 1

@@ -12,6 +12,7 @@ from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.settings.site import Models
+from semwatch.store import serving
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def hold(repository: Path, *recipes: Recipe, state_dir: Path, metrics: Metrics |
 def test_repository_without_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatch, match="semwatch-train build"):
         hold(tmp_path / "nothing", Recipe(), state_dir=tmp_path)
-    assert choice.announced(tmp_path) == ({}, {})
+    assert serving.announced(tmp_path) == ({}, {})
 
 
 def test_recipes_of_equal_pins_share_their_networks(repository: Path, tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_recipes_of_equal_pins_share_their_networks(repository: Path, tmp_path: 
     assert models.of(free) is models.of(other)
     assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [2, 1]
     assert models.versions()["head"] == 2  # announced is the one without a pin
-    assert choice.announced(tmp_path)[0] == {"detector": 1, "encoder": 1, "head": 2}
+    assert serving.announced(tmp_path)[0] == {"detector": 1, "encoder": 1, "head": 2}
     publish(repository)
     models.refresh()
     assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [3, 1]
@@ -58,7 +59,7 @@ def test_head_that_was_refused_at_the_start_is_logged_counted_and_announced(
     assert metrics.registry.get_sample_value("semwatch_swap_refused_total", {"model": "head"}) == 1
     models.refresh()
     assert metrics.registry.get_sample_value("semwatch_swap_refused_total", {"model": "head"}) == 1
-    versions, refused = choice.announced(tmp_path)
+    versions, refused = serving.announced(tmp_path)
     assert (versions["head"], set(refused)) == (1, {2})
 
 
@@ -76,7 +77,7 @@ def test_announcement_that_the_disk_refused_is_warned_of_once_and_made_up_for(
     assert models.versions()["head"] == 2
     (tmp_path / choice.ANNOUNCED).rmdir()
     models.refresh()
-    assert choice.announced(tmp_path)[0]["head"] == 2
+    assert serving.announced(tmp_path)[0]["head"] == 2
 
 
 def test_codes_are_those_of_the_version_that_answered(repository: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Re-review with real networks, a real archive and a real ledger: a head is swapped, and results follow."""
+"""Re-review with real networks, a real ledger: a head is swapped, and results follow."""
 
 import hashlib
 import json
@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 
 from factories import make_review, make_verdict
-from semwatch.classes.archive import Archive
 from semwatch.defects import Verdict
-from semwatch.errors import ConfigError
+from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
 from semwatch.service import rereview
@@ -41,7 +40,7 @@ class Line:
 
     def __init__(self, folder: Path, repository: Path) -> None:
         self.folder = folder
-        self.results_dir, self.archive_path = folder / "results", folder / "unknowns.sqlite"
+        self.results_dir = folder / "results"
         self.repository = repository
         self.models = {Pins(): Embedded(repository, threads=1)}
         self.recipes = {"tool-a": RECIPE}
@@ -68,7 +67,7 @@ class Line:
         source: str = "tool-a",
         versions: dict[str, int] | None = None,
     ) -> Path:
-        """Write a result of unknowns, and put their records, with these features, into the archive."""
+        """Write a result of unknowns, and put their records, with these features, into the ledger."""
         utc = clock.utc_of(NOW - timedelta(days=age_days))
         review = make_review(
             len(features), path=path, source=source, verdicts=[UNKNOWN], reviewed_utc=utc,
@@ -76,8 +75,7 @@ class Line:
         )  # fmt: skip
         review = replace(review, recipe_id=recipe_id, sha256=hashlib.sha256(path.encode()).hexdigest())
         found = [replace(r, features=row) for r, row in zip(records.records(review), features, strict=True)]
-        with Archive(self.archive_path) as archive:
-            archive.add(found, now_utc=utc)
+        self.ledger.add_unknowns(rereview.features_of(found), once=found[0].id)
         return results.write(review, results_dir=self.results_dir).json
 
     def publish(self, labels: tuple[str, ...], codes: dict[str, int] | None = None) -> int:
@@ -97,7 +95,7 @@ class Line:
     def rereview(self, **options: Any) -> Rereview:
         settings = {"days": 14.0, "publishes": True} | options
         return Rereview(
-            self.archive_path, self.models, self.recipes, self.ledger, results_dir=self.results_dir,
+            self.models, self.recipes, self.ledger, results_dir=self.results_dir,
             state_dir=self.folder, is_busy=lambda source, path: (source, path) in self.busy,
             on_revised=lambda path, _: self.revised.append(path), **settings,
         )  # fmt: skip
@@ -147,18 +145,14 @@ def run(line: Line, **options: Any) -> rereview.Counts:
 # --- what is judged again, and what is not -------------------------------------------------------------------------
 
 
-def test_without_an_archive_nothing_is_due(line: Line) -> None:
-    assert run(line) == rereview.Counts()
-    assert not (line.folder / rereview.MARKER).exists()
-
-
-def test_empty_archive_is_finished_at_once_and_not_asked_again(line: Line) -> None:
-    Archive(line.archive_path).close()
+def test_ledger_without_unknowns_is_finished_at_once_and_not_asked_again(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(line) == rereview.Counts()
     marker = rereview.read_marker(line.folder / rereview.MARKER)
     assert marker.heads == {"tool-a": 1}
     work = line.rereview()
-    line.archive_path.write_text("broken now, but who looks?")
+    monkeypatch.setattr(line.ledger, "unknowns_since", lambda *_, **__: pytest.fail("asked again"))
     assert work.step() is False
 
 
@@ -275,8 +269,7 @@ def test_record_or_result_that_takes_no_revision_is_counted_and_the_others_go_on
     results.revision_path(taken, 1).write_text("somebody's notes")
     review = replace(make_review(1, verdicts=[UNKNOWN]), recipe_id=RECIPE.id, model_versions={"encoder": 1, "head": 1})
     (forged,) = (replace(r, path="../../etc/x", features=of_label("bridge")) for r in records.records(review))
-    with Archive(line.archive_path) as archive:
-        archive.add([replace(forged, created_utc=clock.utc_of(NOW))], now_utc=clock.utc_of(NOW))
+    line.ledger.add_unknowns(rereview.features_of([replace(forged, created_utc=clock.utc_of(NOW))]), once="forged")
     line.publish(("bridge", "defect-free", "novel-1"))
     counts = run(line)
     assert (counts.stale, counts.revised) == (2, 1)
@@ -318,7 +311,7 @@ def judged(kind: str, label: str | None) -> Verdict:
 
 
 @pytest.mark.parametrize(
-    ("standing", "new", "expected"),
+    ("current", "new", "expected"),
     [
         (("unknown", None), ("non-decidable", None), False),
         (("unknown", None), ("novel", "novel-1"), True),
@@ -330,9 +323,9 @@ def judged(kind: str, label: str | None) -> Verdict:
     ],
 )
 def test_label_replaces_and_silence_only_what_is_no_class_any_more(
-    line: Line, standing: tuple[str, str | None], new: tuple[str, str | None], expected: bool
+    line: Line, current: tuple[str, str | None], new: tuple[str, str | None], expected: bool
 ) -> None:
-    stands = rereview.verdict_record(judged(*standing), None)
+    stands = rereview.verdict_record(judged(*current), None)
     assert rereview.replaces(judged(*new), stands, line.embedded.meta("head")) is expected
 
 
@@ -402,12 +395,17 @@ def test_head_that_comes_during_a_pass_begins_it_anew(line: Line, of_label: Any)
     assert rereview.read_marker(line.folder / rereview.MARKER).heads == {"tool-a": head}
 
 
-def test_broken_archive_is_said_and_does_not_end_the_daemon(line: Line, caplog: pytest.LogCaptureFixture) -> None:
-    line.archive_path.write_text("this is no archive" * 100)
+def test_failing_disk_is_said_and_does_not_end_the_daemon(
+    line: Line, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ServiceUnavailable("the disk under the ledger fails")
+
+    monkeypatch.setattr(line.ledger, "unknowns_since", fail)
     work = line.rereview()
     assert work.step() is False
     assert "re-review waits" in caplog.text
-    assert str(line.archive_path) in caplog.text
+    assert "the disk under the ledger fails" in caplog.text
     caplog.clear()
     assert work.step() is False  # not asked again at once
     assert caplog.text == ""

@@ -224,7 +224,7 @@ results.write(make_review(1, n_pages=2, sha256="b" * 64), results_dir=Path(sys.a
 @pytest.mark.parametrize("step", range(1, 8))
 def test_death_before_any_rename_leaves_whole_results_and_the_replay_mends_all(tmp_path: Path, step: int) -> None:
     old = results.write(make_review(1, n_pages=2, sha256="a" * 64), results_dir=tmp_path).json
-    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'daemon'}:{ROOT / 'tests'}"}
+    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'daemon'}:{ROOT / 'tests' / 'helpers'}"}
     command = [sys.executable, "-c", CRASHING_WRITER, str(tmp_path), str(step)]
     died = subprocess.run(command, env=environ, timeout=60, check=False)
     assert died.returncode == (9 if step <= 6 else 0)  # 2 old overlays, old JSON, 2 overlays, JSON

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import jsonschema
 import numpy as np
 import pytest
@@ -182,6 +183,10 @@ def _with_meta(fields: Fields, **changes: object) -> Fields:
     return {**fields, b"meta": json.dumps({**json.loads(fields[b"meta"]), **changes}).encode()}
 
 
+def _png(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
 BROKEN: dict[str, tuple[Callable[[Fields], Fields], str]] = {
     "no fields": (lambda f: {}, "features is missing"),
     "no schema": (lambda f: {k: v for k, v in f.items() if k != b"schema"}, "schema is missing"),
@@ -196,6 +201,14 @@ BROKEN: dict[str, tuple[Callable[[Fields], Fields], str]] = {
         lambda f: {**f, b"crop_png": f[b"crop_png"][:16] + b"\x7f" * 8 + b"\x08\x00"},
         "wanted square",
     ),
+    **{
+        f"{name} crop": (lambda f, pixels=pixels: {**f, b"crop_png": _png(pixels)}, "wanted square 8-bit gray")
+        for name, pixels in {
+            "16-bit": np.full((56, 56), 300, np.uint16),
+            "colour": np.zeros((56, 56, 3), np.uint8),
+            "oblong": np.zeros((56, 57), np.uint8),
+        }.items()
+    },
     "id not hex": (lambda f: {**f, b"id": b"../etc/passwd"}, "32 hex digits"),
     "id not ascii": (lambda f: {**f, b"id": b"\xff"}, "ascii"),
     "meta no json": (lambda f: {**f, b"meta": b"{"}, "Expecting property name"),

@@ -330,7 +330,7 @@ def test_daemon_that_cannot_start_says_so_in_json_too(tmp_path, tiny_repository)
 
 
 def as_service(tmp_path: Path, command: str) -> str:
-    """Run a shell command whose stderr is a real journal of its own, in a mount namespace with its own /run."""
+    """Run a shell command whose stderr is a real journal of its own; the machine's is neither read nor written."""
     if not JOURNALD.exists() or not all(map(shutil.which, ("unshare", "journalctl"))):
         pytest.skip("journald, journalctl or unshare is not installed here")
     starter = put(
@@ -347,7 +347,9 @@ def as_service(tmp_path: Path, command: str) -> str:
         """).encode(),
     )
     script = f"""
-        mount -t tmpfs none /run && mkdir -p /run/systemd/journal /run/log/journal || exit 77
+        mount -t tmpfs none /var/log && mount -t tmpfs none /run || exit 77
+        mkdir -p /run/systemd/journal /run/systemd/journald.conf.d /run/log/journal
+        printf '[Journal]\\nReadKMsg=no\\nAudit=no\\n' >/run/systemd/journald.conf.d/no_kernel.conf
         {JOURNALD} >/dev/null 2>&1 &
         journald=$!
         trap 'kill $journald; wait' EXIT
@@ -403,9 +405,14 @@ def test_real_journal_takes_a_message_larger_than_a_datagram(tmp_path) -> None:
         b"logging.getLogger().addHandler(JournalHandler())\nlogging.error('x' * 2_000_000 + '\\nend')\n",
     )
     out = as_service(
-        tmp_path, f"$start {sys.executable} {program}; sleep 0.5; journalctl --quiet --all -o cat PRIORITY=3"
+        tmp_path,
+        f"$start {sys.executable} {program}; sleep 0.5;"
+        " journalctl --quiet --all -o cat SYSLOG_IDENTIFIER=semwatch PRIORITY=3;"
+        " echo ----; journalctl --quiet _TRANSPORT=kernel",
     )
-    assert out == "x" * 2_000_000 + "\nend\n"
+    ours, of_the_kernel = out.split("----\n")
+    assert ours == "x" * 2_000_000 + "\nend\n"
+    assert of_the_kernel == ""
 
 
 def test_bug_that_ends_the_daemon_is_one_entry_of_priority_crit(tmp_path, tiny_repository) -> None:
@@ -419,7 +426,7 @@ def test_bug_that_ends_the_daemon_is_one_entry_of_priority_crit(tmp_path, tiny_r
     out = as_service(
         tmp_path,
         f"$start {sys.executable} {program} run --site {site.file}; echo ended $?; sleep 0.5;"
-        " journalctl --quiet --output=json PRIORITY=2",
+        " journalctl --quiet --output=json SYSLOG_IDENTIFIER=semwatch PRIORITY=2",
     )
     ended, *entries = out.splitlines()
     assert ended == "ended 1"

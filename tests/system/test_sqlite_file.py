@@ -42,6 +42,14 @@ def test_new_file_is_made_with_its_folder_and_is_empty(path: Path, file: SqliteF
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_every_transaction_is_flushed_before_it_returns(path: Path, file: SqliteFile) -> None:
+    """In a WAL, NORMAL would leave the last transactions to a power cut."""
+    full = [(2,)]
+    assert file.rows("PRAGMA synchronous") == full
+    with closing(SqliteFile(path, FIRST)) as opened_again:
+        assert opened_again.rows("PRAGMA synchronous") == full
+
+
 def test_transaction_is_all_or_nothing(file: SqliteFile) -> None:
     def fail_half_way() -> None:
         with file.transaction() as db:

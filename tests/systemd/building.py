@@ -27,7 +27,7 @@ FOR_OLDER_PYTHON = ("async-timeout>=4.0.3",)
 DEBIAN_S = 900.0
 DOWNLOAD_S = 900.0
 BUILD_S = 180.0
-_TREE = ("pyproject.toml", "README.md", "daemon", "training", "systemd")
+_TREE = ("pyproject.toml", "README.md", "daemon", "training", "systemd", "docs")
 _NO_TIMERS = ("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "dpkg-db-backup.timer")
 
 

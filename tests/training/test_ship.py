@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
+from semwatch.system.files import file_sha256
 from semwatch_training import __main__ as command_line
 from semwatch_training import ship
 from semwatch_training.discovery import labelled_crops
@@ -23,6 +24,7 @@ from semwatch_training.families.branch.train_branch import BranchSchedule
 from semwatch_training.families.detector_run import BranchImages
 from semwatch_training.families.ni.ni_detector import DetectorForm
 from semwatch_training.families.smg_vit import encoder_run, self_supervision, unlabelled_crops
+from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit.encoder_run import CropSource
 from semwatch_training.publishing import build_repository
 from semwatch_training.trunks import backbone
@@ -89,7 +91,7 @@ def tiny() -> Iterator[list[str]]:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional())
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        for module in (build_repository, ship):
+        for module in (smg_vit_export, ship):
             patch.setattr(module, "EncoderForm", lambda: ENCODER)
         patch.setattr(labelled_crops, "collect", labelled)
         patch.setattr(unlabelled_crops, "of_synthetic", lambda *_, **__: found)
@@ -238,4 +240,4 @@ def test_served_head_names_the_encoder_that_was_trained(shipped) -> None:
     out, _ = shipped
     encoder, head = (model_repository.read_meta(out / "repository", *which) for which in (("encoder", 2), ("head", 1)))
     assert head.encoder_sha256 == encoder.weights_sha256
-    assert encoder.provenance["trained_layers"] == model_repository.file_sha256(out / "weights/encoder.safetensors")
+    assert encoder.provenance["trained_layers"] == file_sha256(out / "weights/encoder.safetensors")

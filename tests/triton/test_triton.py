@@ -24,6 +24,7 @@ from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.inference import Answer, Embedded, Swap
 from semwatch.models.model_repository import Tensor
+from semwatch.system.files import file_sha256
 from semwatch.triton import background as triton_background
 from semwatch.triton import config as triton_config
 from semwatch.triton import control
@@ -630,7 +631,7 @@ def test_server_with_other_weights_is_told_by_their_hash(shared: tuple[str, Path
     network.doc_string = "other bytes, same answers"
     onnx.save(network, weights)
     meta = model_repository.read_meta(repository, "head", 1)
-    changed = meta.model_copy(update={"weights_sha256": model_repository.file_sha256(weights)})
+    changed = meta.model_copy(update={"weights_sha256": file_sha256(weights)})
     (repository / "head/1/meta.json").write_text(changed.model_dump_json())
     with pytest.raises(ModelMismatch, match="other weights"):
         Triton(repository, url=url)

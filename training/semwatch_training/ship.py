@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
+from semwatch.system import files
 from semwatch_training.discovery import head_run
 from semwatch_training.discovery.discovery_heads import HeadSettings
 from semwatch_training.evaluation import evaluate_commands
@@ -33,7 +34,6 @@ from semwatch_training.families.smg_vit import encoder_run, self_supervision
 from semwatch_training.families.smg_vit.encoder_run import CropSource
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm
 from semwatch_training.publishing import build_repository
-from semwatch_training.system import weights_file
 from semwatch_training.system.progress_bars import Bars
 
 
@@ -147,9 +147,7 @@ class _Ledger:
         summary = make()
         seconds = time.monotonic() - start
         known[name] = {"made_of": text, "seconds": round(seconds, 1), "summary": summary}
-        unfinished = self.path.with_suffix(".partial")
-        unfinished.write_text(json.dumps(known, indent=1) + "\n")
-        weights_file.place(unfinished, self.path)
+        files.write_whole(self.path, (json.dumps(known, indent=1) + "\n").encode())
         return Part(name, seconds, summary, is_new=True)
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -241,4 +239,4 @@ def headline(report: Path, row: str, column: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    return model_repository.file_sha256(path)
+    return files.file_sha256(path)

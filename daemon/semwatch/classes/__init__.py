@@ -1,4 +1,4 @@
-"""Classes that were found among unknowns: clusters, what people decided about them, what cycles saw of them.
+"""Classes that were found among unknowns: clusters, people's decisions, observations by cycles.
 
 May import: `streams`, `settings`, `models` and below.
 Start reading: `clusters.py`.

@@ -1,42 +1,37 @@
-"""Classes that the machine found, and what people decided about them: one file, ``clusters.json`` in the learning_dir.
+"""Classes that the machine found, and what people decided about them: one state, shared as ``register`` says.
 
     revision       one more with each change; a decision's own revision is its name
     next_number    of the next cluster; the n of novel-<n> is never given twice
-    clusters       see ``Cluster``; its example crops are examples/<id>/<record id>.png beside the file
-    decisions      what people said, oldest first; never deleted
+    clusters       see ``Cluster``; its example crops are in Redis, see ``streams.handoff``
+    decisions      of people, oldest first; never deleted
 
 A name counts at once. What a merge, a split or a rejection means for the classes, the next cycle learns and then marks
-as applied. ``decisions`` holds what people can say, ``sightings`` what a cycle says; the file is
-changed by ``change``.
+as applied. ``decisions`` holds the steps of people, ``observations`` those of a cycle.
 """
 
 import difflib
-import fcntl
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from semwatch.defects import NOVEL
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.models.model_repository import write_whole
 from semwatch.settings.fields import Label
+from semwatch.system.files import write_whole
 
-FILE, EXAMPLES = "clusters.json", "examples"
-LOCK_S = 30.0
+FILE = "clusters.json"
 
 State = Literal["proposed", "learned", "named", "rejected", "merged"]
 DecisionKind = Literal["name", "merge", "split", "reject"]
 LIVE: tuple[State, ...] = ("proposed", "learned", "named")
 Id = Annotated[str, Field(pattern=f"^{NOVEL}[1-9][0-9]*$")]
 RecordId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-Example = Annotated[str, Field(pattern=f"^{EXAMPLES}/{NOVEL}[1-9][0-9]*/[0-9a-f]{{32}}\\.png$")]
+Example = Annotated[RecordId, BeforeValidator(lambda value: Path(value).stem if isinstance(value, str) else value)]
+"""Older states have the path of a picture, whose name is the record's."""
 Utc = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 Count = Annotated[int, Field(ge=1)]
 OrZero = Annotated[int, Field(ge=0)]
@@ -65,21 +60,21 @@ class Cluster(_Kept):
     first_seen_utc: Utc
     last_seen_utc: Utc
     cycles: Count
-    """It was seen in."""
+    """In which it was observed."""
     missed: OrZero = 0
-    """Cycles in a row, up to now, that it was not seen in."""
+    """Cycles in a row, up to now, in which it was not observed."""
     head_version: Count | None = None
     """First head that knows it."""
     members: tuple[RecordId, ...]
-    """As it was seen last."""
+    """Of its last observation."""
     examples: tuple[Example, ...] = ()
-    """Relative to the file's folder."""
+    """Records whose crops are shown, the most typical first."""
     merged_into: str | None = None
     """Another cluster's id, or the label of a known class."""
 
 
 class Decision(_Kept):
-    """What one person said of one cluster."""
+    """One person's decision about one cluster."""
 
     revision: Count
     """Of the file, with which it came."""
@@ -93,7 +88,7 @@ class Decision(_Kept):
     into: str | None = None
     parts: Annotated[int, Field(ge=2)] | None = None
     applied_utc: Utc | None = None
-    """Since when a head obeys it; None: it waits for the next cycle."""
+    """When a head came to service in which it is applied; None: it waits for the next cycle."""
 
 
 class Clusters(_Kept):
@@ -113,7 +108,7 @@ class Clusters(_Kept):
         return self
 
 
-# --- what the file may say -----------------------------------------------------------------------------------------
+# --- what the file may hold ----------------------------------------------------------------------------------------
 
 
 def _faulty_ids(c: Clusters) -> Iterator[str]:
@@ -143,13 +138,13 @@ def _fault_of(k: Cluster) -> str | None:
 
 def _faulty_merges(c: Clusters) -> Iterator[str]:
     into = {k.id: k.merged_into for k in c.clusters}
-    said = {(d.cluster, d.into) for d in c.decisions if d.kind == "merge"}
+    decided = {(d.cluster, d.into) for d in c.decisions if d.kind == "merge"}
     for id_, target in into.items():
         if target is None:
             continue
         if target.startswith(NOVEL) and target not in into:
             yield f"{id_} is merged into {target}, which does not exist"
-        if (id_, target) not in said:
+        if (id_, target) not in decided:
             yield f"{id_} is merged into {target!r}, which nobody decided"
         passed, at = {id_}, into.get(id_)
         while at is not None and at not in passed:
@@ -168,100 +163,67 @@ def _faulty_log(c: Clusters) -> Iterator[str]:
             yield f"decision {d.revision} is a {d.kind} with {', '.join(sorted(given)) or 'nothing'}"
 
 
-# --- the file ------------------------------------------------------------------------------------------------------
+# --- the file, and the state on the wire ---------------------------------------------------------------------------
 
 
 def read(folder: Path) -> Clusters:
-    """Read the file of a learning_dir; nothing found and nothing decided where there is none.
+    """Read the file of a folder; nothing found and nothing decided where there is none.
 
     Raises:
         ConfigError: it cannot be read, or an edit by hand made nonsense of it.
     """
     path = folder / FILE
     try:
-        return Clusters.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return Clusters()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check its owner and mode") from error
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
-        raise ConfigError(
-            f"{path}: {where.lstrip('.') or 'the file'}: {fault['msg']}; undo the edit: `semwatch clusters` changes "
-            f"this file so that it stays whole"
-        ) from error
+    return parsed(content, str(path))
 
 
-def write(folder: Path, clusters: Clusters) -> None:
-    """Write the file whole; call it inside ``locked``.
+def write(folder: Path, state: Clusters) -> None:
+    """Write the file whole; makes the folder.
 
     Raises:
-        ConfigError: its revision is not the next one, so somebody else changed the file; or it makes no sense.
         ServiceUnavailable: the disk refused.
     """
     path = folder / FILE
-    on_disk = read(folder).revision
-    if clusters.revision != on_disk + 1:
-        raise ConfigError(
-            f"{path} has revision {on_disk} and was to become {clusters.revision}: somebody else changed it; read it "
-            f"again and decide again"
-        )
     try:
-        content = Clusters.model_validate(clusters.model_dump()).model_dump_json(indent=1)
-    except ValidationError as error:
-        raise ConfigError(f"{path} is left as it is: {error.errors(include_url=False)[0]['msg']}") from error
-    try:
-        write_whole(path, f"{content}\n".encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, as_json(state))
     except OSError as error:
         raise ServiceUnavailable(f"cannot write {path}: {error.strerror}; free or mend the disk") from error
 
 
-@contextmanager
-def locked(folder: Path, timeout_s: float = LOCK_S) -> Iterator[None]:
-    """Hold the file against every other writer; makes the folder.
+def parsed(content: bytes, name: str) -> Clusters:
+    """Read what ``as_json`` wrote; ``name`` stands for it in the message.
 
     Raises:
-        ServiceUnavailable: another writer did not let go in time.
-        ConfigError: the folder cannot be used.
+        ConfigError: it is damaged or makes no sense.
     """
-    path = folder / f"{FILE}.lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be opened ({error.strerror}); check the folder and its rights") from error
-    try:
-        _wait_for(fd, path, time.monotonic() + timeout_s)
-        yield
-    finally:
-        os.close(fd)
+        return Clusters.model_validate_json(content)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
+        raise ConfigError(
+            f"{name}: {where.lstrip('.') or 'the file'}: {fault['msg']}; undo the edit: `semwatch clusters` changes "
+            f"it so that it stays whole"
+        ) from error
 
 
-def _wait_for(fd: int, path: Path, deadline: float) -> None:
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise ServiceUnavailable(
-                    f"another process is changing {path.with_suffix('')}; try again in a minute"
-                ) from error
-        time.sleep(0.05)
-
-
-def change(folder: Path, step: Callable[[Clusters], Clusters], timeout_s: float = LOCK_S) -> Clusters:
-    """Read, change and write the file as one; ``step`` may combine several functions. Returns what was written.
+def as_json(state: Clusters) -> bytes:
+    """A state as file and Redis have it.
 
     Raises:
-        ConfigError, ServiceUnavailable: as ``read``, ``write``, ``locked`` and the step; nothing was changed.
+        ConfigError: it makes no sense.
     """
-    with locked(folder, timeout_s):
-        before = read(folder)
-        after = step(before).model_copy(update={"revision": before.revision + 1})
-        write(folder, after)
-    return after
+    try:
+        return f"{Clusters.model_validate(state.model_dump()).model_dump_json(indent=1)}\n".encode()
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]["msg"]
+        raise ConfigError(f"the found classes are left as they are: {fault}") from error
 
 
 # --- questions -----------------------------------------------------------------------------------------------------
@@ -283,10 +245,10 @@ def find(c: Clusters, name: str) -> Cluster:
 
 
 def pending(c: Clusters) -> tuple[Decision, ...]:
-    """Decisions that no head obeys yet, oldest first; names and splits of clusters that are no more are void."""
-    living = {k.id for k in c.clusters if k.state in LIVE}
+    """Decisions that are applied in no head yet, oldest first; names and splits of clusters that are gone are void."""
+    live = {k.id for k in c.clusters if k.state in LIVE}
     return tuple(
-        d for d in c.decisions if d.applied_utc is None and (d.kind in ("merge", "reject") or d.cluster in living)
+        d for d in c.decisions if d.applied_utc is None and (d.kind in ("merge", "reject") or d.cluster in live)
     )
 
 
@@ -303,7 +265,7 @@ def label_of(c: Clusters, id_: str) -> str | None:
 
 
 def labels_in_use(c: Clusters) -> Iterator[tuple[str, str]]:
-    """Names, and whose they are. A rejected or merged cluster keeps its name until a cycle has taken it out."""
+    """Names and their clusters' ids. A rejected or merged cluster keeps its name until a cycle has taken it out."""
     leaving = {d.cluster for d in pending(c)}
     for k in c.clusters:
         if k.label != k.id and (k.state in LIVE or (k.head_version is not None and k.id in leaving)):
@@ -315,8 +277,8 @@ def names_of(c: Clusters, k: Cluster) -> set[str]:
     in_use = dict(labels_in_use(c))
     if in_use.get(k.label) != k.id:
         return {k.id}
-    said = {d.label for d in c.decisions if d.cluster == k.id and d.label is not None}
-    return {k.id, k.label} | {label for label in said if in_use.get(label, k.id) == k.id}
+    given = {d.label for d in c.decisions if d.cluster == k.id and d.label is not None}
+    return {k.id, k.label} | {label for label in given if in_use.get(label, k.id) == k.id}
 
 
 def successors(c: Clusters) -> dict[str, str | None]:
@@ -340,7 +302,7 @@ def replaced(c: Clusters, fresh: Iterable[Cluster]) -> Clusters:
 
 
 def nearest(name: str, there_are: Iterable[str]) -> str:
-    """Say which names are nearest to one that is wrong."""
+    """Sentence with the names that are nearest to a wrong one."""
     there_are = list(dict.fromkeys(there_are))
     shown = difflib.get_close_matches(name, there_are, n=5) or there_are[:5]
     return f"nearest: {', '.join(shown)}" if shown else "there are none yet: the next cycle may find some"

@@ -1,7 +1,7 @@
-"""What people can say of a found class: name it, merge it, split it, reject it. Pure functions; each is one revision.
+"""People's decisions about a found class: name, merge, split, reject. Pure functions; each is one revision.
 
 ``name`` is a cluster's id or the name it has; ``classes`` are the labels that the head in service knows; ``by`` is the
-login name of who says it, ``utc`` when. What makes no sense is refused with what to do instead.
+login name of the person who decides, ``utc`` when. What makes no sense is refused with what to do instead.
 """
 
 import shlex
@@ -36,7 +36,7 @@ def named(
     Raises:
         ConfigError: the label is unfit or taken, or the cluster is no more.
     """
-    k = _living(c, name)
+    k = _live(c, name)
     _check_label(c, k, label, classes)
     state: State = "proposed" if k.state == "proposed" else "named"
     fresh = k.model_copy(update={"label": label, "code": k.code if code is None else code, "state": state})
@@ -49,7 +49,7 @@ def merged(c: Clusters, name: str, into: str, *, classes: Collection[str], by: s
     Raises:
         ConfigError: there is no such target, or the merge only makes sense the other way round.
     """
-    k = _living(c, name)
+    k = _live(c, name)
     target = _target(c, into, classes)
     if isinstance(target, Cluster):
         _check_direction(k, target)
@@ -64,7 +64,7 @@ def split(c: Clusters, name: str, parts: int, *, by: str, utc: str) -> Clusters:
     Raises:
         ConfigError: fewer than two parts, more parts than crops, or it waits to be split already.
     """
-    k = _living(c, name)
+    k = _live(c, name)
     if not 2 <= parts <= k.size:
         raise ConfigError(f"{k.id} cannot be split into {parts} parts: give 2 to {k.size}, it has {k.size} crops")
     if any(d.cluster == k.id and d.kind == "split" for d in pending(c)):
@@ -73,12 +73,12 @@ def split(c: Clusters, name: str, parts: int, *, by: str, utc: str) -> Clusters:
 
 
 def rejected(c: Clusters, name: str, *, by: str, utc: str) -> Clusters:
-    """Say that a cluster is no class: its crops are not proposed again, and the next head does not know it.
+    """Reject a cluster as no class: its crops are not proposed again, and the next head does not know it.
 
     Raises:
         ConfigError: there is no such cluster, or it is no more.
     """
-    k = _living(c, name)
+    k = _live(c, name)
     return _decided(c, k.model_copy(update={"state": "rejected"}), "reject", by, utc)
 
 
@@ -102,7 +102,7 @@ def _decided(
     return replaced(c, [fresh]).model_copy(update={"revision": decision.revision, "decisions": decisions})
 
 
-def _living(c: Clusters, name: str) -> Cluster:
+def _live(c: Clusters, name: str) -> Cluster:
     k = find(c, name)
     if k.state == "rejected":
         raise ConfigError(
@@ -133,11 +133,11 @@ def _check_label(c: Clusters, k: Cluster, label: str, classes: Collection[str]) 
 def _target(c: Clusters, into: str, classes: Collection[str]) -> Cluster | str:
     own = {k.id for k in c.clusters} | set(dict(labels_in_use(c)))
     if into in own:
-        return _living(c, into)
+        return _live(c, into)
     known = [label for label in (*classes, DEFECT_FREE) if not label.startswith(NOVEL)]
     if into not in known:
-        living = [k.id for k in c.clusters if k.state in LIVE]
-        raise ConfigError(f"no cluster or class {into!r} to merge into; {nearest(into, [*living, *known])}")
+        live = [k.id for k in c.clusters if k.state in LIVE]
+        raise ConfigError(f"no cluster or class {into!r} to merge into; {nearest(into, [*live, *known])}")
     return into
 
 

@@ -59,12 +59,12 @@ def install(
     if not dry_run:
         after = Record(version=release.version, prefix=prefix, tools=tools, files={})
         after = after.model_copy(update={"previous": record.previous if record else None})
-        with _told():
+        with _disk_errors_in_words():
             installation.apply(at, steps[:-1], record, after)
             releases.switch(at, release.version)
             if at.is_live:
                 upgrade.prepare(at, tools)
-    with _told():
+    with _disk_errors_in_words():
         copied = installation.copy_models(at, models, dry_run=dry_run) if models else []
     enabled, notes = enable(at, tool, dry_run=dry_run) if at.is_live else ([], [])
     if copied and not at.is_live:
@@ -112,7 +112,7 @@ def upgrade_command(
         upgrade.check_settings(at, record.tools, steps)
     done: dict[str, Any] = {"version": release.version, "before": record.version}
     if not dry_run:
-        with _told():
+        with _disk_errors_in_words():
             change = upgrade.change_version(at, record, release, ready_s=wait)
         done |= {"backup": str(change.backup), "put_back": list(map(str, change.put_back)), "ready": change.units}
         if not change.units:
@@ -144,7 +144,7 @@ def uninstall(
     if not tools:
         steps.append(Step(at.prefix / releases.CURRENT, "removed" if at.current.is_symlink() else "absent"))
     if not dry_run:
-        with _told():
+        with _disk_errors_in_words():
             remove(at, record, steps, tools=tools, tool=tool)
     stays = _stays(at) if not tools else []
     _show(steps, dry_run=dry_run, as_json=as_json, version=record.version, stays=stays)
@@ -270,8 +270,8 @@ def _stays(at: Place) -> list[str]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Word what the disk refuses."""
+def _disk_errors_in_words() -> Iterator[None]:
+    """Turn an error of the disk into a ``ServiceUnavailable`` with what to do."""
     try:
         yield
     except SemwatchError:

@@ -1,4 +1,4 @@
-"""`semwatch logs`: one image's story in time order, or why it has none yet."""
+"""`semwatch logs`: one image's history in time order, or why it has none yet."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from semwatch.cli.options import JsonOption, SiteOption, printable, say
 from semwatch.errors import ConfigError, SemwatchError
 from semwatch.intake import drop_folder
 from semwatch.operations import doctor
-from semwatch.operations.story import Event, Story, tell
+from semwatch.operations.history import Event, History, collect
 from semwatch.settings.site import Folder, Site, load_site
 from semwatch.store.ledger import LEDGER, Ledger, Work
 from semwatch.system.clock import utc_of
@@ -38,7 +38,7 @@ def logs(
     as_json: JsonOption = False,
     since: Annotated[str | None, typer.Option(help="Only from then on: 30m, 2h, 7d, or a UTC date or time.")] = None,
 ) -> None:
-    """Tell one image's story: seen, reviewed, judged again, in quarantine, duplicate of which; where results are."""
+    """Show one image's history: seen, reviewed, judged again, in quarantine, duplicate of which; where results are."""
     settings, since_utc = load_site(site), _since(since)
     with ExitStack() as held:
         path = settings.state_dir / LEDGER
@@ -48,9 +48,9 @@ def logs(
         if not any(_fit(places, work.source, path) == 0 for path, work in found) and _names_a_file(settings, places):
             found = [item for item in found if _is_digits(image)]  # the very file waits; others only sound like it
         if len(found) == 1 and ledger:
-            story = tell(settings, ledger, found[0][1])
-            events = tuple(event for event in story.events if event.utc >= since_utc)
-            _show(dataclasses.replace(story, events=events), as_json)
+            history = collect(settings, ledger, found[0][1])
+            events = tuple(event for event in history.events if event.utc >= since_utc)
+            _show(dataclasses.replace(history, events=events), as_json)
             return
         waiting = [] if found else list(unseen(settings, places))
     _show_others(settings, image, found, waiting, as_json)
@@ -100,7 +100,7 @@ def _is_digits(text: str) -> bool:
 
 
 def _names_a_file(site: Site, places: list[Place]) -> bool:
-    """Say whether the very path is a file in a drop folder."""
+    """Whether the very path is a file in a drop folder."""
     return any(
         source in (None, folder.source) and _exists(folder.path / part) and not (folder.path / part).is_dir()
         for folder in site.folders
@@ -112,7 +112,7 @@ def _names_a_file(site: Site, places: list[Place]) -> bool:
 
 
 def unseen(site: Site, places: list[Place]) -> Iterator[str]:
-    """Say of each file that fits where it lies and why it is not reviewed yet; the best fits, no more than shown."""
+    """A sentence for each file that fits: its place, why it is not reviewed yet; the best fits, no more than shown."""
     found = [
         (rank, folder, path)
         for folder in site.folders
@@ -166,7 +166,7 @@ def _why_the_line_waits(site: Site) -> Iterator[str]:
     try:
         state = doctor.status(site)
     except SemwatchError as error:
-        yield f"how the line stands cannot be told: {error}"
+        yield f"the state of the line cannot be read: {error}"
         return
     if state["daemon_running"] is False:
         yield "no daemon runs on this site: start it (semwatch run, or systemctl start semwatch)"
@@ -195,16 +195,16 @@ def _exists(file: Path) -> bool:
 # --- shown ---------------------------------------------------------------------------------------------------------
 
 
-def _show(story: Story, as_json: bool) -> None:
+def _show(history: History, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(_spelled(dataclasses.asdict(story))))
+        typer.echo(json.dumps(_spelled(dataclasses.asdict(history))))
         return
-    say(f"{story.source}/{story.path}")
-    say(f"sha256 {story.sha256}")
-    for event in story.events:
+    say(f"{history.source}/{history.path}")
+    say(f"sha256 {history.sha256}")
+    for event in history.events:
         say(f"  {_line(event)}")
     say("now:")
-    for sentence in (*story.now, *story.not_asked):
+    for sentence in (*history.now, *history.not_asked):
         say(f"  {sentence}")
 
 

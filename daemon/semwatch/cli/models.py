@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from semwatch.cli.clusters import login_name
 from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
+from semwatch.operations.decide import login_name
 from semwatch.settings.site import Site, load_site
+from semwatch.store import serving
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.system.clock import utc_now
 
@@ -57,7 +58,7 @@ def pin(
         model_repository.read_meta(settings.models.repository, model, version)
     _note(settings, "model released" if release else "model pinned", {"model": model, "version": version})
     choice.pin(settings.models.repository, model, version)
-    _say_outcome(settings, model)
+    _show_outcome(settings, model)
 
 
 @app.command(epilog=EPILOG)
@@ -73,7 +74,7 @@ def rollback(
     _check_model(model)
     settings = load_site(site)
     repository = settings.models.repository
-    refused = choice.announced(settings.state_dir)[1] if model == "head" else {}
+    refused = serving.announced(settings.state_dir)[1] if model == "head" else {}
     leaving, to = choice.way_back(repository, model, refused=refused)
     is_pinned = choice.pin_of(repository, model) is not None
     _note(settings, "model rolled back", {"model": model, "from": leaving, "to": to, "reason": reason})
@@ -82,7 +83,7 @@ def rollback(
         say(f": to {model} {to}; {leaving} is not withdrawn", ("pin moved", "yellow"))
     else:
         say(f": {model} {leaving}: {reason}", ("withdrawn", "yellow"))
-    _say_outcome(settings, model)
+    _show_outcome(settings, model)
 
 
 @app.command(epilog=EPILOG)
@@ -90,27 +91,27 @@ def diff(site: SiteOption, model: ModelArgument, old: int, new: int, as_json: Js
     """Say what one version has that another has not: classes, codes, what it was made of, how it was judged."""
     _check_model(model)
     repository = load_site(site).models.repository
-    told = choice.difference(*(model_repository.read_meta(repository, model, version) for version in (old, new)))
+    changes = choice.difference(*(model_repository.read_meta(repository, model, version) for version in (old, new)))
     if as_json:
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps(changes))
         return
     shown = table("", f"{model} {old}", f"{model} {new}")
     shown.add_row(
-        "classes only here", *(printable(", ".join(told[key])) for key in ("classes_removed", "classes_added"))
+        "classes only here", *(printable(", ".join(changes[key])) for key in ("classes_removed", "classes_added"))
     )
     for name in ("codes", "provenance"):
-        for key, pair in told[name].items():
+        for key, pair in changes[name].items():
             shown.add_row(
                 printable(f"{name}: {key}"), *(printable("-" if value is None else str(value)) for value in pair)
             )
     out.print(shown)
-    if not told["same_encoder"] and model == "head":
+    if not changes["same_encoder"] and model == "head":
         say("the two read features of different encoders")
 
 
 def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
-    repository, runs = settings.models.repository, choice.daemon_runs(settings.state_dir)
-    announced, refused = choice.announced(settings.state_dir)
+    repository, runs = settings.models.repository, serving.daemon_runs(settings.state_dir)
+    announced, refused = serving.announced(settings.state_dir)
     found = model_repository.versions(repository, model)
     chosen, pinned = (choice.choice(repository, model), choice.pin_of(repository, model)) if found else (0, None)
     rows = []
@@ -140,7 +141,7 @@ def _made(repository: Path, model: str, version: int) -> dict[str, Any]:
 
 def _state(row: Mapping[str, Any], runs: bool) -> str:
     comes = "not in service yet" if row["model"] == "head" else "comes at the daemon's next start"
-    said = {
+    notes = {
         "serves": row["serves"],
         "chosen": row["chosen"] and not row["serves"],
         comes: runs and row["chosen"] and not row["serves"] and not row["refused"],
@@ -148,7 +149,7 @@ def _state(row: Mapping[str, Any], runs: bool) -> str:
         "withdrawn": row["withdrawn"] is not None,
         "refused": row["refused"] is not None,
     }
-    return ", ".join(words for words, holds in said.items() if holds)
+    return ", ".join(words for words, holds in notes.items() if holds)
 
 
 def _check_model(model: str) -> None:
@@ -163,15 +164,15 @@ def _note(settings: Site, event: str, about: Mapping[str, object]) -> None:
         ledger.note(audit={"event": event, "utc": utc_now(), "by": login_name(), **about})
 
 
-def _say_outcome(settings: Site, model: str) -> None:
+def _show_outcome(settings: Site, model: str) -> None:
     version = choice.choice(settings.models.repository, model)
-    if not choice.daemon_runs(settings.state_dir):
+    if not serving.daemon_runs(settings.state_dir):
         say(f": {model} {version}, once the daemon runs", ("serves", "green"))
         return
     if model != "head":
         say(f": {model} {version} at the daemon's next start; only heads change while it runs", ("serves", "green"))
         return
-    why_not = choice.await_head(settings.state_dir, version, timeout_s=ROLLBACK_TIMEOUT_S)
+    why_not = serving.await_head(settings.state_dir, version, timeout_s=ROLLBACK_TIMEOUT_S)
     if why_not is not None:
         raise ServiceUnavailable(why_not)
     say(f": head {version}", ("serves", "green"))

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from semwatch.cli.clusters import login_name
 from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import ConfigError
+from semwatch.operations.decide import login_name
 from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.system.clock import utc_now
@@ -54,8 +54,8 @@ def requeue(
         for work in found:
             if not work.sha256.startswith(tuple(map(str.lower, sha256))):
                 continue
-            who = {"event": "requeued", "utc": utc_now(), "by": login_name()}
-            audit = {**who, "source": work.source, "path": work.path, "sha256": work.sha256}
+            origin = {"event": "requeued", "utc": utc_now(), "by": login_name()}
+            audit = {**origin, "source": work.source, "path": work.path, "sha256": work.sha256}
             if ledger.requeue(work.source, work.sha256, audit=audit):
                 is_there = work.source in drops and (drops[work.source] / work.path).exists()
                 what_to_do = "" if is_there else " (is not in the drop folder now: drop it again)"

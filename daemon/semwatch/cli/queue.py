@@ -10,7 +10,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import redis
 import typer
 
 from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
@@ -19,7 +18,7 @@ from semwatch.settings.site import load_site
 from semwatch.streams import queues, records, unknowns
 from semwatch.streams.queues import Entry
 from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Record, ResultSummary
-from semwatch.streams.unknowns import Consumer, DeadLetter
+from semwatch.streams.unknowns import Client, Consumer, DeadLetter
 
 MAX_SHOWN = 1000
 POLL_S = 0.5
@@ -153,7 +152,7 @@ def _ask(there: dict[str, int]) -> None:
 
 
 @contextmanager
-def _server(site: Path) -> Iterator[tuple[redis.Redis, str]]:
+def _server(site: Path) -> Iterator[tuple[Client, str]]:
     """The site's server and the first part of its keys."""
     settings = load_site(site).redis
     if settings is None:
@@ -167,7 +166,7 @@ def _chosen(stream: Stream | None) -> list[str]:
     return [UNKNOWNS, RESULTS] if stream is None else [stream.value]
 
 
-def _operator(client: redis.Redis, stream: str, prefix: str) -> Consumer[Fields]:
+def _operator(client: Client, stream: str, prefix: str) -> Consumer[Fields]:
     """Make the end of a stream that knows dead letters; it claims nothing."""
     return Consumer(client, stream, dict, name="operator", prefix=prefix)
 
@@ -189,14 +188,18 @@ def _id(letter: DeadLetter) -> str:
 
 def _show(entries: Sequence[Entry], stream: Stream, as_json: bool) -> None:
     for entry in entries:
-        said = _decoded(entry.fields, stream)
+        decoded = _decoded(entry.fields, stream)
         if as_json:
-            meta = {"error": said} if isinstance(said, str) else json.loads(entry.fields[b"meta"]) | {"id": said.id}
+            meta = (
+                {"error": decoded}
+                if isinstance(decoded, str)
+                else json.loads(entry.fields[b"meta"]) | {"id": decoded.id}
+            )
             typer.echo(json.dumps({"entry": entry.entry_id, **meta}))
-        elif isinstance(said, str):
-            say(f"{entry.entry_id} cannot be read: {said}")
+        elif isinstance(decoded, str):
+            say(f"{entry.entry_id} cannot be read: {decoded}")
         else:
-            say(_unknown_line(said) if isinstance(said, Record) else _result_line(said))
+            say(_unknown_line(decoded) if isinstance(decoded, Record) else _result_line(decoded))
 
 
 def _decoded(fields: Fields, stream: Stream) -> Record | ResultSummary | str:
@@ -216,8 +219,8 @@ def _unknown_line(record: Record) -> str:
 def _result_line(summary: ResultSummary) -> str:
     scores = " ".join(f"{score:.3f}" for score in summary.image_scores)
     found = {**summary.n_by_kind, **summary.n_by_label}
-    said = ", ".join(f"{n} {name}" for name, n in found.items()) or "no defects"
-    return f"{summary.reviewed_utc}  {summary.source}/{summary.path}  score {scores}  {said}"
+    counts = ", ".join(f"{n} {name}" for name, n in found.items()) or "no defects"
+    return f"{summary.reviewed_utc}  {summary.source}/{summary.path}  score {scores}  {counts}"
 
 
 def _in_words(seconds: float) -> str:

@@ -16,16 +16,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.classes.register import ClassRegister
 from semwatch.demo import one_lot
 from semwatch.demo.one_lot import Layout
 from semwatch.errors import ServiceUnavailable
 from semwatch.models import model_repository
 from semwatch.settings.site import Site, load_site
 from semwatch.store import audit
+from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.store.review_record import ReviewRecord
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.handoff import Handoff
+from semwatch.streams.unknowns import connect
 
 UNSEEN = ("scratch", "residue")
 """Defect types that the demo's head does not know at first. They look like nothing that it knows; a type that does, as
@@ -63,11 +65,11 @@ def run_learning_demo(*, folder: Path, repository: Path, n: int, seed: int, cons
         site = load_site(layout.site)
         with one_lot.running_daemon(layout, console) as daemon:
             before = one_lot.drop_one_by_one(one_lot.images_of(lots[0]), layout, daemon, console)
-            said = _semwatch_train("retrain", "--site", str(layout.site), "--json")
-            cycle = json.loads(said)
+            output = _semwatch_train("retrain", "--site", str(layout.site), "--json")
+            cycle = json.loads(output)
             console.print(f"cycle: {cycle['said']}", highlight=False, soft_wrap=True)
             if cycle["status"] == "learned":
-                _speak(site, layout, lots[0], console)
+                _name_clusters(site, redis.url, layout, lots[0], console)
             after = one_lot.drop_one_by_one(one_lot.images_of(lots[1]), layout, daemon, console)
     _show(_counts(before, lots[0]), _counts(after, lots[1]), console)
     log = audit.verify(layout.folder / "state" / "audit.jsonl")
@@ -104,24 +106,27 @@ def _semwatch_train(*arguments: str) -> str:
     return done.stdout
 
 
-def _speak(site: Site, layout: Layout, lot: Path, console: Console) -> None:
+def _name_clusters(site: Site, redis_url: str, layout: Layout, lot: Path, console: Console) -> None:
     """Name each learned cluster by the truth of its crops, as an engineer would by looking at them."""
     truth = one_lot.truth_of(lot)
     table = Table("cluster", "crops", "they show", "named", title="clusters")
     named: dict[str, str] = {}
-    with Archive(site.learning_dir / ARCHIVE, read_only=True) as archive:
-        for cluster in clusters.read(site.learning_dir).clusters:
-            crops = archive.read_many(cluster.members)
-            shown = Counter(label for crop in crops for label in set(truth.get(crop.path, [])))
-            label = _type_of(shown, len(crops)) if cluster.state == "learned" else None
-            what = "-" if label is None else f"merged into {named[label]}" if label in named else label
-            if label in named:
-                _semwatch(layout, "clusters", "merge", cluster.id, named[label])
-            elif label is not None:
-                _semwatch(layout, "clusters", "name", cluster.id, label)
-                named[label] = cluster.id
-            looks = ", ".join(f"{name} {n}" for name, n in shown.most_common(3))
-            table.add_row(cluster.id, str(cluster.size), looks, what)
+    with Ledger(site.state_dir / LEDGER, read_only=True) as ledger:
+        path_of = {found.id: found.path for found in ledger.unknowns_since("", limit=100_000)}
+    with Handoff(connect(redis_url)) as handoff:
+        found = ClassRegister(handoff, site.state_dir, owner="demo").read().clusters
+    for cluster in found:
+        paths = [path_of[id_] for id_ in cluster.members if id_ in path_of]
+        shown = Counter(label for path in paths for label in set(truth.get(path, [])))
+        label = _type_of(shown, len(paths)) if cluster.state == "learned" else None
+        what = "-" if label is None else f"merged into {named[label]}" if label in named else label
+        if label in named:
+            _semwatch(layout, "clusters", "merge", cluster.id, named[label])
+        elif label is not None:
+            _semwatch(layout, "clusters", "name", cluster.id, label)
+            named[label] = cluster.id
+        looks = ", ".join(f"{name} {n}" for name, n in shown.most_common(3))
+        table.add_row(cluster.id, str(cluster.size), looks, what)
     console.print(table)
 
 

@@ -24,6 +24,7 @@ from semwatch.store import audit, results
 from semwatch.store.review_record import ReviewRecord, VerdictRecord
 from semwatch.streams import unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.system import files
 from semwatch.triton import setup
 from semwatch.triton.server import LocalTriton
 
@@ -227,9 +228,7 @@ def drop_one_by_one(
         while len(found) < len(images):
             if waiting:
                 image = waiting.pop(0)
-                partial = layout.drop / f".{image.name}.part"
-                shutil.copyfile(image, partial)
-                partial.rename(layout.drop / image.name)
+                files.write_whole(layout.drop / image.name, image.read_bytes())
                 progress.update(dropped, advance=1)
             for image in images:
                 path = layout.results / SOURCE / f"{image.name}.review.json"
@@ -260,7 +259,7 @@ def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[st
     table.columns[0].no_wrap = True
     for image, record in reviews:
         page = record.pages[0]
-        verdicts = _said([defect.verdict for defect in page.defects])
+        verdicts = _verdicts_in_a_line([defect.verdict for defect in page.defects])
         cells = [image.name, f"{page.image_score:.3f}", f"{page.gate_threshold:.3f}", verdicts]
         if truth:
             cells.append(", ".join(label for label in truth.get(image.name, []) if label) or "[dim]defect-free[/]")
@@ -268,7 +267,7 @@ def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[st
     console.print(table)
 
 
-def _said(verdicts: Sequence[VerdictRecord]) -> str:
+def _verdicts_in_a_line(verdicts: Sequence[VerdictRecord]) -> str:
     """The verdicts of one page in a line: named defects with their confidence, the others counted."""
     named = [f"[green]{v.label} {v.confidence:.2f}[/]" for v in verdicts if v.kind in ("known", "novel")]
     colours = {"unknown": "magenta", "non-decidable": "yellow"}

@@ -22,6 +22,7 @@ from semwatch.deployment.installed_files import REPOSITORY, SETTINGS, STATE, set
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError
 from semwatch.settings.site import Site, load_site
+from semwatch.system import files
 
 BACKUPS = Path("/var/lib/semwatch-install/backups")
 KEEP = 5
@@ -49,7 +50,12 @@ def kept_files(at: Place, tools: Sequence[str]) -> Kept:
         learning = at.on_disk(site.learning_dir if site else STATE / tool / "learning")
         repository = at.on_disk(site.models.repository if site else REPOSITORY)
         databases += [state / LEDGER, learning / UNKNOWNS]
-        files |= {learning / CLUSTERS, *repository.glob("*/pinned"), *repository.glob("*/*.withdrawn")}
+        files |= {
+            state / CLUSTERS,
+            learning / CLUSTERS,
+            *repository.glob("*/pinned"),
+            *repository.glob("*/*.withdrawn"),
+        }
         files |= {reached(at, folder.recipe) for folder in site.folders} if site else set()
     settings = at.on_disk(SETTINGS).rglob("*")
     files |= {path for path in settings if path.is_file() and not path.is_symlink()}
@@ -76,7 +82,8 @@ def take(at: Place, kept: Kept, name: str) -> Path:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    made = partial.rename(folder / f"{utc}-{name}")
+    made = folder / f"{utc}-{name}"
+    files.place_folder(partial, made)
     for old in listed(at)[:-KEEP]:
         shutil.rmtree(old)
     return made

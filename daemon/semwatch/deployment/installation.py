@@ -26,7 +26,8 @@ from semwatch.deployment.installed_files import DOCS, REPOSITORY, SETTINGS
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.models import choice, model_repository
-from semwatch.models.model_repository import MODELS, write_whole
+from semwatch.models.model_repository import MODELS
+from semwatch.system import files
 
 KEPT = Path("/var/lib/semwatch-install")
 RECORD = KEPT / "installed.json"
@@ -156,7 +157,7 @@ def copy_models(at: Place, source: Path, *, dry_run: bool) -> list[str]:
 
 def _copy_version(source: Path, folder: Path, version: int) -> None:
     repository = folder.parent
-    repository.mkdir(parents=True, exist_ok=True)
+    files.make_folder(repository)
     if not folder.exists():
         folder.mkdir()
         _give(folder, repository, stat.S_IMODE(repository.stat().st_mode))  # its set-gid bit too: Triton reads by group
@@ -167,10 +168,9 @@ def _copy_version(source: Path, folder: Path, version: int) -> None:
             _give(path, repository, 0o755 if path.is_dir() else 0o644)
         withdrawn = source / f"{version}{choice.WITHDRAWN}"
         if withdrawn.is_file():  # first, so that it never serves
-            write_whole(folder / withdrawn.name, withdrawn.read_bytes())
+            files.write_whole(folder / withdrawn.name, withdrawn.read_bytes())
             _give(folder / withdrawn.name, repository, 0o644)
-        os.sync()
-        staging.rename(folder / str(version))
+        files.place_folder(staging, folder / str(version))
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -214,12 +214,13 @@ def _take(at: Place, step: Step, files: dict[str, str]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     before = path.stat() if path.is_file() else None
-    write_whole(path, content)
-    path.chmod(before.st_mode & 0o7777 if before else 0o644)
-    if before and os.geteuid() == 0:
-        os.chown(path, before.st_uid, before.st_gid)
+    with files.writing(path, mode=0o600) as file:  # nobody sees it before it has its owner and its rights
+        file.write(content)
+        if before and os.geteuid() == 0:
+            os.fchown(file.fileno(), before.st_uid, before.st_gid)
+        os.fchmod(file.fileno(), before.st_mode & 0o7777 if before else 0o644)
 
 
 def _write_record(at: Place, record: Record) -> None:
@@ -232,7 +233,7 @@ def _sha256(path: Path) -> str | None:
     if path.is_symlink() or path.is_dir():
         return "not a file"
     try:
-        return model_repository.file_sha256(path)
+        return files.file_sha256(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -1,12 +1,13 @@
 """The files of an installation and what stands in them: units, users, folders, documentation, first settings.
 
-They come from the package that will serve: ``semwatch/systemd`` in a wheel, the repository's ``systemd`` in a source
-tree, and ``semwatch/examples``. Where they go:
+They come from the package that will serve: ``semwatch/systemd`` and ``semwatch/docs`` in a wheel, the repository's
+``systemd`` and ``docs`` in a source tree, and ``semwatch/settings/examples``. Where they go:
 
     *.service *.timer *.path *.target   /etc/systemd/system
     *.sysusers.conf                     /etc/sysusers.d/semwatch.conf
     *.tmpfiles.conf                     /etc/tmpfiles.d/semwatch.conf, for a tool also semwatch-TOOL.conf
     *.md *.yaml drop-ins/*.conf         /usr/share/doc/semwatch: to read; a drop-in serves where a person puts it
+    docs/*.md                           /usr/share/doc/semwatch/docs
     examples/site.yaml, recipe.yaml     /etc/semwatch, for a tool /etc/semwatch/TOOL
 """
 
@@ -66,6 +67,14 @@ def systemd_folder(package: Path) -> Path:
     raise ConfigError(f"{package} has no folder systemd with the units; install semwatch from its wheel")
 
 
+def doc_pages(package: Path) -> list[Path]:
+    """The pages for users and operators that a package brings; early versions have one page, beside their units."""
+    for folder in (package / "docs", package.parents[1] / "docs"):
+        if (folder / "night.md").is_file():
+            return sorted(folder.glob("*.md"))
+    return []
+
+
 def wanted(package: Path, *, prefix: Path, tools: tuple[str, ...]) -> dict[Path, bytes]:
     """Every file of an installation by its path on the machine.
 
@@ -76,10 +85,13 @@ def wanted(package: Path, *, prefix: Path, tools: tuple[str, ...]) -> dict[Path,
     try:
         texts = {file: _with_prefix(file.read_text("utf-8"), prefix) for file in _shipped(source)}
         files = {_place(file.relative_to(source)): text for file, text in texts.items()}
+        for page in doc_pages(package):
+            files[DOCS / "docs" / page.name] = _with_prefix(page.read_text("utf-8"), prefix)
         for tool in tools:
-            site = (package / "examples" / "site.yaml").read_text("utf-8")
+            examples = _examples_folder(package)
+            site = (examples / "site.yaml").read_text("utf-8")
             files[settings_folder(tool) / "site.yaml"] = site_yaml(site, tool)
-            files[settings_folder(tool) / "recipe.yaml"] = (package / "examples" / "recipe.yaml").read_text("utf-8")
+            files[settings_folder(tool) / "recipe.yaml"] = (examples / "recipe.yaml").read_text("utf-8")
             if tool:
                 files[TMPFILES / f"semwatch-{tool}.conf"] = tool_folders(files[TMPFILES / "semwatch.conf"], tool)
     except (OSError, KeyError) as error:
@@ -113,6 +125,12 @@ def tool_folders(tmpfiles: str, tool: str) -> str:
     rows = [line.split() for line in tmpfiles.splitlines() if not line.startswith("#")]
     lines = [" ".join([row[0], moved[row[1]], *row[2:]]) for row in rows if len(row) > 1 and row[1] in moved]
     return "\n".join([f"# Folders of {tool} and their rights.", *lines, ""])
+
+
+def _examples_folder(package: Path) -> Path:
+    """Where a package keeps its first settings; a release before the rooms had them at its top."""
+    new, old = package / "settings" / "examples", package / "examples"
+    return old if old.is_dir() and not new.is_dir() else new
 
 
 def _shipped(source: Path) -> list[Path]:

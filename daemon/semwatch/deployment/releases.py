@@ -14,6 +14,7 @@ from pathlib import Path
 import semwatch
 from semwatch.deployment.installed_files import PREFIX
 from semwatch.errors import ConfigError
+from semwatch.system import files
 
 CURRENT = "current"
 
@@ -108,7 +109,7 @@ def switch(at: Place, version: str) -> None:
     partial = link.with_name(f".{CURRENT}.partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(version)
-    partial.replace(link)
+    files.rename(partial, link)
 
 
 def serving_version(at: Place) -> str | None:

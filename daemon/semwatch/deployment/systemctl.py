@@ -1,4 +1,4 @@
-"""What installing asks of systemd: users, folders, units; each call has a timeout and its error is told in words."""
+"""What installing asks of systemd: users, folders, units; each call has a timeout and its error is put into words."""
 
 import subprocess
 import time
@@ -35,8 +35,8 @@ def call(*command: str, timeout_s: float = CALL_S, accept: Collection[int] | Non
     except subprocess.TimeoutExpired:
         raise ServiceUnavailable(f"`{words}` did not end within {timeout_s:g} s") from None
     if accept is not None and done.returncode not in accept:
-        said = (done.stderr or done.stdout).strip() or "it said nothing"
-        raise ServiceUnavailable(f"`{words}` failed ({done.returncode}): {said}")
+        message = (done.stderr or done.stdout).strip() or "it gave no message"
+        raise ServiceUnavailable(f"`{words}` failed ({done.returncode}): {message}")
     return done.stdout
 
 
@@ -79,9 +79,9 @@ def start(units: Sequence[str], *, within_s: float) -> None:
         waiting = {unit: word for unit, word in zip(units, words, strict=False) if word != "active"}
         if len(words) == len(units) and not waiting:
             return
-        told = ", ".join(f"{unit} is {word}" for unit, word in waiting.items()) or "systemctl does not answer"
+        states = ", ".join(f"{unit} is {word}" for unit, word in waiting.items()) or "systemctl does not answer"
         if "failed" in waiting.values():
-            raise ServiceUnavailable(f"{told}; `journalctl -u {next(iter(waiting))} -n 50` says why")
+            raise ServiceUnavailable(f"{states}; `journalctl -u {next(iter(waiting))} -n 50` says why")
         if time.monotonic() >= deadline:
-            raise ServiceUnavailable(f"not ready within {within_s:g} s: {told}; see `journalctl -u 'semwatch*'`")
+            raise ServiceUnavailable(f"not ready within {within_s:g} s: {states}; see `journalctl -u 'semwatch*'`")
         time.sleep(POLL_S)

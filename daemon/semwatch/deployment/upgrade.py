@@ -18,9 +18,9 @@ from semwatch.deployment.installation import Record, Step
 from semwatch.deployment.installed_files import SYSUSERS, TMPFILES, UNITS, settings_folder, wanted
 from semwatch.deployment.releases import Place, Release
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
-from semwatch.models import choice
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import load_site
+from semwatch.store import serving
 
 READY_S = 180.0
 
@@ -121,12 +121,12 @@ def prepare(at: Place, tools: Sequence[str]) -> None:
 
 def _go_back(at: Place, record: Record, kept: Kept, backup: Path | None, units: Sequence[str], ready_s: float) -> str:
     """Undo a change wherever it stopped; return what serves now, in words."""
-    told = []
+    notes = []
     try:
         _stop(at, units)
         if backup:
             backups.put_back(at, backup, kept.databases)
-            told.append(f"ledger and unknowns are as they were (from {backup})")
+            notes.append(f"ledger and unknowns are as they were (from {backup})")
         now = installation.read_record(at)
         if now and (now != record or releases.serving_version(at) != record.version):
             old = releases.release_in_prefix(at, record.version)
@@ -136,10 +136,10 @@ def _go_back(at: Place, record: Record, kept: Kept, backup: Path | None, units: 
             if at.is_live:
                 prepare(at, record.tools)
         _start(at, units, ready_s)
-        return "; ".join([f"semwatch {record.version} serves again", *told])
+        return "; ".join([f"semwatch {record.version} serves again", *notes])
     except (SemwatchError, OSError, sqlite3.Error) as error:
-        told.append(f"NOTHING SERVES: going back to {record.version} failed too: {error}")
-        return "; ".join(told)
+        notes.append(f"NOTHING SERVES: going back to {record.version} failed too: {error}")
+        return "; ".join(notes)
 
 
 def _stop(at: Place, units: Sequence[str]) -> None:
@@ -165,5 +165,5 @@ def _to_start(states: Mapping[str, str]) -> tuple[str, ...]:
 
 def _refuse_a_stray_daemon(kept: Kept) -> None:
     for path in kept.databases:
-        if path.name == backups.LEDGER and choice.daemon_runs(path.parent):
+        if path.name == backups.LEDGER and serving.daemon_runs(path.parent):
             raise ConfigError(f"a daemon that systemd did not start holds {path}; stop it")

@@ -1,4 +1,4 @@
-"""The fab's class codes of verdicts: said once, for the first review and for every later one."""
+"""The fab's class codes of verdicts: defined once, for the first review and for every later one."""
 
 from collections.abc import Mapping
 from typing import TypedDict

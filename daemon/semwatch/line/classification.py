@@ -21,24 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE, NOVEL, Neighbour, Verdict, VerdictKind
+from semwatch.line import inputs
+from semwatch.line.inputs import View
 from semwatch.models.inference import Models
 
 
 def classify(
-    crops: NDArray[np.uint8],
-    soft_masks: NDArray[np.float32],
-    sizes: NDArray[np.float32],
-    models: Models,
-    *,
-    significance: float,
-    decide_confidence: float,
+    views: Sequence[View], models: Models, *, significance: float, decide_confidence: float
 ) -> tuple[NDArray[np.float32], list[Verdict], dict[str, int]]:
     """Name the defects of one page.
 
     Args:
-        crops: (n, S, S) gray.
-        soft_masks: (n, t, t) in [0, 1].
-        sizes: (n, 2), see ``size_feature``.
+        views: of n defects; the encoder is given those parts of them that it asks for.
         models: where encoder and head answer.
         significance: a class whose p-value is not above it does not fit.
         decide_confidence: how sure the head must be where several classes fit.
@@ -49,11 +43,11 @@ def classify(
     Raises:
         ServiceUnavailable: the models are away.
     """
-    if len(crops) == 0:
+    if not views:
         return np.zeros((0, 0), np.float32), [], {}
-    encoded = models.infer("encoder", {"crop": crops, "soft_mask": soft_masks, "size": sizes})
+    encoded = models.infer("encoder", inputs.for_encoder(models.meta("encoder"), views))
     features = encoded.outputs["features"]
-    answer = models.infer("head", {"features": features})
+    answer = models.infer("head", inputs.for_head(features))
     logits, p_values = answer.outputs["logits"], answer.outputs["p_values"]
     verdicts = [
         decide(row, p, answer.meta.labels, significance=significance, decide_confidence=decide_confidence)

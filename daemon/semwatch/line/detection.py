@@ -4,15 +4,20 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Micrograph, ScoreMap
+from semwatch.defects import ScoreMap
 from semwatch.models.inference import Models
+from semwatch.models.model_repository import Arrays
 
 
-def detect(micrograph: Micrograph, models: Models) -> tuple[ScoreMap, int]:
+def detect(inputs: Arrays, models: Models) -> tuple[ScoreMap, int]:
     """Score one field of view.
 
-    The field is resized, not cropped, to the detector's square input: a defect at the border counts as much as any
-    other, and the score map covers the field edge to edge (each axis with its own scale).
+    The field is resized, not cropped, to the detector's input: a defect at the border counts as much as any other, and
+    the score map covers the field edge to edge (each axis with its own scale).
+
+    Args:
+        inputs: what the detector asks for, see ``inputs.for_detector``.
+        models: where the detector answers.
 
     Returns:
         The score map and the detector's version.
@@ -20,8 +25,7 @@ def detect(micrograph: Micrograph, models: Models) -> tuple[ScoreMap, int]:
     Raises:
         ServiceUnavailable: the models are away.
     """
-    side_hw = models.meta("detector").inputs["image"].shape
-    answer = models.infer("detector", {"image": resize(micrograph.field, (side_hw[0], side_hw[1]))[np.newaxis]})
+    answer = models.infer("detector", inputs)
     values = answer.outputs["score_map"][0]
     return ScoreMap(values=values, raw_score=float(answer.outputs["raw_score"][0])), answer.version
 

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake import decoding
-from semwatch.line import binarization, detection
+from semwatch.line import binarization, detection, inputs
 from semwatch.line.binarization import Region
 from semwatch.line.classification import classify, size_feature
 from semwatch.models.inference import Models
+from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
 
 MAX_SWAPS = 3
@@ -36,6 +37,8 @@ class Candidate:
     crop: NDArray[np.uint8]
     soft_mask: NDArray[np.float32]
     size: NDArray[np.float32]
+    field: NDArray[np.uint8] | None = None
+    """The whole field at the size that the encoder asks for; None where it does not ask."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +110,8 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
     timings = timings_ms if timings_ms is not None else dict.fromkeys(STAGES, 0.0)
     threshold = gate_threshold(recipe, models)
     with _timed(timings, "detect"):
-        score_map, version = detection.detect(page, models)
+        asked = inputs.for_detector(models.meta("detector"), page.field)
+        score_map, version = detection.detect(asked, models)
     settings = recipe.binarization
     if not binarization.gate(score_map.raw_score, threshold=threshold):
         return Search(score_map, version, threshold, np.zeros((settings.grid_px, settings.grid_px), bool), ())
@@ -132,7 +136,7 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
             max_regions=settings.max_defects,
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
-        candidates = tuple(cut_out(region, page, found.saliency, recipe, models) for region in regions)
+        candidates = cut_out(regions, page, found.saliency, recipe, models)
     return Search(score_map, version, threshold, found.mask, candidates)
 
 
@@ -198,9 +202,7 @@ def _name_defects(
     if not found.candidates:
         return (), {}
     features, verdicts, versions = classify(
-        np.stack([candidate.crop for candidate in found.candidates]),
-        np.stack([candidate.soft_mask for candidate in found.candidates]),
-        np.stack([candidate.size for candidate in found.candidates]),
+        found.candidates,
         models,
         significance=recipe.unknown.significance,
         decide_confidence=recipe.unknown.decide_confidence,
@@ -226,10 +228,22 @@ def _name_defects(
 
 
 def cut_out(
-    region: Region, page: Micrograph, saliency: NDArray[np.float32], recipe: Recipe, models: Models
+    regions: Sequence[Region], page: Micrograph, saliency: NDArray[np.float32], recipe: Recipe, models: Models
+) -> tuple[Candidate, ...]:
+    """Cut regions of a page out, as large and as sharp as the encoder wants them."""
+    encoder = models.meta("encoder")
+    field = inputs.whole_field(encoder, page.field)
+    return tuple(_cut_out(region, page, saliency, field, recipe, encoder) for region in regions)
+
+
+def _cut_out(
+    region: Region,
+    page: Micrograph,
+    saliency: NDArray[np.float32],
+    field: NDArray[np.uint8] | None,
+    recipe: Recipe,
+    encoder: Meta,
 ) -> Candidate:
-    """Cut one region of a page out, as large and as sharp as the encoder wants it."""
-    inputs = models.meta("encoder").inputs
     size_hw = page.field.shape[0], page.field.shape[1]
     window = binarization.crop_window(
         region.box_xyxy,
@@ -240,11 +254,10 @@ def cut_out(
     return Candidate(
         region=region,
         window_xyxy=window,
-        crop=binarization.cut(page.field, window, side_px=inputs["crop"].shape[0]),
-        soft_mask=binarization.soft_mask(
-            saliency, region.mask, window, size_hw=size_hw, tokens=inputs["soft_mask"].shape[0]
-        ),
+        crop=binarization.cut(page.field, window, side_px=inputs.crop_px(encoder)),
+        soft_mask=binarization.soft_mask(saliency, region.mask, window, size_hw=size_hw, tokens=inputs.tokens(encoder)),
         size=size_feature(window[2] - window[0], region.area_px, size_hw),
+        field=field,
     )
 
 

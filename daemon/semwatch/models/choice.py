@@ -5,14 +5,9 @@
 
 Without a pin the newest version that is not withdrawn serves. Versions are never renumbered, so a rollback withdraws
 what it leaves behind, and the next publication serves by itself. Both files appear by one rename.
-
-What a running daemon really serves it announces in ``<state_dir>/serving.json``, at its start and at every swap.
 """
 
-import fcntl
-import json
 import shutil
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +16,9 @@ from typing import Any
 from semwatch.errors import ModelMismatch, PublishError
 from semwatch.models import model_repository
 from semwatch.models.model_repository import Meta
-from semwatch.system.clock import utc_now
+from semwatch.system import files
 
 PINNED, WITHDRAWN = "pinned", ".withdrawn"
-ANNOUNCED = "serving.json"
-POLL_S = 0.1
 
 
 def choice(repository: Path, model: str) -> int:
@@ -96,7 +89,7 @@ def pin(repository: Path, model: str, version: int | None) -> None:
         if version is None:
             path.unlink(missing_ok=True)
         else:
-            model_repository.write_whole(path, f"{version}\n".encode())
+            files.write_whole(path, f"{version}\n".encode())
     except OSError as error:
         raise PublishError(f"cannot write {path}: {error}") from error
 
@@ -125,7 +118,7 @@ def withdraw(repository: Path, model: str, version: int, reason: str) -> None:
     if all(why_withdrawn(repository, model, other) is not None for other in others):
         raise PublishError(f"{model} {version} is the last version that may serve; publish another first")
     try:
-        model_repository.write_whole(repository / model / f"{version}{WITHDRAWN}", f"{reason}\n".encode())
+        files.write_whole(repository / model / f"{version}{WITHDRAWN}", f"{reason}\n".encode())
     except OSError as error:
         raise PublishError(f"cannot withdraw {model} {version}: {error}") from error
 
@@ -185,7 +178,7 @@ def prune(repository: Path, model: str, *, keep: int) -> list[int]:
         folder = repository / model / str(version)
         doomed = folder.with_name(f".gone-{version}")
         try:
-            folder.rename(doomed)  # by one rename out of sight: a half-deleted version is never seen
+            files.rename(folder, doomed)  # by one rename out of sight: a half-deleted version is never seen
             shutil.rmtree(doomed)
             (repository / model / f"{version}{WITHDRAWN}").unlink(missing_ok=True)
         except OSError as error:
@@ -197,56 +190,6 @@ def _before(repository: Path, model: str, version: int, refused: Collection[int]
     """The newest version before this one that may serve and was not refused."""
     earlier = (v for v in reversed(model_repository.versions(repository, model)) if v < version and v not in refused)
     return next((v for v in earlier if why_withdrawn(repository, model, v) is None), None)
-
-
-# --- what the daemon serves ------------------------------------------------------------------------------------------
-
-
-def announce(state_dir: Path, versions: Mapping[str, int], refused_heads: Mapping[int, str]) -> None:
-    """Write down what serves and which heads were refused.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    utc = utc_now()
-    said = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
-    model_repository.write_whole(state_dir / ANNOUNCED, json.dumps(said).encode())
-
-
-def announced(state_dir: Path) -> tuple[dict[str, int], dict[int, str]]:
-    """Versions that the daemon last said to serve, and the heads that it refused; empty where it never ran."""
-    try:
-        said = json.loads((state_dir / ANNOUNCED).read_bytes())
-        versions = {str(model): int(version) for model, version in said["versions"].items()}
-        return versions, {int(version): str(why) for version, why in said["refused_heads"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, {}
-
-
-def daemon_runs(state_dir: Path, ledger: str = "ledger.sqlite") -> bool:
-    """Whether a daemon holds the ledger of this folder."""
-    try:
-        with (state_dir / f"{ledger}.lock").open("rb") as side:
-            fcntl.flock(side, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def await_head(state_dir: Path, version: int, *, timeout_s: float) -> str | None:
-    """Wait until the running daemon serves a head; None when it does, else why it does not."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        versions, refused = announced(state_dir)
-        if versions.get("head") == version:
-            return None
-        if version in refused:
-            return f"the daemon refused head {version}: {refused[version]}"
-        if time.monotonic() >= deadline:
-            return f"the daemon did not serve head {version} within {timeout_s:.0f} s; see its log"
-        time.sleep(POLL_S)
 
 
 def difference(old: Meta, new: Meta) -> dict[str, Any]:

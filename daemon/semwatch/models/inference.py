@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from semwatch.errors import ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.models.checks import check_fit, check_inputs, check_probe
+from semwatch.models.contract import check_contract
 from semwatch.models.model_repository import MODELS, Arrays, Meta
 
 
@@ -202,6 +203,7 @@ class Embedded:
 
     def _load(self, model: str, version: int) -> _Loaded:
         meta = model_repository.read_meta(self._repository, model, version)
+        check_contract(meta)
         path = model_repository.weights_path(self._repository, model, version, meta)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads

@@ -10,9 +10,7 @@ labels, calibration and weights of one version cannot come apart. The model repo
 writes here, and every load checks the weights against the hash in ``meta.json``.
 """
 
-import hashlib
 import io
-import os
 import shutil
 import tempfile
 import zipfile
@@ -26,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from semwatch.errors import ModelMismatch, PublishError
+from semwatch.system.files import file_sha256, make_folder, place_folder
 
 MODELS = ("detector", "encoder", "head")
 WEIGHTS = "model.onnx"
@@ -68,7 +67,7 @@ class Meta(BaseModel):
     """Head: the encoder's weights whose features it was trained on."""
     provenance: Mapping[str, str | float | int] = {}
     """How it was made: form, seed, data, command, metrics; of a learned head also its cycle, parent, what it learned
-    and obeyed, and the best golden marks of its lineage: the next cycle reads these."""
+    and applied, and the best golden marks of its lineage: the next cycle reads these."""
 
 
 def versions(repository: Path, model: str) -> list[int]:
@@ -176,7 +175,7 @@ def publish(repository: Path, meta: Meta, weights: Path, *, beside: Mapping[str,
     folder = repository / meta.model
     staging: Path | None = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
         shutil.copyfile(weights, staging / WEIGHTS)
         for name, file in beside.items():
@@ -184,11 +183,8 @@ def publish(repository: Path, meta: Meta, weights: Path, *, beside: Mapping[str,
         whole = meta.model_copy(update={"weights_sha256": file_sha256(staging / WEIGHTS)})
         (staging / META).write_text(whole.model_dump_json(indent=1) + "\n")
         staging.chmod(0o755)
-        for entry in (*staging.iterdir(), staging):
-            _fsync(entry)
         version = _next(folder)
-        staging.rename(folder / str(version))
-        _fsync(folder)
+        place_folder(staging, folder / str(version))
     except OSError as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -196,34 +192,7 @@ def publish(repository: Path, meta: Meta, weights: Path, *, beside: Mapping[str,
     return version
 
 
-def file_sha256(path: Path) -> str:
-    """Content hash of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file by one rename, safe on disk.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    _fsync(partial)
-    partial.replace(path)
-    _fsync(path.parent)
-
-
 def _next(folder: Path) -> int:
     """One above every number that was ever given: a withdrawn version that was deleted leaves its number behind."""
     numbers = (entry.name.removesuffix(".withdrawn") for entry in folder.iterdir())
     return max((int(number) for number in numbers if number.isdigit()), default=0) + 1
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

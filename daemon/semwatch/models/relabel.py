@@ -36,8 +36,8 @@ def relabel(repository: Path, names: Mapping[str, str], codes: Mapping[str, int]
         raise PublishError(f"head {version} is pinned; release it: `semwatch models pin head --release`")
     weights = model_repository.weights_path(repository, "head", version, meta)
     changed = {old: new for old, new in names.items() if old in meta.labels and old != new}
-    said = {"relabelled_from": version, "relabelled": ", ".join(f"{old} -> {new}" for old, new in changed.items())}
-    fresh = fresh.model_copy(update={"created_utc": utc, "provenance": {**meta.provenance, **said}})
+    added = {"relabelled_from": version, "relabelled": ", ".join(f"{old} -> {new}" for old, new in changed.items())}
+    fresh = fresh.model_copy(update={"created_utc": utc, "provenance": {**meta.provenance, **added}})
     try:
         with tempfile.TemporaryDirectory() as folder:
             beside = _files_beside(weights.parent, Path(folder), names)

@@ -1,4 +1,4 @@
-"""What a person may ask or decide: examine a site, tell an image's story, decide about found classes. No terminal, no
+"""What a person may ask or decide: examine a site, show an image's history, decide about found classes. No terminal, no
 HTTP.
 
 May import: `service` and below.

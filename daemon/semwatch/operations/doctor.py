@@ -10,30 +10,24 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
 from semwatch.intake import drop_folder
 from semwatch.line import pipeline
 from semwatch.models import choice
 from semwatch.models.inference import Models
 from semwatch.models.model_repository import MODELS
-from semwatch.service import drift
-from semwatch.service.delivery import connect_publisher
+from semwatch.service.delivery import connect_handoff, connect_publisher
 from semwatch.service.models_in_service import load_models, versions_of
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import Folder, Site
+from semwatch.store import serving
 from semwatch.store.ledger import LEDGER, Ledger
-from semwatch.store.review_record import first_fault
+from semwatch.streams.handoff import Cycle
 from semwatch.system.clock import utc_of
 
 RATE_WINDOW_S = 300
-CYCLES, REPORT = "cycles", "report.json"
-"""Where the learning side leaves what became of each cycle, below the learning folder."""
 LEDGER_FIGURES = ("reviews_per_minute", "seen", "claimed", "done", "quarantined", "unpublished_records")
 
 
@@ -45,19 +39,6 @@ class Check:
     ok: bool
     detail: str
     remedy: str = ""
-
-
-class Cycle(BaseModel):
-    """What is read of a learning cycle's report; it has more."""
-
-    model_config = ConfigDict(frozen=True)
-
-    started_utc: str
-    outcome: Literal["published", "refused", "nothing-new"]
-    version: int | None
-    """Of the head that was published."""
-    reasons: tuple[str, ...] = ()
-    """Why the candidate does not serve."""
 
 
 def status(site: Site) -> dict[str, object]:
@@ -127,16 +108,23 @@ def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
 
 def _serving_figures(site: Site, is_running: bool | None) -> dict[str, object]:
     """What the daemon said that it serves and has refused; a daemon that is gone serves nothing."""
-    versions, refused = choice.announced(site.state_dir) if is_running else ({}, {})
+    versions, refused = serving.announced(site.state_dir) if is_running else ({}, {})
     return {"in_service": versions or None, "refused_heads": {str(v): why for v, why in refused.items() if v > 0}}
 
 
 def _learning_figures(site: Site) -> dict[str, object]:
-    cycle = _or_none(partial(last_cycle, site.learning_dir))
+    """What learning has said of itself; None where there is no Redis, or it is away."""
+    with ExitStack() as held:
+        handoff = connect_handoff(site)
+        if handoff is None:
+            return dict.fromkeys(("unknowns", "last_cycle", "wishes"))
+        held.enter_context(handoff)
+        cycle = _or_none(handoff.last_cycle)
+        wishes = _or_none(handoff.wishes)
     return {
-        "unknowns": _or_none(partial(_archived, site.learning_dir)),
-        "last_cycle": cycle.model_dump() if isinstance(cycle, Cycle) else None,
-        "retrain_wanted": _or_none(partial(drift.wanted, site.learning_dir)),
+        "unknowns": dict(cycle.unknowns) if isinstance(cycle, Cycle) else None,
+        "last_cycle": cycle.model_dump(exclude={"unknowns", "sentence"}) if isinstance(cycle, Cycle) else None,
+        "wishes": [wish.sentence for wish in wishes.values()] if isinstance(wishes, dict) else None,
     }
 
 
@@ -219,7 +207,7 @@ def _model_checks(site: Site) -> Iterator[Check]:
             "take it back with `semwatch models rollback`, or publish it again",
         )
     if _is_running(site):
-        yield _service_check(versions_of(models), choice.announced(site.state_dir)[0])
+        yield _service_check(versions_of(models), serving.announced(site.state_dir)[0])
     for source, recipe in recipes.items():
         yield _try(f"gate of {source}", partial(_gate, recipe, models[recipe.pins]))
 
@@ -244,50 +232,31 @@ def _service_check(fit: Mapping[str, int], announced: Mapping[str, int]) -> Chec
 
 
 def _learning_checks(site: Site) -> Iterator[Check]:
-    """What learning keeps, and how its last cycle ended; nothing of a folder that is not there yet."""
-    folder = site.learning_dir
-    if site.learning.folder is None and not folder.exists():
+    """What learning has found, and how its last cycle ended; nothing without Redis or before the first cycle."""
+    handoff = connect_handoff(site)
+    if handoff is None:
         return
-    place = _writable("learning folder", folder)
-    yield place
-    if not place.ok:
+    with handoff:
+        try:
+            cycle = handoff.last_cycle()
+            state = handoff.classes()
+            found = clusters.Clusters() if state is None else clusters.parsed(state, "the state of the found classes")
+        except ServiceUnavailable:
+            return  # the check of Redis says so
+        except ConfigError as error:
+            yield Check("learning", False, "cannot be used", str(error))
+            return
+    if cycle is None and not found.clusters:
         return
-    yield _try("unknowns", lambda: _counted((_archived(folder) or {}).items()) or "none archived yet")
-    yield _try("clusters", lambda: f"{len(clusters.read(folder).clusters)} found so far")
-    yield _try("last cycle", lambda: _cycle_in_words(last_cycle(folder)))
+    yield Check("clusters", True, f"{len(found.clusters)} found so far")
+    if cycle is not None:
+        yield Check("unknowns", True, _counted(cycle.unknowns.items()) or "none kept yet")
+        yield Check("last cycle", True, _cycle_in_words(cycle))
 
 
-def last_cycle(learning_dir: Path) -> "Cycle | None":
-    """How the newest cycle that left a report ended; None where there is none.
-
-    Raises:
-        ConfigError: the report is damaged.
-        ServiceUnavailable: the disk cannot be read.
-    """
-    reports = sorted((learning_dir / CYCLES).glob(f"*/{REPORT}"))
-    if not reports:
-        return None
-    try:
-        return Cycle.model_validate_json(reports[-1].read_bytes())
-    except ValidationError as error:
-        raise ConfigError(f"{reports[-1]} is no report of a cycle: {first_fault(error)}; delete its folder") from error
-    except OSError as error:
-        raise ServiceUnavailable(f"{reports[-1]} cannot be read: {error.strerror}") from error
-
-
-def _cycle_in_words(cycle: "Cycle | None") -> str:
-    if cycle is None:
-        return "none yet"
+def _cycle_in_words(cycle: Cycle) -> str:
     head = f", head {cycle.version}" if cycle.version is not None else ""
-    return f"{cycle.outcome}{head}, {cycle.started_utc}" + "".join(f"; {why}" for why in cycle.reasons)
-
-
-def _archived(folder: Path) -> dict[str, int] | None:
-    """Unknowns by what became of them; None where no cycle has kept any."""
-    if not (folder / ARCHIVE).exists():
-        return None
-    with Archive(folder / ARCHIVE, read_only=True) as archive:
-        return {str(state): n for state, n in archive.counts().items()}
+    return f"{cycle.outcome}{head}, {cycle.utc}" + "".join(f"; {why}" for why in cycle.reasons)
 
 
 def _gate(recipe: Recipe, models: Models) -> str:

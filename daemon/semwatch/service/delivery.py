@@ -10,6 +10,7 @@ from semwatch.settings.site import Site
 from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger
 from semwatch.streams import unknowns
+from semwatch.streams.handoff import Handoff, open_handoff
 from semwatch.streams.unknowns import Publisher
 
 BATCH = 100
@@ -52,6 +53,21 @@ def connect_publisher(site: Site) -> Publisher | None:
         timeout_s=redis.timeout_s,
     )
     return Publisher(client, prefix=redis.prefix)
+
+
+def connect_handoff(site: Site) -> Handoff | None:
+    """Where the daemon's side of a site meets learning; None where the site has no Redis."""
+    redis = site.redis
+    if redis is None:
+        return None
+    return open_handoff(
+        redis.url,
+        prefix=redis.prefix,
+        username=redis.username,
+        password_file=redis.password_file,
+        ca_file=redis.ca_file,
+        timeout_s=redis.timeout_s,
+    )
 
 
 def publish_outbox(ledger: Ledger, publisher: Publisher) -> None:

@@ -30,8 +30,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from semwatch.defects import PageReview, Review
-from semwatch.errors import ServiceUnavailable
-from semwatch.models.model_repository import write_whole
+from semwatch.system.files import rename, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +61,9 @@ SAVE_EVERY_S = 60.0
 """How often the state is to be saved: what a crash forgets is a minute of a window of hours."""
 MAX_WATCHES = 256
 """Sources and recipes that are remembered; beyond, the one seen longest ago is forgotten."""
-STATE, WANTED, DAMAGED = "drift.json", "retrain.wanted", ".damaged"
-MAX_REASONS = 20
+STATE, DAMAGED = "drift.json", ".damaged"
 
 _LEVEL_Z = NormalDist().inv_cdf(1 - 1 / (2 * RUN))
-# Daemon workers are the only writers of retrain.wanted; the cycle only deletes it.
-_one_writer = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,13 +381,13 @@ class _Watch(_State):
         yield from self.classes.readings()
 
     def _alarm(self, what: What, value: float, threshold: float) -> Alarm:
-        tell = {
+        sentence_of = {
             "unknown rate": self.classes.rate_sentence,
             "score": self.scores.sentence,
             "class mix": self.classes.mix_sentence,
         }
         n = len(self.scores.now if what == "score" else self.classes.now)
-        sentence = f"{self.source}, recipe {self.recipe_name}: {tell[what]()}"
+        sentence = f"{self.source}, recipe {self.recipe_name}: {sentence_of[what]()}"
         return Alarm(self.source, self.recipe_name, self.recipe_id, what, value, threshold, n, sentence)
 
 
@@ -491,52 +487,6 @@ class DriftWatch:
 
 def _set_aside(path: Path, aside: Path) -> None:
     try:
-        path.replace(aside)
+        rename(path, aside)
     except OSError as error:
         log.warning("%s stays where it is: %s", path, error.strerror)
-
-
-# --- a reason to learn early ---------------------------------------------------------------------------------------
-
-
-def want_retrain(folder: Path, alarm: Alarm, now_utc: str) -> None:
-    """Add a line with time and reason to ``retrain.wanted``, the newest ``MAX_REASONS`` kept; written whole.
-
-    A disk that refuses is a warning: the alarm stands in log and metrics all the same.
-    """
-    with _one_writer:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = [*wanted(folder), f"{now_utc} {alarm.sentence}"][-MAX_REASONS:]
-            write_whole(folder / WANTED, "".join(f"{line}\n" for line in lines).encode())
-        except (OSError, ServiceUnavailable) as error:
-            log.warning("the wish to learn early is not kept in %s: %s", folder, error)
-
-
-def wanted(folder: Path) -> list[str]:
-    """Why a cycle is wanted before its time, oldest reason first; empty where none is.
-
-    Raises:
-        ServiceUnavailable: the file cannot be read.
-    """
-    path = folder / WANTED
-    try:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ServiceUnavailable(f"{path} cannot be read ({error.strerror}); check it, or delete it") from error
-    return [line for line in lines if line.strip()][-MAX_REASONS:]
-
-
-def clear_wanted(folder: Path) -> None:
-    """Take the wish back, once a cycle has answered it; harmless where there is none.
-
-    Raises:
-        ServiceUnavailable: the file cannot be deleted.
-    """
-    path = folder / WANTED
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ServiceUnavailable(f"{path} cannot be deleted ({error.strerror}); delete it by hand") from error

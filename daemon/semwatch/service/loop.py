@@ -22,15 +22,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 
-from semwatch.classes.archive import ARCHIVE
 from semwatch.defects import Review
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.intake import decoding, drop_folder
 from semwatch.intake.drop_folder import Arrival, Incoming
 from semwatch.line import pipeline
 from semwatch.line.class_codes import class_codes
-from semwatch.service import drift, rereview
-from semwatch.service.delivery import Backoff, connect_publisher, deliver_audit, publish_outbox
+from semwatch.service import drift, learning_side, migration, rereview
+from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.service.drift import Alarm, DriftWatch
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
@@ -42,6 +41,7 @@ from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem
 from semwatch.store.review_record import ReviewRecord, printable
 from semwatch.streams import records
 from semwatch.system.clock import utc_now
+from semwatch.system.files import make_folder
 from semwatch.system.journal import about
 from semwatch.system.notify import Notifier, watchdog_interval_s
 
@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 _AWAY = "a service is away"
-SAY_AGAIN_S = 60.0
-"""Seconds after which a fault that lasts is said again."""
+LOG_AGAIN_S = 60.0
+"""Seconds after which a fault that lasts is logged again."""
 BESIDE_WORK_S = 0.02
 """Seconds of re-review between two looks at files under way."""
 LOT_INTERVAL_S = 2.0
@@ -87,7 +87,7 @@ class Service:
         site, keep = self.site, self._open
         for folder in (site.state_dir, site.results_dir):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             except OSError as error:
                 raise ConfigError(f"{folder} cannot be made ({error.strerror}); make it, or name another") from error
         self.ledger = keep.enter_context(Ledger(site.state_dir / LEDGER))
@@ -106,6 +106,13 @@ class Service:
         for recipe in self.recipes.values():
             pipeline.gate_threshold(recipe, self._models.of(recipe))  # refuses now rather than at the first file
         self._publisher = connect_publisher(site)
+        self._handoff = connect_handoff(site)
+        self._presence = learning_side.Presence(self._handoff, site.name) if self._handoff else None
+        self._are_classes_read = self._handoff is None
+        migration.take_over_unknowns(site, self.ledger)
+        if self._handoff is not None:
+            migration.take_over_wishes(site, self.ledger)
+        self._note_heads()
         if site.metrics is not None:
             self.metrics.serve(site.metrics.host, site.metrics.port)
         folders = [drop_folder.Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
@@ -116,7 +123,7 @@ class Service:
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
         self._next_beat = 0.0
-        self._pause, self._say_again = "", 0.0
+        self._pause, self._log_again = "", 0.0
         self._lots_to_write: set[Path] = set()
         self._lots_lock = threading.Lock()
         self._next_lots = 0.0
@@ -126,7 +133,6 @@ class Service:
         keep.callback(self._drift.save, site.state_dir / drift.STATE)
         self._next_drift = time.monotonic() + drift.SAVE_EVERY_S
         self._rereview = rereview.Rereview(
-            site.learning_dir / ARCHIVE,
             self._models.by_pins,
             self.recipes,
             self.ledger,
@@ -161,8 +167,8 @@ class Service:
                     self._reread()
                     self._deliver()
                 except ServiceUnavailable as error:  # the disk under ledger or audit log
-                    if self._away.failed() or time.monotonic() >= self._say_again:
-                        self._say_again = time.monotonic() + SAY_AGAIN_S
+                    if self._away.failed() or time.monotonic() >= self._log_again:
+                        self._log_again = time.monotonic() + LOG_AGAIN_S
                         log.error("the line waits: %s", error)
                     self._stop.wait(TICK_S)
         finally:
@@ -240,6 +246,7 @@ class Service:
             return
         try:
             publish_outbox(self.ledger, self._publisher)
+            self._meet_learning()
         except ServiceUnavailable as error:
             if self._publishing.failed():
                 log.warning("records wait in the outbox: %s", error)
@@ -248,13 +255,29 @@ class Service:
             if self._publishing.worked():
                 log.info("Redis takes records again")
 
+    def _meet_learning(self) -> None:
+        """Say what serves; at the first meeting, put an older site's found classes where learning looks."""
+        assert self._handoff is not None
+        assert self._presence is not None
+        self._presence.renew(self._models.versions(), self._models.refused_heads())
+        if not self._are_classes_read:
+            self._are_classes_read = True
+            try:
+                learning_side.register_of(self.site, self._handoff, f"daemon-{self.site.name}").read()
+            except ConfigError as error:  # learning and `semwatch clusters` say the same; the line needs them not
+                log.error("the found classes cannot be read: %s", error)
+
+    def _note_heads(self) -> None:
+        learning_side.note_published_heads(self.ledger, self.site.models.repository, self._models.versions()["head"])
+
     def _beat(self) -> None:
         """Tell systemd and Prometheus how it stands; a hang of this loop or of a review in a worker silences it."""
         now = time.monotonic()
         if now < self._next_beat:
             return
         self._next_beat = now + min(self._beat_s, TICK_S)
-        self._models.refresh()
+        if self._models.refresh():
+            self._note_heads()
         n_waiting, oldest_s = self._incoming.waiting()
         reason = self._reason_to_wait()
         longest_s = max((now - start for _, start in self._working.values()), default=0.0)
@@ -299,6 +322,8 @@ class Service:
                     log.error("a review failed while stopping: %s", error, extra=self._about(arrival, "waits"))
             self._write_lots()
             self._deliver()
+            if self._presence is not None:
+                self._presence.end()
         except ServiceUnavailable as error:
             log.warning("left for the next start: %s", error)
         finally:
@@ -361,7 +386,13 @@ class Service:
         named = self._models.codes_of_head(review.model_versions.get("head"))
         paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
         items = [OutboxItem(*message) for message in records.messages(review)] if self._publisher else []
-        self.ledger.finish(claim, outbox=items, audit=audit_entry(review, paths.json), now_utc=review.reviewed_utc)
+        self.ledger.finish(
+            claim,
+            outbox=items,
+            audit=audit_entry(review, paths.json),
+            now_utc=review.reviewed_utc,
+            unknowns=rereview.features_of(records.records(review)) if self.site.learning.reread_days > 0 else (),
+        )
         with self._lots_lock:
             self._lots_to_write.add(paths.json.parent)
         self.metrics.observe(review)
@@ -383,7 +414,7 @@ class Service:
         for alarm in self._drift.observe(review):
             self.metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
             log.warning("drift: %s", alarm.sentence, extra=self._about(alarm, "drift"))
-            drift.want_retrain(self.site.learning_dir, alarm, utc_now())
+            learning_side.wish_for_cycle(self.site, self.ledger, alarm, utc_now())
 
     def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
         now_utc = utc_now()

@@ -5,15 +5,16 @@ learning cycle and ``semwatch models`` look for it.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from semwatch.errors import ConfigError
-from semwatch.models import choice, model_repository
+from semwatch.errors import ConfigError, ModelMismatch
+from semwatch.models import model_repository
 from semwatch.models.inference import Embedded, Models
 from semwatch.service.metrics import Metrics
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.settings.site import Models as ModelSettings
+from semwatch.store import serving
 from semwatch.system.journal import about
 
 log = logging.getLogger(__name__)
@@ -39,24 +40,25 @@ class ModelsInService:
         self._codes: dict[int, Mapping[str, int]] = {}
         self._is_announced = True
         for version, why in self.refused_heads().items():
-            self._say_refused("head", version, why)
+            self._log_refused("head", version, why)
         self._announce()
 
     def of(self, recipe: Recipe) -> Models:
         """The networks that answer for a recipe."""
         return self.by_pins[recipe.pins]
 
-    def refresh(self) -> None:
-        """Let newly published heads serve; answers under way are given by the old one."""
+    def refresh(self) -> bool:
+        """Let newly published heads serve; answers under way are given by the old one. True where one serves now."""
         swaps = [swap for models in self.by_pins.values() if (swap := models.refresh()) is not None]
         for swap in swaps:
             if swap.refused is None:
                 extra = about("swapped", models={swap.model: swap.version})
                 log.info("%s %d serves from now on", swap.model, swap.version, extra=extra)
             else:
-                self._say_refused(swap.model, swap.version, swap.refused)
+                self._log_refused(swap.model, swap.version, swap.refused)
         if swaps or not self._is_announced:
             self._announce()
+        return any(swap.refused is None for swap in swaps)
 
     def close(self) -> None:
         """Let go of networks and connections."""
@@ -79,14 +81,14 @@ class ModelsInService:
             self._codes[version] = model_repository.read_meta(self._repository, "head", version).codes
         return self._codes[version]
 
-    def _say_refused(self, model: str, version: int, why: str) -> None:
+    def _log_refused(self, model: str, version: int, why: str) -> None:
         self._metrics.swap_refused.labels(model=model).inc()
         extra = about("refused", models={model: version})
         log.error("%s %d is refused, the one before it goes on: %s", model, version, why, extra=extra)
 
     def _announce(self) -> None:
         try:
-            choice.announce(self._state_dir, self.versions(), self.refused_heads())
+            serving.announce(self._state_dir, self.versions(), self.refused_heads())
         except OSError as error:
             if self._is_announced:
                 log.warning("cannot say what serves, tried again until it works: %s", error)
@@ -111,7 +113,31 @@ def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins
         ServiceUnavailable: the Triton server is away.
         ConfigError: its client is not installed.
     """
-    return {pins: _opened(settings, pins) for pins in dict.fromkeys(recipe.pins for recipe in recipes)}
+    loaded = {pins: _opened(settings, pins) for pins in dict.fromkeys(recipe.pins for recipe in recipes)}
+    if settings.runtime == "triton":
+        try:
+            _refuse_two_signatures(list(loaded.values()))
+        except ModelMismatch:
+            for models in loaded.values():
+                models.close()
+            raise
+    return loaded
+
+
+def _refuse_two_signatures(loaded: Sequence[Models]) -> None:
+    """Refuse recipes whose pins ask one server for models of one role with other inputs: each would push the other out.
+
+    Raises:
+        ModelMismatch: naming the versions.
+    """
+    for model in ("detector", "encoder", "head"):
+        signatures = {models.versions()[model]: dict(models.meta(model).inputs) for models in loaded}
+        first, *others = signatures.items()
+        if odd := [version for version, inputs in others if inputs != first[1]]:
+            raise ModelMismatch(
+                f"recipes pin {model} {first[0]} and {model} {odd[0]}, whose inputs differ: a Triton server holds "
+                f"versions of one signature; pin the same {model} in all recipes, or use runtime: embedded"
+            )
 
 
 def _opened(settings: ModelSettings, pins: Pins) -> Models:

@@ -1,8 +1,8 @@
 """After a new head came into service: unknowns of the last days are judged again, from their stored features.
 
-The daemon alone writes results, so it does this itself, a slice at a time between files. Features and their places come
-from the archive of unknowns. A verdict with a label takes the place of the one that stands; a verdict without one does
-so only where the label that stands is no longer a class of the head.
+The daemon alone writes results, so it does this itself, a slice at a time between files. Features and their places
+stand in the ledger since the review that found them. A verdict with a label takes the place of the one that stands; a
+verdict without one does so only where the label that stands is no longer a class of the head.
 
 Crash safety: the result is revised first, then the ledger takes audit line and summary in one transaction under an id
 made from the revision. Both do nothing when repeated, and every revision that a pass meets is offered to the ledger
@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -24,19 +24,18 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from semwatch.classes.archive import Archive
 from semwatch.defects import Verdict
-from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable
+from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable, first_fault
 from semwatch.line import classification
-from semwatch.models import model_repository
 from semwatch.models.inference import Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.store import results
-from semwatch.store.ledger import Ledger, OutboxItem
-from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, first_fault, verdict_record
+from semwatch.store.ledger import Ledger, OutboxItem, UnknownFeatures
+from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, verdict_record
 from semwatch.streams import records
 from semwatch.streams.records import Record, ResultSummary
+from semwatch.system import files
 from semwatch.system.clock import utc_now, utc_of
 from semwatch.system.journal import about
 
@@ -84,23 +83,21 @@ class Rereview:
     """Re-review in slices, for the one thread that also hands out files.
 
     Args:
-        archive: file of the unknowns; nothing is due while it is absent.
         models: by pins; a head that changes makes a pass due.
         recipes: by source.
-        ledger: takes audit lines and summaries.
+        ledger: has the unknowns, takes audit lines and summaries.
         results_dir: the results to revise.
         state_dir: keeps ``reread.json``.
         days: how far back; 0: never.
         publishes: whether summaries leave for Redis.
         is_busy: says of (source, path as in the record) whether a worker has the image; it is waited for.
-        on_revised: is told each review.json that got a revision, and what it says now.
+        on_revised: called with each review.json that got a revision, and its new content.
 
     Raises: ConfigError when ``reread.json`` is broken.
     """
 
     def __init__(
         self,
-        archive: Path,
         models: Mapping[Pins, Models],
         recipes: Mapping[str, Recipe],
         ledger: Ledger,
@@ -112,7 +109,7 @@ class Rereview:
         is_busy: Callable[[str, str], bool],
         on_revised: Callable[[Path, ReviewRecord], None],
     ) -> None:
-        self._archive, self._models, self._recipes, self._ledger = archive, models, recipes, ledger
+        self._models, self._recipes, self._ledger = models, recipes, ledger
         self._results_dir, self._marker_path, self._days = results_dir, state_dir / MARKER, days
         self._publishes, self._is_busy, self._on_revised = publishes, is_busy, on_revised
         self._finished = read_marker(self._marker_path)
@@ -140,7 +137,7 @@ class Rereview:
         return self._pass is not None
 
     def close(self) -> None:
-        """Let go of the archive; the pass begins again at the next step."""
+        """Leave the pass; it begins again at the next step."""
         running, self._pass = self._pass, None
         if running is not None:
             running.close()
@@ -154,7 +151,7 @@ class Rereview:
         if wanted != self._wanted:
             self.close()
             self._wanted = wanted
-        return self._pass is not None or self._archive.is_file()
+        return True
 
     def _go_on(self) -> bool:
         """Handle one image; False where there is none left, or a worker has it."""
@@ -170,7 +167,7 @@ class Rereview:
         self._pass = None
         marker = Marker(heads=self._wanted, utc=utc_now(), counts=self.counts)
         try:
-            model_repository.write_whole(self._marker_path, marker.model_dump_json(indent=1).encode() + b"\n")
+            files.write_whole(self._marker_path, marker.model_dump_json(indent=1).encode() + b"\n")
         except OSError as error:
             raise ServiceUnavailable(f"cannot write {self._marker_path}: {error.strerror}") from error
         self._finished = marker
@@ -178,17 +175,17 @@ class Rereview:
 
     def _images(self, since_utc: str) -> Generator[bool, None, None]:
         """Handle one image after the other; give True after each, False as often as a worker has the next one."""
-        with Archive(self._archive, read_only=True) as archive:
-            last = ""
-            while page := archive.since(since_utc, after_id=last, limit=_PAGE):
-                for (source, path, sha256), found in groupby(page, key=lambda r: (r.source, r.path, r.sha256)):
-                    while self._is_busy(source, path):
-                        yield False
-                    self._image(source, path, sha256, list(found))
-                    yield True
-                last = page[-1].id
+        last: UnknownFeatures | None = None
+        while page := self._ledger.unknowns_since(since_utc, after=last, limit=_PAGE):
+            for (source, path, sha256), found in groupby(page, key=lambda r: (r.source, r.path, r.sha256)):
+                while self._is_busy(source, path):
+                    yield False
+                self._image(source, path, sha256, list(found))
+                yield True
+            last = page[-1]
+        self._ledger.forget_unknowns(since_utc)
 
-    def _image(self, source: str, path: str, sha256: str, found: list[Record]) -> None:
+    def _image(self, source: str, path: str, sha256: str, found: list[UnknownFeatures]) -> None:
         self.counts.records += len(found)
         fitting = self._fitting(source, found)
         if not fitting:
@@ -199,7 +196,7 @@ class Rereview:
             self.counts.stale += len(fitting)
             log.warning("not read again: %s", error, extra=about("not read again", source, path, sha256))
 
-    def _revise(self, target: Path, sha256: str, found: list[Record]) -> None:
+    def _revise(self, target: Path, sha256: str, found: list[UnknownFeatures]) -> None:
         recipe = self._recipes[found[0].source]
         result = results.read(target) if target.exists() else None
         if result is None or (result.sha256, result.recipe.id) != (sha256, recipe.id):
@@ -213,7 +210,7 @@ class Rereview:
             self.counts.changed += len(verdicts)
             self._note(target, revised)
 
-    def _fitting(self, source: str, found: list[Record]) -> list[Record]:
+    def _fitting(self, source: str, found: list[UnknownFeatures]) -> list[UnknownFeatures]:
         """Those that this source's recipe and models can judge."""
         recipe = self._recipes.get(source)
         ours = [record for record in found if recipe is not None and record.recipe_id == recipe.id]
@@ -221,21 +218,21 @@ class Rereview:
         if recipe is None or not ours:
             return []
         models = self._models[recipe.pins]
-        encoder, shape = models.versions()["encoder"], models.meta("head").inputs["features"].shape
-        fitting = [r for r in ours if r.model_versions.get("encoder") == encoder and r.features.shape == shape]
+        encoder, (width,) = str(models.versions()["encoder"]), models.meta("head").inputs["features"].shape
+        fitting = [r for r in ours if r.encoder == encoder and len(r.features) == width * 4]
         self.counts.other_encoder += len(ours) - len(fitting)
         return fitting
 
     def _changes(
-        self, result: ReviewRecord, found: list[Record], recipe: Recipe
+        self, result: ReviewRecord, found: list[UnknownFeatures], recipe: Recipe
     ) -> tuple[dict[Place, VerdictRecord], int]:
         """Ask the head; return the verdicts that take the place of others, and the head's version."""
-        standing = defects_of(result)
-        known = [r for r in found if (d := standing.get((r.page, r.defect_id))) and d.box_xyxy == r.box_xyxy]
+        current = defects_of(result)
+        known = [r for r in found if (d := current.get((r.page, r.defect_id))) and d.box_xyxy == r.box_xyxy]
         self.counts.stale += len(found) - len(known)
         if not known:
             return {}, 0
-        features = np.stack([r.features for r in known])
+        features = np.stack([np.frombuffer(r.features, "<f4").astype(np.float32) for r in known])
         answer = self._models[recipe.pins].infer("head", {"features": features}, backlog=True)
         changes = {}
         for record, logits, p_values in zip(known, answer.outputs["logits"], answer.outputs["p_values"], strict=True):
@@ -247,7 +244,7 @@ class Rereview:
                 significance=recipe.unknown.significance,
                 decide_confidence=recipe.unknown.decide_confidence,
             )
-            if replaces(verdict, standing[place].verdict, answer.meta):
+            if replaces(verdict, current[place].verdict, answer.meta):
                 changes[place] = verdict_record(verdict, class_code(verdict, recipe, answer.meta))
         return changes, answer.version
 
@@ -263,14 +260,34 @@ class Rereview:
             self._on_revised(target, result)
 
 
-# --- what is said of a revision ------------------------------------------------------------------------------------
+def features_of(found: Iterable[Record]) -> list[UnknownFeatures]:
+    """What the ledger keeps of records, so that a later head can judge them again."""
+    return [
+        UnknownFeatures(
+            id=record.id,
+            created_utc=record.created_utc,
+            source=record.source,
+            path=record.path,
+            sha256=record.sha256,
+            page=record.page,
+            defect_id=record.defect_id,
+            box_xyxy=record.box_xyxy,
+            recipe_id=record.recipe_id,
+            encoder=str(record.model_versions.get("encoder", "")),
+            features=record.features.astype("<f4").tobytes(),
+        )
+        for record in found
+    ]
 
 
-def replaces(verdict: Verdict, standing: VerdictRecord, head: Meta) -> bool:
+# --- records of a revision -----------------------------------------------------------------------------------------
+
+
+def replaces(verdict: Verdict, current: VerdictRecord, head: Meta) -> bool:
     """Say whether a new verdict takes the place of the one that stands."""
     if verdict.label is None:
-        return standing.label is not None and standing.label not in head.labels
-    return (verdict.kind, verdict.label) != (standing.kind, standing.label)
+        return current.label is not None and current.label not in head.labels
+    return (verdict.kind, verdict.label) != (current.kind, current.label)
 
 
 def class_code(verdict: Verdict, recipe: Recipe, head: Meta) -> int | None:
@@ -319,13 +336,18 @@ def _about(result: ReviewRecord) -> dict[str, dict[str, str]]:
 
 def _differences(before: Mapping[Place, DefectRecord], after: Mapping[Place, DefectRecord]) -> list[dict[str, object]]:
     return [
-        {"page": page, "defect_id": defect_id, "from": _said(before[page, defect_id]), "to": _said(defect)}
+        {
+            "page": page,
+            "defect_id": defect_id,
+            "from": _verdict_name(before[page, defect_id]),
+            "to": _verdict_name(defect),
+        }
         for (page, defect_id), defect in after.items()
-        if (page, defect_id) in before and _said(before[page, defect_id]) != _said(defect)
+        if (page, defect_id) in before and _verdict_name(before[page, defect_id]) != _verdict_name(defect)
     ]
 
 
-def _said(defect: DefectRecord) -> str:
+def _verdict_name(defect: DefectRecord) -> str:
     return defect.verdict.label or defect.verdict.kind
 
 
@@ -335,7 +357,7 @@ def summary(result: ReviewRecord) -> records.Message:
     parts = ["revised", result.sha256, result.source, result.path, result.recipe.id, versions, result.revision]
     id_ = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     verdicts = [defect.verdict for defect in defects_of(result).values()]
-    said = ResultSummary(
+    fresh = ResultSummary(
         id=id_,
         reviewed_utc=result.reviewed_utc,
         source=result.source,
@@ -350,7 +372,7 @@ def summary(result: ReviewRecord) -> records.Message:
         n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
         revision=result.revision,
     )
-    meta = TypeAdapter(ResultSummary).dump_json(said, exclude={"id"})
+    meta = TypeAdapter(ResultSummary).dump_json(fresh, exclude={"id"})
     fields = {b"id": id_.encode(), b"schema": b"%d" % records.SCHEMA, b"meta": meta}
     return records.RESULTS, id_, records.pack(fields)
 

@@ -132,6 +132,10 @@ class KnownClass(Settings):
     """Defect of interest; false: nuisance."""
 
 
+def _as_dict(classes: Mapping[str, KnownClass]) -> dict[str, KnownClass]:
+    return dict(classes)
+
+
 class Recipe(Settings):
     """How the images of one layer and step are judged."""
 
@@ -150,9 +154,9 @@ class Recipe(Settings):
     unknown: UnknownRule = UnknownRule()
     """When a defect is called unknown, when non-decidable."""
     # A read-only view, so that nothing changes the identity of a recipe in use.
-    classes: Annotated[
-        Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(dict[str, KnownClass])
-    ] = Field(default_factory=dict, validate_default=True)
+    classes: Annotated[Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(_as_dict)] = Field(
+        default_factory=dict, validate_default=True
+    )
     """The fab's class table: label of the head to code. Labels that are not here have no code."""
     promotion: Promotion = Promotion()
     """What a newly trained head must show before it serves this recipe."""

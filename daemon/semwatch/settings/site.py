@@ -178,6 +178,8 @@ class MetricsEndpoint(Settings):
 class Site(Settings):
     """What this machine watches, where things live and what it may use."""
 
+    name: Name = "site"
+    """Name of this site, unique in the fab; stands in results and records."""
     folders: Annotated[tuple[Folder, ...], AfterValidator(at_least_one)]
     """The drop folders."""
     results_dir: SitePath

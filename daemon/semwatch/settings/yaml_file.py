@@ -27,7 +27,7 @@ MAX_VALUES = 20_000
 """Values in one file, an alias counted each time it is used: an alias bomb stops here."""
 MAX_DEPTH = 8
 MAX_FAULTS = 100
-"""Problems told of one file."""
+"""Most problems of one file that are shown."""
 MAX_ECHO = 40
 """Characters of a wrong key or value that a message repeats."""
 
@@ -52,11 +52,11 @@ class _File:
 
     def report(self) -> str:
         """Write the problems out, one a line, in the order of the file."""
-        told = [f"{self.path}:{line}: {text}" for line, text in sorted(self.faults, key=lambda fault: fault[0])]
-        if len(told) == 1:
-            return told[0]
-        more = [f"... and {len(told) - MAX_FAULTS} more"] if len(told) > MAX_FAULTS else []
-        return "\n  ".join([f"{self.path} has {len(told)} problems:", *told[:MAX_FAULTS], *more])
+        problems = [f"{self.path}:{line}: {text}" for line, text in sorted(self.faults, key=lambda fault: fault[0])]
+        if len(problems) == 1:
+            return problems[0]
+        more = [f"... and {len(problems) - MAX_FAULTS} more"] if len(problems) > MAX_FAULTS else []
+        return "\n  ".join([f"{self.path} has {len(problems)} problems:", *problems[:MAX_FAULTS], *more])
 
 
 def load(path: Path, model: type[M], *, example: Path) -> M:

@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.system import files
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ AUDIT = "audit.jsonl"
 GENESIS = "0" * 64
 _PART_DIGITS = 12
 RESERVED = frozenset({"seq", "prev", "hash"})
-TAIL_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 24
 MAX_BYTES = 100_000_000
 """A log of this size is set aside; about 200,000 images."""
@@ -95,10 +95,7 @@ class AuditLog:
             raise
 
     def _open(self) -> None:
-        is_new = not self.path.exists()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, MODE)
-        if is_new:
-            _sync_folder(self.path.parent)
+        self._fd = files.open_to_append(self.path, mode=MODE)
         _narrow_rights(self._fd, self.path)
         self._end = _cut_torn_line(self._fd, self.path)
         self.last_seq, self._last_hash = _last_link(self._fd, self._end, self.path)
@@ -128,21 +125,14 @@ class AuditLog:
 
     def _write(self, data: bytes) -> None:
         try:
-            if os.fstat(self._fd).st_size != self._end:
-                os.ftruncate(self._fd, self._end)  # a failed batch before this one has left a part of itself
-            written = 0
-            while written < len(data):
-                written += os.write(self._fd, data[written:])
-            os.fsync(self._fd)
+            self._end = files.append(self._fd, self._end, data)
         except OSError as error:
             raise ServiceUnavailable(f"cannot write {self.path}: {error.strerror}; free or mend the disk") from error
-        self._end += len(data)
 
     def _set_aside(self) -> None:
         """Let what is full be a part, and go on in a new file; a crash between the two is mended at the next start."""
         try:
-            self.path.rename(_part(self.path, self.last_seq))
-            _sync_folder(self.path.parent)
+            files.rename(self.path, _part(self.path, self.last_seq))
         except OSError as error:  # chattr +a; a long log is better than none
             log.warning("%s cannot be set aside and grows on: %s", self.path, error.strerror)
             self._max_bytes *= 2
@@ -282,19 +272,16 @@ def _narrow_rights(fd: int, path: Path) -> None:
 
 def _cut_torn_line(fd: int, path: Path) -> int:
     """Cut what follows the last newline; return the size."""
-    size = os.fstat(fd).st_size
-    end = _after_last_newline(fd, size)
-    if end < size:
-        log.warning("%s: a torn last line of %d bytes is cut; the ledger hands it over again", path, size - end)
-        os.ftruncate(fd, end)
-        os.fsync(fd)
+    end, cut = files.cut_torn_line(fd)
+    if cut:
+        log.warning("%s: a torn last line of %d bytes is cut; the ledger hands it over again", path, cut)
     return end
 
 
 def _last_link(fd: int, end: int, path: Path) -> tuple[int, str]:
     if end == 0:
         return 0, GENESIS
-    start = _after_last_newline(fd, end - 1)
+    start = files.after_last_newline(fd, end - 1)
     event = _parsed(os.pread(fd, end - start, start))
     if event is None:
         raise ConfigError(f"{path}: the last line is no line of an audit log; move the file away and look into it")
@@ -311,22 +298,3 @@ def _last_link_of(part: Path) -> tuple[int, str]:
 
 def _part(path: Path, last_seq: int) -> Path:
     return path.with_name(f"{path.stem}-{last_seq:0{_PART_DIGITS}d}{path.suffix}")
-
-
-def _after_last_newline(fd: int, end: int) -> int:
-    """Return where the line begins that byte ``end`` would belong to."""
-    while end > 0:
-        start = max(0, end - TAIL_BYTES)
-        found = os.pread(fd, end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -3,7 +3,7 @@
 Whether a file is settled is never stored, it follows: its path resolves to a content, and that content's work is
 finished. So a duplicate of something still in flight becomes settled with it, and comes back if the original fails.
 
-Layout, ``user_version`` 2, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
+Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
 
     work     source, sha256     primary key: a content reviewed for one tool is one piece of work
              path               where the content lay when it was claimed last, relative to the drop folder
@@ -18,6 +18,8 @@ Layout, ``user_version`` 2, ``application_id`` "SEMW". Paths are BLOBs, because 
     outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
     audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
     noted    id                          what ``note`` has taken and must not take twice; since layout 2
+    unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
+                                         what a later head judges again, see ``UnknownFeatures``; since layout 3
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
 """
@@ -31,7 +33,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from semwatch.errors import ConfigError
 from semwatch.system.sqlite_file import Kind, SqliteFile
@@ -44,6 +46,14 @@ LEDGER = "ledger.sqlite"
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
+_UNKNOWNS = (
+    """CREATE TABLE unknowns (
+        id TEXT PRIMARY KEY, created_utc TEXT NOT NULL, source TEXT NOT NULL, path TEXT NOT NULL,
+        sha256 TEXT NOT NULL, page INTEGER NOT NULL, defect_id INTEGER NOT NULL, box TEXT NOT NULL,
+        recipe_id TEXT NOT NULL, encoder TEXT NOT NULL, features BLOB NOT NULL) WITHOUT ROWID""",
+    "CREATE INDEX unknowns_by_image ON unknowns (source, path, sha256, page, defect_id, id)",
+    "CREATE INDEX unknowns_by_time ON unknowns (created_utc)",
+)
 _KIND = Kind(
     noun="ledger",
     application_id=0x53454D57,  # "SEMW"
@@ -63,10 +73,12 @@ _KIND = Kind(
             payload BLOB NOT NULL)""",
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
         "CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID",
+        *_UNKNOWNS,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
+        2: _UNKNOWNS,
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
@@ -82,6 +94,27 @@ class OutboxItem:
     id: str
     """Unique for ever; the consumer drops an id that it has seen."""
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownFeatures:
+    """What a later head needs to judge an unknown again."""
+
+    id: str
+    """Of its record."""
+    created_utc: str
+    source: str
+    path: str
+    """As in the record: bytes that are no UTF-8 are spelled out."""
+    sha256: str
+    page: int
+    defect_id: int
+    box_xyxy: tuple[int, int, int, int]
+    recipe_id: str
+    encoder: str
+    """Whose features these are."""
+    features: bytes
+    """D little-endian float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,14 +236,23 @@ class Ledger:
             _resolve(db, source, path, sha256=sha256, size=size, mtime_ns=mtime_ns, now_utc=now_utc)
         return Claim(outcome, source, sha256, path, attempts, _text(original))
 
-    def finish(self, claim: Claim, *, outbox: Sequence[OutboxItem], audit: Mapping[str, object], now_utc: str) -> None:
-        """Make the work DONE, with its messages and its audit line, all or nothing."""
+    def finish(
+        self,
+        claim: Claim,
+        *,
+        outbox: Sequence[OutboxItem],
+        audit: Mapping[str, object],
+        now_utc: str,
+        unknowns: Sequence[UnknownFeatures] = (),
+    ) -> None:
+        """Make the work DONE, with its messages, its audit line and the features of its unknowns, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
             db.executemany(
                 "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
+            _add_unknowns(db, unknowns)
             _append_audit(db, audit)
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
@@ -247,8 +289,10 @@ class Ledger:
 
     # --- outbox and audit ------------------------------------------------------------------------------------------
 
-    def note(self, *, audit: Mapping[str, object], outbox: Sequence[OutboxItem] = (), once: str | None = None) -> bool:
-        """Take an audit line and messages that belong to no work in flight, all or nothing.
+    def note(
+        self, *, audit: Mapping[str, object] | None, outbox: Sequence[OutboxItem] = (), once: str | None = None
+    ) -> bool:
+        """Take an audit line, where there is one, and messages that belong to no work in flight, all or nothing.
 
         Messages whose id waits in the outbox already are left out. With ``once``, a name unique for ever, a second call
         under that name takes nothing and returns False: so a note can be repeated after a crash.
@@ -262,7 +306,8 @@ class Ledger:
                 "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
-            _append_audit(db, audit)
+            if audit is not None:
+                _append_audit(db, audit)
         return True
 
     def unpublished(self, limit: int) -> list[tuple[int, OutboxItem]]:
@@ -292,6 +337,47 @@ class Ledger:
         """Forget audit lines, ``up_to_seq`` included, that are safe in the audit log."""
         with self._file.transaction() as db:
             db.execute("DELETE FROM audit WHERE seq <= ?", (up_to_seq,))
+
+    # --- unknowns that a later head judges again ---------------------------------------------------------------------
+
+    def add_unknowns(self, found: Sequence[UnknownFeatures], *, once: str) -> bool:
+        """Take features that belong to no work in flight; under the name ``once``, only the first call takes any."""
+        with self._file.transaction() as db:
+            if db.execute("INSERT OR IGNORE INTO noted (id) VALUES (?)", (once,)).rowcount == 0:
+                return False
+            _add_unknowns(db, found)
+        return True
+
+    def was_noted(self, once: str) -> bool:
+        """Say whether something was taken under a name that is taken once."""
+        return bool(self._file.rows("SELECT 1 FROM noted WHERE id = ?", (once,)))
+
+    def unknowns_since(self, utc: str, *, after: UnknownFeatures | None = None, limit: int) -> list[UnknownFeatures]:
+        """Return the next page of the unknowns created at or after ``utc``; [] behind the last.
+
+        Ordered by source, path, content, page and defect. An image is never cut in two: all of its unknowns follow
+        where ``limit`` would end among them.
+        """
+        start = ("", "", "", 0, 0, "") if after is None else _place(after)
+        ends = self._file.rows(
+            f"SELECT source, path, sha256 FROM (SELECT {_PLACE} FROM unknowns WHERE created_utc >= ?"
+            f" AND ({_PLACE}) > (?, ?, ?, ?, ?, ?) ORDER BY {_PLACE} LIMIT ?)"
+            " ORDER BY source DESC, path DESC, sha256 DESC LIMIT 1",
+            (utc, *start, limit),
+        )
+        if not ends:
+            return []
+        rows = self._file.rows(
+            f"SELECT {_COLUMNS} FROM unknowns WHERE created_utc >= ? AND ({_PLACE}) > (?, ?, ?, ?, ?, ?)"
+            f" AND (source, path, sha256) <= (?, ?, ?) ORDER BY {_PLACE}",
+            (utc, *start, *ends[0]),
+        )
+        return [_unknown(*row) for row in rows]
+
+    def forget_unknowns(self, before_utc: str) -> int:
+        """Delete the unknowns created before that moment; return how many."""
+        with self._file.transaction() as db:
+            return db.execute("DELETE FROM unknowns WHERE created_utc < ?", (before_utc,)).rowcount
 
     # --- what to show ----------------------------------------------------------------------------------------------
 
@@ -462,3 +548,35 @@ def _text(path: bytes) -> str:
 def _clean(reason: str) -> str:
     """SQLite takes no lone surrogates, which a file name inside a message may carry."""
     return reason.encode("utf-8", "backslashreplace").decode()
+
+
+_PLACE = "source, path, sha256, page, defect_id, id"
+"""The order of ``unknowns_since``."""
+_COLUMNS = "id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features"
+
+
+def _place(of: UnknownFeatures) -> tuple[object, ...]:
+    return of.source, of.path, of.sha256, of.page, of.defect_id, of.id
+
+
+def _unknown(
+    id_: str, utc: str, source: str, path: str, sha256: str, page: int, defect_id: int, box: str, *rest: Any
+) -> UnknownFeatures:
+    x0, y0, x1, y1 = json.loads(box)
+    recipe_id, encoder, features = rest
+    return UnknownFeatures(
+        id_, utc, source, path, sha256, page, defect_id, (x0, y0, x1, y1), recipe_id, encoder, features
+    )
+
+
+def _add_unknowns(db: sqlite3.Connection, found: Sequence[UnknownFeatures]) -> None:
+    db.executemany(
+        f"INSERT OR IGNORE INTO unknowns ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                u.id, u.created_utc, u.source, u.path, u.sha256, u.page, u.defect_id, json.dumps(u.box_xyxy),
+                u.recipe_id, u.encoder, u.features,
+            )
+            for u in found
+        ],
+    )  # fmt: skip

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from semwatch.defects import Review
-from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.errors import ImageError, ServiceUnavailable, first_fault
 from semwatch.store import overlay
 from semwatch.store.review_record import (
     SCHEMA_VERSION,
@@ -39,11 +39,11 @@ from semwatch.store.review_record import (
     ReasonRecord,
     ReviewRecord,
     VerdictRecord,
-    first_fault,
     page_verdict,
     printable,
     to_record,
 )
+from semwatch.system import files
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +88,14 @@ def write(
     stem = _stem(results_dir, review.source, review.path)
     target = _named(stem, REVIEW)
     with _disk(target):
-        _make_folder(stem.parent)
+        files.make_folder(stem.parent)
         if target.exists():
             _keep_other(stem, record.sha256)
         overlays = []
         for page in review.pages:
             picture = overlay.draw(page, caption=_caption(review))
             overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
-            _write_whole(overlays[-1], overlay.encode_png(picture))
-        _sync_folder(stem.parent)
+            files.write_whole(overlays[-1], overlay.encode_png(picture))
         _write_record(target, record.model_copy(update={"revision": _next_revision(target)}))
     return ReviewPaths(target, tuple(overlays))
 
@@ -153,7 +152,7 @@ def write_reason(
     stem = _stem(results_dir, source, path)
     target = _named(stem, REASON)
     with _disk(target):
-        _make_folder(stem.parent)
+        files.make_folder(stem.parent)
         _write_record(target, record)
     return target
 
@@ -172,10 +171,8 @@ def _keep_other(stem: Path, sha256: str) -> None:
     for old in list(stem.parent.iterdir()):
         suffix = old.name.removeprefix(stem.name)
         if suffix != old.name and _BESIDE_SUFFIX.fullmatch(suffix):
-            old.replace(_named(kept, suffix))
-    _sync_folder(stem.parent)
-    target.replace(_named(kept, REVIEW))
-    _sync_folder(stem.parent)
+            files.rename(old, _named(kept, suffix))
+    files.rename(target, _named(kept, REVIEW))
 
 
 def _caption(review: Review) -> str:
@@ -241,9 +238,9 @@ def revise(
 def _revised_page(page: PageRecord, verdicts: Mapping[tuple[int, int], VerdictRecord]) -> PageRecord:
     defects = []
     for defect in page.defects:
-        said = verdicts.get((page.page, defect.defect_id), defect.verdict)
-        is_same = (said.kind, said.label) == (defect.verdict.kind, defect.verdict.label)
-        defects.append(defect if is_same else defect.model_copy(update={"verdict": said}))
+        verdict = verdicts.get((page.page, defect.defect_id), defect.verdict)
+        is_same = (verdict.kind, verdict.label) == (defect.verdict.kind, defect.verdict.label)
+        defects.append(defect if is_same else defect.model_copy(update={"verdict": verdict}))
     kinds = [defect.verdict.kind for defect in defects]
     return page.model_copy(update={"defects": tuple(defects), "verdict": page_verdict(kinds)})
 
@@ -252,8 +249,7 @@ def _keep_revision(path: Path, revision: int) -> None:
     """Copy, not rename: the result is in its place at every moment."""
     kept, data = revision_path(path, revision), path.read_bytes()
     if not kept.exists():
-        _write_whole(kept, data)
-        _sync_folder(kept.parent)
+        files.write_whole(kept, data)
     elif kept.read_bytes() != data:
         raise ImageError(f"{kept} is not revision {revision} of {path.name}; move it aside")
 
@@ -303,8 +299,7 @@ def write_lot_csv(lot_dir: Path) -> Path:
     """
     target = lot_dir / LOT
     with _disk(target):
-        _write_stream(target, _lot_lines(lot_dir))
-        _sync_folder(lot_dir)
+        files.write_stream(target, _lot_lines(lot_dir))
     return target
 
 
@@ -338,23 +333,23 @@ def _lot_row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None
     ]  # fmt: skip
 
 
-def contact_sheet(overlays: Sequence[Path], out: Path, columns: int = 6, tile_px: int = 320) -> None:
-    """Write one PNG of many overlays, row by row; an overlay that cannot be read is a dark tile.
+def contact_sheet(pictures: Iterable[Path | bytes], out: Path, columns: int = 6, tile_px: int = 320) -> None:
+    """Write one PNG of many pictures, files or their content, row by row; one that cannot be read is a dark tile.
 
     Raises:
         ServiceUnavailable: the disk is full or broken.
     """
     with _disk(out):
-        sheet = overlay.tile((_read_picture(path) for path in overlays), columns=columns, tile_px=tile_px)
-        _write_whole(out, overlay.encode_png(sheet))
-        _sync_folder(out.parent)
+        sheet = overlay.tile((_read_picture(picture) for picture in pictures), columns=columns, tile_px=tile_px)
+        files.make_folder(out.parent)
+        files.write_whole(out, overlay.encode_png(sheet))
 
 
-def _read_picture(path: Path) -> NDArray[np.uint8] | None:
-    data = path.read_bytes() if path.is_file() else b""
+def _read_picture(given: Path | bytes) -> NDArray[np.uint8] | None:
+    data = given if isinstance(given, bytes) else given.read_bytes() if given.is_file() else b""
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if picture is None:
-        log.warning("no overlay at %s", path)
+        log.warning("no picture: %s", given if isinstance(given, Path) else f"{len(given)} bytes that are none")
     return None if picture is None else np.asarray(picture, np.uint8)
 
 
@@ -397,45 +392,8 @@ def _shortened(name: str) -> str:
     return f"{kept}~{hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder and those above it, so that they outlive a power cut."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
-
-
 def _write_record(target: Path, record: ReviewRecord | ReasonRecord) -> None:
-    _write_whole(target, record.model_dump_json(indent=2).encode() + b"\n")
-    _sync_folder(target.parent)
-
-
-def _write_whole(target: Path, *parts: bytes) -> None:
-    _write_stream(target, parts)
-
-
-def _write_stream(target: Path, parts: Iterable[bytes]) -> None:
-    """One writer per target: the temporary name is always the same, so that a replay clears what a crash left."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with os.fdopen(fd, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    files.write_whole(target, record.model_dump_json(indent=2).encode() + b"\n")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from semwatch.defects import Box, Defect, PageReview, Review, Verdict, VerdictKind
-from semwatch.errors import ImageError
+from semwatch.errors import ImageError, first_fault
 
 SCHEMA_VERSION: Final = 1
 SCHEMA_PATH = Path(__file__).with_name("schemas") / "review.schema.json"
@@ -219,10 +219,3 @@ def schema_text() -> str:
 def printable(name: str) -> str:
     """Spell out bytes that are no UTF-8, which neither JSON nor every file system takes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def first_fault(error: ValidationError) -> str:
-    """Say the first thing that is wrong, and where."""
-    fault = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    return f"{where}: {fault['msg']}" if where else fault["msg"]

@@ -76,11 +76,11 @@ class EmbeddedRedis:
         deadline = time.monotonic() + self._timeout_s
         lock_fd = lock(self._folder, socket_path=self._socket, deadline=deadline)
         try:
-            said = self._launch(executable, lock_fd, deadline)
+            output = self._launch(executable, lock_fd, deadline)
         finally:
             os.close(lock_fd)  # the server has inherited the lock
-        if said is not None:
-            raise ConfigError(self._what_to_do(said))
+        if output is not None:
+            raise ConfigError(self._what_to_do(output))
         logger.info("redis-server ready at %s", self.url)
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -108,9 +108,9 @@ class EmbeddedRedis:
         return self._folder / "redis.log"
 
     def _launch(self, executable: Path, lock_fd: int, deadline: float) -> str | None:
-        """Start the server and wait for it; return what it said where it ended instead."""
+        """Start the server and wait for it; return its output where it ended instead."""
         picking = self._port == 0
-        said = ""
+        output = ""
         for _ in range(_PORT_TRIES if picking else 1):  # somebody may take a free port before the server does
             if picking:
                 self._port = child_server.free_port()
@@ -119,13 +119,13 @@ class EmbeddedRedis:
                 return None
             hung = self.pid is not None
             self.stop(timeout_s=1.0)
-            said = child_server.text_from(self._log_path, log_from, limit=2000)
+            output = child_server.text_from(self._log_path, log_from, limit=2000)
             if hung:
-                raise ServiceUnavailable(f"redis-server was not ready within {self._timeout_s:g} s:\n{said}")
-            if _TAKEN not in said:
+                raise ServiceUnavailable(f"redis-server was not ready within {self._timeout_s:g} s:\n{output}")
+            if _TAKEN not in output:
                 break
         self._port = 0 if picking else self._port
-        return said
+        return output
 
     def _spawn(self, executable: Path, lock_fd: int) -> int:
         """Start the process; return where in the log its own lines begin."""
@@ -159,10 +159,10 @@ class EmbeddedRedis:
                 time.sleep(_POLL_S)
         return False
 
-    def _what_to_do(self, said: str) -> str:
-        if _TAKEN in said:
+    def _what_to_do(self, output: str) -> str:
+        if _TAKEN in output:
             return f"port {self._port} on 127.0.0.1 is taken: name a free one, or 0 to have one picked"
-        return f"redis-server ended while it started; mend what it says (all of it is in {self._log_path}):\n{said}"
+        return f"redis-server ended while it started; mend what it says (all of it is in {self._log_path}):\n{output}"
 
 
 def options(folder: Path, *, port: int | None, socket_path: Path | None = None, socket_mode: str = "700") -> list[str]:

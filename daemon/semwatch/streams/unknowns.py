@@ -12,11 +12,12 @@ The streams are never trimmed: an entry is deleted when it is acknowledged, and 
 back. What belongs together happens in one Lua script, so a crash leaves either all or nothing; only commands of Redis
 6.2 are used; 7.x and Valkey have them too. One server, with or without Sentinel: in a Redis Cluster the keys of a
 script would lie on different nodes. An ACL user needs
-``~semwatch:* +@stream +@connection +select +eval +set +exists``;
+``~semwatch:* +@stream +@connection +select +eval +set +get +exists``;
 one who only learns or consumes needs
-``~semwatch:* +@stream +@connection +select +eval``;
+``~semwatch:* +@stream +@connection +select +eval +set +get``;
 an operator of ``semwatch queue`` needs
-``~semwatch:* +@stream +@connection +select +eval +time +memory|usage`` (without the last, ``stats`` says no memory).
+``~semwatch:* +@stream +@connection +select +eval +set +get +time +memory|usage`` (without the last, ``stats`` says no
+memory).
 ``+select`` is for an address with a database other than 0.
 """
 
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 SENT_TTL_S = 3 * 24 * 3600
 
+Client = redis.Redis
+"""A connection, for the signatures of those who may not import the driver."""
 T = TypeVar("T")
 
 _BATCH_BYTES = 4 << 20
@@ -115,15 +118,15 @@ _TOO_OLD_WORDS = re.compile(r"unknown command|Unknown Redis command", re.IGNOREC
 
 
 def _as_ours(error: redis.RedisError) -> Exception:
-    said = str(error)
-    if isinstance(error, _REFUSED) or _REFUSED_WORDS.search(said):
-        return ConfigError(f"Redis refuses us ({said}): check username, password_file and the user's ACL")
-    if isinstance(error, _AWAY) or _AWAY_WORDS.search(said):
-        return ServiceUnavailable(f"Redis is away or full: {said}")
-    if "WRONGTYPE" in said:
+    message = str(error)
+    if isinstance(error, _REFUSED) or _REFUSED_WORDS.search(message):
+        return ConfigError(f"Redis refuses us ({message}): check username, password_file and the user's ACL")
+    if isinstance(error, _AWAY) or _AWAY_WORDS.search(message):
+        return ServiceUnavailable(f"Redis is away or full: {message}")
+    if "WRONGTYPE" in message:
         return ConfigError("a key of ours is not a stream: something else uses this prefix, choose another")
-    if _TOO_OLD_WORDS.search(said):
-        return ConfigError(f"this server lacks what we need ({said}): Redis 6.2 or newer, or Valkey")
+    if _TOO_OLD_WORDS.search(message):
+        return ConfigError(f"this server lacks what we need ({message}): Redis 6.2 or newer, or Valkey")
     return error  # a bug of ours
 
 
@@ -520,6 +523,6 @@ class Consumer(Generic[T]):
 
 
 def _dead_letter(entry_id: bytes, fields: Fields) -> DeadLetter:
-    said = {name: fields.pop(name, b"") for name in (b"dead_error", b"dead_deliveries", b"dead_entry")}
-    error = said[b"dead_error"].decode("utf-8", "replace")
-    return DeadLetter(entry_id.decode(), error, int(said[b"dead_deliveries"] or 0), fields)
+    fault = {name: fields.pop(name, b"") for name in (b"dead_error", b"dead_deliveries", b"dead_entry")}
+    error = fault[b"dead_error"].decode("utf-8", "replace")
+    return DeadLetter(entry_id.decode(), error, int(fault[b"dead_deliveries"] or 0), fields)

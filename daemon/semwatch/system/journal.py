@@ -59,7 +59,7 @@ def about(
         models: version by model.
     """
     lot = str(PurePosixPath(image).parent) if image else "."
-    said = {
+    fields = {
         "EVENT": event,
         "SOURCE": source,
         "IMAGE": image,
@@ -70,7 +70,7 @@ def about(
         "VERDICTS": None if verdicts is None else _counted(verdicts) or "defect-free",
         "MODELS": None if models is None else _counted(models),
     }
-    return {"journal": {name: value for name, value in said.items() if value is not None}}
+    return {"journal": {name: value for name, value in fields.items() if value is not None}}
 
 
 def is_stderr(environ: Mapping[str, str], fd: int = 2) -> bool:
@@ -109,7 +109,7 @@ class JournalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record."""
         try:
-            self._tell_dropped()
+            self._report_dropped()
             if not self._send(entry(fields_of(record))):
                 self._n_dropped += 1
         except OSError:  # journald is away
@@ -118,18 +118,18 @@ class JournalHandler(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """Close the socket; entries that were dropped are told of if there is room by now."""
+        """Close the socket; entries that were dropped are reported if there is room by now."""
         self.acquire()
         try:
             if self._socket.fileno() >= 0:
                 with suppress(OSError):
-                    self._tell_dropped()
+                    self._report_dropped()
                 self._socket.close()
         finally:
             self.release()
         super().close()
 
-    def _tell_dropped(self) -> None:
+    def _report_dropped(self) -> None:
         if self._n_dropped:
             text = f"{self._n_dropped} log entries are lost: the journal did not take them"
             fields = {"MESSAGE": text, "PRIORITY": "4", "SYSLOG_IDENTIFIER": IDENTIFIER, "LOGGER": __name__}
@@ -189,9 +189,9 @@ class PrefixFormatter(logging.Formatter):
 
 def fields_of(record: logging.LogRecord) -> dict[str, str]:
     """The fields of one entry."""
-    said: Mapping[str, str] = getattr(record, "journal", {})
+    extra: Mapping[str, str] = getattr(record, "journal", {})
     return {
-        **said,
+        **extra,
         "MESSAGE": _PLAIN.format(record),
         "PRIORITY": str(priority(record.levelno)),
         "SYSLOG_IDENTIFIER": IDENTIFIER,

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.models import model_repository
 from semwatch.models.model_repository import MODELS
-from semwatch.system import child_server
+from semwatch.system import child_server, files
 from semwatch.system.clock import utc_now
 from semwatch.triton.server import START_TIMEOUT_S, LocalTriton, ask
 from semwatch.triton.setup import Installation
@@ -83,8 +82,8 @@ def up(
     is_hung = process.poll() is None
     if is_hung:
         _end(process.pid, timeout_s=5)
-    said = child_server.text_from(folder / _LOG, 0, limit=2000)
-    raise (ServiceUnavailable if is_hung else ConfigError)(said or f"Triton was not ready within {timeout_s:g} s")
+    output = child_server.text_from(folder / _LOG, 0, limit=2000)
+    raise (ServiceUnavailable if is_hung else ConfigError)(output or f"Triton was not ready within {timeout_s:g} s")
 
 
 def down(folder: Path, *, timeout_s: float = 30.0) -> bool:
@@ -105,15 +104,15 @@ def status(folder: Path) -> dict[str, Any]:
     """How the server in the background stands; the keys are always the same, None where nothing is known."""
     empty = dict.fromkeys(("pid", "server_pid", "grpc_port", "http_port", "repository", "restarts", "last_end"))
     try:
-        said = {**empty, **json.loads((folder / _STATE).read_bytes())}
-        running = bool(_is_supervisor(int(said["pid"])))
+        state = {**empty, **json.loads((folder / _STATE).read_bytes())}
+        running = bool(_is_supervisor(int(state["pid"])))
     except (OSError, ValueError, TypeError):
         return {"running": False, "ready": False, **empty, "models": {}}
     if not running:
-        return {"running": False, "ready": False, **said, "models": {}}
-    models = {model: _versions(int(said["http_port"]), model) for model in MODELS}
-    ready = ask(int(said["http_port"]), "/v2/health/live") is not None and said["server_pid"] is not None
-    return {"running": True, "ready": ready, **said, "models": models}
+        return {"running": False, "ready": False, **state, "models": {}}
+    models = {model: _versions(int(state["http_port"]), model) for model in MODELS}
+    ready = ask(int(state["http_port"]), "/v2/health/live") is not None and state["server_pid"] is not None
+    return {"running": True, "ready": ready, **state, "models": models}
 
 
 def supervise(server: LocalTriton, folder: Path, repository: Path) -> None:
@@ -137,7 +136,7 @@ def supervise(server: LocalTriton, folder: Path, repository: Path) -> None:
         server.start()
         while not is_asked_to_stop:
             state |= {"server_pid": server.pid, "grpc_port": _port(server.url), "http_port": server.http_port}
-            model_repository.write_whole(folder / _STATE, json.dumps(state).encode())
+            files.write_whole(folder / _STATE, json.dumps(state).encode())
             _watch(server, lambda: is_asked_to_stop)
             if is_asked_to_stop:
                 break
@@ -199,8 +198,8 @@ def main(arguments: str) -> None:
 
 def _versions(http_port: int, model: str) -> list[int]:
     """Versions of a model that are ready."""
-    told = ask(http_port, f"/v2/models/{model}")
-    return sorted(int(version) for version in told.get("versions", ())) if told else []
+    answer = ask(http_port, f"/v2/models/{model}")
+    return sorted(int(version) for version in answer.get("versions", ())) if answer else []
 
 
 def _is_supervisor(pid: int) -> bool:

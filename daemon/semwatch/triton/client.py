@@ -23,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.models.checks import check_fit, check_inputs
+from semwatch.models.contract import check_contract
 from semwatch.models.inference import Answer, Swap
 from semwatch.models.model_repository import MODELS, Arrays, Meta
 from semwatch.triton import wire as triton_wire
@@ -162,7 +163,7 @@ class Triton:
 
     def _ask(self, version: Version, inputs: Arrays, deadline: float, priority: int) -> Arrays:
         """Answer one batch that Triton takes whole, again and later while the server is away."""
-        said: Exception | None = None
+        last_error: Exception | None = None
         for attempt in range(self._attempts):
             if attempt:
                 time.sleep(max(0.0, min(BACKOFF_S * 2 ** (attempt - 1), deadline - time.monotonic())))
@@ -171,7 +172,7 @@ class Triton:
             try:
                 answer = self._server.ask(version, inputs, deadline, priority)
             except InferenceServerException as error:
-                said = error
+                last_error = error
                 self._judge(version, error)
             except (ModelMismatch, ConfigError) as error:
                 self._server.lost()
@@ -179,7 +180,9 @@ class Triton:
             else:
                 if answer is not None:
                     return answer
-        raise ServiceUnavailable(f"Triton at {self._url} gave no {version.meta.model} answer: {words(said)}") from said
+        raise ServiceUnavailable(
+            f"Triton at {self._url} gave no {version.meta.model} answer: {words(last_error)}"
+        ) from last_error
 
     def _judge(self, version: Version, error: InferenceServerException) -> None:
         """Return where another try may help; else raise what the caller shall know."""
@@ -242,6 +245,7 @@ class Triton:
             ServiceUnavailable: the server is away.
         """
         meta = model_repository.read_meta(self._repository, model, number)
+        check_contract(meta)
         model_repository.weights_path(self._repository, model, number, meta)
         version = Version(number, meta)
         try:

@@ -97,6 +97,18 @@ def plan_sha256_key(version: int, capability: str) -> str:
     return f"plan_sha256.{version}.{capability}"
 
 
+def may_share(one: Meta, other: Meta) -> bool:
+    """Whether two versions of a model can stand under one configuration: Triton has one for all versions of a model.
+
+    They take the same inputs, and give outputs of the same names, dtypes and numbers of axes: heads differ in classes.
+    """
+
+    def outputs(meta: Meta) -> dict[str, tuple[str, int]]:
+        return {name: (tensor.dtype, len(tensor.shape)) for name, tensor in meta.outputs.items()}
+
+    return dict(one.inputs) == dict(other.inputs) and outputs(one) == outputs(other)
+
+
 def dims(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """The dims that fit every version: -1 where versions differ, as the number of classes of heads does.
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from semwatch.errors import ConfigError
+from semwatch.system import files
 
 SECRET = ".control-secret"
 """File in the view."""
@@ -38,17 +39,14 @@ def write_new(path: Path) -> str:
         ConfigError: the disk refused.
     """
     secret = secrets.token_urlsafe(_N_BYTES)
-    staging = path.with_name(f"{path.name}.new")
     try:
-        staging.unlink(missing_ok=True)
-        with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secret + "\n")
+        with files.writing(path, mode=0o600) as file:
+            file.write(f"{secret}\n".encode())
             folder = path.parent.stat()
             if folder.st_mode & stat.S_IWGRP:
                 if os.fstat(file.fileno()).st_gid != folder.st_gid:  # a folder with setgid has seen to it
                     os.fchown(file.fileno(), -1, folder.st_gid)
                 os.fchmod(file.fileno(), 0o640)
-        staging.replace(path)
     except OSError as error:
         raise ConfigError(f"Triton's secret {path} cannot be written: {error.strerror}") from error
     return secret
@@ -85,9 +83,9 @@ def grpc_headers(path: Path) -> Mapping[str, str]:
         return {}
 
 
-def is_refusal(said: str) -> bool:
+def is_refusal(message: str) -> bool:
     """Whether a server says that it wants a secret."""
-    return "protocol is restricted" in said
+    return "protocol is restricted" in message
 
 
 def why_unknown(path: Path) -> str:

@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from semwatch.errors import ConfigError, ModelMismatch
-from semwatch.models.model_repository import Meta, file_sha256
+from semwatch.models.model_repository import Meta
+from semwatch.system.files import file_sha256
 
 EngineTarget = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "fp16", "bf16"]

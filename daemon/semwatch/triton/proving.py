@@ -91,17 +91,17 @@ class Server:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            said: Exception | None = None
+            last_error: Exception | None = None
             try:
                 if self._client.is_server_live(client_timeout=_left_s(deadline)):
                     return
             except InferenceServerException as error:
-                said = error
+                last_error = error
             if time.monotonic() + _POLL_S >= deadline:
                 raise ServiceUnavailable(
-                    f"no Triton answers at {self._url} within {timeout_s:g} s ({words(said)}); start it with "
+                    f"no Triton answers at {self._url} within {timeout_s:g} s ({words(last_error)}); start it with "
                     f"`semwatch triton up`, or name its address in models.triton.url"
-                ) from said
+                ) from last_error
             time.sleep(_POLL_S)
 
     def ask(self, version: Version, inputs: Arrays, deadline: float, priority: int) -> Arrays | None:
@@ -233,8 +233,11 @@ class Server:
     def _check_signature(self, version: Version, deadline: float) -> None:
         """What the server says it serves must be what the repository says."""
         meta, number, where = version.meta, str(version.number), f"{version.name} on Triton at {self._url}"
-        told = self._client.get_model_metadata(meta.model, number, client_timeout=_left_s(deadline))
-        for kind, expected, found in (("takes", meta.inputs, told.inputs), ("gives", meta.outputs, told.outputs)):
+        described = self._client.get_model_metadata(meta.model, number, client_timeout=_left_s(deadline))
+        for kind, expected, found in (
+            ("takes", meta.inputs, described.inputs),
+            ("gives", meta.outputs, described.outputs),
+        ):
             theirs = {tensor.name: (tensor.datatype, tuple(tensor.shape[1:])) for tensor in found}
             if not _is_same(expected, theirs):
                 ours = {name: (triton_wire.DTYPES[tensor.dtype], tensor.shape) for name, tensor in expected.items()}

@@ -28,7 +28,7 @@ from typing import Any, Self
 
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.models.model_repository import MODELS
-from semwatch.system import child_server
+from semwatch.system import child_server, files
 from semwatch.triton import control
 from semwatch.triton import view as triton_view
 from semwatch.triton.setup import Installation
@@ -139,11 +139,11 @@ class LocalTriton:
         try:
             given = self._given_secret
             self._secret = control.read(given) if given else control.write_new(control.beside(self.view))
-            said = self._launch(lock_fd, deadline)
+            output = self._launch(lock_fd, deadline)
         finally:
             os.close(lock_fd)  # the server has inherited the lock
-        if said is not None:
-            raise ConfigError(self._what_to_do(said))
+        if output is not None:
+            raise ConfigError(self._what_to_do(output))
         logger.info("Triton ready at %s", self.url)
 
     def stuck_model(self) -> str | None:
@@ -201,9 +201,9 @@ class LocalTriton:
                 time.sleep(_POLL_S)
 
     def _launch(self, lock_fd: int, deadline: float) -> str | None:
-        """Start the server and wait for it; return what it said where it ended instead."""
+        """Start the server and wait for it; return its output where it ended instead."""
         asked = self._ports
-        said = ""
+        output = ""
         for _ in range(_PORT_TRIES if 0 in asked else 1):  # somebody may take a free port before the server
             self._ports = (asked[0] or child_server.free_port(), asked[1] or child_server.free_port())
             log_from = self._spawn(lock_fd)
@@ -211,20 +211,20 @@ class LocalTriton:
                 return None
             hung = self.pid is not None
             self.stop(timeout_s=1.0)
-            said = child_server.text_from(self.log, log_from)
+            output = child_server.text_from(self.log, log_from)
             if hung:
-                raise ServiceUnavailable(f"Triton was not ready within {self._timeout_s:g} s:\n{said[-2000:]}")
-            if not (taken := _TAKEN.search(said)) or int(taken[1]) in asked:
+                raise ServiceUnavailable(f"Triton was not ready within {self._timeout_s:g} s:\n{output[-2000:]}")
+            if not (taken := _TAKEN.search(output)) or int(taken[1]) in asked:
                 break
         self._ports = asked
-        return said
+        return output
 
     def _spawn(self, lock_fd: int) -> int:
         """Start the process; return where in the log its own lines begin."""
         self._sweep()
         executable = str(self._made.server / "bin" / "tritonserver")
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
-            self.log.replace(self.log.with_suffix(".log.1"))
+            files.rename(self.log, self.log.with_suffix(".log.1"))
         with self.log.open("ab") as log:
             log_from = log.tell()
             self._process = subprocess.Popen(
@@ -302,10 +302,10 @@ class LocalTriton:
         for left in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             left.unlink(missing_ok=True)
 
-    def _what_to_do(self, said: str) -> str:
-        if taken := _TAKEN.search(said):
+    def _what_to_do(self, output: str) -> str:
+        if taken := _TAKEN.search(output):
             return f"port {taken[1]} on 127.0.0.1 is taken: name a free one, or 0 to have one picked"
-        return f"Triton ended while it started; mend what it says (all of it is in {self.log}):\n{said[-2000:]}"
+        return f"Triton ended while it started; mend what it says (all of it is in {self.log}):\n{output[-2000:]}"
 
 
 # --- small questions to the system -----------------------------------------------------------------------------------

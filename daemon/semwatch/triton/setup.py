@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from semwatch.errors import ConfigError
-from semwatch.models import model_repository
+from semwatch.system import files
 from semwatch.triton.config import Target
 
 SERVER = "nvidia-pytriton==0.7.0"
@@ -103,7 +103,7 @@ def set_up(folder: Path, target: Target = "onnx-python") -> Installation:
         _command([*pip, *packages(target)], f"install {', '.join(packages(target))}")
         shutil.copy2(made.server / "python_backend_stubs" / _PYTHON / made.stub.name, made.stub)
         _check_libraries(made)
-        model_repository.write_whole(made.venv / _STAMP, json.dumps(_stamp(packages(target))).encode())
+        files.write_whole(made.venv / _STAMP, json.dumps(_stamp(packages(target))).encode())
     except OSError as error:
         raise ConfigError(f"Triton cannot be set up in {folder}: {error}") from error
     return made
@@ -119,16 +119,16 @@ def _command(command: list[str], purpose: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"could not {purpose} within {INSTALL_TIMEOUT_S:g} s; try again") from error
     except subprocess.CalledProcessError as error:
-        said = (error.stderr or error.stdout).decode("utf-8", "replace").strip()[-1500:]
-        raise ConfigError(f"could not {purpose}: {said}") from error
+        output = (error.stderr or error.stdout).decode("utf-8", "replace").strip()[-1500:]
+        raise ConfigError(f"could not {purpose}: {output}") from error
 
 
 def _check_libraries(made: Installation) -> None:
     """The stub needs libpython of this Python as a shared library; without it every model fails in riddles."""
     environment = {**os.environ, "LD_LIBRARY_PATH": made.library_path()}
-    said = subprocess.run([str(made.stub)], env=environment, capture_output=True, timeout=30, check=False).stderr
-    if b"error while loading shared libraries" in said:
+    output = subprocess.run([str(made.stub)], env=environment, capture_output=True, timeout=30, check=False).stderr
+    if b"error while loading shared libraries" in output:
         raise ConfigError(
-            f"Triton's python backend does not start: {said.decode('utf-8', 'replace').strip()}; install this Python's "
-            f"shared library (Debian: apt install libpython{_PYTHON})"
+            f"Triton's python backend does not start: {output.decode('utf-8', 'replace').strip()}; install this "
+            f"Python's shared library (Debian: apt install libpython{_PYTHON})"
         )

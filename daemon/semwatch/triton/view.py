@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.models import choice, model_repository
 from semwatch.models.model_repository import MODELS, WEIGHTS, Meta
+from semwatch.system import files
 from semwatch.triton import config as triton_config
 from semwatch.triton import plans as triton_plans
 from semwatch.triton.config import Target
@@ -95,7 +96,7 @@ class View:
             if not self._runs_the_same(settings):
                 for config in self.folder.glob(f"*/{CONFIG}"):
                     config.unlink()
-            model_repository.write_whole(self.folder / SETTINGS, settings.model_dump_json().encode())
+            files.write_whole(self.folder / SETTINGS, settings.model_dump_json().encode())
         except OSError as error:
             raise ConfigError(f"Triton's view {self.folder} cannot be made: {error}") from error
 
@@ -123,7 +124,7 @@ class View:
         return [int(version) for version in found[1].split(",")] if found else []
 
     def place(self, model: str, version: int) -> None:
-        """Let Triton hold this version too, from its next load on.
+        """Let Triton hold this version too, from its next load on; versions with another signature leave.
 
         Raises:
             ModelMismatch: the version is absent or damaged, or has no plan that was compiled from it.
@@ -135,6 +136,7 @@ class View:
         with self._held():
             self._link(weights, plans, self.folder / model / str(version))
             kept = [v for v in self.placed(model) if v != version and self._is_whole(model, v)]
+            kept = [v for v in kept if triton_config.may_share(self._meta(model, v), meta)]
             self._configure(model, [*kept, version][-MAX_PLACED:])
 
     def remove(self, model: str, version: int) -> None:
@@ -157,7 +159,7 @@ class View:
                 metas, settings.target_of(model), threads=settings.threads, environment=settings.environment,
                 plans={version: self._plans(meta, version) for version, meta in metas.items()},
             )  # fmt: skip
-            model_repository.write_whole(folder / CONFIG, text.encode())
+            files.write_whole(folder / CONFIG, text.encode())
         for entry in folder.iterdir():
             if entry.is_dir() and not (entry.name.isdigit() and int(entry.name) in versions):
                 shutil.rmtree(entry, ignore_errors=True)  # Triton has what it serves in memory
@@ -177,7 +179,7 @@ class View:
             shutil.copyfile(network, staging / "semwatch_network.py")
         staging.chmod(0o775)  # the server may be another user of the view's group
         shutil.rmtree(version, ignore_errors=True)
-        staging.rename(version)
+        files.place_folder(staging, version)
 
     def _plans(self, meta: Meta, version: int) -> Mapping[str, Plan]:
         settings = self._settings()
@@ -236,7 +238,7 @@ class View:
 def _is_placed(plan: Plan, folder: Path) -> bool:
     """Whether this very plan lies in a version's folder of the view: one that was compiled anew is another."""
     placed = folder / plan.file_name
-    return placed.is_file() and model_repository.file_sha256(placed) == plan.manifest.plan_sha256
+    return placed.is_file() and files.file_sha256(placed) == plan.manifest.plan_sha256
 
 
 def beside(repository: Path) -> Path:

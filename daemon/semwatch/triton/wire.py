@@ -31,7 +31,7 @@ def joined(meta: Meta, answers: Sequence[Arrays]) -> dict[str, NDArray[np.float3
     """Put the answers of parts together again; of none, empty arrays of the right shapes."""
     if len(answers) == 1:
         return dict(answers[0])
-    empty = {name: np.empty((0, *tensor.shape), np.float32) for name, tensor in meta.outputs.items()}
+    empty = {name: np.empty((0, *tensor.shape), tensor.dtype) for name, tensor in meta.outputs.items()}
     return {name: np.concatenate([empty[name], *(answer[name] for answer in answers)]) for name in meta.outputs}
 
 

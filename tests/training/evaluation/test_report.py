@@ -115,7 +115,7 @@ def test_a_report_cut_short_leaves_no_json_of_the_one_before(tmp_path: Path, mon
     def full(target: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "_write_whole", full)
+    monkeypatch.setattr(report, "write_whole", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, "second", [], {"ROC": a_figure()}, FROM)
     assert [p.name for p in tmp_path.iterdir()] == ["report.md"]

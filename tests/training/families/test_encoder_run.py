@@ -16,17 +16,21 @@ from progress import quiet
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
+from semwatch.system.files import file_sha256
 from semwatch_training import __main__ as command_line
 from semwatch_training.discovery.head import save_head
+from semwatch_training.families.exported import Exported
 from semwatch_training.families.ni import train_detector
 from semwatch_training.families.ni.ni_detector import NIDetector
+from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit import self_supervision, unlabelled_crops
 from semwatch_training.families.smg_vit.encoder_run import CropSource, train_encoder
+from semwatch_training.families.smg_vit.export import form_text
 from semwatch_training.families.smg_vit.self_supervision import Schedule
 from semwatch_training.families.smg_vit.smg_vit import EncoderGraph, SmgVit
 from semwatch_training.families.smg_vit.unlabelled_crops import Crops
 from semwatch_training.publishing import build_repository
-from semwatch_training.publishing.build_repository import build, form_text, served_form
+from semwatch_training.publishing.build_repository import build, served_form
 from semwatch_training.trunks import backbone
 from tiny_models import DETECTOR, ENCODER, SHAPE, head, trunk
 
@@ -49,8 +53,8 @@ def tiny_backbone() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(build_repository, "publish_detector", lambda *_, **__: 1)  # not what is tested, and slow
-        for module in (build_repository, command_line):
+        patch.setattr(build_repository, "_publish_detector", lambda *_, **__: 1)  # not what is tested, and slow
+        for module in (smg_vit_export, command_line):
             patch.setattr(module, "EncoderForm", lambda: ENCODER)
         yield
 
@@ -292,26 +296,29 @@ def test_trained_encoder_answers_what_torch_computes_and_names_its_file(built) -
     assert np.allclose(found, expected, atol=1e-4)
     assert np.allclose(found[:, :FROZEN], untrained[:, :FROZEN], atol=1e-5)
     assert np.abs(found[:, FROZEN:] - untrained[:, FROZEN:]).max() > 1e-3
-    assert provenance["trained_layers"] == model_repository.file_sha256(weights / "encoder.safetensors")
+    assert provenance["trained_layers"] == file_sha256(weights / "encoder.safetensors")
     assert provenance["frozen_width"] == FROZEN
     assert provenance["n_crops"] == 8
 
 
 def test_second_build_publishes_nothing_and_one_without_the_file_the_trunks_own_layers(copied, monkeypatch) -> None:
     repository, weights = copied
-    published: list[tuple[EncoderGraph, dict[str, object]]] = []
+    published: list[tuple[Exported, dict[str, object]]] = []
 
-    def noted(graph: EncoderGraph, repository: Path, *, provenance: dict[str, object]) -> int:
-        published.append((graph, provenance))
+    def noted(exported: Exported, repository: Path, *, provenance: dict[str, object]) -> int:
+        published.append((exported, provenance))
         return 2
 
-    monkeypatch.setattr(build_repository, "publish_encoder", noted)
+    monkeypatch.setattr(build_repository, "publish", noted)
     assert publish(repository, weights) == ["detector 1", "encoder 1"]
     assert not published
     (weights / "encoder.safetensors").unlink()
     assert publish(repository, weights) == ["detector 1", "encoder 2"]
-    ((graph, provenance),) = published
+    ((exported, provenance),) = published
     assert set(provenance) == {"made_from"}
+    assert "trained_layers" not in exported.meta.provenance
+    graph = exported.graph
+    assert isinstance(graph, EncoderGraph)
     own = SmgVit(trunk(), ENCODER).guided.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in graph.vit.guided.state_dict().items())
 
@@ -323,7 +330,7 @@ def test_encoder_file_of_another_trunk_or_form_is_refused(copied, monkeypatch) -
         with pytest.raises(ConfigError, match=r"encoder.safetensors holds no encoder .*other frozen layers"):
             publish(repository, weights)
     with monkeypatch.context() as patch:
-        patch.setattr(build_repository, "EncoderForm", lambda: replace(ENCODER, initial_scale=2.0))
+        patch.setattr(smg_vit_export, "EncoderForm", lambda: replace(ENCODER, initial_scale=2.0))
         with pytest.raises(ConfigError, match="of another form"):
             publish(repository, weights)
     (weights / "encoder.safetensors").write_bytes(b"no safetensors")
@@ -342,7 +349,7 @@ def test_head_goes_with_the_encoder_that_it_was_fitted_on_and_with_no_other(copi
         patch.setattr(build_repository, "publish_head", lambda *_, **__: 1)
         assert publish(repository, weights, with_head=True) == ["detector 1", "encoder 1", "head 1"]
     (weights / "encoder.safetensors").unlink()
-    monkeypatch.setattr(build_repository, "publish_encoder", lambda *_, **__: 2)
+    monkeypatch.setattr(build_repository, "publish", lambda *_, **__: 2)
     with pytest.raises(ConfigError, match="fitted on another encoder"):
         publish(repository, weights, with_head=True)
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from semwatch.models import model_repository
+from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit, pool, pool_difference
-from semwatch_training.publishing.export import parity, publish_encoder, random_inputs
+from semwatch_training.publishing.export import parity, publish, random_inputs
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import VisionTransformer
 from tiny_models import ENCODER, SHAPE, encoder_graph, trunk
@@ -238,7 +239,7 @@ def test_each_crop_of_a_batch_is_turned_by_itself() -> None:
 def test_two_trunks_export_with_any_batch(tmp_path) -> None:
     form = second_form(second_surroundings=True, second_turns=4)
     graph = EncoderGraph(SmgVit(trunk(), form), second_trunk()).eval()
-    version = publish_encoder(graph, tmp_path, provenance={})  # refuses itself where ONNX differs from torch
+    version = publish(smg_vit_export.exported(graph), tmp_path)  # refuses itself where ONNX differs from torch
     meta = model_repository.read_meta(tmp_path, "encoder", version)
     assert meta.outputs["features"].shape == (graph.width,)
     path = tmp_path / "encoder" / str(version) / model_repository.WEIGHTS

@@ -182,10 +182,10 @@ def test_features_of_another_encoder_are_refused() -> None:
 
 
 def test_progress_names_the_steps() -> None:
-    told: list[tuple[str, int, int]] = []
-    find(bank_of(10), crops([5] * 10, seed=14), frozen_width=WIDTH, seed=0, progress=lambda *step: told.append(step))
-    assert told[0] == ("number of classes", 0, 1)
-    assert told[-1] == ("heads", 60, 60)
+    steps: list[tuple[str, int, int]] = []
+    find(bank_of(10), crops([5] * 10, seed=14), frozen_width=WIDTH, seed=0, progress=lambda *step: steps.append(step))
+    assert steps[0] == ("number of classes", 0, 1)
+    assert steps[-1] == ("heads", 60, 60)
 
 
 # ---- a person asks for a split ----

@@ -86,7 +86,7 @@ def test_what_is_written_is_read_back_and_says_its_schema(tmp_path: Path) -> Non
 
 def test_words_of_a_published_cycle_tell_all_numbers(tmp_path: Path) -> None:
     words = words_of(tmp_path, report_of())
-    for said in (
+    for text in (
         "**Published head 4**, after head 3.",
         "210 unknowns were claimed, 12 of them duplicates",
         "17 classes were estimated, between 16 and 18 with 90 % probability; 16 are known",
@@ -96,7 +96,7 @@ def test_words_of_a_published_cycle_tell_all_numbers(tmp_path: Path) -> None:
         "Unknown of all 30 golden crops: 10.0 % -> 10.0 %.",
         "nothing is proven of them: void.",
     ):
-        assert said in words
+        assert text in words
     rows = {line.split("|")[1].strip(): line.split("|") for line in words.splitlines() if line.startswith("|")}
     assert [cell.strip() for cell in rows["novel-2"][2:9]] == [
         *("7", "0.310", "bridge", "0.900", "1", "proposed", "has 7 crops; asked are 12")

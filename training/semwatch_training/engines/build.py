@@ -17,8 +17,9 @@ from onnx import ModelProto
 
 from semwatch.errors import ConfigError, PublishError
 from semwatch.models import choice, model_repository
-from semwatch.models.model_repository import MODELS, Arrays, Meta, write_whole
+from semwatch.models.model_repository import MODELS, Arrays, Meta
 from semwatch.system.clock import utc_now
+from semwatch.system.files import place_folder, rename, write_whole
 from semwatch.triton.plans import (
     LOG,
     MANIFEST,
@@ -229,8 +230,8 @@ def _make(out: Path, wanted: Manifest, ready: _Prepared, toolkit: ModuleType | N
         done |= {"plan_sha256": sha256(made.plan), "plan_bytes": len(made.plan), "seconds": round(made.seconds, 2)}
         files |= {PLAN: made.plan, LOG: "".join(f"{line}\n" for line in made.log).encode()}
         files |= {TIMING_CACHE: made.timings} if made.timings else {}
-        ran, said = _on_gpu(toolkit, wanted, made.plan, ready, inputs)
-        done |= {"gpu": said, "parity": (*ready.parity, *ran)}
+        ran, gpu_note = _on_gpu(toolkit, wanted, made.plan, ready, inputs)
+        done |= {"gpu": gpu_note, "parity": (*ready.parity, *ran)}
     manifest = wanted.model_copy(update=done)
     _place(folder, files | {MANIFEST: (manifest.model_dump_json(indent=1) + "\n").encode()})
     return manifest
@@ -249,21 +250,21 @@ def _on_gpu(
     return [ran], str(torch.cuda.get_device_name())
 
 
-def _place(folder: Path, files: Mapping[str, bytes]) -> None:
+def _place(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write a folder whole; one that is there already makes way."""
     staging: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
-        for name, content in files.items():
+        for name, content in contents.items():
             write_whole(staging / name, content)
         staging.chmod(0o755)
         if folder.exists():
-            folder.rename(before := staging.with_name(f"{staging.name}-before"))
-            staging.rename(folder)
+            rename(folder, before := staging.with_name(f"{staging.name}-before"))
+            place_folder(staging, folder)
             shutil.rmtree(before)
         else:
-            staging.rename(folder)
+            place_folder(staging, folder)
     except OSError as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -273,5 +274,4 @@ def _place(folder: Path, files: Mapping[str, bytes]) -> None:
 def _inputs(repository: Path, images: Path | None, n: int) -> dict[str, Arrays]:
     """What each model is fed with when the line reviews images."""
     versions = {model: choice.choice(repository, model) for model in ("detector", "encoder")}
-    side = model_repository.read_meta(repository, "detector", versions["detector"]).inputs["image"].shape[0]
-    return parity.looked_at(repository, side, versions, parity.read_pages(images, n))
+    return parity.looked_at(repository, versions, parity.read_pages(images, n))

@@ -67,5 +67,5 @@ def export(
             manifest.gpu.split(":")[0],
         )
     console.print(table)
-    for said in sorted({manifest.gpu for manifest, _ in made if manifest.gpu.startswith("skipped")}):
-        console.print(f"run on a GPU: {said}", highlight=False)
+    for note in sorted({manifest.gpu for manifest, _ in made if manifest.gpu.startswith("skipped")}):
+        console.print(f"run on a GPU: {note}", highlight=False)

@@ -20,7 +20,7 @@ from onnx import ModelProto
 from semwatch.defects import Micrograph
 from semwatch.errors import PublishError
 from semwatch.intake import decoding
-from semwatch.line.detection import resize
+from semwatch.line import inputs as line_inputs
 from semwatch.line.pipeline import search
 from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import Arrays, Meta
@@ -65,24 +65,24 @@ def differences(expected: Arrays, given: Arrays) -> dict[str, float]:
 
 
 def looked_at(
-    repository: Path, side: int, versions: Mapping[str, int], pages: list[Micrograph]
+    repository: Path, versions: Mapping[str, int], pages: list[Micrograph]
 ) -> dict[str, Arrays]:  # fmt: skip
     """What the models are fed with when they review these pages: fields, crops of candidates, features.
 
-    The first candidate of each page is cropped; ``side`` is the detector's, in pixels.
+    The first candidate of each page is cropped.
     """
-    inputs: dict[str, Arrays] = {"detector": {"image": np.stack([resize(p.field, (side, side)) for p in pages])}}
     recipe = Recipe()
     recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})
     with Embedded(repository, models=("detector", "encoder"), pins=dict(versions)) as models:
+        fields = [line_inputs.for_detector(models.meta("detector"), page.field) for page in pages]
         candidates = [c for page in pages for c in search(page, recipe, models).candidates[:1]]
-        crops: Arrays = {
-            "crop": np.stack([c.crop for c in candidates]),
-            "soft_mask": np.stack([c.soft_mask for c in candidates]),
-            "size": np.stack([c.size for c in candidates]),
-        }
+        crops = line_inputs.for_encoder(models.meta("encoder"), candidates)
         features = [models.infer("encoder", part).outputs["features"] for part in _batches(crops)]
-    return {**inputs, "encoder": crops, "head": {"features": np.concatenate(features)}}
+    return {
+        "detector": {name: np.concatenate([field[name] for field in fields]) for name in fields[0]},
+        "encoder": crops,
+        "head": line_inputs.for_head(np.concatenate(features)),
+    }
 
 
 def read_pages(folder: Path | None, n: int) -> list[Micrograph]:

@@ -73,9 +73,9 @@ def load_toolkit(target: str, capabilities: Sequence[int]) -> ModuleType:
     else:
         offered = [here] if (here := gpu()) else []
     if missing := [capability for capability in capabilities if capability not in offered]:
-        told = ", ".join(map(str, sorted(offered))) or "only for the GPU of this machine, which has none"
+        offer = ", ".join(map(str, sorted(offered))) or "only for the GPU of this machine, which has none"
         hint = "" if kit.ahead_of_time else "; --target tensorrt-rtx compiles for GPUs that are not there"
-        raise ConfigError(f"{target} {trt.__version__} cannot compile for {missing} here, but for {told}{hint}")
+        raise ConfigError(f"{target} {trt.__version__} cannot compile for {missing} here, but for {offer}{hint}")
     return trt
 
 
@@ -177,5 +177,5 @@ def _log(trt: Any) -> Any:
 
 
 def _errors(lines: Sequence[str]) -> str:
-    said = [line.split(": ", maxsplit=1)[1] for line in lines if line.startswith(("ERROR", "INTERNAL_ERROR"))]
-    return "; ".join(dict.fromkeys(said)) or "it did not say why"
+    errors = [line.split(": ", maxsplit=1)[1] for line in lines if line.startswith(("ERROR", "INTERNAL_ERROR"))]
+    return "; ".join(dict.fromkeys(errors)) or "it did not say why"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
+from semwatch.line import inputs
 from semwatch.line.detection import detect, resize
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
@@ -35,7 +36,7 @@ def binarization(models: Embedded, fields: Mapping[str, Iterable[Field]], n: int
         models: with a detector.
         fields: n in all, by name of their group, such as a process stage; those without a true mask are left out.
         n: for the progress.
-        progress: told after every field.
+        progress: called after every field.
 
     Raises:
         ConfigError: no field of a group has a true mask.
@@ -47,7 +48,8 @@ def binarization(models: Embedded, fields: Mapping[str, Iterable[Field]], n: int
         for field in members:
             done += 1
             if field.mask.any():
-                maps.append(detect(_page(field), models)[0].values)
+                asked = inputs.for_detector(models.meta("detector"), _page(field).field)
+                maps.append(detect(asked, models)[0].values)
                 truths.append(field.mask)
             progress("fields", done, n)
     return mask_table(groups, title="Binarisation of score maps")
@@ -104,7 +106,7 @@ def mask_and_crop(
 
 def _by_masking(field: Field, models: Embedded, recipe: Recipe) -> Mapping[str, NDArray[np.float32]]:
     cropped = given(field.mask, _page(field), recipe, models)
-    side = models.meta("encoder").inputs["crop"].shape[0]
+    side = inputs.crop_px(models.meta("encoder"))
     blank = np.zeros_like(cropped.soft_mask)
     whole = replace(cropped, crop=resize(field.image, (side, side)), soft_mask=blank)
     return {

@@ -83,20 +83,20 @@ def cross_process(
             )
             for seed in seeds
         }
-        for told, n in (("normals", n_planted), ("labelled", n_planted + n_labelled)):
+        for labels_of, n in (("normals", n_planted), ("labelled", n_planted + n_labelled)):
             graphs = []
             for seed, (evidence, cover) in samples.items():
                 torch.manual_seed(seed)
                 detector = NIDetector(form)
                 if detector.branch is None:
                     raise ValueError("a cross-process detector has a branch")
-                shown, work = Samples(evidence[:n], cover[:n]), folder / f"{stage}-{told}-{seed}"
+                shown, work = Samples(evidence[:n], cover[:n]), folder / f"{stage}-{labels_of}-{seed}"
                 train_branch(detector.branch, shown, replace(schedule, seed=seed), work, progress=progress)
                 graphs.append(_graph(detector, convolutional))
             engine = Engine(tuple(graphs), form.input_px, "none")
             for other in STAGES:
                 scores = detection_scores(engine, fields[other], progress=progress)
-                rows.append((stage, told, f"{other}{'' if other != stage else ' (seen)'}", *scores))
+                rows.append((stage, labels_of, f"{other}{'' if other != stage else ' (seen)'}", *scores))
     note = (
         f"Trained on {n_normal} normal fields of one stage, each also with a pseudo-defect, and {n_backgrounds} "
         f"procedural backgrounds; 'labelled' adds {n_labelled} of the stage's own defects with masks. "
@@ -164,7 +164,7 @@ def k_shot(
         seeds: of the draw, the views and the memory.
         support_set_free: engines by name.
         form: of the memory.
-        progress: told all along.
+        progress: called all along.
 
     Raises:
         ConfigError: a shot of no image, or of more than there are normal ones.
@@ -234,7 +234,7 @@ def normal_tokens(
         tokens: values of M.
         schedule: of each training.
         seeds: of weights and batches.
-        progress: told all along.
+        progress: called all along.
     """
     rows: list[tuple[Cell, ...]] = []
     for m in tokens:

@@ -142,13 +142,13 @@ def detection(
         found = [detection_metrics.class_auroc(run.raw, labels, DEFECT_FREE) for run in runs]
         class_rows.append((name, *(Spread.of([f[c] for f in found]) for c in classes)))
     size = "x".join(map(str, detection_metrics.SIZE_HW))
-    said = (
+    note = (
         f"{note} {len(kept)} fields, {int((~defective).sum())} normal; pixel figures at {size} over {len(drawn)} of "
         f"them; the gate is set for {false_alarm_rate:.0%} false alarms from held-out normal images: fewer is better."
     )
     header = ("engine", "normals shown", "image AUROC", "AP", "F1-max", "pixel AUROC", "AUPRO", "false alarms")
     tables = [
-        Table("Detection", header, tuple(rows), said),
+        Table("Detection", header, tuple(rows), note),
         Table("Detection by class, image AUROC", ("engine", *classes), tuple(class_rows)),
     ]
     best = next(iter(judged))

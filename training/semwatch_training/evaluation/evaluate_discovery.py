@@ -50,7 +50,7 @@ def discovery_in_turn(
         groups: classes that are novel together, by name; None: each class alone.
         of: what a group is, such as "stage"; for the titles.
         settings: of the heads.
-        progress: told after every problem.
+        progress: called after every problem.
 
     Returns:
         Mean and spread over groups and seeds, then ARI of each group, and a map of the features.
@@ -121,7 +121,7 @@ def discovery_of_images(
         frozen_width: leading features that discovery reads.
         seeds: of clustering and heads.
         settings: of the heads.
-        progress: told after every seed.
+        progress: called after every seed.
 
     Raises:
         ConfigError: the base holds no defect, or what ``discover`` refuses, such as fewer crops than classes.

@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from rich.text import Text
 
 from semwatch.errors import ConfigError
+from semwatch.system.files import write_whole
 from semwatch_training.metrics.uncertainty import Rate, Spread
-from semwatch_training.system import weights_file
 
 Cell = str | int | float | Spread | Rate | None
 
@@ -126,14 +126,14 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").unlink(missing_ok=True)
     for caption, figure in figures.items():
-        _write_whole(folder / files[caption], _png(figure))
+        write_whole(folder / files[caption], _png(figure))
     head = {**asdict(provenance), "seeds": list(provenance.seeds), "version": version("semwatch")}
     text = [f"# {title}\n", _head(head), *(markdown(t) for t in tables)]
     text += [f"![{_escaped(caption)}]({file})\n\n{caption}\n" for caption, file in files.items()]
-    _write_whole(folder / "report.md", "\n".join(text).encode())
+    write_whole(folder / "report.md", "\n".join(text).encode())
     pictures = [{"caption": caption, "file": file} for caption, file in files.items()]
     content = {"schema": SCHEMA, "title": title, **head, "tables": [as_dict(t) for t in tables], "figures": pictures}
-    _write_whole(folder / "report.json", (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)).encode())
+    write_whole(folder / "report.json", (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)).encode())
 
 
 def _words(cell: Cell) -> str:
@@ -189,9 +189,3 @@ def _png(figure: Figure) -> bytes:
     content = BytesIO()
     figure.savefig(content, format="png", dpi=PICTURE_DPI, metadata={"Software": None})
     return content.getvalue()
-
-
-def _write_whole(target: Path, content: bytes) -> None:
-    partial = target.with_name(f".{target.name}.tmp")
-    partial.write_bytes(content)
-    weights_file.place(partial, target)

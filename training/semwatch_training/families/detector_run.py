@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
-from semwatch.models import model_repository
+from semwatch.system import files
 from semwatch_training.data import datasets
 from semwatch_training.data.backgrounds import backgrounds
 from semwatch_training.families.branch.branch_views import Image, Mask, synthetic_fields, synthetic_views, views
@@ -68,7 +68,7 @@ def train_default(
         images: what to learn from.
         schedule: how; its seed also decides views and first weights.
         cache: where the converted trunk is kept.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Returns:
         Raw scores of the held-out normal images.
@@ -138,7 +138,7 @@ def train_reconstruction(
         normals: folder of normal images; None for ``n`` synthetic ones.
         n: synthetic images.
         held_out: normal images kept for the gate; of a folder at most a quarter.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Returns:
         Raw scores of the held-out normal images.
@@ -163,7 +163,7 @@ def train_reconstruction(
     scores = train_detector.raw_scores(graph.eval(), kept, held_out, progress=progress)
     provenance: Provenance = {
         "normals": "synthetic BEOL, DEP, DPR" if normals is None else f"{n} images of a folder",
-        "backbone": backbone.WHEEL_SHA256 if checkpoint is None else model_repository.file_sha256(checkpoint),
+        "backbone": backbone.WHEEL_SHA256 if checkpoint is None else files.file_sha256(checkpoint),
         "n_train": n,
         "epochs": schedule.epochs,
         "batch": schedule.batch,
@@ -186,7 +186,7 @@ def claim(work: Path, run: str) -> None:
     if note.exists() and note.read_text() != run:
         raise ConfigError(f"{work} holds another run ({note.read_text()}); remove it or give another --out")
     work.mkdir(parents=True, exist_ok=True)
-    note.write_text(run)
+    files.write_whole(note, run.encode())
 
 
 def _device() -> str:

@@ -24,7 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from semwatch.line.detection import resize
-from semwatch.models.model_repository import Arrays, write_whole
+from semwatch.models.model_repository import Arrays
+from semwatch.system import files
 from semwatch.system.clock import utc_now
 from semwatch_training.engines import parity
 from semwatch_training.families.ni.ni_detector import DetectorGraph
@@ -266,5 +267,5 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _write(out: Path, report: Report) -> None:
-    write_whole(out / "report.json", (report.model_dump_json(indent=1) + "\n").encode())
-    write_whole(out / "report.txt", table(report).encode())
+    files.write_whole(out / "report.json", (report.model_dump_json(indent=1) + "\n").encode())
+    files.write_whole(out / "report.txt", table(report).encode())

@@ -1,7 +1,7 @@
 """Classes among unknowns: how many, which unknowns make each, how compact it is, and what known class lies nearest.
 
 The number of classes and the classes themselves are found among unknowns and the labelled bank together: an unknown
-that is nothing new joins a known class and bothers nobody. Distances and silhouettes are those of the space that
+that is nothing new joins a known class and needs no decision. Distances and silhouettes are those of the space that
 discovery heads read: directions whitened by how samples of one known class differ, unit length (0 to 2 apart).
 """
 
@@ -23,11 +23,11 @@ from semwatch_training.discovery.whitening import principal_components
 from semwatch_training.system.progress_bars import Progress
 
 COHESIVE = 0.05
-"""Mean silhouette from which a class counts as one that stands out; the recipe's own bar comes later."""
+"""Mean silhouette from which a class counts as one that stands out; the recipe's own threshold comes later."""
 MAX_SOUGHT = 400
 """Unknowns among which classes are sought at once."""
 MAX_BANK = 2000
-"""Labelled crops that take part; of more, the largest classes are thinned: the rest says nothing new of novel ones."""
+"""Labelled crops that take part; of more, the largest classes are thinned: the rest adds nothing about novel ones."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +85,7 @@ def find(
         frozen_width: leading features that are read, see ``HeadFit``; with the trained ones too, fewer compact classes
             were found on development crops.
         seed: of thinning, clustering and heads.
-        progress: told after every step.
+        progress: called after every step.
 
     Raises:
         ConfigError: features that are not finite, or of another width than the bank's.
@@ -168,7 +168,7 @@ def _described(
     k: KEstimate,
     n: int,
 ) -> Candidates:
-    """Say what discovery found; the labelled come first in ``space`` (n, d), the m unknowns after them."""
+    """Candidates that discovery found; the labelled come first in ``space`` (n, d), the m unknowns after them."""
     unknown = labels < 0
     distances = np.sqrt(squared_distances(space, space))
     np.fill_diagonal(distances, 0.0)
@@ -217,9 +217,9 @@ def _check(bank: Bank, features: NDArray[np.float32]) -> None:
     _check_finite(bank.features, "crops of the bank")
 
 
-def _check_finite(features: NDArray[np.float32], whose: str) -> None:
+def _check_finite(features: NDArray[np.float32], of_what: str) -> None:
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
         raise ConfigError(
-            f"features of {len(bad)} {whose} hold NaN or infinity, the first at row {bad[0]}; encode them again"
+            f"features of {len(bad)} {of_what} hold NaN or infinity, the first at row {bad[0]}; encode them again"
         )

@@ -1,4 +1,4 @@
-"""The report of one learning cycle: what was claimed, what was found, what the gate said, and how long it took.
+"""The report of one learning cycle: what was claimed, what was found, how the gate judged, and how long it took.
 
     <folder>/report.json     ``CycleReport``, schema 1; written last: where it stands, all stand
     <folder>/report.md       the same in plain words
@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from semwatch.errors import ConfigError
+from semwatch.errors import ConfigError, first_fault
 from semwatch.models.head_bank import Bank
-from semwatch.models.model_repository import write_whole
-from semwatch.store.review_record import first_fault
+from semwatch.system.files import write_whole
 from semwatch_training.evaluation.feature_map import feature_map
 from semwatch_training.evaluation.plots import styled
 from semwatch_training.evaluation.report import Cell, Table, markdown
@@ -83,7 +82,7 @@ class GoldenRecord(_Record):
 
 
 class JudgementRecord(_Record):
-    """What the golden set says under one recipe."""
+    """Judgement on the golden set under one recipe."""
 
     recipe: str
     n_golden: int
@@ -95,7 +94,7 @@ class JudgementRecord(_Record):
 
 
 class CycleReport(_Record):
-    """Everything said of one cycle."""
+    """The report of one cycle."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     started_utc: str
@@ -126,7 +125,7 @@ def write(
 
     Args:
         folder: made if absent; a report there is replaced.
-        report: what to say.
+        report: the content.
         examples: crops (n, S, S) by name of the cluster, the most typical first; 12 at most are shown, and none is
             drawn of a cluster without crops.
         mapped: crops to draw in two dimensions, clusters under their names; None: no map.
@@ -168,7 +167,7 @@ def read(folder: Path) -> CycleReport:
 
 
 def judgement_record(recipe: str, judgement: Judgement) -> JudgementRecord:
-    """Say a judgement in the words of the JSON."""
+    """Convert a judgement into a record of the report."""
     return JudgementRecord(
         recipe=recipe,
         n_golden=judgement.n_golden,

@@ -1,4 +1,4 @@
-"""What a cycle learns from: unknowns claimed in Redis, kept in the archive, sorted out, seen by the encoder."""
+"""Unknowns that a cycle learns from: claimed in Redis, kept in the archive, sorted, encoded."""
 
 import hashlib
 import json
@@ -10,27 +10,28 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
-import redis
 from numpy.typing import NDArray
 
-from semwatch.classes.archive import Archive
-from semwatch.classes.archive import State as Settled
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.line import inputs as line_inputs
 from semwatch.line.classification import size_feature
+from semwatch.line.inputs import KeptView
+from semwatch.models.contract import OF_A_CROP
 from semwatch.models.inference import Embedded
-from semwatch.models.model_repository import Arrays
 from semwatch.settings.site import Site
 from semwatch.streams import records, unknowns
 from semwatch.streams.records import Record
-from semwatch.streams.unknowns import Claimed, Consumer
+from semwatch.streams.unknowns import Claimed, Client, Consumer
 from semwatch.system.clock import moment_of, utc_of
+from semwatch_training.learning.archive import Archive
+from semwatch_training.learning.archive import State as Settled
 
 CLAIM = 250
 """Records of one claim: some 12 MB."""
 MAX_DELIVERIES = 25
-"""Above, a record is a dead letter: as many cycles died with it in their hands."""
+"""Above, a record is a dead letter: as many cycles died with it claimed."""
 ABANDONED_S = 3600.0
-"""What another learner has held for so long it will not finish."""
+"""After this time, claims of another learner count as abandoned."""
 ACK_ATTEMPTS, ACK_PAUSE_S = 5, 1.0
 """An acknowledgement outlasts a restart of Redis."""
 EMBED_BATCH = 16
@@ -40,20 +41,20 @@ OUT_OF_BOUNDS = 2**31
 """No page, place or area of a micrograph is as large."""
 
 Progress = Callable[[str, int, int], None]
-Fate = tuple[Settled, str]
-"""What became of a record, and a note on it."""
+Settlement = tuple[Settled, str]
+"""State that a record is settled in, and a note on it."""
 
 
-# --- records in our hands --------------------------------------------------------------------------------------------
+# --- claimed records -------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class Held:
-    """Records in our hands; whatever is not acknowledged goes back."""
+class Claims:
+    """Records that this cycle has claimed; those that are not acknowledged go back."""
 
     queue: Consumer[Record]
-    claims: dict[str, list[Claimed[Record]]] = field(default_factory=dict)
-    """By record id: one record may stand in two entries, which share its fate."""
+    by_id: dict[str, list[Claimed[Record]]] = field(default_factory=dict)
+    """By record id; one record may have two entries, which are settled together."""
 
     def take(self, n: int, progress: Progress) -> list[Record]:
         """Claim up to n entries, those of a cycle that died first; return their records, each once.
@@ -64,10 +65,10 @@ class Held:
         n_held = 0
         while n_held < n and (batch := self.queue.claim(min(CLAIM, n - n_held), min_idle_s=ABANDONED_S)):
             for item in batch:
-                self.claims.setdefault(item.record.id, []).append(item)
+                self.by_id.setdefault(item.record.id, []).append(item)
             n_held += len(batch)
             progress("claimed", n_held, n_held)
-        return [items[0].record for items in self.claims.values()]
+        return [items[0].record for items in self.by_id.values()]
 
     def put_aside(self, id_: str, reason: str) -> None:
         """Make a record a dead letter; where Redis is too full for one, it goes back.
@@ -75,15 +76,15 @@ class Held:
         Raises:
             ServiceUnavailable: Redis is away.
         """
-        self.claims[id_] = [item for item in self.claims[id_] if not self.queue.dead_letter(item, reason)]
+        self.by_id[id_] = [item for item in self.by_id[id_] if not self.queue.dead_letter(item, reason)]
 
     def acknowledge(self, ids: Sequence[str]) -> None:
-        """Say that these records are done; of those that we do not hold, nothing.
+        """Acknowledge these records; those that are not claimed here are passed over.
 
         Raises:
             ServiceUnavailable: Redis stayed away; the next cycle acknowledges them and learns nothing twice.
         """
-        done = [item for id_ in ids for item in self.claims.get(id_, ())]
+        done = [item for id_ in ids for item in self.by_id.get(id_, ())]
         for attempt in range(1, ACK_ATTEMPTS + 1):
             try:
                 _in_batches(self.queue.ack, done)
@@ -93,22 +94,26 @@ class Held:
                     raise
                 time.sleep(ACK_PAUSE_S * attempt)
         for id_ in ids:
-            self.claims.pop(id_, None)
+            self.by_id.pop(id_, None)
 
     def give_back(self) -> None:
         """Return all that was not acknowledged; where Redis is away, it comes free by itself."""
         with suppress(ServiceUnavailable):
-            _in_batches(self.queue.give_back, [item for items in self.claims.values() for item in items])
-        self.claims = {}
+            _in_batches(self.queue.give_back, [item for items in self.by_id.values() for item in items])
+        self.by_id = {}
 
 
-def consumer(client: redis.Redis, prefix: str) -> Consumer[Record]:
-    """The learner of this machine: under the same name it finds again what a killed cycle held."""
-    name = f"retrain-{socket.gethostname()}"
-    return Consumer(client, records.UNKNOWNS, decoded, name=name, prefix=prefix, max_deliveries=MAX_DELIVERIES)
+def learner() -> str:
+    """Name of the learner of this machine, the same after a restart: what a killed cycle had claimed is found again."""
+    return f"retrain-{socket.gethostname()}"
 
 
-def connect(site: Site) -> tuple[redis.Redis, str]:
+def consumer(client: Client, prefix: str) -> Consumer[Record]:
+    """The learner of this machine."""
+    return Consumer(client, records.UNKNOWNS, decoded, name=learner(), prefix=prefix, max_deliveries=MAX_DELIVERIES)
+
+
+def connect(site: Site) -> tuple[Client, str]:
     """A client of the site's Redis, and the prefix of its keys.
 
     Raises:
@@ -148,17 +153,17 @@ def _in_batches(act: Callable[[Sequence[Claimed[Record]]], int], claims: Sequenc
         act(claims[start : start + CLAIM])
 
 
-# --- what there is to learn from them --------------------------------------------------------------------------------
+# --- sorting them ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sorted:
-    """Records, told apart."""
+class SortedUnknowns:
+    """Claimed records by what is to be done with them."""
 
     fresh: tuple[Record, ...]
     """To learn from, oldest first."""
     done: tuple[str, ...]
-    """Ids of those that need no learning. The archive says why, so they can be acknowledged."""
+    """Ids of those that need no learning. The archive holds the reason, so they can be acknowledged."""
     unfit: Mapping[str, str]
     """Why nothing can be learned from these, by id."""
     n_duplicates: int
@@ -169,35 +174,36 @@ def sort_out(
     found: Sequence[Record],
     archive: Archive,
     *,
-    fates: Mapping[str, Fate],
+    settlements: Mapping[str, Settlement],
     fault: Callable[[Record], str | None],
     forget_days: float,
     now_utc: str,
-) -> Sorted:
-    """Keep every record in the archive, and tell what is fresh from what needs no learning.
+) -> SortedUnknowns:
+    """Keep every record in the archive, and separate fresh ones from those that need no learning.
 
-    Needs none: what an earlier cycle settled, what has its fate, a second record of one defect (the same place of the
-    same file under another recipe, or the same pixels), what has waited too long.
+    No learning is needed for a record that an earlier cycle settled, that is settled by the head or by people, that
+    repeats one defect (the same place of the same file under another recipe, or the same pixels), or that waited too
+    long.
 
     Args:
         found: records, each once.
         archive: keeps them, and what became of them.
-        fates: by id: what the head in service was fitted on, what people rejected.
-        fault: says why nothing can be learned from a record, or None.
+        settlements: by id: records that the head in service was fitted on, and records that people rejected.
+        fault: returns why nothing can be learned from a record, or None.
         forget_days: how long a record may wait.
         now_utc: the time.
     """
     archive.add(found, now_utc=now_utc)
     states = archive.state_of([record.id for record in found])
     too_old = utc_of(moment_of(now_utc) - timedelta(days=forget_days))
-    settled: dict[str, Fate] = {}
+    settled: dict[str, Settlement] = {}
     fresh, unfit, seen = [], {}, set[object]()
     for record in sorted(found, key=lambda record: (record.created_utc, record.id)):
         looks = {(record.source, record.sha256, record.page, record.box_xyxy), _pixels(record)}
         if states[record.id] != "waiting":
             pass  # an earlier cycle was about to acknowledge it
-        elif record.id in fates:
-            settled[record.id] = fates[record.id]
+        elif record.id in settlements:
+            settled[record.id] = settlements[record.id]
         elif reason := fault(record):
             unfit[record.id] = reason
             continue
@@ -211,26 +217,33 @@ def sort_out(
         seen |= looks
     settle(archive, settled, now_utc)
     done = tuple(id_ for id_, state in states.items() if state != "waiting" or id_ in settled)
-    return Sorted(tuple(fresh), done, unfit, sum(state == "duplicate" for state, _ in settled.values()))
+    return SortedUnknowns(tuple(fresh), done, unfit, sum(state == "duplicate" for state, _ in settled.values()))
 
 
-def settle(archive: Archive, fates: Mapping[str, Fate], now_utc: str) -> None:
-    """Write into the archive what became of records; one transaction for each fate."""
-    for state, note in dict.fromkeys(fates.values()):
-        archive.settle([id_ for id_, fate in fates.items() if fate == (state, note)], state, note, now_utc=now_utc)
+def settle(archive: Archive, settlements: Mapping[str, Settlement], now_utc: str) -> None:
+    """Settle records in the archive; one transaction for each state and note."""
+    for state, note in dict.fromkeys(settlements.values()):
+        archive.settle(
+            [id_ for id_, settlement in settlements.items() if settlement == (state, note)],
+            state,
+            note,
+            now_utc=now_utc,
+        )
 
 
 def fault_of(record: Record, models: Embedded) -> str | None:
     """Why nothing can be learned from a record: it has no features of this encoder, and gets none from its crop."""
     encoder, version = models.meta("encoder"), models.versions()["encoder"]
-    given = (record.crop.shape, record.soft_mask.shape)
-    wanted = (encoder.inputs["crop"].shape, encoder.inputs["soft_mask"].shape)
     if _has_features(record, models):
         return None
-    if given != wanted:
-        why = f"its crop and soft mask are {given[0]} and {given[1]}, not {wanted[0]} and {wanted[1]}"
-    elif record.field_short_px is None:
-        why = "it does not say how large its field was"
+    given = {"crop": record.crop.shape, "soft_mask": record.soft_mask.shape}
+    wanted = {name: tensor.shape for name, tensor in encoder.inputs.items() if name in given}
+    if absent := sorted(encoder.inputs.keys() - set(OF_A_CROP)):
+        why = f"the encoder asks for {', '.join(absent)}, which a record does not hold"
+    elif odd := [name for name in wanted if given[name] != wanted[name]]:
+        why = " and ".join(f"its {name} is {given[name]}, not {wanted[name]}" for name in odd)
+    elif "size" in encoder.inputs and record.field_short_px is None:
+        why = "it does not hold the size of its field"
     else:
         return None
     return f"it has no features of encoder {version}, and {why}: review its image again"
@@ -241,8 +254,8 @@ def features_of(found: Sequence[Record], models: Embedded, progress: Progress) -
 
     Args:
         found: records without a fault, see ``fault_of``.
-        models: where the encoder answers.
-        progress: told after every batch.
+        models: with the encoder.
+        progress: called after every batch.
 
     Raises:
         ServiceUnavailable: the encoder could not answer now.
@@ -268,16 +281,18 @@ def _has_features(record: Record, models: Embedded) -> bool:
 
 
 def _embedded(found: Sequence[Record], models: Embedded) -> NDArray[np.float32]:
-    inputs: Arrays = {
-        "crop": np.stack([record.crop for record in found]),
-        "soft_mask": np.stack([record.soft_mask for record in found]),
-        "size": np.stack([_size(record) for record in found]),
-    }
-    return np.asarray(models.infer("encoder", inputs).outputs["features"], np.float32)
+    asked = line_inputs.for_encoder(models.meta("encoder"), [_view(record) for record in found])
+    return np.asarray(models.infer("encoder", asked).outputs["features"], np.float32)
 
 
-def _size(record: Record) -> NDArray[np.float32]:
-    assert record.field_short_px is not None  # see ``fault_of``
+def _view(record: Record) -> KeptView:
+    return KeptView(record.crop, record.soft_mask, size_of(record))
+
+
+def size_of(record: Record) -> NDArray[np.float32]:
+    """The size feature (2,) of a record; NaN in old ones, which do not say how large their field was."""
+    if record.field_short_px is None:
+        return np.full(2, np.nan, np.float32)
     x0, _, x1, _ = record.crop_xyxy
     return size_feature(x1 - x0, record.area_px, (record.field_short_px, record.field_short_px))
 

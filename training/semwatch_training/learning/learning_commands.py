@@ -23,21 +23,21 @@ def retrain(
 ) -> None:
     """Learn once from the unknowns that wait in Redis: find new classes, fit a head, prove it, swap it in.
 
-    Made for a timer: with too few unknowns, with nothing new or beside another cycle it says so and ends well. A
-    candidate that the golden set speaks against does not serve; it is kept with its report, and the exit code is 1.
+    Made for a timer: with too few unknowns, with nothing new or beside another cycle it reports that and exits with 0.
+    A candidate that is refused on the golden set does not serve; it is kept with its report, and the exit code is 1.
     """
     settings = load_site(site)
     # Two threads gain nothing here, and beside the line that works on they cost four times the time.
     with Bars() as progress, threadpool_limits(limits=1):
         outcome = run_cycle(settings, seed=seed, progress=progress)
     if as_json:
-        said = {
+        values = {
             "status": outcome.status,
             "said": outcome.sentence,
             "head_version": outcome.head_version,
             "report": str(outcome.report) if outcome.report else None,
         }
-        typer.echo(json.dumps(said))
+        typer.echo(json.dumps(values))
     else:
         mark = MARKS.get(outcome.status, "yellow")
         console.print(f"[{mark}]{outcome.status}[/]: {outcome.sentence}", soft_wrap=True, highlight=False)

@@ -2,31 +2,35 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
-from semwatch.classes import clusters, sightings
-from semwatch.classes.archive import Archive
+from semwatch.classes import clusters, observations
 from semwatch.classes.clusters import Cluster, Clusters
-from semwatch.classes.sightings import Found
+from semwatch.classes.observations import Observation
+from semwatch.classes.register import ClassRegister
 from semwatch.defects import NOVEL
-from semwatch.errors import ServiceUnavailable
-from semwatch.models import head_bank, model_repository
+from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
 from semwatch.settings.recipe import Recipe
+from semwatch.streams.handoff import Handoff
 from semwatch.streams.records import Record
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
-from semwatch_training.learning import promotion, standing
+from semwatch_training.learning import promotion
+from semwatch_training.learning.archive import Archive
 from semwatch_training.learning.candidates import Candidates
-from semwatch_training.learning.standing import Group, Obeyed
+from semwatch_training.learning.crops import capped, held_out, labelled
+from semwatch_training.learning.decisions import DecidedCrops, Group
 
 GOLDEN_SHARE = 5
 """Every fifth crop of a new class goes to the golden set."""
 MAX_PER_CLASS = 500
 """Crops of one class in a bank; a head stores fewer."""
 N_EXAMPLES = 12
+EXAMPLE_PX = 160
+"""Edge of an example crop: as large as pictures of a class show it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,17 +41,17 @@ class Findings:
     records: Sequence[Record]
     """Those that were clustered."""
     groups: Sequence[Group]
-    """What people told apart first, then what clustering found."""
+    """Groups by people's decisions first, then those that clustering found."""
     ids: Sequence[str]
     """The cluster that each group is."""
     decided: Clusters
-    """The file, with these groups seen."""
+    """The file of clusters, with these groups as observations."""
     accepted: Mapping[int, str]
     """Label by number of the group: what is learned."""
     refusals: Mapping[int, Sequence[str]]
     """Why the other groups are not, by number."""
     revisions: Sequence[int] = ()
-    """Of the decisions to split that the groups obey."""
+    """Of the decisions to split that the groups fulfil."""
 
     def is_rejected(self, i: int) -> bool:
         """Whether a person said that this group is no class."""
@@ -67,11 +71,11 @@ def clustered_groups(clustered: Candidates, crops: Bank) -> list[Group]:
     return [Group(head_bank.chosen(crops, candidate.members), candidate) for candidate in clustered.classes]
 
 
-def identify(folder: Path, groups: Sequence[Group], utc: str) -> tuple[Clusters, list[str]]:
+def identify(register: ClassRegister, groups: Sequence[Group], utc: str) -> tuple[Clusters, list[str]]:
     """Give the groups their identities, those of earlier cycles where they are the same; write them down."""
     ids: list[str] = []
-    seen = [
-        Found(
+    observed = [
+        Observation(
             members=group.ids,
             size=len(group.ids),
             cohesion=group.candidate.cohesion,
@@ -83,20 +87,20 @@ def identify(folder: Path, groups: Sequence[Group], utc: str) -> tuple[Clusters,
     ]
 
     def step(c: Clusters) -> Clusters:
-        numbers = iter(range(c.next_number, c.next_number + len(seen)))
-        ids[:] = [id_ or f"{NOVEL}{next(numbers)}" for id_ in sightings.matches(c, seen)]
-        return sightings.seen(c, seen, utc=utc)
+        numbers = iter(range(c.next_number, c.next_number + len(observed)))
+        ids[:] = [id_ or f"{NOVEL}{next(numbers)}" for id_ in observations.matches(c, observed)]
+        return observations.observe(c, observed, utc=utc)
 
-    return clusters.change(folder, step), ids
+    return register.change(step), ids
 
 
 def choose(
     decided: Clusters, ids: Sequence[str], groups: Sequence[Group], known: Collection[str], recipes: Sequence[Recipe]
 ) -> tuple[dict[int, str], dict[int, Sequence[str]]]:
-    """Tell the groups that are learned, and under which label, from those that are not, and why.
+    """Choose the groups that are learned, with their labels, and give the reasons why the others are not.
 
-    What a person told apart, and what became part of a known class, meets no bars of the recipes. Groups that a person
-    merged meet them together.
+    No threshold of a recipe applies to a group that a person separated, nor to one that became part of a known class.
+    Groups that a person merged are compared with the thresholds together.
     """
     accepted: dict[int, str] = {}
     refusals: dict[int, Sequence[str]] = {}
@@ -125,37 +129,39 @@ def _too_little(decided: Clusters, id_: str, recipes: Sequence[Recipe]) -> list[
     ]
 
 
-def grown(obeyed: Obeyed, f: Findings, seed: int, was_proof: Collection[str]) -> tuple[Bank, Bank]:
+def grown(decided_crops: DecidedCrops, f: Findings, seed: int, was_proof: Collection[str]) -> tuple[Bank, Bank]:
     """Bank and golden set with the new classes.
 
     Args:
-        obeyed: what the classes are added to.
+        decided_crops: what the classes are added to.
         f: what is learned.
         seed: of the choice where a class is too large.
         was_proof: record ids that no head was fitted on so far; none will be.
     """
-    banks, golden = [obeyed.bank], [obeyed.golden]
+    banks, golden = [decided_crops.bank], [decided_crops.golden]
     for i, label in f.accepted.items():
         crops = f.groups[i].crops
-        learned, proof = standing.held_out(crops, share=GOLDEN_SHARE, at_least=MIN_PER_CLASS, was_proof=was_proof)
-        banks.append(standing.labelled(learned, label))
-        golden.append(standing.labelled(proof, label))
-    return standing.capped(head_bank.joined(banks), MAX_PER_CLASS, seed), head_bank.joined(golden)
+        learned, proof = held_out(crops, share=GOLDEN_SHARE, at_least=MIN_PER_CLASS, was_proof=was_proof)
+        banks.append(labelled(learned, label))
+        golden.append(labelled(proof, label))
+    return capped(head_bank.joined(banks), MAX_PER_CLASS, seed), head_bank.joined(golden)
 
 
-def write_examples(folder: Path, f: Findings, archive: Archive) -> None:
-    """Write crops for people to look at.
+def show_examples(handoff: Handoff, before: Clusters, f: Findings, archive: Archive) -> None:
+    """Put crops where people can look at them, scaled to ``EXAMPLE_PX``; those of clusters that are gone leave.
 
     Raises:
-        ServiceUnavailable: the disk refused.
+        ServiceUnavailable: Redis is away.
     """
     for id_, group in zip(f.ids, f.groups, strict=True):
-        place = folder / clusters.EXAMPLES / id_
-        wanted = {Path(example).stem for example in clusters.find(f.decided, id_).examples}
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            for record in archive.read_many([i for i in group.ids if i in wanted]):
-                _, png = cv2.imencode(".png", record.crop)
-                model_repository.write_whole(place / f"{record.id}.png", png.tobytes())
-        except OSError as error:
-            raise ServiceUnavailable(f"cannot write {place}: {error.strerror}; free or mend the disk") from error
+        wanted = set(clusters.find(f.decided, id_).examples)
+        shown = archive.read_many([i for i in group.ids if i in wanted])
+        handoff.put_examples(id_, {record.id: _picture(record.crop) for record in shown})
+    for gone in {k.id for k in before.clusters} - {k.id for k in f.decided.clusters}:
+        handoff.put_examples(gone, {})
+
+
+def _picture(crop: NDArray[np.uint8]) -> bytes:
+    side = min(EXAMPLE_PX, crop.shape[0])
+    _, png = cv2.imencode(".png", cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA))
+    return png.tobytes()

@@ -1,15 +1,15 @@
 """The promotion gate: may a newly trained head serve, and may a found class be learned.
 
-Both heads are asked about the same golden crops, and the unknown rule of the recipe turns their answers into verdicts:
-what is judged is what the line would say. A candidate is refused for a loss on a class that the old head knew, or for
+Both heads answer on the same golden crops, and the unknown rule of the recipe turns their answers into verdicts, as the
+line does. A candidate is refused for a loss on a class that the old head knew, or for
 an unknown rate outside its band.
 
 One crop proves nothing: of n golden crops each is worth 1 / n, so that a class of ten loses ten points by one of them.
 A loss is a reason only if it exceeds what the recipe allows *and* stems from two crops or more: of accuracy, two that
 were right before; of purity, two strangers more (fewer right ones are the accuracy's matter). The same holds for the
 unknown rate. Nor is a loss a reason that chance makes too: of heads fitted again on nine tenths of the same crops, half
-and more lose 10 points of some class of 20 to 40 golden crops. A paired sign test tells (the recipe's
-``loss_significance``; 1 is the letter: every loss counts). What many small losses add up to, the lineage guards.
+and more lose 10 points of some class of 20 to 40 golden crops. A paired sign test decides (the recipe's
+``loss_significance``; at 1 every loss counts). The lineage limits what many small losses add up to.
 """
 
 import math
@@ -30,7 +30,7 @@ from semwatch_training.metrics.adc_metrics import AdcFigures, adc_metrics
 PROOF = 2
 """Fewest golden crops that a reason may rest on."""
 LINEAGE_LOSS, STANDARD_ERRORS, CHANCE = 0.01, 2, 0.05
-"""What a head may lose against the best of its ancestors. Whether a loss is chance a paired sign test tells at this
+"""What a head may lose against the best of its ancestors. Whether a loss is chance, a paired sign test decides at this
 level, or, where the golden set has changed since, so many standard errors."""
 BEST = "best_golden_"
 """Begins the provenance keys of ``Mark``."""
@@ -40,7 +40,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answers:
-    """What a head says of the n golden crops."""
+    """Answers of a head on the n golden crops."""
 
     labels: tuple[str, ...]
     """K class names."""
@@ -52,7 +52,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How one head does on one class of the golden set."""
+    """Figures of one head on one class of the golden set."""
 
     n: int
     """Golden crops of the class."""
@@ -90,23 +90,23 @@ class ClassChange:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How a head does on the golden crops of its lineage's first head: those that never were records."""
+    """Accuracy of a head on the golden crops of its lineage's first head: those that never were records."""
 
     accuracy: float
     """Decided right, mean over their classes."""
     n_right: int
     crops: str = field(default="", compare=False)
-    """Which of them, one bit each, hexadecimal; "" where nobody knows."""
+    """Which of them, one bit each, hexadecimal; "" where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the golden set says of a candidate head, under one recipe."""
+    """Judgement of a candidate head on the golden set, under one recipe."""
 
     classes: tuple[ClassChange, ...]
     """Every class of the golden set, sorted by name."""
     unproven: tuple[str, ...]
-    """Classes that the old head knew and of which there is no golden crop: nothing is said of them."""
+    """Classes that the old head knew and of which there is no golden crop."""
     n_golden: int
     old_unknown_rate: float | None
     unknown_rate: float
@@ -117,7 +117,7 @@ class Judgement:
 
     @property
     def promoted(self) -> bool:
-        """True where nothing speaks against the candidate."""
+        """True where there is no reason against the candidate."""
         return not self.reasons
 
 
@@ -137,9 +137,9 @@ def judge(
     compared as they are: after a renaming or a merge, give the old head's labels and the golden set's their new names.
 
     Args:
-        old: answers of the head in service; None for a first head, of which only the unknown rate is asked.
+        old: answers of the head in service; None for a first head, of which only the unknown rate is judged.
         new: answers of the candidate.
-        golden: the crops that both were asked about, in the same order.
+        golden: the crops of both answers, in the same order.
         promotion: what the recipe asks for.
         significance: of the recipe's unknown rule, see ``classification.classify``.
         decide_confidence: the same.
@@ -189,7 +189,7 @@ def provenance_of(best: Mark | None, recipe: Recipe) -> dict[str, str | float | 
 
 
 def cluster_refusals(size: int, cohesion: float, cycles_seen: int, promotion: Promotion) -> list[str]:
-    """Say why a found class is not learned yet, in plain words; empty where it may be.
+    """Reasons why a found class is not learned yet, in plain words; empty where it may be.
 
     Args:
         size: crops.
@@ -208,16 +208,16 @@ def cluster_refusals(size: int, cohesion: float, cycles_seen: int, promotion: Pr
     return refusals
 
 
-def _verdicts(answers: Answers, golden: Bank, rule: dict[str, float], whose: str) -> list[Verdict]:
+def _verdicts(answers: Answers, golden: Bank, rule: dict[str, float], source: str) -> list[Verdict]:
     expected = (len(golden), len(answers.labels))
     if not answers.logits.shape == answers.p_values.shape == expected:
         raise ConfigError(
-            f"{whose} answered with logits {answers.logits.shape} and p-values {answers.p_values.shape}; "
+            f"{source} answered with logits {answers.logits.shape} and p-values {answers.p_values.shape}; "
             f"{len(golden)} golden crops and {len(answers.labels)} labels need {expected}"
         )
     p = answers.p_values
     if not (np.isfinite(answers.logits).all() and ((p >= 0) & (p <= 1)).all()):
-        raise ConfigError(f"{whose} answered with logits that are not finite or p-values outside 0 to 1; fit it again")
+        raise ConfigError(f"{source} answered with logits that are not finite or p-values outside 0 to 1; fit it again")
     return [decide(row, p, answers.labels, **rule) for row, p in zip(answers.logits, p, strict=True)]
 
 

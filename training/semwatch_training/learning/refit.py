@@ -10,7 +10,9 @@ from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
 from semwatch.models.inference import Embedded
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
-from semwatch_training.learning import on_record, standing
+from semwatch_training.learning import outcomes
+from semwatch_training.learning.base_head import read_base_head
+from semwatch_training.learning.crops import images_as_numbers
 from semwatch_training.publishing.export import publish_head
 
 
@@ -23,14 +25,14 @@ def refit(repository: Path, *, without: Sequence[str], seed: int = 0) -> int:
         PublishError: the repository cannot take it.
     """
     with Embedded(repository, models=("encoder", "head")) as models:
-        base = standing.standing(repository, models)
+        base = read_base_head(repository, models)
         encoder_version = models.versions()["encoder"]
     if strangers := sorted(set(without) - set(base.meta.labels)):
         raise ConfigError(f"the head does not know {', '.join(strangers)}; it knows {', '.join(base.meta.labels)}")
     bank, golden = (_without(crops, without) for crops in (base.bank, base.golden))
     fit = HeadFit(frozen_width=base.frozen_width, seed=seed)
-    head = fit_head(bank.features, bank.labels, fit, images=standing.images_as_numbers(bank.images))
-    provenance = {**on_record.lineage(base.meta), "parent": base.version, "without": ", ".join(without)}
+    head = fit_head(bank.features, bank.labels, fit, images=images_as_numbers(bank.images))
+    provenance = {**outcomes.lineage(base.meta), "parent": base.version, "without": ", ".join(without)}
     return publish_head(
         head,
         repository,

@@ -1,16 +1,17 @@
 """The learning line: one cycle from the unknowns in Redis to a head in service, in straight code.
 
-    claim -> sort out -> obey people's decisions -> find classes -> choose -> fit -> judge on the golden set
-          -> publish -> the daemon answers with it -> put on record -> settle and acknowledge -> tidy up
+    claim -> sort out -> apply people's decisions -> find classes -> choose -> fit -> judge on the golden set
+          -> publish -> the daemon answers with it -> record the outcome -> settle and acknowledge -> tidy up
 
 A cycle begins with the bank and the golden set of the head in service, and what it ends with travels with the head that
 it publishes: a crash leaves either the old state or the new one. Records are acknowledged last. What a cycle that died
-had in its hands comes again, and what it had learned the next one finds in the bank.
+had in its hands comes again, and what it had learned, the next one finds in the bank.
 """
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,33 +22,44 @@ import torch
 from numpy.typing import NDArray
 
 from semwatch.classes import clusters
-from semwatch.classes.archive import ARCHIVE, Archive
 from semwatch.classes.clusters import Clusters
+from semwatch.classes.register import HOLD_S, ClassRegister
 from semwatch.errors import ConfigError, PublishError
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.models.inference import Embedded
-from semwatch.service import drift
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import Site
+from semwatch.streams.handoff import Cycle as Ended
+from semwatch.streams.handoff import Handoff
 from semwatch.streams.records import Record
 from semwatch.system.clock import utc_now
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_head
 from semwatch_training.discovery.head import Head, save_head
-from semwatch_training.learning import candidates, housekeeping, intake, new_classes, on_record, promotion, standing
-from semwatch_training.learning.account import Account
+from semwatch_training.learning import candidates, decisions, housekeeping, intake, new_classes, outcomes, promotion
+from semwatch_training.learning.archive import ARCHIVE, Archive
+from semwatch_training.learning.base_head import BaseHead, read_base_head
+from semwatch_training.learning.crops import images_as_numbers, labelled
+from semwatch_training.learning.decisions import DecidedCrops
 from semwatch_training.learning.housekeeping import REPORTS
-from semwatch_training.learning.intake import Held, Sorted
+from semwatch_training.learning.intake import Claims, SortedUnknowns
 from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Answers, Judgement
-from semwatch_training.learning.standing import Obeyed, Standing
+from semwatch_training.learning.report_builder import ReportBuilder
 from semwatch_training.publishing.export import publish_head
 
 LOCK, CANDIDATE = "retrain.lock", "head.safetensors"
 FEW_AFTER_DRIFT = 10
 """Unknowns that suffice for a cycle once the drift watch has asked for one."""
 N_REJECTED = 100
-"""Crops of a rejected cluster that stand for it."""
+"""Crops of a rejected cluster that represent it in clustering."""
+
+POLL_S = 0.1
+"""Between two looks at what the daemon serves."""
+REPORTED: Mapping[str, Literal["published", "refused", "nothing-new"]] = {
+    "learned": "published", "refused": "refused", "nothing new": "nothing-new",
+}  # fmt: skip
+"""What a cycle's status is called in its record."""
 
 Status = Literal["learned", "refused", "nothing new", "too few", "busy"]
 Progress = Callable[[str, int, int], None]
@@ -64,6 +76,8 @@ class Outcome:
     """The head that was published and serves."""
     report: Path | None = None
     """Folder of the cycle's report."""
+    reasons: tuple[str, ...] = ()
+    """Why the candidate does not serve."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,10 +87,12 @@ class _Cycle:
     site: Site
     recipes: Sequence[Recipe]
     archive: Archive
+    register: ClassRegister
+    handoff: Handoff
     models: Embedded
-    held: Held
-    base: Standing
-    account: Account
+    claims: Claims
+    base: BaseHead
+    report: ReportBuilder
     seed: int
     utc: str
     """When it began."""
@@ -89,7 +105,7 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
     Args:
         site: whose unknowns, models and recipes.
         seed: of clustering and fit.
-        progress: told of every step.
+        progress: called after every step.
 
     Raises:
         ConfigError: the site cannot learn; the message says what to fix.
@@ -103,109 +119,120 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
             return Outcome("busy", "another cycle is running: this one leaves it alone")
         recipes = _recipes(site)
         client, prefix = intake.connect(site)
-        held = Held(intake.consumer(client, prefix))
+        claims, handoff = Claims(intake.consumer(client, prefix)), Handoff(client, prefix=prefix)
+        register = ClassRegister(handoff, folder, owner=intake.learner())
         try:
             with (
                 Archive(folder / ARCHIVE) as archive,
                 Embedded(repository, threads=site.models.threads, models=("encoder", "head")) as models,
             ):
-                base = standing.standing(repository, models)
-                account = Account(folder / REPORTS / utc.replace(":", ""), utc)
-                outcome = _run(_Cycle(site, recipes, archive, models, held, base, account, seed, utc, progress))
-                housekeeping.tidy(folder, archive, site.learning, now_utc=utc)
+                base = read_base_head(repository, models)
+                report = ReportBuilder(folder / REPORTS / utc.replace(":", ""), utc)
+                outcome = _run(
+                    _Cycle(site, recipes, archive, register, handoff, models, claims, base, report, seed, utc, progress)
+                )
+                housekeeping.tidy(folder, archive, register.read(), site.learning, now_utc=utc)
+                _state_outcome(handoff, outcome, archive, utc)
                 return outcome
         finally:
-            held.give_back()
+            claims.give_back()
             client.close()
 
 
 def _run(c: _Cycle) -> Outcome:
-    folder, repository, wishes = c.site.learning_dir, c.site.models.repository, drift.wanted(c.site.learning_dir)
-    with clusters.locked(folder):
-        decided = on_record.put(c.site, c.base.version, c.base.meta, c.utc)  # what a cycle that died left out
-    obeyed = standing.obey(c.base, decided, seed=c.seed)
-    with c.account.step("claim"):
-        claimed = c.held.take(c.site.learning.max_unknowns, c.progress)
+    repository, wishes = c.site.models.repository, c.handoff.wishes()
+    with c.register.locked():  # what a cycle that died left out
+        decided = outcomes.record_promotion(c.register, c.base.version, c.base.meta, c.utc)
+    decided_crops = decisions.apply_decisions(c.base, decided, seed=c.seed)
+    with c.report.step("claim"):
+        claimed = c.claims.take(c.site.learning.max_unknowns, c.progress)
         found = _sorted_out(c, claimed, decided)
     n, n_needed = len(found.fresh), c.site.learning.min_unknowns
     n_needed = min(n_needed, FEW_AFTER_DRIFT) if wishes else n_needed
-    is_told = not standing.spoken_of(decided, obeyed.bank.labels).isdisjoint(record.id for record in found.fresh)
-    if n < n_needed and not obeyed.is_changed and not is_told:
+    is_grouped_by_person = not decisions.ids_grouped_by_person(decided, decided_crops.bank.labels).isdisjoint(
+        record.id for record in found.fresh
+    )
+    if n < n_needed and not decided_crops.is_changed and not is_grouped_by_person:
         return Outcome("too few", f"{n} unknowns wait, {n_needed} are needed: nothing was learned")
-    f = _find(c, found.fresh, decided, obeyed)
-    c.account.found(c.base, len(claimed), found, f, c.archive)
-    if not f.accepted and not obeyed.is_changed:
-        _answer(folder, wishes)
-        return Outcome("nothing new", _nothing_new(f), report=c.account.write("nothing-new"))
-    with c.account.step("fit"):
-        bank, golden = new_classes.grown(obeyed, f, c.seed, was_proof=set(c.base.golden.ids) - {""})
+    f = _find(c, found.fresh, decided, decided_crops)
+    c.report.add_findings(c.base, len(claimed), found, f, c.archive)
+    if not f.accepted and not decided_crops.is_changed:
+        c.handoff.answer(list(wishes))
+        return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"))
+    with c.report.step("fit"):
+        bank, golden = new_classes.grown(decided_crops, f, c.seed, was_proof=set(c.base.golden.ids) - {""})
         fit = HeadFit(frozen_width=c.base.frozen_width, seed=c.seed)
-        head = fit_head(bank.features, bank.labels, fit, images=standing.images_as_numbers(bank.images))
-    with c.account.step("judge"):
-        judgements = _judge(c, head, obeyed, golden)
-    c.account.judged(judgements, bank, c.base.frozen_width)
+        head = fit_head(bank.features, bank.labels, fit, images=images_as_numbers(bank.images))
+    with c.report.step("judge"):
+        judgements = _judge(c, head, decided_crops, golden)
+    c.report.add_judgements(judgements, bank, c.base.frozen_width)
     if reasons := [f"{recipe.name}: {reason}" for recipe, judged in judgements for reason in judged.reasons]:
         return _refused(c, head, reasons)
     # A name that a person gives now would publish the old head: it waits until this one serves, or is given before.
-    with clusters.locked(folder):
-        with c.account.step("publish"):
-            version = _publish(c, head, obeyed, f, judgements, bank, golden)
-        with c.account.step("swap"):
-            why_not = _serves(c.site, version)
+    with c.register.locked(HOLD_S + c.site.learning.swap_timeout_s):
+        with c.report.step("publish"):
+            version = _publish(c, head, decided_crops, f, judgements, bank, golden)
+        with c.report.step("swap"):
+            why_not = _serves(c, version)
         if why_not is None:
-            on_record.put(c.site, version, model_repository.read_meta(repository, "head", version), c.utc)
+            outcomes.record_promotion(
+                c.register, version, model_repository.read_meta(repository, "head", version), c.utc
+            )
     if why_not is not None:
         choice.withdraw(repository, "head", version, why_not)
         return _refused(c, head, [why_not])
-    with c.account.step("settle"):
-        done = on_record.by_head(f, obeyed, version)
+    with c.report.step("settle"):
+        done = outcomes.settlements_by_head(f, decided_crops, version)
         intake.settle(c.archive, done, c.utc)
         choice.prune(repository, "head", keep=c.site.learning.keep_versions)
-        _answer(folder, wishes)
-    report = c.account.write("published", version)
-    c.held.acknowledge(list(done))
+        c.handoff.answer(list(wishes))
+    report = c.report.write("published", version)
+    c.claims.acknowledge(list(done))
     return Outcome("learned", f"head {version} serves and {_learned(f)}", version, report)
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters) -> Sorted:
-    """Tell records apart; those that need no learning or can have none leave the queue."""
+def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters) -> SortedUnknowns:
+    """Sort records; those that need no learning or can have none leave the queue."""
     found = intake.sort_out(
         claimed,
         c.archive,
-        fates=on_record.fates(c.base, decided),
+        settlements=outcomes.settlements(c.base, decided),
         fault=lambda record: intake.fault_of(record, c.models),
         forget_days=c.site.learning.forget_days,
         now_utc=c.utc,
     )
     for id_, reason in found.unfit.items():
-        c.held.put_aside(id_, reason)
-    c.held.acknowledge(found.done)
+        c.claims.put_aside(id_, reason)
+    c.claims.acknowledge(found.done)
     return found
 
 
-def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, obeyed: Obeyed) -> Findings:
-    """Make groups of what people told apart and of what clustering finds, and choose what is learned."""
-    width, folder = c.base.frozen_width, c.site.learning_dir
-    with c.account.step("embed"):
+def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, decided_crops: DecidedCrops) -> Findings:
+    """Group unknowns by people's decisions and by clustering, and choose what is learned."""
+    width = c.base.frozen_width
+    with c.report.step("embed"):
         crops = _crops(fresh, intake.features_of(fresh, c.models, c.progress))
-    with c.account.step("find classes"):
-        told, is_left, revisions = standing.told(decided, crops, obeyed.bank.labels, frozen_width=width, seed=c.seed)
+    with c.report.step("find classes"):
+        by_person, is_left, revisions = decisions.groups_by_person(
+            decided, crops, decided_crops.bank.labels, frozen_width=width, seed=c.seed
+        )
         left = head_bank.chosen(crops, is_left)
-        known = head_bank.joined([obeyed.bank, _rejected(c, decided)])
+        known = head_bank.joined([decided_crops.bank, _rejected(c, decided)])
         clustered = candidates.find(known, left.features, frozen_width=width, seed=c.seed, progress=c.progress)
-        groups = [*obeyed.parts, *told, *new_classes.clustered_groups(clustered, left)]
-    with c.account.step("identify"):
-        decided, ids = new_classes.identify(folder, groups, c.utc)
-        accepted, refusals = new_classes.choose(decided, ids, groups, obeyed.bank.labels, c.recipes)
+        groups = [*decided_crops.parts, *by_person, *new_classes.clustered_groups(clustered, left)]
+    with c.report.step("identify"):
+        before = decided
+        decided, ids = new_classes.identify(c.register, groups, c.utc)
+        accepted, refusals = new_classes.choose(decided, ids, groups, decided_crops.bank.labels, c.recipes)
         records = [record for record, is_one in zip(fresh, is_left, strict=True) if is_one]
         f = Findings(clustered, records, groups, ids, decided, accepted, refusals, revisions)
-        new_classes.write_examples(folder, f, c.archive)
-        alike = on_record.by_clustering(f)
+        new_classes.show_examples(c.handoff, before, f, c.archive)
+        alike = outcomes.settlements_by_clustering(f)
         intake.settle(c.archive, alike, c.utc)
-        c.held.acknowledge(list(alike))
+        c.claims.acknowledge(list(alike))
     return f
 
 
@@ -219,12 +246,12 @@ def _rejected(c: _Cycle, decided: Clusters) -> Bank:
         kept = [record for record in shown if intake.fault_of(record, c.models) is None]
         if len(kept) >= MIN_PER_CLASS:
             crops = _crops(kept, intake.features_of(kept, c.models, c.progress))
-            banks.append(standing.labelled(crops, on_record.REJECTED + cluster.id))
+            banks.append(labelled(crops, outcomes.REJECTED + cluster.id))
     return head_bank.joined(banks)
 
 
-def _judge(c: _Cycle, head: Head, obeyed: Obeyed, golden: Bank) -> list[tuple[Recipe, Judgement]]:
-    """What the golden set says under each recipe."""
+def _judge(c: _Cycle, head: Head, decided_crops: DecidedCrops, golden: Bank) -> list[tuple[Recipe, Judgement]]:
+    """Judge the candidate on the golden set under each recipe."""
     answer = c.models.infer("head", {"features": golden.features})
     served = Answers(answer.meta.labels, answer.outputs["logits"], answer.outputs["p_values"])
     with torch.no_grad():
@@ -232,7 +259,7 @@ def _judge(c: _Cycle, head: Head, obeyed: Obeyed, golden: Bank) -> list[tuple[Re
 
     def judged(recipe: Recipe) -> Judgement:
         return promotion.judge(
-            standing.renamed_answers(served, obeyed.names),
+            decisions.renamed_answers(served, decided_crops.names),
             Answers(head.labels, logits, p_values),
             golden,
             recipe.promotion,
@@ -246,15 +273,16 @@ def _judge(c: _Cycle, head: Head, obeyed: Obeyed, golden: Bank) -> list[tuple[Re
 
 def _refused(c: _Cycle, head: Head, reasons: Sequence[str]) -> Outcome:
     """Keep a candidate that may not serve, with its report."""
-    report = c.account.write("refused", reasons=reasons)
+    report = c.report.write("refused", reasons=reasons)
     save_head(head, report / CANDIDATE, encoder_form=f"encoder {c.base.meta.encoder_sha256}", provenance={})
-    return Outcome("refused", f"the candidate is kept and does not serve: {'; '.join(reasons)}", report=report)
+    sentence = f"the candidate is kept and does not serve: {'; '.join(reasons)}"
+    return Outcome("refused", sentence, report=report, reasons=tuple(reasons))
 
 
 def _publish(
     c: _Cycle,
     head: Head,
-    obeyed: Obeyed,
+    decided_crops: DecidedCrops,
     f: Findings,
     judgements: Sequence[tuple[Recipe, Judgement]],
     bank: Bank,
@@ -269,8 +297,8 @@ def _publish(
     why_withdrawn = choice.why_withdrawn(repository, "head", base.version)
     if why_withdrawn is not None:
         raise PublishError(f"head {base.version} was withdrawn while the cycle ran ({why_withdrawn}): run another one")
-    now = clusters.read(c.site.learning_dir)
-    names = standing.renaming(head.labels, now)
+    now = c.register.read()
+    names = decisions.renaming(head.labels, now)
     # What was merged or rejected this minute waits for the next cycle.
     taken = [*head.labels, *(new for old, new in names.items() if new != old)]
     fresh = {old: new for old, new in names.items() if new is not None and taken.count(new) == 1}
@@ -279,25 +307,44 @@ def _publish(
         head,
         repository,
         encoder_version=c.models.versions()["encoder"],
-        provenance=on_record.provenance(base, c.utc, judgements, obeyed, f, bank, golden),
-        codes=standing.codes(base, obeyed, now),
+        provenance=outcomes.provenance(base, c.utc, judgements, decided_crops, f, bank, golden),
+        codes=decisions.codes(base, decided_crops, now),
         bank=head_bank.renamed(bank, fresh),
         golden=head_bank.renamed(golden, fresh),
     )
 
 
-def _serves(site: Site, version: int) -> str | None:
-    """Wait for the first answer of the new head; why there is none, or None."""
-    if choice.daemon_runs(site.state_dir):
-        return choice.await_head(site.state_dir, version, timeout_s=site.learning.swap_timeout_s)
-    with Embedded(site.models.repository, threads=site.models.threads, models=("encoder", "head")) as models:
+def _serves(c: _Cycle, version: int) -> str | None:
+    """Wait for the first answer of the new head; why there is none, or None.
+
+    Where no daemon runs, the head is loaded here as the daemon would load it.
+    """
+    deadline = time.monotonic() + c.site.learning.swap_timeout_s
+    while (serving := c.handoff.serving(c.site.name)) is not None:
+        if serving.versions.get("head") == version:
+            return None
+        if version in serving.refused_heads:
+            return f"the daemon refused head {version}: {serving.refused_heads[version]}"
+        if time.monotonic() >= deadline:
+            return f"the daemon did not serve head {version} within {c.site.learning.swap_timeout_s:.0f} s; see its log"
+        time.sleep(POLL_S)
+    with Embedded(c.site.models.repository, threads=c.site.models.threads, models=("encoder", "head")) as models:
         return models.refused().get(version)
 
 
-def _answer(folder: Path, wishes: Sequence[str]) -> None:
-    """Take the drift watch's wishes back, unless it made another one meanwhile."""
-    if drift.wanted(folder) == wishes:
-        drift.clear_wanted(folder)
+def _state_outcome(handoff: Handoff, outcome: Outcome, archive: Archive, utc: str) -> None:
+    """Say in Redis how the cycle ended; one that had too little to learn from says nothing."""
+    if outcome.status in REPORTED:
+        handoff.add_cycle(
+            Ended(
+                utc=utc,
+                outcome=REPORTED[outcome.status],
+                version=outcome.head_version,
+                reasons=outcome.reasons,
+                sentence=outcome.sentence,
+                unknowns={str(state): n for state, n in archive.counts().items()},
+            )
+        )
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
@@ -310,7 +357,7 @@ def _crops(found: Sequence[Record], features: NDArray[np.float32]) -> Bank:
 
 def _learned(f: Findings) -> str:
     learned = ", ".join(f"{label} ({n} crops)" for label, n in f.learned.items())
-    return f"knows {learned}" if learned else "obeys what people decided"
+    return f"knows {learned}" if learned else "applies what people decided"
 
 
 def _nothing_new(f: Findings) -> str:

@@ -1,29 +1,23 @@
 """Shipped weights to a model repository that serves: fetch the backbone, export, check, publish, skip what is there."""
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from semwatch.errors import ConfigError
 from semwatch.models import head_bank, model_repository
 from semwatch.models.head_bank import Bank
+from semwatch.system import files
 from semwatch_training.discovery.head import load_head
-from semwatch_training.families.memory import memory_detector
-from semwatch_training.families.memory.memory_detector import MemoryGraph, Trunks
-from semwatch_training.families.ni import train_detector
-from semwatch_training.families.smg_vit import self_supervision
-from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
-from semwatch_training.publishing.export import publish_detector, publish_encoder, publish_head
-from semwatch_training.trunks import backbone
-from semwatch_training.trunks.efficientnet import EfficientNet
-from semwatch_training.trunks.vit import VisionTransformer
+from semwatch_training.families.exported import EncoderExport, export_of, family_of
+from semwatch_training.publishing.export import publish, publish_head
+from semwatch_training.trunks.backbone import Backbones
 
-SHIPPED = Path(__file__).with_name("weights")
+SHIPPED = Path(__file__).parents[1] / "weights"
 """Folder of the weights that come with the package; MODEL_CARD.md there says how they were made."""
-TRAINED = "trained_layers"
-"""In an encoder's provenance: the hash of the file its last layers were taken from."""
+ENCODER = "smg_vit"
+"""Family of the encoder where no file names another."""
 
 
 def build(
@@ -31,20 +25,20 @@ def build(
 ) -> Iterator[str]:
     """Publish detector, encoder and head unless this very content is published already; yield a line for each.
 
-    ``encoder.safetensors`` among the weights, if it is there, goes over the encoder's last layers; without it they are
-    the trunk's own. ``memory`` is a file of ``memory_detector.save``, to serve in the place of the detector.
+    Which family a file belongs to stands in its header. ``encoder.safetensors`` among the weights, if it is there, goes
+    over the encoder's last layers; without it they are the trunk's own. ``memory`` is a file of another detector, such
+    as ``memory_detector.save`` writes, to serve in the place of ``detector.safetensors``.
 
     Raises:
-        ConfigError: weights are absent, or belong to another backbone or encoder.
+        ConfigError: weights are absent, of an unknown family, or belong to another backbone or encoder.
         PublishError: an exported model differs from its original.
     """
-    head_file = weights / "head.safetensors"
-    trunk = backbone.load(cache)
+    head_file, backbones = weights / "head.safetensors", Backbones(cache)
     if memory is None:
-        yield f"detector {_publish_trained(repository, weights / 'detector.safetensors', trunk, cache)}"
+        yield f"detector {_publish_detector(repository, weights / 'detector.safetensors', 'ni', backbones)}"
     else:
-        yield f"detector {_publish_memory(repository, memory, trunk, cache)}"
-    encoder_version, form = _publish_encoder(repository, weights / "encoder.safetensors", trunk, cache)
+        yield f"detector {_publish_detector(repository, memory, 'memory', backbones)}"
+    encoder_version, form = _publish_encoder(repository, weights / "encoder.safetensors", backbones)
     yield f"encoder {encoder_version}"
     if not with_head:
         return
@@ -64,50 +58,24 @@ def build(
     yield f"head {version}"
 
 
-def _publish_trained(repository: Path, path: Path, trunk: VisionTransformer, cache: Path) -> int:
+def _publish_detector(repository: Path, path: Path, otherwise: str, backbones: Backbones) -> int:
+    """The detector's version; ``otherwise``: the family of a file that names none."""
     made_from = _sha256(path)
     if (version := _published(repository, "detector", made_from)) is not None:
         return version
-    detector, normal_scores, provenance = train_detector.load(path)
-    ours = {"backbone": backbone.WHEEL_SHA256, "branch_trunk": backbone.EFFICIENTNET_WHEEL_SHA256}
-    foreign = [name for name, sha256 in ours.items() if provenance.get(name, sha256) != sha256]
-    if foreign or detector.form.trunk != backbone.TRUNK_NAME:
-        raise ConfigError(
-            f"{path} was trained on another backbone ({', '.join(foreign) or detector.form.trunk}) than the one that "
-            f"is built in; train it again without --trunk and --checkpoint"
-        )
-    return publish_detector(
-        train_detector.with_trunk(trunk, detector, _second(cache, detector.form.branch is not None)),
-        repository,
-        normal_scores=normal_scores,
-        provenance={**provenance, "made_from": made_from},
-    )
+    exported = export_of(family_of(path, otherwise=otherwise)).read(path, backbones)
+    return publish(exported, repository, provenance={"made_from": made_from})
 
 
-def _publish_memory(repository: Path, path: Path, trunk: VisionTransformer, cache: Path) -> int:
-    made_from = _sha256(path)
-    if (version := _published(repository, "detector", made_from)) is not None:
-        return version
-    kept = memory_detector.load(path)
-    graph = MemoryGraph(Trunks(trunk, backbone.load_efficientnet(cache)), kept)
-    return publish_detector(
-        graph, repository, normal_scores=kept.normal_scores, provenance={"engine": "memory", "made_from": made_from}
-    )
-
-
-def _publish_encoder(repository: Path, path: Path, trunk: VisionTransformer, cache: Path) -> tuple[int, str]:
+def _publish_encoder(repository: Path, path: Path, backbones: Backbones) -> tuple[int, str]:
     """The encoder's version, and what a head must have been fitted on to go with it."""
-    form = EncoderForm()
-    vit = SmgVit(trunk, form)
-    provenance: dict[str, str | float | int] = {}
-    if path.is_file():
-        provenance = {**self_supervision.load(path, vit), TRAINED: model_repository.file_sha256(path)}
-    text = form_text(form, trained=str(provenance.get(TRAINED, "")))
-    made_from = hashlib.sha256(text.encode()).hexdigest()
+    trained = path if path.is_file() else None
+    family = ENCODER if trained is None else family_of(trained, otherwise=ENCODER)
+    exported = export_of(family).read(trained, backbones)
+    made_from = hashlib.sha256(exported.form.encode()).hexdigest()
     if (version := _published(repository, "encoder", made_from)) is None:
-        graph = EncoderGraph(vit, _second(cache, form.second_trunk != ""))
-        version = publish_encoder(graph, repository, provenance={**provenance, "made_from": made_from})
-    return version, text
+        version = publish(exported, repository, provenance={"made_from": made_from})
+    return version, exported.form
 
 
 def _bank(head_file: Path, name: str) -> Bank | None:
@@ -116,29 +84,17 @@ def _bank(head_file: Path, name: str) -> Bank | None:
     return head_bank.read(path) if path.is_file() else None
 
 
-def _second(cache: Path, wanted: bool) -> EfficientNet | None:
-    return backbone.load_efficientnet(cache) if wanted else None
-
-
-def form_text(form: EncoderForm, *, trained: str = "") -> str:
-    """An encoder's form, its backbones and, if any, the hash of its trained layers' file as one comparable string."""
-    hashes = {"backbone": backbone.WHEEL_SHA256, "second_backbone": backbone.EFFICIENTNET_WHEEL_SHA256}
-    if trained:
-        hashes[TRAINED] = trained
-    return json.dumps({**asdict(form), **hashes}, sort_keys=True)
-
-
 def served_form(repository: Path) -> str:
-    """What a head fitted on the repository's newest encoder is tied to, see ``form_text``.
+    """What a head fitted on the repository's newest encoder is tied to, see ``exported.Exported.form``.
 
     Raises:
         ModelMismatch: there is no encoder.
         ConfigError: the encoder was built by another release.
     """
-    provenance = model_repository.read_meta(
-        repository, "encoder", model_repository.latest(repository, "encoder")
-    ).provenance
-    text = form_text(EncoderForm(), trained=str(provenance.get(TRAINED, "")))
+    newest = model_repository.latest(repository, "encoder")
+    provenance = model_repository.read_meta(repository, "encoder", newest).provenance
+    export = cast(EncoderExport, export_of(str(provenance.get("family", ENCODER))))
+    text = export.form_of(provenance)
     made_from = hashlib.sha256(text.encode()).hexdigest()
     if provenance.get("made_from", made_from) != made_from:
         raise ConfigError(f"the encoder in {repository} was built by another release; build the repository again")
@@ -156,4 +112,4 @@ def _published(repository: Path, model: str, made_from: str) -> int | None:
 def _sha256(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"no weights at {path}; name the folder that holds them with --weights")
-    return model_repository.file_sha256(path)
+    return files.file_sha256(path)

@@ -5,12 +5,13 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -18,21 +19,17 @@ from torch import nn
 
 from semwatch.errors import PublishError
 from semwatch.models import head_bank, model_repository
+from semwatch.models.contract import check_contract
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Arrays, Meta, Tensor
 from semwatch.system.clock import utc_now
 from semwatch_training.discovery.head import Head
-from semwatch_training.families.memory.memory_detector import MemoryForm, MemoryGraph
-from semwatch_training.families.ni import folding
-from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph
-from semwatch_training.families.smg_vit.smg_vit import EncoderGraph
+from semwatch_training.families.exported import Exported, Provenance
 
 OPSET = 20
 MAX_RELATIVE_DIFFERENCE = 1e-3
 N_PROBE = 16
 """Crops whose answers travel with a head, to be asked again at every load."""
-
-Provenance = Mapping[str, str | float | int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,50 +44,21 @@ class Parity:
         return max(self.relative.values())
 
 
-def publish_detector(
-    graph: DetectorGraph | MemoryGraph,
-    repository: Path,
-    *,
-    normal_scores: Sequence[float],
-    provenance: Provenance,
-) -> int:
-    """Export and publish a detector with the raw scores of its held-out normal images; returns the version."""
-    form: MemoryForm | DetectorForm
-    if isinstance(graph, MemoryGraph):
-        form, side = graph.form, graph.form.side
-    else:
-        form, side = graph.detector.form, graph.side
-    meta = Meta(
-        model="detector",
-        created_utc=utc_now(),
-        inputs={"image": Tensor(dtype="uint8", shape=(form.input_px, form.input_px))},
-        outputs={
-            "score_map": Tensor(dtype="float32", shape=(side, side)),
-            "raw_score": Tensor(dtype="float32", shape=()),
-        },
-        normal_scores=tuple(sorted(round(score, 7) for score in normal_scores)),
-        provenance={**flat(asdict(form)), **provenance},
-    )
-    exported = graph if isinstance(graph, MemoryGraph) else folding.folded(graph)
-    return _publish(exported.eval(), meta, repository)
+def publish(exported: Exported, repository: Path, *, provenance: Provenance = MappingProxyType({})) -> int:
+    """Export a family's network and publish it under its contract; returns the version.
 
+    Args:
+        exported: what the family says of it.
+        repository: where to.
+        provenance: what is added to the family's own.
 
-def publish_encoder(graph: EncoderGraph, repository: Path, *, provenance: Provenance) -> int:
-    """Export and publish an encoder; returns the version."""
-    form, trunk = graph.vit.form, graph.vit.trunk.shape
-    side = form.input_px // trunk.patch
-    meta = Meta(
-        model="encoder",
-        created_utc=utc_now(),
-        inputs={
-            "crop": Tensor(dtype="uint8", shape=(form.input_px, form.input_px)),
-            "soft_mask": Tensor(dtype="float32", shape=(side, side)),
-            "size": Tensor(dtype="float32", shape=(2,)),
-        },
-        outputs={"features": Tensor(dtype="float32", shape=(graph.width,))},
-        provenance={**flat(asdict(form)), "frozen_width": graph.frozen_width, **provenance},
-    )
-    return _publish(graph.eval(), meta, repository)
+    Raises:
+        ModelMismatch: the line cannot keep its contract.
+        PublishError: the exported model differs from its original, or the disk refused.
+    """
+    meta = exported.meta.model_copy(update={"provenance": {**exported.meta.provenance, **provenance}})
+    check_contract(meta)
+    return _publish(exported.graph.eval(), meta, repository)
 
 
 def publish_head(
@@ -152,7 +120,21 @@ def to_onnx(graph: nn.Module, meta: Meta, path: Path) -> None:
         )
     if program is None:
         raise PublishError(f"torch gave no ONNX program for the {meta.model}")
-    program.save(str(path))
+    path.write_bytes(_bare(program.model_proto).SerializeToString(deterministic=True))
+
+
+def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Take out what the exporter notes of its own making, folders of this machine among it.
+
+    So the same weights exported anywhere by the same release are the same file, with the same content hash.
+    """
+    graph = model.graph
+    tensors = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    nodes = (*graph.node, *(node for function in model.functions for node in function.node))
+    for part in (model, graph, *model.functions, *tensors, *nodes):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    return model
 
 
 def parity(graph: nn.Module, meta: Meta, path: Path, batches: Sequence[Arrays]) -> Parity:
@@ -213,8 +195,3 @@ def _publish(
         for name, bank in banks.items():
             head_bank.write(bank, beside[name])
         return model_repository.publish(repository, meta, path, beside=beside)
-
-
-def flat(form: Mapping[str, Any]) -> dict[str, str | float | int]:
-    """A form's fields as plain provenance values."""
-    return {key: value if isinstance(value, str | float | int) else str(value) for key, value in form.items()}

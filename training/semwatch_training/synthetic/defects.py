@@ -213,8 +213,8 @@ def _necking(specimen: Specimen, rng: Rng) -> Window:
 
 def _collapse(specimen: Specimen, rng: Rng) -> Window:
     gate = specimen.layers["gate"]
-    standing = 1 - _trenches(specimen)
-    chord = across(specimen, standing, rng)
+    lines = 1 - _trenches(specimen)
+    chord = across(specimen, lines, rng)
     along = max(draw_size(specimen, rng, 12.0, 0.12), 0.8 * specimen.pitch)
     lean = (specimen.pitch - min(chord.length_px, 0.8 * specimen.pitch)) * rng.uniform(0.75, 1.05)
     lean *= 1 if rng.random() < 0.5 else -1
@@ -224,7 +224,7 @@ def _collapse(specimen: Specimen, rng: Rng) -> Window:
     y, x = np.mgrid[: on.shape[0], : on.shape[1]]
     map_x = (x - shift * math.cos(chord.angle_rad)).astype(np.float32)
     map_y = (y - shift * math.sin(chord.angle_rad)).astype(np.float32)
-    moved = cv2.remap(standing[window], map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    moved = cv2.remap(lines[window], map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     gate.coverage[window] = 1 - moved if gate.negative else moved
     return window
 

@@ -8,7 +8,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE, Box
 from semwatch.errors import ConfigError
+from semwatch.system import files
 from semwatch_training.synthetic.defects import DEFECT_TYPES, STAGES
 from semwatch_training.synthetic.info_bar import HV_KV, draw_info_bar
 from semwatch_training.synthetic.klarf import klarf_text
@@ -131,7 +131,7 @@ def lot_id(seed: int) -> str:
 def write_image(folder: Path, image: LotImage) -> Path:
     """Place one image in a folder, whole: under a hidden name first, then renamed."""
     path = folder / image.name
-    _write_whole(path, image.content)
+    files.write_whole(path, image.content)
     return path
 
 
@@ -175,8 +175,8 @@ def write_lot(
         if on_image is not None:
             on_image(i, paths[-1])
     labels_csv, klarf = folder / "labels.csv", folder / "LOT.klarf"
-    _write_whole(labels_csv, _labels_csv(sites).encode())
-    _write_whole(klarf, klarf_text(lot_id(seed), sites, FIRST_RECORDED, seed=seed).encode())
+    files.write_whole(labels_csv, _labels_csv(sites).encode())
+    files.write_whole(klarf, klarf_text(lot_id(seed), sites, FIRST_RECORDED, seed=seed).encode())
     return LotManifest(folder, lot_id(seed), tuple(paths), labels_csv, klarf, sum(len(b) for _, _, b in sites))
 
 
@@ -243,7 +243,7 @@ def _write_masks(folder: Path, image: LotImage) -> None:
     below = image.page_hw[0] - image.micrograph.pixels.shape[0]
     for k, mask in enumerate(image.micrograph.masks, start=1):
         page = np.pad(mask.astype(np.uint8) * np.uint8(255), ((0, below), (0, 0)))
-        _write_whole(folder / f"{Path(image.name).stem}_{k}.png", _png(page))
+        files.write_whole(folder / f"{Path(image.name).stem}_{k}.png", _png(page))
 
 
 def _labels_csv(sites: Sequence[tuple[str, SyntheticMicrograph, tuple[Box, ...]]]) -> str:
@@ -256,18 +256,3 @@ def _labels_csv(sites: Sequence[tuple[str, SyntheticMicrograph, tuple[Box, ...]]
         for k, (label, box) in enumerate(zip(shown.labels, boxes, strict=True), start=1):
             rows.writerow([name, k, label, shown.stage, *box])
     return buffer.getvalue()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,6 +1,7 @@
 """Checkpoints and curves of a training run: written whole; a run is resumed only with the same settings."""
 
 import csv
+import io
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,15 +10,14 @@ from typing import Any
 import torch
 
 from semwatch.errors import ConfigError
-from semwatch_training.system import weights_file
+from semwatch.system import files
 
 
 def write(path: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write a run's state beside its settings, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save({**state, "settings": settings}, partial)
-    weights_file.place(partial, path)
+    """Write a run's state beside its settings, whole."""
+    files.make_folder(path.parent)
+    with files.writing(path) as file:
+        torch.save({**state, "settings": settings}, file)
 
 
 def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -39,9 +39,8 @@ def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
     """Write a training curve as CSV, one row per entry."""
-    partial = path.with_suffix(".partial.csv")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(curve[0]))
-        writer.writeheader()
-        writer.writerows(curve)
-    weights_file.place(partial, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(curve[0]))
+    writer.writeheader()
+    writer.writerows(curve)
+    files.write_whole(path, text.getvalue().encode())

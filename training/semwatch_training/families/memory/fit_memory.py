@@ -76,7 +76,7 @@ def look(
         form: what memories will be made of.
         groups: one number per image; images of one site share theirs and are not scored by each other's patches, as
             they would look more normal than images to come. None where every image stands alone.
-        progress: told after every image.
+        progress: called after every image.
 
     Raises:
         ConfigError: no images, an image of another type, groups that do not fit, or features that are not finite.
@@ -94,7 +94,7 @@ def remember(patches: Patches, form: MemoryForm, *, seed: int = 1, progress: Pro
         patches: of ``look``, with the same trunk sizes, layers and stages.
         form: of the memory.
         seed: of the drawing of patches and folds.
-        progress: told after every held-out image.
+        progress: called after every held-out image.
     """
     rng = np.random.default_rng(seed)
     kept, distances = (_images if form.alike else _coreset)(patches, form, rng, progress)

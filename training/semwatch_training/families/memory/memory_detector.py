@@ -276,7 +276,8 @@ def save(path: Path, memory: Memory, *, provenance: Mapping[str, str] | None = N
             f"{name}.patches": bank.patches.half(),
             f"{name}.scale": torch.tensor([bank.centre, bank.spread], dtype=torch.float64),
         }
-    weights_file.write(path, state, {**(provenance or {}), "form": json.dumps(asdict(memory.form))})
+    header = {**(provenance or {}), "family": "memory", "form": json.dumps(asdict(memory.form))}
+    weights_file.write(path, state, header)
 
 
 def load(path: Path) -> Memory:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from semwatch.errors import ConfigError
+from semwatch.system import files
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.families.ni.ni_losses import normal_information_loss, plant_pseudo_defects, reconstruction_loss
@@ -58,14 +59,14 @@ def cache_features(
         images: (S, S) uint8, already at the detector's input size.
         n: how many there are, exactly.
         path: ``.npy``; reused if it is whole and has the right shape.
-        progress: told after every image.
+        progress: called after every image.
     """
     form = graph.detector.form
     shape = (n, len(form.groups), (form.input_px // graph.trunk.shape.patch) ** 2, form.width)
     if (found := _mapped(path, shape)) is not None:
         return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
+    files.make_folder(path.parent)
+    partial = files.temporary(path)
     cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     device = next(graph.parameters()).device
     for index, image in zip(range(n), images, strict=True):
@@ -73,7 +74,7 @@ def cache_features(
             cache[index] = graph.features(torch.from_numpy(image[None]).to(device))[0].half().cpu().numpy()
         progress("features", index + 1, n)
     cache.flush()
-    weights_file.place(partial, path)
+    files.place(partial, path)
     features: NDArray[np.float16] = np.load(path, mmap_mode="r")
     return features
 
@@ -148,6 +149,7 @@ def save(
 ) -> None:
     """Write weights as fp16 safetensors with form, held-out scores and provenance in the header."""
     header = {
+        "family": "ni",
         "form": json.dumps(asdict(detector.form)),
         "normal_scores": json.dumps(normal_scores),
         "provenance": json.dumps(provenance),

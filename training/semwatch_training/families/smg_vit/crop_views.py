@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
+from semwatch.system import files
 from semwatch_training.data.augment import Augmentation, augment
 from semwatch_training.families.smg_vit.smg_vit import SmgVit
-from semwatch_training.system import weights_file
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks.vit import IMAGENET_MEAN, IMAGENET_STD, normalise
 
@@ -57,7 +57,7 @@ def cache_views(
         side_px: of a view, the encoder's input by default; smaller ones are DINO's local views.
         seed: of the augmentation; each crop has its own stream, so that adding crops leaves the others' views alone.
         batch: views at a time.
-        progress: told after every batch.
+        progress: called after every batch.
 
     Raises:
         ConfigError: no crops, another number of masks than of crops, a side that the patches do not divide, or see
@@ -108,8 +108,8 @@ def frozen_fingerprint(vit: SmgVit) -> str:
 def _run_frozen(
     vit: SmgVit, pixels: NDArray[np.uint8], path: Path, shape: tuple[int, ...], batch: int, progress: Progress
 ) -> NDArray[np.float16]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
+    files.make_folder(path.parent)
+    partial = files.temporary(path)
     cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     device = vit.guided.scale.device
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -119,7 +119,7 @@ def _run_frozen(
             cache[first : first + batch] = vit.frozen(images)[0].half().cpu().numpy()
         progress("views", min(first + batch, len(pixels)), len(pixels))
     cache.flush()
-    weights_file.place(partial, path)
+    files.place(partial, path)
     found: NDArray[np.float16] = np.load(path, mmap_mode="r")
     return found
 

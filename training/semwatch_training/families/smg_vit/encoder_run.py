@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from semwatch.errors import ConfigError
+from semwatch.line import inputs
 from semwatch.models.inference import Embedded
 from semwatch_training.families.smg_vit import self_supervision, unlabelled_crops
 from semwatch_training.families.smg_vit.crop_views import cache_views
@@ -54,7 +55,7 @@ def train_encoder(
         repository: whose detector searches; it is not read where the crops come from a file.
         cache: where the converted trunk is kept.
         n_views: of each crop; each step draws two.
-        progress: told what is being done.
+        progress: called with what is being done.
 
     Returns:
         The last row of the curve, see ``self_supervision.train``.
@@ -98,7 +99,7 @@ def _searched(
     """Crops that a detector finds, cut once and kept under a name that changes with detector and images."""
     paths = unlabelled_crops.drawn(source.images, source.n_images, seed) if source.images else []
     with Embedded(repository, models=("detector", "encoder")) as models:
-        if models.meta("encoder").inputs["crop"].shape != (form.input_px, form.input_px):
+        if inputs.crop_px(models.meta("encoder")) != form.input_px:
             raise ConfigError(f"the encoder in {repository} takes crops of another size; build the repository again")
         seen = unlabelled_crops.fingerprint(paths) if paths else str(source.n_images)
         name = hashlib.sha256(f"{models.meta('detector').weights_sha256} {seen}".encode()).hexdigest()[:16]

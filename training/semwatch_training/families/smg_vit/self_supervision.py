@@ -99,7 +99,7 @@ def train(
         schedule: how.
         folder: of checkpoint and curve.
         local: smaller views of the same crops, seen by the student only.
-        progress: told after every step.
+        progress: called after every step.
 
     Returns:
         The curve's rows.
@@ -139,7 +139,7 @@ def train(
 
 def save(vit: SmgVit, path: Path, *, provenance: dict[str, str | float | int]) -> None:
     """Write what stage B trained, as fp16 safetensors, with form and provenance in the header."""
-    header = {"form": json.dumps(asdict(vit.form)), "frozen": frozen_fingerprint(vit)}
+    header = {"family": "smg_vit", "form": json.dumps(asdict(vit.form)), "frozen": frozen_fingerprint(vit)}
     header["provenance"] = json.dumps(provenance)
     weights_file.write(path, {name: value.half() for name, value in vit.guided.state_dict().items()}, header)
 

@@ -19,9 +19,9 @@ from semwatch.intake import decoding
 from semwatch.line.pipeline import search
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
+from semwatch.system import files
 from semwatch_training.data import datasets
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
-from semwatch_training.system import weights_file
 from semwatch_training.system.progress_bars import Progress
 
 SIDE_PX = 768
@@ -96,11 +96,9 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 def save(crops: Crops, path: Path) -> None:
     """Keep crops, to be cut once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    files.make_folder(path.parent)
+    with files.writing(path) as file:
         np.savez(file, pixels=crops.pixels, soft_masks=crops.soft_masks)
-    weights_file.place(partial, path)
 
 
 def load(path: Path, *, side_px: int, tokens: int) -> Crops:

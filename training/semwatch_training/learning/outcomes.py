@@ -1,6 +1,6 @@
-"""What a cycle leaves in writing: the provenance of its head, the audit line, learned clusters, the fate of records.
+"""The outcome of a cycle as it is recorded: provenance of its head, learned clusters, settled records.
 
-The audit line and the file of clusters follow from the published head alone, its labels and its provenance. So a cycle
+The state of the clusters follows from the published head alone, its labels and its provenance. So a cycle
 that died after it had published leaves nothing to guess: the next one writes what is missing, and nothing twice.
 """
 
@@ -8,18 +8,17 @@ from collections.abc import Sequence
 
 from semwatch.classes import clusters
 from semwatch.classes.clusters import Clusters
+from semwatch.classes.register import ClassRegister
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
-from semwatch.settings.site import Site
-from semwatch.store.ledger import Ledger
-from semwatch_training.learning import promotion, standing
-from semwatch_training.learning.intake import Fate
+from semwatch_training.learning import decisions, promotion
+from semwatch_training.learning.base_head import BaseHead
+from semwatch_training.learning.decisions import DECISIONS, DecidedCrops
+from semwatch_training.learning.intake import Settlement
 from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Judgement
-from semwatch_training.learning.standing import OBEYED, Obeyed, Standing
 
-LEDGER = "ledger.sqlite"
 REJECTED = "rejected "
 """Begins the stand-in classes that keep rejected crops from being proposed again; no head knows them."""
 
@@ -30,15 +29,15 @@ def lineage(meta: Meta) -> dict[str, str | float | int]:
 
 
 def provenance(
-    base: Standing,
+    base: BaseHead,
     utc: str,
     judgements: Sequence[tuple[Recipe, Judgement]],
-    obeyed: Obeyed,
+    decided_crops: DecidedCrops,
     f: Findings,
     bank: Bank,
     golden: Bank,
 ) -> dict[str, str | float | int]:
-    """How a head was made, and all that ``put`` and the next cycle need to know of it."""
+    """How a head was made, and what ``record_promotion`` and the next cycle need to know of it."""
     best: dict[str, str | float | int] = {}
     for recipe, judged in judgements:
         best |= promotion.provenance_of(judged.best, recipe)
@@ -47,7 +46,7 @@ def provenance(
         "cycle": utc,
         "parent": base.version,
         "learned": ", ".join(f"{label} ({n} crops)" for label, n in f.learned.items()),
-        OBEYED: ", ".join(map(str, (*obeyed.revisions, *f.revisions))),
+        DECISIONS: ", ".join(map(str, (*decided_crops.revisions, *f.revisions))),
         "bank": len(bank),
         "golden": len(golden),
         "golden_unknown_rate": round(max(judged.unknown_rate for _, judged in judgements), 4),
@@ -55,41 +54,30 @@ def provenance(
     }
 
 
-def put(site: Site, version: int, meta: Meta, utc: str) -> Clusters:
-    """Write the audit line of a head in service, once, then what it knows and obeys into the file; returns the file.
+def record_promotion(register: ClassRegister, version: int, meta: Meta, utc: str) -> Clusters:
+    """Mark the clusters that a head in service has learned, and the decisions that are applied in it.
 
-    Call it with the file of clusters locked: there must be no change without its line.
+    Call it with the register locked. The head's audit line is the daemon's, which writes it from the same description.
+
+    Returns:
+        The found classes as they are then.
 
     Raises:
-        ConfigError: the file of clusters or the ledger cannot be read.
-        ServiceUnavailable: the disk refused.
+        ConfigError: they make no sense.
+        ServiceUnavailable: Redis is away.
     """
-    made = meta.provenance
-    if "cycle" in made:
-        obeyed = [int(part) for part in str(made.get(OBEYED, "")).split(",") if part.strip().isdigit()]
-        entry = {
-            "event": "head published",
-            "utc": made["cycle"],
-            "version": version,
-            "learned": made.get("learned", ""),
-            "obeyed": obeyed,
-        }
-        site.state_dir.mkdir(parents=True, exist_ok=True)
-        with Ledger(site.state_dir / LEDGER, exclusive=False) as ledger:
-            # Not by its version: the same head under a new name is no second one.
-            ledger.note(audit=entry, once=f"head published {made['cycle']} {made.get('parent')}")
-    now = clusters.read(site.learning_dir)
-    after = standing.caught_up(now, meta, version, utc)
+    now = register.read()
+    after = decisions.mark_applied(now, meta, version, utc)
     if after == now:
         return now
     after = after.model_copy(update={"revision": now.revision + 1})
-    clusters.write(site.learning_dir, after)
+    register.write(after)
     return after
 
 
-def fates(base: Standing, decided: Clusters) -> dict[str, Fate]:
-    """By record id: what the head in service was fitted on or proven on, and what people rejected."""
-    known: dict[str, Fate] = {
+def settlements(base: BaseHead, decided: Clusters) -> dict[str, Settlement]:
+    """Settlements by record id: crops that the head in service was fitted or judged on, crops that people rejected."""
+    known: dict[str, Settlement] = {
         id_: ("learned", f"{label}, head {base.version}")
         for crops in (base.bank, base.golden)
         for id_, label in zip(crops.ids, crops.labels, strict=True)
@@ -99,9 +87,9 @@ def fates(base: Standing, decided: Clusters) -> dict[str, Fate]:
     return known | {id_: ("rejected", k.id) for k in gone for id_ in k.members}
 
 
-def by_clustering(f: Findings) -> dict[str, Fate]:
-    """Fates of the records that turned out to look like what people rejected."""
-    found: dict[str, Fate] = {
+def settlements_by_clustering(f: Findings) -> dict[str, Settlement]:
+    """Settlements of the records that clustering put beside what people rejected."""
+    found: dict[str, Settlement] = {
         record.id: ("rejected", known.removeprefix(REJECTED))
         for record, known in zip(f.records, f.clustered.known, strict=True)
         if known is not None and known.startswith(REJECTED)
@@ -112,9 +100,9 @@ def by_clustering(f: Findings) -> dict[str, Fate]:
     return found
 
 
-def by_head(f: Findings, obeyed: Obeyed, version: int) -> dict[str, Fate]:
-    """Fates that a new head brings about; unknowns that no class came of are not among them, they stay in the queue."""
-    found: dict[str, Fate] = {id_: ("rejected", label) for id_, label in obeyed.rejected.items()}
+def settlements_by_head(f: Findings, decided_crops: DecidedCrops, version: int) -> dict[str, Settlement]:
+    """Settlements by a new head; unknowns that no class came of are not among them, they stay in the queue."""
+    found: dict[str, Settlement] = {id_: ("rejected", label) for id_, label in decided_crops.rejected.items()}
     for record, known in zip(f.records, f.clustered.known, strict=True):
         if known is not None and not known.startswith(REJECTED) and record.kind == "non-decidable":
             found[record.id] = "explained", f"{known}, head {version}"

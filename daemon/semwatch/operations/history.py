@@ -1,4 +1,4 @@
-"""One image's story, from what is on disk: ledger, audit log, results, outbox, and the journal where it may be read."""
+"""One image's history from what is on disk: ledger, audit log, results, outbox, and the journal if readable."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ class Event:
     """One thing that happened to an image."""
 
     utc: str
-    """ISO 8601, Z; empty where nothing says when."""
+    """ISO 8601, Z; empty where the time is not known."""
     where: Where
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class History:
     """What is known of one content of one source."""
 
     source: str
@@ -51,32 +51,32 @@ class Story:
     events: tuple[Event, ...]
     """In time order."""
     now: tuple[str, ...]
-    """How it stands, a sentence each."""
+    """Current state, a sentence each."""
     not_asked: tuple[str, ...]
-    """What could not be looked at, and why."""
+    """Sources that could not be read, and why."""
 
 
-def tell(site: Site, ledger: Ledger, work: Work) -> Story:
-    """Collect the story of one piece of work."""
+def collect(site: Site, ledger: Ledger, work: Work) -> History:
+    """Collect the history of one piece of work."""
     not_asked: list[str] = []
     events = [*ledger_events(ledger, work), *result_events(site, work)]
     sources: dict[str, Callable[[], list[Event]]] = {
         "audit log": partial(audit_events, site.state_dir / AUDIT, ledger, work),
         "journal": partial(journal_events, work),
     }
-    for name, collect in sources.items():
+    for name, read in sources.items():
         try:
-            events += collect()
+            events += read()
         except ServiceUnavailable as error:
             not_asked.append(f"the {name} was not read: {error}")
-    return Story(
+    return History(
         work.source,
         work.sha256,
         work.path,
         work.state,
         work.attempts,
         tuple(sorted(events, key=lambda event: event.utc)),
-        tuple(standing(site, ledger, work)),
+        tuple(current_state(site, ledger, work)),
         tuple(not_asked),
     )
 
@@ -146,8 +146,8 @@ def journal_events(work: Work) -> list[Event]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServiceUnavailable(f"journalctl gave no answer: {error}") from error
     if done.returncode != 0:
-        said = done.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
-        raise ServiceUnavailable(said or f"journalctl ended with {done.returncode}")
+        message = done.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
+        raise ServiceUnavailable(message or f"journalctl ended with {done.returncode}")
     entries = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
     ours = [entry for entry in entries if entry.get("SHA256", work.sha256) == work.sha256]
     if not ours:
@@ -155,8 +155,8 @@ def journal_events(work: Work) -> list[Event]:
     return [Event(_utc(int(e["__REALTIME_TIMESTAMP"]) / 1e6), "journal", _message(e)) for e in ours]
 
 
-def standing(site: Site, ledger: Ledger, work: Work) -> Iterator[str]:
-    """How it stands now: the work, what waits for Redis, the file in the drop folder."""
+def current_state(site: Site, ledger: Ledger, work: Work) -> Iterator[str]:
+    """Current state, a sentence each: the work, what waits for Redis, the file in the drop folder."""
     yield {
         "DONE": "reviewed: nothing is left to do",
         "SEEN": f"waits for another try: {work.reason or 'no reason was kept'}",
@@ -211,14 +211,14 @@ def _reason(file: Path) -> ReasonRecord | None:
 
 def _in_words(record: ReviewRecord) -> str:
     verdicts = [defect.verdict for page in record.pages for defect in page.defects]
-    said = Counter(v.kind if v.label in (None, v.kind) else f"{v.kind} {v.label}" for v in verdicts)
+    counts = Counter(v.kind if v.label in (None, v.kind) else f"{v.kind} {v.label}" for v in verdicts)
     models = ", ".join(f"{name} {version}" for name, version in record.model_versions.items())
     again = f"revision {record.revision}: " if record.revision > 1 else ""
-    return f"{again}{_counted(said) or 'no defect found'}; recipe {record.recipe.name}, {models}"
+    return f"{again}{_counted(counts) or 'no defect found'}; recipe {record.recipe.name}, {models}"
 
 
 def _audit_lines(log: Path, sha256: str) -> Iterator[dict[str, Any]]:
-    """Lines that speak of a content; the chain is `semwatch audit verify`'s matter, not ours."""
+    """Lines about a content; the chain is `semwatch audit verify`'s matter, not ours."""
     wanted = sha256.encode()
     try:
         for part in audit.parts(log):
@@ -259,8 +259,8 @@ def _counted(numbers: Mapping[str, int]) -> str:
 
 
 def _message(entry: Mapping[str, Any]) -> str:
-    said = entry.get("MESSAGE")
-    text = bytes(said).decode("utf-8", "backslashreplace") if isinstance(said, list) else str(said)
+    message = entry.get("MESSAGE")
+    text = bytes(message).decode("utf-8", "backslashreplace") if isinstance(message, list) else str(message)
     level = {"2": "crit: ", "3": "err: ", "4": "warning: "}.get(str(entry.get("PRIORITY")), "")
     return f"{level}{text}"
 

@@ -1,4 +1,4 @@
-"""Where a cycle begins: what people decided, applied to the crops of the head in service and to waiting unknowns."""
+"""People's decisions, applied to the crops of the head in service and to waiting unknowns."""
 
 from collections import Counter
 from itertools import pairwise
@@ -7,18 +7,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster_files import T0, T1, WHO, found, ids
-from semwatch.classes import clusters, decisions, sightings
+from cluster_files import SIGNED, T0, T1, found, ids
+from semwatch.classes import clusters, decisions, observations
 from semwatch.classes.clusters import Clusters
 from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Promotion, Recipe
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
-from semwatch_training.learning import new_classes, standing
+from semwatch_training.learning import crops as banks
+from semwatch_training.learning import new_classes
+from semwatch_training.learning.base_head import BaseHead
 from semwatch_training.learning.candidates import Candidate
+from semwatch_training.learning.decisions import (
+    DECISIONS,
+    FORMER_DECISIONS,
+    Group,
+    apply_decisions,
+    codes,
+    groups_by_person,
+    ids_grouped_by_person,
+    mark_applied,
+    renamed_answers,
+)
 from semwatch_training.learning.promotion import Answers
-from semwatch_training.learning.standing import Group, Standing
 
 CLASSES = ("bridge", "particle")
 WIDTH = 4
@@ -40,83 +52,89 @@ def meta_of(*labels: str, **values: Any) -> Meta:
     return Meta(model="head", created_utc=T0, inputs={}, outputs={}, labels=labels, **values)
 
 
-def base_of(*learned: Bank, golden: Bank | None = None, **values: Any) -> Standing:
+def base_of(*learned: Bank, golden: Bank | None = None, **values: Any) -> BaseHead:
     bank = head_bank.joined([known("bridge", 10, 0), known("particle", 10, 1), *learned])
     labels = sorted(set(bank.labels))
-    return Standing(2, meta_of(*labels, **values), bank, golden or head_bank.empty(WIDTH), WIDTH)
+    return BaseHead(2, meta_of(*labels, **values), bank, golden or head_bank.empty(WIDTH), WIDTH)
 
 
 def file_of(*sizes: int, learned: int = 0) -> Clusters:
     """Clusters of so many records, numbered on; the first so many are learned by head 2."""
     starts = np.cumsum((0, *sizes))
     groups = [found(*range(a, b)) for a, b in pairwise(starts)]
-    c = sightings.seen(Clusters(), groups, utc=T0)
-    return sightings.learned(c, [f"novel-{i + 1}" for i in range(learned)], 2, T0)
+    c = observations.observe(Clusters(), groups, utc=T0)
+    return observations.learned(c, [f"novel-{i + 1}" for i in range(learned)], 2, T0)
 
 
 def pending(c: Clusters) -> list[str]:
     return [d.kind for d in clusters.pending(c)]
 
 
-# --- what the file does not say yet ----------------------------------------------------------------------------------
+# --- what the file does not hold yet ---------------------------------------------------------------------------------
 
 
-def test_file_without_clusters_is_caught_up() -> None:
-    assert standing.caught_up(Clusters(), meta_of(*CLASSES), 2, T1) == Clusters()
+def test_file_without_clusters_stays_as_it_is() -> None:
+    assert mark_applied(Clusters(), meta_of(*CLASSES), 2, T1) == Clusters()
 
 
 def test_head_that_knows_a_proposed_cluster_has_learned_it() -> None:
-    c = standing.caught_up(file_of(10, 6), meta_of(*CLASSES, "novel-2"), 5, T1)
+    c = mark_applied(file_of(10, 6), meta_of(*CLASSES, "novel-2"), 5, T1)
     assert [(k.state, k.head_version) for k in c.clusters] == [("proposed", None), ("learned", 5)]
-    assert standing.caught_up(c, meta_of(*CLASSES, "novel-2"), 6, T1) == c
+    assert mark_applied(c, meta_of(*CLASSES, "novel-2"), 6, T1) == c
 
 
 def test_name_that_waited_counts_once_a_head_has_it() -> None:
-    c = decisions.named(file_of(10), "novel-1", "pit", 7, classes=CLASSES, **WHO)
-    assert standing.caught_up(c, meta_of(*CLASSES), 2, T1) == c
+    c = decisions.named(file_of(10), "novel-1", "pit", 7, classes=CLASSES, **SIGNED)
+    assert mark_applied(c, meta_of(*CLASSES), 2, T1) == c
     for label in ("pit", "novel-1"):
-        done = standing.caught_up(c, meta_of(*CLASSES, label), 3, T1)
+        done = mark_applied(c, meta_of(*CLASSES, label), 3, T1)
         assert (done.clusters[0].state, pending(done)) == ("named", [])
 
 
-def test_decision_that_leaves_nothing_to_do_is_obeyed_at_once() -> None:
+def test_decision_that_leaves_nothing_to_do_is_applied_at_once() -> None:
     c = file_of(10, 6, 6, learned=1)
-    c = decisions.rejected(c, "novel-2", **WHO)
-    c = decisions.merged(c, "novel-3", "novel-1", classes=CLASSES, **WHO)
-    c = decisions.rejected(c, "novel-1", **WHO)
-    after = standing.caught_up(c, meta_of(*CLASSES, "novel-1"), 2, T1)
+    c = decisions.rejected(c, "novel-2", **SIGNED)
+    c = decisions.merged(c, "novel-3", "novel-1", classes=CLASSES, **SIGNED)
+    c = decisions.rejected(c, "novel-1", **SIGNED)
+    after = mark_applied(c, meta_of(*CLASSES, "novel-1"), 2, T1)
     assert [d.cluster for d in clusters.pending(after)] == ["novel-1"]
-    assert pending(standing.caught_up(after, meta_of(*CLASSES), 3, T1)) == []
+    assert pending(mark_applied(after, meta_of(*CLASSES), 3, T1)) == []
 
 
 def test_merge_of_unknowns_into_a_class_of_the_head_waits_for_them() -> None:
-    c = decisions.merged(file_of(10), "novel-1", "bridge", classes=CLASSES, **WHO)
-    assert pending(standing.caught_up(c, meta_of(*CLASSES), 2, T1)) == ["merge"]
+    c = decisions.merged(file_of(10), "novel-1", "bridge", classes=CLASSES, **SIGNED)
+    assert pending(mark_applied(c, meta_of(*CLASSES), 2, T1)) == ["merge"]
 
 
 def test_code_that_the_head_has_not_keeps_its_name_waiting() -> None:
-    c = decisions.named(file_of(10, learned=1), "novel-1", "pit", 7, classes=CLASSES, **WHO)
-    assert pending(standing.caught_up(c, meta_of(*CLASSES, "pit"), 3, T1)) == ["name"]
-    assert pending(standing.caught_up(c, meta_of(*CLASSES, "pit", codes={"pit": 7}), 3, T1)) == []
+    c = decisions.named(file_of(10, learned=1), "novel-1", "pit", 7, classes=CLASSES, **SIGNED)
+    assert pending(mark_applied(c, meta_of(*CLASSES, "pit"), 3, T1)) == ["name"]
+    assert pending(mark_applied(c, meta_of(*CLASSES, "pit", codes={"pit": 7}), 3, T1)) == []
 
 
-def test_split_is_obeyed_only_by_a_head_that_says_so() -> None:
-    c = decisions.split(file_of(10, learned=1), "novel-1", 2, **WHO)
+@pytest.mark.parametrize("key", [DECISIONS, FORMER_DECISIONS])
+def test_split_is_applied_only_in_a_head_whose_provenance_records_it(key: str) -> None:
+    c = decisions.split(file_of(10, learned=1), "novel-1", 2, **SIGNED)
     head = meta_of(*CLASSES, "novel-1")
-    assert pending(standing.caught_up(c, head, 3, T1)) == ["split"]
+    assert pending(mark_applied(c, head, 3, T1)) == ["split"]
     revision = c.decisions[0].revision
-    said = head.model_copy(update={"provenance": {standing.OBEYED: f"99, {revision}, nonsense"}})
-    assert pending(standing.caught_up(c, said, 3, T1)) == []
+    recorded = head.model_copy(update={"provenance": {key: f"99, {revision}, nonsense"}})
+    assert pending(mark_applied(c, recorded, 3, T1)) == []
 
 
-# --- obeyed by bank and golden set -----------------------------------------------------------------------------------
+# --- applied to bank and golden set ----------------------------------------------------------------------------------
 
 
 def test_where_nobody_decided_nothing_changes() -> None:
     base = base_of(crops("novel-1", range(10), axis=2))
-    obeyed = standing.obey(base, file_of(10, learned=1), seed=0)
-    assert (obeyed.is_changed, obeyed.parts, obeyed.revisions, dict(obeyed.rejected)) == (False, (), (), {})
-    assert obeyed.bank.labels == base.bank.labels
+    decided_crops = apply_decisions(base, file_of(10, learned=1), seed=0)
+    assert (decided_crops.is_changed, decided_crops.parts, decided_crops.revisions, dict(decided_crops.rejected)) == (
+        False,
+        (),
+        (),
+        {},
+    )
+    assert decided_crops.bank.labels == base.bank.labels
 
 
 def test_names_and_merges_change_labels_and_rejections_leave_crops_out() -> None:
@@ -126,20 +144,20 @@ def test_names_and_merges_change_labels_and_rejections_leave_crops_out() -> None
         crops("novel-3", range(16, 22)),
         golden=head_bank.joined([crops("novel-1", range(30, 32)), crops("novel-3", range(40, 42))]),
     )
-    c = decisions.named(file_of(10, 6, 6, learned=3), "novel-1", "pit", classes=CLASSES, **WHO)
-    c = decisions.merged(c, "novel-2", "bridge", classes=CLASSES, **WHO)
-    c = decisions.rejected(c, "novel-3", **WHO)
-    obeyed = standing.obey(base, c, seed=0)
-    assert obeyed.is_changed
-    assert Counter(obeyed.bank.labels) == {"bridge": 16, "particle": 10, "pit": 10}
-    assert Counter(obeyed.golden.labels) == {"pit": 2}
-    assert dict(obeyed.rejected) == dict.fromkeys(ids(*range(16, 22), 40, 41), "novel-3")
-    assert obeyed.revisions == (1, 2, 3)
+    c = decisions.named(file_of(10, 6, 6, learned=3), "novel-1", "pit", classes=CLASSES, **SIGNED)
+    c = decisions.merged(c, "novel-2", "bridge", classes=CLASSES, **SIGNED)
+    c = decisions.rejected(c, "novel-3", **SIGNED)
+    decided_crops = apply_decisions(base, c, seed=0)
+    assert decided_crops.is_changed
+    assert Counter(decided_crops.bank.labels) == {"bridge": 16, "particle": 10, "pit": 10}
+    assert Counter(decided_crops.golden.labels) == {"pit": 2}
+    assert dict(decided_crops.rejected) == dict.fromkeys(ids(*range(16, 22), 40, 41), "novel-3")
+    assert decided_crops.revisions == (1, 2, 3)
 
 
 def test_decision_about_what_no_head_knows_changes_no_crop() -> None:
-    c = decisions.rejected(file_of(10), "novel-1", **WHO)
-    assert not standing.obey(base_of(), c, seed=0).is_changed
+    c = decisions.rejected(file_of(10), "novel-1", **SIGNED)
+    assert not apply_decisions(base_of(), c, seed=0).is_changed
 
 
 def two_blobs() -> tuple[Bank, Bank]:
@@ -151,86 +169,90 @@ def two_blobs() -> tuple[Bank, Bank]:
 
 def test_split_class_leaves_bank_and_golden_set_and_comes_back_in_parts_the_largest_first() -> None:
     learned, proof = two_blobs()
-    c = decisions.split(file_of(30, learned=1), "novel-1", 2, **WHO)
-    obeyed = standing.obey(base_of(learned, golden=proof), c, seed=0)
-    assert (obeyed.is_changed, obeyed.revisions, obeyed.names["novel-1"]) == (True, (1,), None)
-    assert "novel-1" not in (*obeyed.bank.labels, *obeyed.golden.labels)
-    assert [set(part.ids) for part in obeyed.parts] == [
+    c = decisions.split(file_of(30, learned=1), "novel-1", 2, **SIGNED)
+    decided_crops = apply_decisions(base_of(learned, golden=proof), c, seed=0)
+    assert (decided_crops.is_changed, decided_crops.revisions, decided_crops.names["novel-1"]) == (True, (1,), None)
+    assert "novel-1" not in (*decided_crops.bank.labels, *decided_crops.golden.labels)
+    assert [set(part.ids) for part in decided_crops.parts] == [
         {*ids(*range(14)), *ids(*range(24, 28))},
         {*ids(*range(14, 24)), *ids(28, 29)},
     ]
-    assert all(part.by_person and set(part.crops.labels) == {""} for part in obeyed.parts)
-    assert not obeyed.rejected
+    assert all(part.by_person and set(part.crops.labels) == {""} for part in decided_crops.parts)
+    assert not decided_crops.rejected
 
 
 @pytest.mark.parametrize("parts", [3, 5, 6])
 def test_split_into_parts_that_are_too_small_is_put_off_and_said(caplog, parts: int) -> None:
     learned = head_bank.joined([crops("novel-1", range(21), axis=2), crops("novel-1", range(21, 24), axis=3)])
-    c = decisions.split(file_of(24, learned=1), "novel-1", parts, **WHO)
-    obeyed = standing.obey(base_of(learned), c, seed=0)
-    smallest = min((len(part.ids) for part in obeyed.parts), default=0)
-    assert (obeyed.is_changed, obeyed.revisions, smallest) == (False, (), 0)
-    assert obeyed.bank.labels.count("novel-1") == 24
+    c = decisions.split(file_of(24, learned=1), "novel-1", parts, **SIGNED)
+    decided_crops = apply_decisions(base_of(learned), c, seed=0)
+    smallest = min((len(part.ids) for part in decided_crops.parts), default=0)
+    assert (decided_crops.is_changed, decided_crops.revisions, smallest) == (False, (), 0)
+    assert decided_crops.bank.labels.count("novel-1") == 24
     assert "novel-1 stays whole for now, though it is to be split" in caplog.text
 
 
 def test_what_was_proof_does_not_make_a_part_large_enough(caplog) -> None:
     learned = head_bank.joined([crops("novel-1", range(14), axis=2), crops("novel-1", range(14, 18), axis=3)])
     proof = crops("novel-1", range(24, 30), axis=3)
-    c = decisions.split(file_of(30, learned=1), "novel-1", 2, **WHO)
-    assert standing.obey(base_of(learned, golden=proof), c, seed=0).parts == ()
+    c = decisions.split(file_of(30, learned=1), "novel-1", 2, **SIGNED)
+    assert apply_decisions(base_of(learned, golden=proof), c, seed=0).parts == ()
     assert f"one part would have 4 crops, and a class needs {MIN_PER_CLASS}" in caplog.text
 
 
 def test_class_that_was_named_and_split_keeps_its_name_on_the_largest_part() -> None:
     learned, proof = two_blobs()
-    c = decisions.named(file_of(30, learned=1), "novel-1", "pit", classes=CLASSES, **WHO)
-    c = decisions.split(c, "pit", 2, **WHO)
-    obeyed = standing.obey(base_of(learned, golden=proof), c, seed=0)
-    assert (len(obeyed.parts), "pit" in obeyed.bank.labels, obeyed.names["novel-1"]) == (2, False, None)
+    c = decisions.named(file_of(30, learned=1), "novel-1", "pit", classes=CLASSES, **SIGNED)
+    c = decisions.split(c, "pit", 2, **SIGNED)
+    decided_crops = apply_decisions(base_of(learned, golden=proof), c, seed=0)
+    assert (len(decided_crops.parts), "pit" in decided_crops.bank.labels, decided_crops.names["novel-1"]) == (
+        2,
+        False,
+        None,
+    )
 
 
-# --- obeyed by waiting unknowns --------------------------------------------------------------------------------------
+# --- applied to waiting unknowns -------------------------------------------------------------------------------------
 
 
-def told(c: Clusters, waiting: Bank) -> tuple[list[Group], list[bool], list[int]]:
-    groups, is_left, revisions = standing.told(c, waiting, CLASSES, frozen_width=WIDTH, seed=0)
+def grouped(c: Clusters, waiting: Bank) -> tuple[list[Group], list[bool], list[int]]:
+    groups, is_left, revisions = groups_by_person(c, waiting, CLASSES, frozen_width=WIDTH, seed=0)
     return groups, is_left.tolist(), revisions
 
 
-def test_nobody_told_anything_of_nothing() -> None:
-    assert told(Clusters(), head_bank.empty(WIDTH)) == ([], [], [])
-    assert standing.spoken_of(file_of(10), CLASSES) == set()
+def test_no_unknowns_and_no_decisions_make_no_groups() -> None:
+    assert grouped(Clusters(), head_bank.empty(WIDTH)) == ([], [], [])
+    assert ids_grouped_by_person(file_of(10), CLASSES) == set()
 
 
 def test_unknowns_that_a_person_put_into_a_known_class_are_one_group_of_those_that_wait() -> None:
-    c = decisions.merged(file_of(10, 6), "novel-2", "bridge", classes=CLASSES, **WHO)
-    groups, is_left, revisions = told(c, crops("", range(8, 14)))
+    c = decisions.merged(file_of(10, 6), "novel-2", "bridge", classes=CLASSES, **SIGNED)
+    groups, is_left, revisions = grouped(c, crops("", range(8, 14)))
     assert ([group.ids for group in groups], revisions) == ([ids(*range(10, 14))], [])
     assert is_left == [True, True, *[False] * 4]
     assert groups[0].by_person
-    assert standing.spoken_of(c, CLASSES) == set(ids(*range(10, 16)))
-    assert standing.spoken_of(c, ["particle"]) == set()  # the head does not know that class
+    assert ids_grouped_by_person(c, CLASSES) == set(ids(*range(10, 16)))
+    assert ids_grouped_by_person(c, ["particle"]) == set()  # the head does not know that class
 
 
 def test_chain_of_merges_is_followed_to_its_end() -> None:
-    c = decisions.merged(file_of(10, 6), "novel-2", "novel-1", classes=CLASSES, **WHO)
-    assert told(c, crops("", range(16)))[0] == []
-    c = decisions.merged(c, "novel-1", "particle", classes=CLASSES, **WHO)
-    assert [len(group.ids) for group in told(c, crops("", range(16)))[0]] == [10, 6]
+    c = decisions.merged(file_of(10, 6), "novel-2", "novel-1", classes=CLASSES, **SIGNED)
+    assert grouped(c, crops("", range(16)))[0] == []
+    c = decisions.merged(c, "novel-1", "particle", classes=CLASSES, **SIGNED)
+    assert [len(group.ids) for group in grouped(c, crops("", range(16)))[0]] == [10, 6]
 
 
-def test_unknowns_that_a_person_split_are_told_apart() -> None:
+def test_unknowns_that_a_person_split_become_groups() -> None:
     waiting = head_bank.joined([crops("", range(14), axis=2), crops("", range(14, 24), axis=3)])
-    c = decisions.split(file_of(24), "novel-1", 2, **WHO)
-    groups, is_left, revisions = told(c, waiting)
+    c = decisions.split(file_of(24), "novel-1", 2, **SIGNED)
+    groups, is_left, revisions = grouped(c, waiting)
     assert [group.ids for group in groups] == [ids(*range(14)), ids(*range(14, 24))]
     assert (any(is_left), revisions) == (False, [1])
 
 
 def test_unknowns_too_few_to_split_are_left_to_clustering(caplog) -> None:
-    c = decisions.split(file_of(24), "novel-1", 2, **WHO)
-    groups, is_left, revisions = told(c, crops("", range(7)))
+    c = decisions.split(file_of(24), "novel-1", 2, **SIGNED)
+    groups, is_left, revisions = grouped(c, crops("", range(7)))
     assert (groups, all(is_left), revisions) == ([], True, [])
     assert "too few for 2 parts" in caplog.text
 
@@ -242,7 +264,7 @@ def test_answers_of_classes_that_became_one_are_added_up() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.2]], np.float32))
     p_values = np.array([[0.1, 0.7, 0.4]], np.float32)
     answers = Answers(("bridge", "novel-1", "novel-2"), logits, p_values)
-    now = standing.renamed_answers(answers, {"novel-1": "bridge", "novel-2": None})
+    now = renamed_answers(answers, {"novel-1": "bridge", "novel-2": None})
     assert now.labels == ("bridge", "novel-2")
     np.testing.assert_allclose(np.exp(now.logits), [[0.8, 0.2]], rtol=1e-6)
     np.testing.assert_allclose(now.p_values, [[0.7, 0.4]])
@@ -250,16 +272,16 @@ def test_answers_of_classes_that_became_one_are_added_up() -> None:
 
 def test_codes_follow_their_classes() -> None:
     base = base_of(crops("novel-1", range(10)), crops("novel-2", range(10, 16)), codes={"novel-1": 1, "novel-2": 2})
-    c = decisions.named(file_of(10, 6, learned=2), "novel-1", "pit", 71, classes=CLASSES, **WHO)
-    c = decisions.rejected(c, "novel-2", **WHO)
-    assert standing.codes(base, standing.obey(base, c, seed=0), c) == {"pit": 71}
+    c = decisions.named(file_of(10, 6, learned=2), "novel-1", "pit", 71, classes=CLASSES, **SIGNED)
+    c = decisions.rejected(c, "novel-2", **SIGNED)
+    assert codes(base, apply_decisions(base, c, seed=0), c) == {"pit": 71}
 
 
 # --- what is learned, and what proves it -----------------------------------------------------------------------------
 
 
 def split_of(bank: Bank, **values: Any) -> tuple[int, int]:
-    learned, proof = standing.held_out(bank, share=5, at_least=5, **values)
+    learned, proof = banks.held_out(bank, share=5, at_least=5, **values)
     assert sorted((*learned.ids, *proof.ids)) == sorted(bank.ids)
     assert not set(learned.images) & set(proof.images)
     return len(learned), len(proof)
@@ -273,7 +295,7 @@ def test_one_crop_of_five_is_proof_as_long_as_enough_are_left(n: int, expected: 
 
 
 def test_typical_and_odd_crops_are_proof_alike() -> None:
-    _, proof = standing.held_out(crops("", range(20)), share=5, at_least=5)
+    _, proof = banks.held_out(crops("", range(20)), share=5, at_least=5)
     assert proof.ids == ids(4, 9, 14, 19)
 
 
@@ -285,22 +307,22 @@ def test_crops_of_one_image_stay_together() -> None:
 
 def test_what_was_proof_stays_proof_and_no_more_is_drawn() -> None:
     made = crops("", range(20))
-    learned, proof = standing.held_out(made, share=5, at_least=5, was_proof=ids(0, 7))
+    learned, proof = banks.held_out(made, share=5, at_least=5, was_proof=ids(0, 7))
     assert (proof.ids, len(learned)) == (ids(0, 7), 18)
 
 
 def test_cap_thins_only_classes_that_are_too_large_and_the_same_way_each_time() -> None:
     bank = head_bank.joined([known("bridge", 30, 0), known("pit", 4, 1), crops("void", range(12))])
-    kept = standing.capped(bank, 10, seed=3)
+    kept = banks.capped(bank, 10, seed=3)
     assert Counter(kept.labels) == {"bridge": 10, "pit": 4, "void": 10}
-    np.testing.assert_array_equal(standing.capped(bank, 10, seed=3).features, kept.features)
-    assert standing.capped(bank, 30, seed=3).ids == bank.ids
-    assert len(standing.capped(head_bank.empty(WIDTH), 10, seed=0)) == 0
+    np.testing.assert_array_equal(banks.capped(bank, 10, seed=3).features, kept.features)
+    assert banks.capped(bank, 30, seed=3).ids == bank.ids
+    assert len(banks.capped(head_bank.empty(WIDTH), 10, seed=0)) == 0
 
 
 def test_images_get_numbers_by_name() -> None:
-    assert standing.images_as_numbers([]) == []
-    assert standing.images_as_numbers(["b", "a", "b"]) == [0, 1, 0]
+    assert banks.images_as_numbers([]) == []
+    assert banks.images_as_numbers(["b", "a", "b"]) == [0, 1, 0]
 
 
 # --- which groups become classes -------------------------------------------------------------------------------------
@@ -323,7 +345,7 @@ def test_each_recipe_says_why_a_group_is_not_learned() -> None:
 
 
 def test_person_is_asked_for_no_size_and_what_a_person_rejected_is_never_learned() -> None:
-    c = decisions.rejected(file_of(6, 6, 12), "novel-3", **WHO)
+    c = decisions.rejected(file_of(6, 6, 12), "novel-3", **SIGNED)
     groups = [group(range(6), by_person=True), group(range(6, 12)), group(range(12, 24))]
     accepted, refusals = chosen(c, groups, ["novel-1", "novel-2", "novel-3"])
     assert (accepted, refusals[2]) == ({0: "novel-1"}, ["a person rejected it"])
@@ -331,8 +353,8 @@ def test_person_is_asked_for_no_size_and_what_a_person_rejected_is_never_learned
 
 
 def test_groups_that_a_person_merged_meet_the_bars_together() -> None:
-    c = decisions.merged(file_of(8, 6), "novel-2", "novel-1", classes=CLASSES, **WHO)
+    c = decisions.merged(file_of(8, 6), "novel-2", "novel-1", classes=CLASSES, **SIGNED)
     groups = [group(range(8)), group(range(8, 14))]
     assert chosen(c, groups, ["novel-1", "novel-2"])[0] == {}  # as they were seen before the merge
-    c = sightings.seen(c, [found(*range(8)), found(*range(8, 14))], utc=T1)
+    c = observations.observe(c, [found(*range(8)), found(*range(8, 14))], utc=T1)
     assert chosen(c, groups, ["novel-1", "novel-2"])[0] == {0: "novel-1", 1: "novel-1"}

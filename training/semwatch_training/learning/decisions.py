@@ -1,58 +1,46 @@
-"""Where a cycle begins: the head in service with its bank and golden set, and what people have decided since.
+"""People's decisions about clusters, applied to the crops of the head in service and to waiting unknowns.
 
-Names, merges and rejections change the labels of crops, so they are obeyed before anything is clustered. The crops of a
-class that a person split lose their label and come back as groups of their own. So do unknowns of a cluster that no
+Names, merges and rejections change the labels of crops, so they are applied before clustering. The crops of a class
+that a person split lose their label and come back as groups of their own. So do unknowns of a cluster that no
 head knows yet, once a person has split it or made it part of a class that the head knows.
 """
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from semwatch.classes import clusters, sightings
+from semwatch.classes import clusters, observations
 from semwatch.classes.clusters import LIVE, Clusters, Decision
 from semwatch.errors import ConfigError
 from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
-from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import Meta
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS
 from semwatch_training.learning import candidates
+from semwatch_training.learning.base_head import BaseHead
 from semwatch_training.learning.candidates import Candidate
+from semwatch_training.learning.crops import renamed, unlabelled
 from semwatch_training.learning.promotion import Answers
 
 log = logging.getLogger(__name__)
 
-OBEYED = "obeyed"
-"""Provenance of a head: revisions of the decisions that it obeys."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Standing:
-    """The head in service, and all that travels with it."""
-
-    version: int
-    meta: Meta
-    bank: Bank
-    golden: Bank
-    frozen_width: int
-    """Leading features that p-values may read; the encoder says."""
+DECISIONS, FORMER_DECISIONS = "decisions", "obeyed"
+"""Provenance key of a head: revisions of the decisions that are applied in it. Earlier releases wrote the second."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Records that make one class, or may: found by clustering, or told apart by a person."""
+    """Records that make one class, or may: found by clustering, or separated by a person."""
 
     crops: Bank
     """The most typical first; labels are empty."""
     candidate: Candidate
     by_person: bool = False
-    """A person asked for it: the recipe's bars are not asked."""
+    """A person asked for it: the recipe's thresholds do not apply."""
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -61,8 +49,8 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Obeyed:
-    """Bank and golden set as people want them."""
+class DecidedCrops:
+    """Bank and golden set with the decisions applied."""
 
     bank: Bank
     golden: Bank
@@ -73,44 +61,34 @@ class Obeyed:
     rejected: Mapping[str, str]
     """Class by record id, of the crops that were left out."""
     revisions: tuple[int, ...]
-    """Of the decisions that are obeyed by this."""
+    """Of the decisions that are applied here."""
     is_changed: bool
     """Whether a head must be fitted anew for it."""
-
-
-def standing(repository: Path, models: Embedded) -> Standing:
-    """Read what belongs to the head in service.
-
-    Raises:
-        ModelMismatch: it brings no bank or no golden set, or a damaged one.
-        ConfigError: the encoder does not say how wide its frozen features are.
-    """
-    version, meta = models.versions()["head"], models.meta("head")
-    folder = repository / "head" / str(version)
-    frozen_width = models.meta("encoder").provenance.get("frozen_width")
-    if not isinstance(frozen_width, int):
-        raise ConfigError("the encoder's meta.json names no frozen_width; build the model repository again")
-    bank, golden = (head_bank.read(folder / name) for name in (head_bank.BANK, head_bank.GOLDEN))
-    return Standing(version, meta, bank, golden, frozen_width)
 
 
 # --- what people decided ---------------------------------------------------------------------------------------------
 
 
-def caught_up(c: Clusters, meta: Meta, version: int, utc: str) -> Clusters:
-    """Note which clusters the head in service knows and which decisions it obeys, where the file does not say so yet.
+def mark_applied(c: Clusters, meta: Meta, version: int, utc: str) -> Clusters:
+    """Mark the clusters that the head in service knows as learned, and the decisions it fulfils as applied.
 
-    A cycle that died after it had published its head has not said so; nor has anybody where there was nothing to do.
+    A cycle that died after it had published its head has not marked them, nor has one that had nothing to do.
     """
     labels = set(meta.labels)
     known = [k.id for k in c.clusters if k.head_version is None and clusters.names_of(c, k) & labels]
-    c = sightings.learned(c, known, version, utc) if known else c
-    said = {int(part) for part in str(meta.provenance.get(OBEYED, "")).split(",") if part.strip().isdigit()}
-    obeyed = [d.revision for d in clusters.pending(c) if d.revision in said or _is_obeyed(c, d, meta)]
-    return sightings.applied(c, obeyed, utc) if obeyed else c
+    c = observations.learned(c, known, version, utc) if known else c
+    recorded = set(recorded_decisions(meta))
+    applied = [d.revision for d in clusters.pending(c) if d.revision in recorded or _is_applied(c, d, meta)]
+    return observations.applied(c, applied, utc) if applied else c
 
 
-def _is_obeyed(c: Clusters, d: Decision, meta: Meta) -> bool:
+def recorded_decisions(meta: Meta) -> list[int]:
+    """Revisions of the decisions that a head's provenance records as applied."""
+    text = str(meta.provenance.get(DECISIONS, meta.provenance.get(FORMER_DECISIONS, "")))
+    return [int(part) for part in text.split(",") if part.strip().isdigit()]
+
+
+def _is_applied(c: Clusters, d: Decision, meta: Meta) -> bool:
     """Whether this head leaves nothing to do for a decision."""
     k = clusters.find(c, d.cluster)
     if d.kind == "name":
@@ -120,7 +98,7 @@ def _is_obeyed(c: Clusters, d: Decision, meta: Meta) -> bool:
     return d.kind == "reject" or k.head_version is not None or clusters.label_of(c, k.id) not in meta.labels
 
 
-def obey(base: Standing, c: Clusters, *, seed: int) -> Obeyed:
+def apply_decisions(base: BaseHead, c: Clusters, *, seed: int) -> DecidedCrops:
     """Apply what people decided to the crops that the head in service was fitted on."""
     names = renaming(base.meta.labels, c)
     bank, golden = (renamed(crops, names) for crops in (base.bank, base.golden))
@@ -144,18 +122,20 @@ def obey(base: Standing, c: Clusters, *, seed: int) -> Obeyed:
         names |= {old: None for old, new in names.items() if new == label}
     revisions = tuple(d.revision for d in clusters.pending(c) if d.revision not in waits)
     is_changed = any(new != old for old, new in names.items())
-    return Obeyed(bank, golden, names, tuple(parts), rejected, revisions, is_changed)
+    return DecidedCrops(bank, golden, names, tuple(parts), rejected, revisions, is_changed)
 
 
-def spoken_of(c: Clusters, labels: Collection[str]) -> set[str]:
-    """Ids of the unknowns that ``told`` makes groups of."""
-    return {id_ for k in c.clusters if k.head_version is None for id_ in k.members if _is_told(c, k.id, labels)}
+def ids_grouped_by_person(c: Clusters, labels: Collection[str]) -> set[str]:
+    """Ids of the unknowns that ``groups_by_person`` makes groups of."""
+    return {
+        id_ for k in c.clusters if k.head_version is None for id_ in k.members if _is_grouped_by_person(c, k.id, labels)
+    }
 
 
-def told(
+def groups_by_person(
     c: Clusters, crops: Bank, labels: Collection[str], *, frozen_width: int, seed: int
 ) -> tuple[list[Group], NDArray[np.bool_], list[int]]:
-    """Make groups of unknowns as people told: of clusters that no head knows yet, merged into a known class or split.
+    """Group unknowns as people decided: clusters that no head knows yet, merged into a known class or split.
 
     Args:
         c: what people decided.
@@ -165,7 +145,7 @@ def told(
         seed: of a split.
 
     Returns:
-        Groups; (n,) True where a crop is left to clustering; revisions of the splits that are obeyed by the groups.
+        Groups; (n,) True where a crop is left to clustering; revisions of the splits that the groups fulfil.
     """
     groups: list[Group] = []
     is_left, revisions = np.ones(len(crops), np.bool_), []
@@ -173,7 +153,7 @@ def told(
     for k in c.clusters:
         members = set(k.members)
         mine = np.array([id_ in members for id_ in crops.ids], np.bool_) & is_left
-        if k.head_version is not None or not mine.any() or not _is_told(c, k.id, labels):
+        if k.head_version is not None or not mine.any() or not _is_grouped_by_person(c, k.id, labels):
             continue
         of_cluster, split = head_bank.chosen(crops, mine), splits.get(k.id)
         if split is None:
@@ -188,7 +168,7 @@ def told(
     return groups, is_left, revisions
 
 
-def _is_told(c: Clusters, id_: str, labels: Collection[str]) -> bool:
+def _is_grouped_by_person(c: Clusters, id_: str, labels: Collection[str]) -> bool:
     k = clusters.find(c, id_)
     to_split = any(d.cluster == id_ and d.kind == "split" for d in clusters.pending(c))
     return to_split or (k.state == "merged" and clusters.label_of(c, id_) in labels)
@@ -218,13 +198,13 @@ def _parts(learned: Bank, proof: Bank, d: Decision, frozen_width: int, seed: int
 
 
 def renaming(labels: Sequence[str], c: Clusters) -> dict[str, str | None]:
-    """What people call each of a head's classes now; None: they rejected it."""
+    """Current label of each of a head's classes; None where people rejected it."""
     now = clusters.successors(c)
     return {label: now.get(label, label) for label in labels}
 
 
 def renamed_answers(answers: Answers, names: Mapping[str, str | None]) -> Answers:
-    """What a head would have said under the new names: classes that became one are one, dropped ones keep theirs."""
+    """Answers of a head under the new names: classes that became one are one, dropped ones keep theirs."""
     new = [names.get(label) or label for label in answers.labels]
     labels = tuple(dict.fromkeys(new))
     columns = [np.flatnonzero([name == label for name in new]) for label in labels]
@@ -233,63 +213,11 @@ def renamed_answers(answers: Answers, names: Mapping[str, str | None]) -> Answer
     return Answers(labels, logits.astype(np.float32), p_values.astype(np.float32))
 
 
-def codes(base: Standing, obeyed: Obeyed, c: Clusters) -> dict[str, int]:
-    """Fab codes by label: what the head in service had, and what people said since."""
-    kept = {new: base.meta.codes[old] for old, new in obeyed.names.items() if new and old in base.meta.codes}
+def codes(base: BaseHead, decided_crops: DecidedCrops, c: Clusters) -> dict[str, int]:
+    """Fab codes by label: those of the head in service, and those that people gave since."""
+    kept = {new: base.meta.codes[old] for old, new in decided_crops.names.items() if new and old in base.meta.codes}
     return kept | {k.label: k.code for k in c.clusters if k.code is not None and k.state in LIVE}
-
-
-def renamed(crops: Bank, names: Mapping[str, str | None]) -> Bank:
-    """The same crops under new labels, without those whose class was rejected."""
-    kept = head_bank.chosen(crops, np.array([names.get(label, label) is not None for label in crops.labels], np.bool_))
-    return head_bank.renamed(kept, {old: new for old, new in names.items() if new is not None})
-
-
-def unlabelled(crops: Bank) -> Bank:
-    """The same crops without labels."""
-    return labelled(crops, "")
-
-
-def labelled(crops: Bank, label: str) -> Bank:
-    """The same crops, all of one class."""
-    return replace(crops, labels=(label,) * len(crops))
 
 
 def _of_class(crops: Bank, label: str | None) -> NDArray[np.bool_]:
     return np.array([other == label for other in crops.labels], np.bool_)
-
-
-# --- what is learned, and what proves it -----------------------------------------------------------------------------
-
-
-def held_out(crops: Bank, *, share: int, at_least: int, was_proof: Collection[str] = ()) -> tuple[Bank, Bank]:
-    """Part the crops of a class: what is learned, and one of ``share`` for the golden set.
-
-    Crops of one image stay together, typical and odd ones are drawn alike, and ``at_least`` are left to learn from.
-    What was proof before (record ids) stays proof, and then no more is drawn.
-    """
-    golden = np.array([id_ in was_proof for id_ in crops.ids], np.bool_)
-    rows_of: dict[str, list[int]] = {}
-    for row, image in enumerate(crops.images):
-        rows_of.setdefault(image, []).append(row)
-    n_seen, draws = 0, not golden.any()
-    for rows in rows_of.values() if draws else ():
-        n_seen += len(rows)
-        n_golden = int(golden.sum()) + len(rows)
-        if n_golden <= min(n_seen // share, len(crops) - at_least):
-            golden[rows] = True
-    return head_bank.chosen(crops, ~golden), head_bank.chosen(crops, golden)
-
-
-def capped(bank: Bank, per_class: int, seed: int) -> Bank:
-    """A bank with at most so many crops of each class, chosen by chance: none is favoured, old or new."""
-    rng = np.random.default_rng(seed)
-    labels = np.array(bank.labels, np.str_)
-    rows = [rng.permutation(np.flatnonzero(labels == label))[:per_class] for label in dict.fromkeys(bank.labels)]
-    return head_bank.chosen(bank, np.sort(np.concatenate(rows))) if rows else bank
-
-
-def images_as_numbers(images: Sequence[str]) -> list[int]:
-    """A number for each image name, equal for equal names."""
-    number = {image: i for i, image in enumerate(dict.fromkeys(images))}
-    return [number[image] for image in images]

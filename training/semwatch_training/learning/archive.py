@@ -1,4 +1,4 @@
-"""The archive of unknowns: one SQLite file that keeps every record that learning has seen, and what became of it.
+"""The archive of unknowns: one SQLite file that keeps every record that learning has claimed, and its state.
 
 Redis holds what waits; an entry there is gone once it is acknowledged. The archive is the memory behind it: the crops
 of a cluster that a person looks at, and the features that a new head judges again.
@@ -7,7 +7,7 @@ Layout, ``user_version`` 1, ``application_id`` "SEMU":
 
     unknowns  id            primary key: the record's own
               created_utc, source, path, sha256, page, defect_id, kind    as in the record
-              added_utc     when it was first seen here
+              added_utc     when it was added here
               state         waiting (no class yet) | learned | explained | duplicate | rejected | forgotten
               state_note    why: class and head version, the record it repeats, the cluster that was rejected
               settled_utc   when it left ``waiting``
@@ -32,7 +32,7 @@ ARCHIVE = "unknowns.sqlite"
 
 State = Literal["waiting", "learned", "explained", "duplicate", "rejected", "forgotten"]
 """``waiting``: no class came of it yet. ``learned``: a class was made with it. ``explained``: clustering put it into a
-class known before. ``duplicate``: of a record that is kept. ``rejected``: a person said it is no class. ``forgotten``:
+class known before. ``duplicate``: of a record that is kept. ``rejected``: a person rejected its class. ``forgotten``:
 it waited too long."""
 
 _STATES: tuple[State, ...] = get_args(State)
@@ -96,7 +96,7 @@ class Archive:
         return max(added.rowcount, 0)
 
     def settle(self, ids: Sequence[str], state: State, note: str, *, now_utc: str) -> int:
-        """Say what became of records, whatever was said before; return how many of the ids are here.
+        """Set state and note of records, whatever they were before; return how many of the ids are here.
 
         ``waiting`` takes it back: a cluster was split, and its records need a class again.
         """
@@ -127,7 +127,7 @@ class Archive:
         return dict(self._file.rows(f"SELECT id, state FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
 
     def note_of(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return the note beside the state of each id that is here, "" where nobody has said anything."""
+        """Return the note beside the state of each id that is here, "" where there is none."""
         return dict(self._file.rows(f"SELECT id, state_note FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
 
     def read(self, id_: str) -> Record:

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from factories import make_record, make_review, make_verdict
-from semwatch.classes.archive import Archive
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.store.ledger import Ledger
 from semwatch.streams.records import Record, encode, records
+from semwatch_training.learning.archive import Archive
 
 NOW = "2025-03-02T00:00:00Z"
 LATER = "2025-03-03T00:00:00Z"
@@ -237,7 +237,7 @@ import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from factories import make_record
-from semwatch.classes.archive import Archive
+from semwatch_training.learning.archive import Archive
 archive = Archive(Path({path!r}))
 for i in range(10_000):
     archive.add([make_record(2 * i), make_record(2 * i + 1)], now_utc="2025-03-02T00:00:00Z")

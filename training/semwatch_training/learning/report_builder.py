@@ -1,4 +1,4 @@
-"""What a cycle has to tell, gathered while it runs; ``cycle_report`` writes it."""
+"""The content of a cycle's report, collected while the cycle runs; ``cycle_report`` writes it."""
 
 import resource
 import time
@@ -12,21 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.classes import clusters
-from semwatch.classes.archive import Archive
 from semwatch.classes.clusters import Clusters
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.head_bank import Bank
 from semwatch.settings.recipe import Recipe
 from semwatch_training.learning import cycle_report
+from semwatch_training.learning.archive import Archive
+from semwatch_training.learning.base_head import BaseHead
 from semwatch_training.learning.cycle_report import ClusterRecord, CycleReport, JudgementRecord, KRecord
-from semwatch_training.learning.intake import Sorted
+from semwatch_training.learning.decisions import Group
+from semwatch_training.learning.intake import SortedUnknowns
 from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Judgement
-from semwatch_training.learning.standing import Group, Standing
 
 
-class Account:
-    """The account of one cycle.
+class ReportBuilder:
+    """Collects the report of one cycle.
 
     Args:
         folder: of its report.
@@ -38,7 +39,7 @@ class Account:
         self._timings: dict[str, float] = {}
         self._judgements: tuple[JudgementRecord, ...] = ()
         self._mapped: Bank | None = None
-        self._told: dict[str, object] = {}
+        self._fields: dict[str, object] = {}
         self._crops: dict[str, NDArray[np.uint8]] = {}
 
     @contextmanager
@@ -48,10 +49,12 @@ class Account:
         yield
         self._timings[name] = self._timings.get(name, 0.0) + time.monotonic() - start
 
-    def found(self, base: Standing, n_claimed: int, found: Sorted, f: Findings, archive: Archive) -> None:
-        """Note what was claimed and found, and what is to be learned."""
+    def add_findings(
+        self, base: BaseHead, n_claimed: int, found: SortedUnknowns, f: Findings, archive: Archive
+    ) -> None:
+        """Add what was claimed and found, and what is to be learned."""
         curves = f.clustered.k.curves
-        self._told = {
+        self._fields = {
             "old_version": base.version,
             "n_claimed": n_claimed,
             "n_duplicates": found.n_duplicates,
@@ -71,8 +74,8 @@ class Account:
             if shown and len({record.crop.shape for record in shown}) == 1:
                 self._crops[id_] = np.stack([record.crop for record in shown])
 
-    def judged(self, judgements: Sequence[tuple[Recipe, Judgement]], bank: Bank, frozen_width: int) -> None:
-        """Note what the golden set says, and the crops that the head was fitted on: frozen features go on the map."""
+    def add_judgements(self, judgements: Sequence[tuple[Recipe, Judgement]], bank: Bank, frozen_width: int) -> None:
+        """Add the judgements, and the crops that the head was fitted on: their frozen features go on the map."""
         self._judgements = tuple(cycle_report.judgement_record(recipe.name, judged) for recipe, judged in judgements)
         self._mapped = replace(bank, features=bank.features[:, :frozen_width])
 
@@ -88,8 +91,8 @@ class Account:
         Raises:
             ServiceUnavailable: the disk refused.
         """
-        told = {
-            **self._told,
+        fields = {
+            **self._fields,
             "started_utc": self.utc,
             "outcome": outcome,
             "version": version,
@@ -99,7 +102,7 @@ class Account:
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         try:
-            cycle_report.write(self.folder, CycleReport.model_validate(told), self._crops, mapped=self._mapped)
+            cycle_report.write(self.folder, CycleReport.model_validate(fields), self._crops, mapped=self._mapped)
         except OSError as error:
             raise ServiceUnavailable(f"cannot write {self.folder}: {error.strerror}; free or mend the disk") from error
         return self.folder

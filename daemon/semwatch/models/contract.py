@@ -1,0 +1,111 @@
+"""The contract between a model and the line: the inputs that the line can give to each role, the outputs that it needs.
+
+A model's ``meta.json`` names its inputs and outputs. The line builds exactly the inputs that it names, at the shapes
+and dtypes that it names, and reads the outputs below; others are allowed and ignored. So a new family of models is
+served without a change of the line. Both runtimes check a version against this table before they load it; the builders
+of the inputs are in ``line.inputs``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from semwatch.errors import ModelMismatch
+from semwatch.models.model_repository import DType, Meta, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input that the line can give; the batch axis is left out."""
+
+    shape: tuple[int | None, ...]
+    """None: the size that the model names."""
+    dtypes: tuple[DType, ...]
+    what: str
+    """For people."""
+    is_square: bool = False
+
+
+_GRAY: tuple[DType, ...] = ("uint8", "float32")
+"""Gray levels 0 to 255 in either type; a model normalises for itself."""
+
+INPUTS: Mapping[str, Mapping[str, Input]] = MappingProxyType(
+    {
+        "detector": MappingProxyType({"image": Input((None, None), _GRAY, "the field of view, resized")}),
+        "encoder": MappingProxyType(
+            {
+                "crop": Input((None, None), _GRAY, "the square window around a defect, resized", is_square=True),
+                "soft_mask": Input((None, None), ("float32",), "the defect's heat in that window", is_square=True),
+                "size": Input((2,), ("float32",), "log2 of window side and root mask area over the field's short side"),
+                "field": Input((None, None), _GRAY, "the whole field of view that the defect lies in, resized"),
+            }
+        ),
+        "head": MappingProxyType({"features": Input((None,), ("float32",), "the encoder's features of a defect")}),
+    }
+)
+"""By role and name."""
+
+OUTPUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "detector": MappingProxyType({"score_map": 2, "raw_score": 0}),
+        "encoder": MappingProxyType({"features": 1}),
+        "head": MappingProxyType({"logits": 1, "p_values": 1}),
+    }
+)
+"""Number of axes of each output that the line reads, by role and name; all of them are float32."""
+
+OF_A_CROP = ("crop", "soft_mask", "size")
+"""Inputs that a kept crop still has: its field is gone."""
+
+
+def check_contract(meta: Meta) -> None:
+    """Refuse a model that asks for what the line cannot give, or does not say what the line needs to hear.
+
+    Raises:
+        ModelMismatch: with the input or output in question, and which ones there are.
+    """
+    offered = INPUTS[meta.model]
+    unknown = sorted(meta.inputs.keys() - offered.keys())
+    if unknown:
+        raise ModelMismatch(
+            f"this {meta.model} asks for {_listed(unknown)}, which the line cannot give; what it can give: "
+            f"{_listed(offered)}"
+        )
+    if not meta.inputs:
+        raise ModelMismatch(f"this {meta.model} takes no input; give it one of {_listed(offered)}")
+    for name, tensor in meta.inputs.items():
+        if fault := _fault(tensor, offered[name]):
+            raise ModelMismatch(f"this {meta.model} asks for {name} as {fault}")
+    needed = OUTPUTS[meta.model]
+    absent = [name for name in needed if name not in meta.outputs]
+    if absent:
+        raise ModelMismatch(
+            f"this {meta.model} gives no {_listed(absent)}; the line reads {_listed(needed)} of a {meta.model}"
+        )
+    for name, n_axes in needed.items():
+        given = meta.outputs[name]
+        if len(given.shape) != n_axes or given.dtype != "float32":
+            raise ModelMismatch(
+                f"this {meta.model} gives {name} as {_said(given)}; the line reads {n_axes} axes of float32 an item"
+            )
+
+
+def _fault(asked: Tensor, offered: Input) -> str | None:
+    """What is wrong with the shape or dtype of an input, None where it can be given."""
+    fits = len(asked.shape) == len(offered.shape) and all(
+        size == offer or (offer is None and size > 0) for size, offer in zip(asked.shape, offered.shape, strict=True)
+    )
+    is_right = not offered.is_square or len(set(asked.shape)) == 1
+    if fits and is_right and asked.dtype in offered.dtypes:
+        return None
+    sides = " x ".join("any" if size is None else str(size) for size in offered.shape)
+    square = ", square" if offered.is_square else ""
+    return f"{_said(asked)}; the line gives {offered.what}: {sides}{square}, {' or '.join(offered.dtypes)}"
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{' x '.join(map(str, tensor.shape)) or 'one value'} of {tensor.dtype}"
+
+
+def _listed(names: "list[str] | Mapping[str, object]") -> str:
+    return ", ".join(f"`{name}`" for name in names)

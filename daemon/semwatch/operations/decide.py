@@ -1,0 +1,220 @@
+"""What a person decides about a found class: a name, a merge, a split, a rejection.
+
+Each decision is on record before it counts: first the audit line, then the shared state of the found classes, then,
+where a name can be served at once, the head.
+"""
+
+import os
+import pwd
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from semwatch.classes import clusters, decisions, observations
+from semwatch.classes.clusters import Clusters, Decision, names_of, pending
+from semwatch.classes.register import ClassRegister
+from semwatch.errors import ConfigError, PublishError, ServiceUnavailable
+from semwatch.models import choice, model_repository
+from semwatch.models.relabel import relabel
+from semwatch.service.delivery import connect_handoff
+from semwatch.service.learning_side import register_of
+from semwatch.settings.recipe import load_recipe
+from semwatch.settings.site import Site
+from semwatch.store import results
+from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.streams.handoff import Handoff
+from semwatch.system.clock import utc_now
+
+SHEETS = "clusters"
+"""Folder of the pictures of found classes, in the state folder."""
+SHEET_COLUMNS, TILE_PX = 6, 160
+
+Step = Callable[[Clusters, str, str], Clusters]
+"""A decision: from the state, the login name and the time to the next state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What was decided, and what follows from it."""
+
+    decision: Decision
+    then: str
+    """A sentence for people."""
+    head_version: int | None = None
+    """The head that serves a name already."""
+
+
+def name(site: Site, cluster: str, label: str, code: int | None = None) -> Decided:
+    """Give a cluster its name and the fab's code; the head in service takes it over at once if it knows the class.
+
+    Raises:
+        ConfigError: the label is unfit or taken, the cluster is no more, or the site has no Redis.
+        PublishError: the name is kept, but the head could not be published under it.
+        ServiceUnavailable: Redis or the disk is away.
+    """
+    known = _labels_in_service(site)
+    with _register(site) as register, register.locked():  # held until the head is out: no cycle publishes old names
+        after = _decide(
+            site, register, lambda c, by, utc: decisions.named(c, cluster, label, code, classes=known, by=by, utc=utc)
+        )
+        version, then = _serve_name(site, register, after)
+    return Decided(after.decisions[-1], then, version)
+
+
+def merge(site: Site, cluster: str, into: str) -> Decided:
+    """Make a cluster part of another one or of a known class, in the next cycle.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``name``.
+    """
+    known = _labels_in_service(site)
+    return _for_next_cycle(
+        site,
+        lambda c, by, utc: decisions.merged(c, cluster, into, classes=known, by=by, utc=utc),
+        "the next cycle learns the crops of both as one class",
+    )
+
+
+def split(site: Site, cluster: str, parts: int) -> Decided:
+    """Make several clusters of one, in the next cycle; the largest part keeps the id.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``name``.
+    """
+    return _for_next_cycle(
+        site,
+        lambda c, by, utc: decisions.split(c, cluster, parts, by=by, utc=utc),
+        "the next cycle makes the parts; the largest keeps the id",
+    )
+
+
+def reject(site: Site, cluster: str) -> Decided:
+    """Say that a cluster is no class; a head that knows it forgets it in the next cycle.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``name``.
+    """
+    return _for_next_cycle(
+        site,
+        lambda c, by, utc: decisions.rejected(c, cluster, by=by, utc=utc),
+        "the next cycle leaves its crops out, and no later head knows it",
+    )
+
+
+def found_classes(site: Site) -> Clusters:
+    """The found classes, and what people decided about them.
+
+    Raises:
+        ConfigError: the site has no Redis, or the state makes no sense.
+        ServiceUnavailable: Redis is away.
+    """
+    with _register(site) as register:
+        return register.read()
+
+
+def example_sheet(site: Site, cluster: str) -> Path | None:
+    """Draw the example crops of a cluster on one picture; None where there are none, or this user may not write it.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``found_classes``.
+    """
+    with handoff_of(site) as handoff:
+        examples = handoff.examples(cluster)
+    if not examples:
+        return None
+    sheet = site.state_dir / SHEETS / f"{cluster}.png"
+    try:
+        results.contact_sheet(examples.values(), sheet, columns=SHEET_COLUMNS, tile_px=TILE_PX)
+    except ServiceUnavailable:
+        return None
+    return sheet
+
+
+def handoff_of(site: Site) -> Handoff:
+    """Where the site meets learning.
+
+    Raises:
+        ConfigError: the site has no Redis.
+    """
+    handoff = connect_handoff(site)
+    if handoff is None:
+        raise ConfigError("the site has no redis section: found classes are shared there; add one to learn")
+    return handoff
+
+
+def login_name() -> str:
+    """Who is at the terminal, also behind sudo; without a login session, whose process this is."""
+    try:
+        return os.getlogin()
+    except OSError:
+        pass
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
+
+
+@contextmanager
+def _register(site: Site) -> Iterator[ClassRegister]:
+    with handoff_of(site) as handoff:
+        yield register_of(site, handoff, f"decide-{socket.gethostname()}-{os.getpid()}")
+
+
+def _for_next_cycle(site: Site, step: Step, then: str) -> Decided:
+    with _register(site) as register, register.locked():
+        return Decided(_decide(site, register, step).decisions[-1], then)
+
+
+def _decide(site: Site, register: ClassRegister, step: Step) -> Clusters:
+    """Write the audit line, then the state; a refused decision leaves neither."""
+    after = step(register.read(), login_name(), utc_now())
+    stated = after.decisions[-1].model_dump(exclude={"applied_utc"}, exclude_none=True)
+    with Ledger(site.state_dir / LEDGER, exclusive=False) as ledger:
+        ledger.note(audit={"event": "cluster", **stated})
+    register.write(after)
+    return after
+
+
+def _serve_name(site: Site, register: ClassRegister, after: Clusters) -> tuple[int | None, str]:
+    """Publish the head in service under the new name, if it knows the class; its version, and what happens next."""
+    decision = after.decisions[-1]
+    k = clusters.find(after, decision.cluster)
+    if k.state == "proposed":
+        return None, "no head knows it yet: it gets this name in the cycle that learns it"
+    repository = site.models.repository
+    pinned = choice.pin_of(repository, "head")
+    if pinned is not None:
+        return None, (
+            f"head {pinned} is pinned and goes on as it is; the next head has the name, or release the pin "
+            f"(`semwatch models pin head --release`) and give the name again"
+        )
+    try:
+        names = dict.fromkeys(names_of(after, k), k.label)
+        codes = {} if k.code is None else {k.label: k.code}
+        version = relabel(repository, names, codes, utc=decision.utc)
+    except PublishError as error:
+        raise PublishError(f"{error}; the name is kept: mend this and give it again, or wait for a cycle") from error
+    serves = version or choice.choice(repository, "head")
+    if k.label not in model_repository.read_meta(repository, "head", serves).labels:
+        return None, f"head {serves} does not know this class; the next head that does has the name"
+    # Earlier names too: one that met a full disk or a pin is settled by this one.
+    settled = [d.revision for d in pending(after) if d.kind == "name" and d.cluster == k.id]
+    done = observations.applied(after, settled, decision.utc)
+    register.write(done.model_copy(update={"revision": after.revision + 1}))
+    return serves, f"takes effect now: head {serves} serves the name{_but_pins(site, serves)}"
+
+
+def _but_pins(site: Site, version: int) -> str:
+    pins = {folder.recipe.name: load_recipe(folder.recipe).pins.head for folder in site.folders}
+    return "".join(
+        f"; but {recipe} pins head {pin}: change pins.head there"
+        for recipe, pin in pins.items()
+        if pin not in (None, version)
+    )
+
+
+def _labels_in_service(site: Site) -> tuple[str, ...]:
+    repository = site.models.repository
+    return model_repository.read_meta(repository, "head", choice.choice(repository, "head")).labels

@@ -1,0 +1,64 @@
+"""What the running daemon serves, in ``<state_dir>/serving.json``: for commands on the same machine, without Redis.
+
+The daemon writes it at its start and at every swap. Learning never reads it, see ``semwatch.streams.handoff``.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from semwatch.store.ledger import LEDGER
+from semwatch.system.clock import utc_now
+from semwatch.system.files import write_whole
+
+ANNOUNCED = "serving.json"
+POLL_S = 0.1
+
+
+def announce(state_dir: Path, versions: Mapping[str, int], refused_heads: Mapping[int, str]) -> None:
+    """Write down what serves and which heads were refused.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    utc = utc_now()
+    announcement = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
+    write_whole(state_dir / ANNOUNCED, json.dumps(announcement).encode())
+
+
+def announced(state_dir: Path) -> tuple[dict[str, int], dict[int, str]]:
+    """Versions that the daemon last said to serve, and the heads that it refused; empty where it never ran."""
+    try:
+        announcement = json.loads((state_dir / ANNOUNCED).read_bytes())
+        versions = {str(model): int(version) for model, version in announcement["versions"].items()}
+        return versions, {int(version): str(why) for version, why in announcement["refused_heads"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, {}
+
+
+def daemon_runs(state_dir: Path) -> bool:
+    """Whether a daemon holds the ledger of this folder."""
+    try:
+        with (state_dir / f"{LEDGER}.lock").open("rb") as side:
+            fcntl.flock(side, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def await_head(state_dir: Path, version: int, *, timeout_s: float) -> str | None:
+    """Wait until the running daemon serves a head; None when it does, else why it does not."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        versions, refused = announced(state_dir)
+        if versions.get("head") == version:
+            return None
+        if version in refused:
+            return f"the daemon refused head {version}: {refused[version]}"
+        if time.monotonic() >= deadline:
+            return f"the daemon did not serve head {version} within {timeout_s:.0f} s; see its log"
+        time.sleep(POLL_S)

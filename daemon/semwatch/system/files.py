@@ -1,0 +1,171 @@
+"""Durable files: the one module that renames and fsyncs.
+
+What must outlive a crash or a power cut is written here, always in this order: the content under a temporary name,
+fsync of the file, rename, fsync of its folder. A reader sees the whole file before or the whole file after.
+
+The temporary name of ``<name>`` is ``.<name>.tmp`` beside it: hidden, never read, and always the same, so that the next
+writer clears what a crash left. So a file has one writer at a time. The temporary file is made anew (``O_EXCL``,
+``O_NOFOLLOW``): a link, a pipe or another user's file that lies there is removed or refused, never written through.
+
+Errors stay ``OSError``; the caller says what they mean.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+MODE = 0o644
+_TAIL_BYTES = 1 << 16
+
+
+# --- whole files -----------------------------------------------------------------------------------------------------
+
+
+def temporary(path: Path) -> Path:
+    """Where a file is written before it gets its name.
+
+    >>> temporary(Path("lot/lot.csv"))
+    PosixPath('lot/.lot.csv.tmp')
+    """
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
+def writing(path: Path, *, mode: int = MODE) -> Iterator[BinaryIO]:
+    """Open a file to be written whole: it gets its name once the block has ended without an error.
+
+    Args:
+        mode: rights of the file, less the umask; owner and rights may be changed by ``fileno()`` before it is seen.
+    """
+    partial = temporary(path)
+    try:
+        partial.unlink(missing_ok=True)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)  # noqa: PTH105 - beside the other calls whose order matters
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole; its folder must be there."""
+    write_stream(path, (content,))
+
+
+def write_stream(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file whole, part by part, without holding all of it in memory."""
+    with writing(path) as file:
+        file.writelines(parts)
+
+
+def place(partial: Path, path: Path) -> None:
+    """Give a file that something else has written, at ``temporary(path)``, its name."""
+    _sync(partial)
+    rename(partial, path)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they outlive a power cut; one that is there stays as it is."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def place_folder(staging: Path, folder: Path) -> None:
+    """Give a folder that has been written beside it its name, whole: everything below is flushed first."""
+    for below in (*staging.rglob("*"), staging):
+        if not below.is_symlink():
+            _sync(below)
+    rename(staging, folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder outlive a power cut."""
+    _sync(folder, os.O_DIRECTORY)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file, link or folder another name; a file that has the name makes way."""
+    os.replace(old, new)  # noqa: PTH105
+    sync_folder(new.parent)
+    if old.parent != new.parent:
+        sync_folder(old.parent)
+
+
+# --- files that grow line by line ------------------------------------------------------------------------------------
+
+
+def open_to_append(path: Path, *, mode: int = MODE) -> int:
+    """Open a file to read and to append, made where it is not there; return its descriptor."""
+    is_new = not path.exists()
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, mode)
+    if is_new:
+        try:
+            sync_folder(path.parent)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def append(fd: int, end: int, data: bytes) -> int:
+    """Write behind byte ``end`` and flush; return the new end. What a write that failed has left there is cut first."""
+    if os.fstat(fd).st_size != end:
+        os.ftruncate(fd, end)
+    written = 0
+    while written < len(data):
+        written += os.write(fd, data[written:])
+    os.fsync(fd)
+    return end + len(data)
+
+
+def cut_torn_line(fd: int) -> tuple[int, int]:
+    """Cut what follows the last newline, as a crash leaves it; return the size, and how many bytes were cut."""
+    size = os.fstat(fd).st_size
+    end = after_last_newline(fd, size)
+    if end < size:
+        os.ftruncate(fd, end)
+        os.fsync(fd)
+    return end, size - end
+
+
+def after_last_newline(fd: int, end: int) -> int:
+    """Return where the line begins that byte ``end`` would belong to."""
+    while end > 0:
+        start = max(0, end - _TAIL_BYTES)
+        found = os.pread(fd, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+# --- content ---------------------------------------------------------------------------------------------------------
+
+
+def file_sha256(path: Path) -> str:
+    """Content hash of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
