@@ -80,6 +80,9 @@ def test_list_tells_of_every_version_what_is_chosen_and_what_it_knows(models, re
     assert new["labels"] == ["[a]", "b", "novel-1"]
     assert (listed["head", 1]["state"], new["state"]) == ("", "chosen")
     assert listed["encoder", 1]["labels"] == []
+    hashes = {name: row["content_hash"] for name, row in listed.items()}
+    assert hashes["head", 2] == model_repository.read_meta(repository, "head", 2).content_hash
+    assert len(set(hashes.values())) == 4
 
 
 def test_pinned_withdrawn_and_refused_versions_say_so(models, site, repository) -> None:
@@ -230,11 +233,8 @@ def test_diff_of_heads_of_two_encoders_warns(models, repository) -> None:
 # --- beside a running daemon -----------------------------------------------------------------------------------------
 
 
-def test_commands_change_the_running_daemon_and_wait_for_it(site, repository, tmp_path) -> None:
-    """As processes of their own, as a person calls them: pin, release, broken head, rollback past it."""
-
-    def models(*argv: object) -> Said:
-        return spawn("models", *argv, "--site", site.file, cwd=tmp_path)
+def test_commands_change_the_running_daemon_and_wait_for_it(models, site, repository, tmp_path) -> None:
+    """Pin, release, broken head, rollback past it; the last as a process of its own, as a person calls it."""
 
     def head() -> int:
         return serving.announced(site.state)[0]["head"]
@@ -266,7 +266,7 @@ def test_commands_change_the_running_daemon_and_wait_for_it(site, repository, tm
         assert publish(repository) == 4
         daemon.wait_for(lambda: head() == 4)
         start = time.monotonic()
-        said = models("rollback", "--reason", "worse")
+        said = spawn("models", "rollback", "--reason", "worse", "--site", site.file, cwd=tmp_path)
         assert (said.code, head()) == (0, 2)
         print(f"\nrollback beside a daemon: {time.monotonic() - start:.1f} s with the start of Python")
         said = models("pin", "encoder", 1)

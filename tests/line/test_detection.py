@@ -14,10 +14,10 @@ from semwatch.settings.recipe import Recipe
 def test_any_field_gives_the_token_grid(tiny_repository, size_hw) -> None:
     field = np.random.default_rng(0).integers(0, 256, size_hw, dtype=np.uint8)
     with Embedded(tiny_repository) as models:
-        score_map, version = detect(for_detector(models.meta("detector"), field), models)
+        score_map, detector = detect(for_detector(models.meta("detector"), field), models)
     assert score_map.values.shape == (8, 8)
     assert np.isfinite(score_map.raw_score)
-    assert version == 1
+    assert detector.version == 1
 
 
 def test_info_bar_outside_the_field_changes_nothing(tiny_repository) -> None:

@@ -23,6 +23,7 @@ from paths import ROOT
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.store import ledger as ledger_module
 from semwatch.store.ledger import Claim, Ledger, OutboxItem
+from semwatch.store.unknown_features import UnknownFeatures
 
 T0, T1, T2 = "2025-03-01T08:00:00Z", "2025-03-01T08:00:10Z", "2025-03-01T08:00:20Z"
 DAEMON = ROOT / "daemon"
@@ -374,7 +375,7 @@ def test_ledger_of_a_newer_layout_is_a_config_error(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 4.*backup"):
+    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 3.*backup"):
         Ledger(path)
 
 
@@ -395,15 +396,25 @@ def layout_of(db: sqlite3.Connection) -> dict[str, list[tuple[object, ...]]]:
     return {name: db.execute(f"SELECT * FROM pragma_table_xinfo('{name}')").fetchall() for name in names}
 
 
-def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: Path) -> None:
+def of_layout_2(path: Path) -> None:
+    """What the release before the rooms left."""
     of_layout_1(path)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        db.execute("PRAGMA user_version = 2")
+
+
+@pytest.mark.parametrize("left", [of_layout_1, of_layout_2])
+def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: Path, left) -> None:
+    left(path)
     with Ledger(path) as ledger:
+        assert ledger.unknowns_since("", limit=10) == []
         assert ledger.counts() == {"SEEN": 1, "CLAIMED": 0, "DONE": 1, "QUARANTINED": 0}
         assert ledger.n_unpublished() == 1
         assert ledger.note(audit={"event": "x"}, once="x")
         assert not ledger.note(audit={"event": "x"}, once="x")
     with closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (4,)
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
         migrated = layout_of(db)
     Ledger(path.with_name("new.sqlite")).close()
     with closing(sqlite3.connect(path.with_name("new.sqlite"))) as db:
@@ -423,7 +434,7 @@ def test_older_ledger_may_be_looked_at_but_not_written_beside_the_daemon(path: P
 def test_migration_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_layout_1(path)
     kind = ledger_module._KIND
-    broken = {**kind.migrations, 1: (*kind.migrations[1], "SELECT 1 FROM nowhere")}
+    broken = {**kind.migrations, 2: (*kind.migrations[2], "SELECT 1 FROM nowhere")}
     monkeypatch.setattr(ledger_module, "_KIND", replace(kind, migrations=broken))
     with pytest.raises(sqlite3.OperationalError, match="nowhere"):
         Ledger(path)
@@ -630,6 +641,7 @@ WORKER = """
 import hashlib, os, random, sys, time
 from pathlib import Path
 from semwatch.store.ledger import Ledger, OutboxItem
+from semwatch.store.unknown_features import UnknownFeatures
 ledger_path, published, n, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng, now = random.Random(seed), "2025-03-01T08:00:00Z"
 stream = os.open(published, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -685,3 +697,41 @@ def test_thirty_kills_lose_nothing_and_double_nothing(path: Path, tmp_path: Path
     assert len(waiting) == len(set(waiting))
     assert set(waiting) | set(sent) == ids
     assert len(sent) - len(set(sent)) <= 5 * n_killed  # a kill between sending and marking repeats one batch at most
+
+
+# --- unknowns that a later head judges again -----------------------------------------------------------------------
+
+
+def an_unknown(i: int, path: str = "a.tif", utc: str = T0) -> UnknownFeatures:
+    return UnknownFeatures(
+        f"{i:032x}", utc, "tool-a", path, "0" * 64, 0, i, (1, 2, 30, 40), "r" * 16, "1", b"\x00\x00\x80?" * 4
+    )
+
+
+def test_unknowns_come_with_their_work_and_by_whole_images(ledger: Ledger) -> None:
+    mine = claim(ledger, "a.tif")
+    found = [an_unknown(i) for i in range(3)] + [an_unknown(i, "b.tif") for i in range(3, 5)]
+    ledger.finish(mine, outbox=[], audit={"event": "reviewed"}, now_utc=T0, unknowns=found)
+    first = ledger.unknowns_since("", limit=1)
+    assert first == found[:3]  # an image is never cut in two
+    assert ledger.unknowns_since("", after=first[-1], limit=1) == found[3:]
+    assert ledger.unknowns_since("", after=found[-1], limit=1) == []
+
+
+def test_unknowns_of_work_that_could_not_be_finished_are_not_there(ledger: Ledger) -> None:
+    mine = claim(ledger, "a.tif")
+    twice = [OutboxItem("results", "m", b""), OutboxItem("results", "m", b"")]
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.finish(mine, outbox=twice, audit={"event": "x"}, now_utc=T0, unknowns=[an_unknown(1)])
+    assert ledger.unknowns_since("", limit=10) == []
+
+
+def test_unknowns_leave_by_their_age_and_are_taken_over_once(ledger: Ledger) -> None:
+    old, new = an_unknown(1, utc="2020-01-01T00:00:00Z"), an_unknown(2)
+    assert not ledger.was_noted("an older release")
+    assert ledger.add_unknowns([old, new], once="an older release")
+    assert not ledger.add_unknowns([an_unknown(3)], once="an older release")
+    assert ledger.was_noted("an older release")
+    assert ledger.unknowns_since("2021-01-01T00:00:00Z", limit=10) == [new]
+    assert ledger.forget_unknowns("2021-01-01T00:00:00Z") == 1
+    assert ledger.unknowns_since("", limit=10) == [new]

@@ -5,11 +5,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import ScoreMap
-from semwatch.models.inference import Models
+from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Arrays
 
 
-def detect(inputs: Arrays, models: Models) -> tuple[ScoreMap, int]:
+def detect(inputs: Arrays, models: Models) -> tuple[ScoreMap, ModelId]:
     """Score one field of view.
 
     The field is resized, not cropped, to the detector's input: a defect at the border counts as much as any other, and
@@ -20,14 +20,14 @@ def detect(inputs: Arrays, models: Models) -> tuple[ScoreMap, int]:
         models: where the detector answers.
 
     Returns:
-        The score map and the detector's version.
+        The score map, and which detector gave it.
 
     Raises:
         ServiceUnavailable: the models are away.
     """
     answer = models.infer("detector", inputs)
     values = answer.outputs["score_map"][0]
-    return ScoreMap(values=values, raw_score=float(answer.outputs["raw_score"][0])), answer.version
+    return ScoreMap(values=values, raw_score=float(answer.outputs["raw_score"][0])), answer.id
 
 
 def resize(field: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:

@@ -125,7 +125,7 @@ class Service:
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
         self._next_beat = 0.0
         self._pause, self._log_again = "", 0.0
-        self._tables = LotTables(self.ledger, site.results_dir)
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
         self._away = Backoff()
         self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
@@ -256,7 +256,7 @@ class Service:
         """Say what serves; at the first meeting, put an older site's found classes where learning looks."""
         assert self._handoff is not None
         assert self._presence is not None
-        self._presence.renew(self._models.versions(), self._models.refused_heads())
+        self._presence.renew(self._models.versions(), self._models.refused_heads(), self._models.hashes())
         if not self._are_classes_read:
             self._are_classes_read = True
             try:
@@ -485,6 +485,7 @@ def audit_entry(review: Review, result: Path) -> dict[str, object]:
         "sha256": review.sha256,
         "recipe": review.recipe_id,
         "models": dict(review.model_versions),
+        "model_hashes": dict(review.model_hashes),
         "verdicts": count_kinds(review),
         "result": result.name,
     }

@@ -3,7 +3,7 @@
 Whether a file is settled is never stored, it follows: its path resolves to a content, and that content's work is
 finished. So a duplicate of something still in flight becomes settled with it, and comes back if the original fails.
 
-Layout, ``user_version`` 4, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
+Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
 
     work     source, sha256     primary key: a content reviewed for one tool is one piece of work
              path               where the content lay when it was claimed last, relative to the drop folder
@@ -18,11 +18,10 @@ Layout, ``user_version`` 4, ``application_id`` "SEMW". Paths are BLOBs, because 
     outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
     audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
     noted    id, utc                     what ``note`` has taken and must not take twice; since layout 2.
-                                         ``utc``, where it may be forgotten, is when it was taken; since layout 4
-    lot_rows seq, lot, result            results whose rows wait to be in their lot's table; ``result`` NULL: the table
-                                         is to be written anew; since layout 4
+                                         ``utc``, where it may be forgotten, is when it was taken; since layout 3
     unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
+    lot_rows seq, lot, result            what is not in the table of its lot yet, see ``lot_rows``; since layout 3
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
 """
@@ -37,9 +36,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from semwatch.errors import ConfigError
+from semwatch.store import lot_rows, unknown_features
+from semwatch.store.lot_rows import LotRow, LotRows
+from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.sqlite_file import Kind, SqliteFile
 
 log = logging.getLogger(__name__)
@@ -50,17 +52,10 @@ LEDGER = "ledger.sqlite"
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
-_UNKNOWNS = (
-    """CREATE TABLE unknowns (
-        id TEXT PRIMARY KEY, created_utc TEXT NOT NULL, source TEXT NOT NULL, path TEXT NOT NULL,
-        sha256 TEXT NOT NULL, page INTEGER NOT NULL, defect_id INTEGER NOT NULL, box TEXT NOT NULL,
-        recipe_id TEXT NOT NULL, encoder TEXT NOT NULL, features BLOB NOT NULL) WITHOUT ROWID""",
-    "CREATE INDEX unknowns_by_image ON unknowns (source, path, sha256, page, defect_id, id)",
-    "CREATE INDEX unknowns_by_time ON unknowns (created_utc)",
-)
-_LAYOUT_4 = (
+_LAYOUT_3 = (
+    *unknown_features.SCHEMA,
+    *lot_rows.SCHEMA,
     "CREATE INDEX paths_by_content ON paths (source, sha256)",
-    "CREATE TABLE lot_rows (seq INTEGER PRIMARY KEY AUTOINCREMENT, lot TEXT NOT NULL, result TEXT)",
 )
 _KIND = Kind(
     noun="ledger",
@@ -81,14 +76,12 @@ _KIND = Kind(
             payload BLOB NOT NULL)""",
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
         "CREATE TABLE noted (id TEXT PRIMARY KEY, utc TEXT) WITHOUT ROWID",
-        *_UNKNOWNS,
-        *_LAYOUT_4,
+        *_LAYOUT_3,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
-        2: _UNKNOWNS,
-        3: ("ALTER TABLE noted ADD COLUMN utc TEXT", *_LAYOUT_4),
+        2: (*_LAYOUT_3, "ALTER TABLE noted ADD COLUMN utc TEXT"),
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
@@ -105,37 +98,6 @@ class OutboxItem:
     id: str
     """Unique for ever; the consumer drops an id that it has seen."""
     payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class UnknownFeatures:
-    """What a later head needs to judge an unknown again."""
-
-    id: str
-    """Of its record."""
-    created_utc: str
-    source: str
-    path: str
-    """As in the record: bytes that are no UTF-8 are spelled out."""
-    sha256: str
-    page: int
-    defect_id: int
-    box_xyxy: tuple[int, int, int, int]
-    recipe_id: str
-    encoder: str
-    """Whose features these are."""
-    features: bytes
-    """D little-endian float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class LotRow:
-    """What is to be brought into the table of a lot."""
-
-    lot: str
-    """Folder of the table, relative to the results."""
-    result: str | None
-    """Name of the review.json whose rows are new; None: a result has changed, and the table is written anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +167,7 @@ class Ledger:
         except BaseException:
             self._unlock()
             raise
+        self.lot_rows = LotRows(self._file)
         try:
             if self._lock_fd is not None:
                 self._recover()
@@ -278,15 +241,15 @@ class Ledger:
         unknowns: Sequence[UnknownFeatures] = (),
         row: LotRow | None = None,
     ) -> None:
-        """Make the work DONE, with messages, audit line, features of unknowns and the lot's table, all or nothing."""
+        """Make the work DONE, with messages, audit line, features of unknowns and the lot's row, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
             db.executemany(
                 "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
-            _add_unknowns(db, unknowns)
-            _add_row(db, row)
+            unknown_features.add(db, unknowns)
+            lot_rows.add(db, row)
             _append_audit(db, audit)
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
@@ -341,7 +304,7 @@ class Ledger:
                 "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
-            _add_row(db, row)
+            lot_rows.add(db, row)
             if audit is not None:
                 _append_audit(db, audit)
         return True
@@ -374,41 +337,6 @@ class Ledger:
         with self._file.transaction() as db:
             db.execute("DELETE FROM audit WHERE seq <= ?", (up_to_seq,))
 
-    # --- tables of lots --------------------------------------------------------------------------------------------
-
-    def new_rows(self, limit: int) -> list[tuple[int, LotRow]]:
-        """Return the oldest results whose rows can be appended, with the number to name in ``mark_listed``.
-
-        Those of lots whose table is to be written anew are left out.
-        """
-        rows = self._file.rows(
-            "SELECT seq, lot, result FROM lot_rows WHERE result IS NOT NULL AND lot NOT IN"
-            " (SELECT lot FROM lot_rows WHERE result IS NULL) ORDER BY seq LIMIT ?",
-            (limit,),
-        )
-        return [(seq, LotRow(lot, result)) for seq, lot, result in rows]
-
-    def changed_lots(self) -> list[tuple[str, int]]:
-        """Return the lots whose table is to be written anew, changed first, with the number for ``mark_written``."""
-        return self._file.rows(
-            "SELECT lot, max(seq) FROM lot_rows GROUP BY lot HAVING count(*) > count(result) ORDER BY min(seq)"
-        )
-
-    def mark_listed(self, seqs: Sequence[int]) -> None:
-        """Forget results whose rows are in their table."""
-        with self._file.transaction() as db:
-            db.executemany("DELETE FROM lot_rows WHERE seq = ?", [(seq,) for seq in seqs])
-
-    def mark_written(self, lot: str, up_to_seq: int) -> None:
-        """Forget what waited for a table that has been written anew since."""
-        with self._file.transaction() as db:
-            db.execute("DELETE FROM lot_rows WHERE lot = ? AND seq <= ?", (lot, up_to_seq))
-
-    def rewrite_lot(self, lot: str) -> None:
-        """Let a table be written anew."""
-        with self._file.transaction() as db:
-            _add_row(db, LotRow(lot, None))
-
     # --- unknowns that a later head judges again ---------------------------------------------------------------------
 
     def add_unknowns(self, found: Sequence[UnknownFeatures], *, once: str) -> bool:
@@ -416,7 +344,7 @@ class Ledger:
         with self._file.transaction() as db:
             if db.execute("INSERT OR IGNORE INTO noted (id) VALUES (?)", (once,)).rowcount == 0:
                 return False
-            _add_unknowns(db, found)
+            unknown_features.add(db, found)
         return True
 
     def was_noted(self, once: str) -> bool:
@@ -429,21 +357,7 @@ class Ledger:
         Ordered by source, path, content, page and defect. An image is never cut in two: all of its unknowns follow
         where ``limit`` would end among them.
         """
-        start = ("", "", "", 0, 0, "") if after is None else _place(after)
-        ends = self._file.rows(
-            f"SELECT source, path, sha256 FROM (SELECT {_PLACE} FROM unknowns WHERE created_utc >= ?"
-            f" AND ({_PLACE}) > (?, ?, ?, ?, ?, ?) ORDER BY {_PLACE} LIMIT ?)"
-            " ORDER BY source DESC, path DESC, sha256 DESC LIMIT 1",
-            (utc, *start, limit),
-        )
-        if not ends:
-            return []
-        rows = self._file.rows(
-            f"SELECT {_COLUMNS} FROM unknowns WHERE created_utc >= ? AND ({_PLACE}) > (?, ?, ?, ?, ?, ?)"
-            f" AND (source, path, sha256) <= (?, ?, ?) ORDER BY {_PLACE}",
-            (utc, *start, *ends[0]),
-        )
-        return [_unknown(*row) for row in rows]
+        return unknown_features.since(self._file, utc, after, limit)
 
     def forget_unknowns(self, before_utc: str) -> int:
         """Delete the unknowns created before that moment; return how many."""
@@ -570,8 +484,7 @@ class Ledger:
                 "UPDATE work SET state = 'SEEN', attempts = attempts + 1, reason = 'the process died on it'"
                 " WHERE state = 'CLAIMED'"
             )
-            # Their rows may be in the table already, whole or torn.
-            db.execute("UPDATE lot_rows SET result = NULL")
+            lot_rows.recover(db)
         if found.rowcount:
             log.warning("ledger %s: %d in flight when the last process died, tried again", self.path, found.rowcount)
 
@@ -618,11 +531,6 @@ def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:
     db.execute("INSERT INTO audit (line) VALUES (?)", (json.dumps(dict(audit), allow_nan=False),))
 
 
-def _add_row(db: sqlite3.Connection, row: LotRow | None) -> None:
-    if row is not None:
-        db.execute("INSERT INTO lot_rows (lot, result) VALUES (?, ?)", (row.lot, row.result))
-
-
 def _lock_out_others(path: Path) -> int:
     """Lock the side file, which stays: to delete it would let two daemons lock two files of one name."""
     side = path.with_name(f"{path.name}.lock")
@@ -667,35 +575,3 @@ def _text(path: bytes) -> str:
 def _clean(reason: str) -> str:
     """SQLite takes no lone surrogates, which a file name inside a message may carry."""
     return reason.encode("utf-8", "backslashreplace").decode()
-
-
-_PLACE = "source, path, sha256, page, defect_id, id"
-"""The order of ``unknowns_since``."""
-_COLUMNS = "id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features"
-
-
-def _place(of: UnknownFeatures) -> tuple[object, ...]:
-    return of.source, of.path, of.sha256, of.page, of.defect_id, of.id
-
-
-def _unknown(
-    id_: str, utc: str, source: str, path: str, sha256: str, page: int, defect_id: int, box: str, *rest: Any
-) -> UnknownFeatures:
-    x0, y0, x1, y1 = json.loads(box)
-    recipe_id, encoder, features = rest
-    return UnknownFeatures(
-        id_, utc, source, path, sha256, page, defect_id, (x0, y0, x1, y1), recipe_id, encoder, features
-    )
-
-
-def _add_unknowns(db: sqlite3.Connection, found: Sequence[UnknownFeatures]) -> None:
-    db.executemany(
-        f"INSERT OR IGNORE INTO unknowns ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (
-                u.id, u.created_utc, u.source, u.path, u.sha256, u.page, u.defect_id, json.dumps(u.box_xyxy),
-                u.recipe_id, u.encoder, u.features,
-            )
-            for u in found
-        ],
-    )  # fmt: skip
