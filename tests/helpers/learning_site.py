@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ def unknown(i: int, axis: int, *, width: int, **changes: Any) -> Record:
         "field_short_px": 200,
     }
     return Record(**{**values, **changes})
+
+
+def notes_of(archive: Archive, ids: Sequence[str]) -> dict[str, str]:
+    """What a person reads in an archive beside the state of each record."""
+    with closing(sqlite3.connect(archive.path)) as db:
+        marks = ", ".join("?" * len(ids))
+        return dict(db.execute(f"SELECT id, state_note FROM unknowns WHERE id IN ({marks})", tuple(ids)))
 
 
 @dataclass(frozen=True)
