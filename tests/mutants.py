@@ -147,11 +147,10 @@ class Mutator(ast.NodeTransformer):
         return self._offer(node, "constant", lambda _: ast.Constant(value))
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        self.generic_visit(node)
-        is_log = ast.unparse(node).startswith(("log.", "logger."))
-        if is_log or not isinstance(node.value, ast.Call):
+        if ast.unparse(node).startswith(("log.", "logger.")):
             return node
-        return self._offer(node, "call", lambda _: ast.Pass())
+        self.generic_visit(node)
+        return self._offer(node, "call", lambda _: ast.Pass()) if isinstance(node.value, ast.Call) else node
 
     def visit_Return(self, node: ast.Return) -> ast.AST:
         self.generic_visit(node)
