@@ -48,7 +48,7 @@ from semwatch.operations import doctor
 from semwatch.service.loop import Service
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import IMAGE_SUFFIXES, load_site
-from semwatch.store import results
+from semwatch.store import lot_table, results
 from semwatch.system import journal
 from semwatch.system.clock import utc_now
 
@@ -117,7 +117,7 @@ def review(
             )
         ]
     for lot in sorted({Path(row["result"]).parent for row in rows if "result" in row}):
-        results.write_lot_csv(lot)
+        lot_table.write(lot)
     _show_reviews(rows, as_json)
     if any("error" in row for row in rows):
         raise typer.Exit(1)

@@ -29,6 +29,7 @@ from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnava
 from semwatch.line import classification
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
+from semwatch.service.lot_tables import row_of
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.store import results
 from semwatch.store.ledger import Ledger, OutboxItem
@@ -258,7 +259,9 @@ class Rereview:
             return
         message = summary(result)
         outbox = [OutboxItem(*message)] if self._publishes else []
-        if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1], once_utc=utc_now()):
+        row = row_of(target, self._results_dir, is_new=False)
+        audit = audit_entry(target, result)
+        if self._ledger.note(audit=audit, outbox=outbox, once=message[1], once_utc=utc_now(), row=row):
             head, extra = result.model_versions.get("head"), _about(result)
             log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
             self._on_revised(target, result)

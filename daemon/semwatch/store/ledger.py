@@ -19,6 +19,8 @@ Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because 
     audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
     noted    id, utc                     what ``note`` has taken and must not take twice; since layout 2.
                                          ``utc``, where it may be forgotten, is when it was taken; since layout 3
+    lot_rows seq, lot, result            results whose rows wait to be in their lot's table; ``result`` NULL: the table
+                                         is to be written anew; since layout 3
     unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
 
@@ -50,7 +52,11 @@ LEDGER = "ledger.sqlite"
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
-_PATHS_BY_CONTENT = "CREATE INDEX paths_by_content ON paths (source, sha256)"
+_LAYOUT_3 = (
+    *unknown_features.SCHEMA,
+    "CREATE INDEX paths_by_content ON paths (source, sha256)",
+    "CREATE TABLE lot_rows (seq INTEGER PRIMARY KEY AUTOINCREMENT, lot TEXT NOT NULL, result TEXT)",
+)
 _KIND = Kind(
     noun="ledger",
     application_id=0x53454D57,  # "SEMW"
@@ -70,13 +76,12 @@ _KIND = Kind(
             payload BLOB NOT NULL)""",
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
         "CREATE TABLE noted (id TEXT PRIMARY KEY, utc TEXT) WITHOUT ROWID",
-        *unknown_features.SCHEMA,
-        _PATHS_BY_CONTENT,
+        *_LAYOUT_3,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
-        2: (*unknown_features.SCHEMA, "ALTER TABLE noted ADD COLUMN utc TEXT", _PATHS_BY_CONTENT),
+        2: (*_LAYOUT_3, "ALTER TABLE noted ADD COLUMN utc TEXT"),
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
@@ -93,6 +98,16 @@ class OutboxItem:
     id: str
     """Unique for ever; the consumer drops an id that it has seen."""
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LotRow:
+    """What is to be brought into the table of a lot."""
+
+    lot: str
+    """Folder of the table, relative to the results."""
+    result: str | None
+    """Name of the review.json whose rows are new; None: a result has changed, and the table is written anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +248,9 @@ class Ledger:
         audit: Mapping[str, object],
         now_utc: str,
         unknowns: Sequence[UnknownFeatures] = (),
+        row: LotRow | None = None,
     ) -> None:
-        """Make the work DONE, with its messages, its audit line and the features of its unknowns, all or nothing."""
+        """Make the work DONE, with messages, audit line, features of unknowns and the lot's table, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
             db.executemany(
@@ -242,6 +258,7 @@ class Ledger:
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
             unknown_features.add(db, unknowns)
+            _add_row(db, row)
             _append_audit(db, audit)
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
@@ -279,6 +296,7 @@ class Ledger:
         outbox: Sequence[OutboxItem] = (),
         once: str | None = None,
         once_utc: str | None = None,
+        row: LotRow | None = None,
     ) -> bool:
         """Take an audit line, where there is one, and messages that belong to no work in flight, all or nothing.
 
@@ -295,6 +313,7 @@ class Ledger:
                 "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
+            _add_row(db, row)
             if audit is not None:
                 _append_audit(db, audit)
         return True
@@ -326,6 +345,41 @@ class Ledger:
         """Forget audit lines, ``up_to_seq`` included, that are safe in the audit log."""
         with self._file.transaction() as db:
             db.execute("DELETE FROM audit WHERE seq <= ?", (up_to_seq,))
+
+    # --- tables of lots --------------------------------------------------------------------------------------------
+
+    def new_rows(self, limit: int) -> list[tuple[int, LotRow]]:
+        """Return the oldest results whose rows can be appended, with the number to name in ``mark_listed``.
+
+        Those of lots whose table is to be written anew are left out.
+        """
+        rows = self._file.rows(
+            "SELECT seq, lot, result FROM lot_rows WHERE result IS NOT NULL AND lot NOT IN"
+            " (SELECT lot FROM lot_rows WHERE result IS NULL) ORDER BY seq LIMIT ?",
+            (limit,),
+        )
+        return [(seq, LotRow(lot, result)) for seq, lot, result in rows]
+
+    def changed_lots(self) -> list[tuple[str, int]]:
+        """Return the lots whose table is to be written anew, changed first, with the number for ``mark_written``."""
+        return self._file.rows(
+            "SELECT lot, max(seq) FROM lot_rows GROUP BY lot HAVING count(*) > count(result) ORDER BY min(seq)"
+        )
+
+    def mark_listed(self, seqs: Sequence[int]) -> None:
+        """Forget results whose rows are in their table."""
+        with self._file.transaction() as db:
+            db.executemany("DELETE FROM lot_rows WHERE seq = ?", [(seq,) for seq in seqs])
+
+    def mark_written(self, lot: str, up_to_seq: int) -> None:
+        """Forget what waited for a table that has been written anew since."""
+        with self._file.transaction() as db:
+            db.execute("DELETE FROM lot_rows WHERE lot = ? AND seq <= ?", (lot, up_to_seq))
+
+    def rewrite_lot(self, lot: str) -> None:
+        """Let a table be written anew."""
+        with self._file.transaction() as db:
+            _add_row(db, LotRow(lot, None))
 
     # --- unknowns that a later head judges again ---------------------------------------------------------------------
 
@@ -474,6 +528,8 @@ class Ledger:
                 "UPDATE work SET state = 'SEEN', attempts = attempts + 1, reason = 'the process died on it'"
                 " WHERE state = 'CLAIMED'"
             )
+            # Their rows may be in the table already, whole or torn.
+            db.execute("UPDATE lot_rows SET result = NULL")
         if found.rowcount:
             log.warning("ledger %s: %d in flight when the last process died, tried again", self.path, found.rowcount)
 
@@ -518,6 +574,11 @@ def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values
 
 def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:
     db.execute("INSERT INTO audit (line) VALUES (?)", (json.dumps(dict(audit), allow_nan=False),))
+
+
+def _add_row(db: sqlite3.Connection, row: LotRow | None) -> None:
+    if row is not None:
+        db.execute("INSERT INTO lot_rows (lot, result) VALUES (?, ?)", (row.lot, row.result))
 
 
 def _lock_out_others(path: Path) -> int:
