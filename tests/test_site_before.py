@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import redis
-import site_before as before
 import yaml
+
+import site_before as before
 
 
 @pytest.fixture(scope="module")
