@@ -233,11 +233,8 @@ def test_diff_of_heads_of_two_encoders_warns(models, repository) -> None:
 # --- beside a running daemon -----------------------------------------------------------------------------------------
 
 
-def test_commands_change_the_running_daemon_and_wait_for_it(site, repository, tmp_path) -> None:
-    """As processes of their own, as a person calls them: pin, release, broken head, rollback past it."""
-
-    def models(*argv: object) -> Said:
-        return spawn("models", *argv, "--site", site.file, cwd=tmp_path)
+def test_commands_change_the_running_daemon_and_wait_for_it(models, site, repository, tmp_path) -> None:
+    """Pin, release, broken head, rollback past it; the last as a process of its own, as a person calls it."""
 
     def head() -> int:
         return serving.announced(site.state)[0]["head"]
@@ -269,7 +266,7 @@ def test_commands_change_the_running_daemon_and_wait_for_it(site, repository, tm
         assert publish(repository) == 4
         daemon.wait_for(lambda: head() == 4)
         start = time.monotonic()
-        said = models("rollback", "--reason", "worse")
+        said = spawn("models", "rollback", "--reason", "worse", "--site", site.file, cwd=tmp_path)
         assert (said.code, head()) == (0, 2)
         print(f"\nrollback beside a daemon: {time.monotonic() - start:.1f} s with the start of Python")
         said = models("pin", "encoder", 1)

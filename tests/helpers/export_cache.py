@@ -20,7 +20,7 @@ N_KEPT = 4
 """Folders of that many states of the sources stay."""
 _SOURCES = ("publishing", "families", "discovery", "data", "trunks", "metrics", "synthetic", "system")
 """What exports, and every room that it may import."""
-_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+_TOOLS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "numpy")
 
 
 def key() -> str:
@@ -48,7 +48,7 @@ def opened() -> Path:
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:
     """``path``, made under another name and renamed if nobody did before; who comes meanwhile waits."""
-    with _locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if not path.exists():
             partial = path.with_suffix(".part")
             make(partial)
@@ -57,7 +57,9 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, of all that test this checkout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

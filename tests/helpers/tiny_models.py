@@ -1,11 +1,13 @@
 """A model repository of real formats and random weights: exported in seconds, answering in milliseconds."""
 
 import hashlib
+import inspect
 import io
 import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +34,7 @@ SHAPE = TrunkShape(width=24, depth=4, heads=2, patch=14, position_grid=8)
 DETECTOR = DetectorForm(trunk="tiny", width=24, heads=2, layers=(0, 1, 2, 3), n_normal_tokens=2, input_px=112)
 ENCODER = EncoderForm(trunk="tiny", input_px=56, pooled_layers=(0, 1), guided_layers=2, second_trunk="")
 LABELS = ("bridge", "defect-free", "particle")
+_TO_ONNX = export.to_onnx
 
 
 def trunk(seed: int = 0) -> VisionTransformer:
@@ -109,8 +112,14 @@ class _ByValue(pickle.Pickler):
             return np.asarray, (value.detach().numpy(),)
         if isinstance(value, nn.Module):  # the order of a set is another in every process
             state = [(name, sorted(v) if isinstance(v, set) else v) for name, v in vars(value).items()]
-            return tuple, ((type(value), state),)
+            return tuple, ((type(value), _source(type(value)), state),)
         return NotImplemented
+
+
+@cache
+def _source(kind: type) -> str:
+    """Of a network that a test defines; the folder of the exports is named by those of the product."""
+    return "" if kind.__module__.split(".")[0] in ("torch", "semwatch_training") else inspect.getsource(kind)
 
 
 def _fingerprint(value: object) -> str:
@@ -125,11 +134,10 @@ def exporting_once(kept: Path) -> Iterator[None]:
 
     Torch takes seconds to export a network however small it is, and the file depends on these two alone.
     """
-    to_onnx = export.to_onnx
 
     def exported(graph: nn.Module, meta: Meta, path: Path) -> None:
         file = kept / f"{_fingerprint((graph, meta.inputs, meta.outputs))}.onnx"
-        shutil.copyfile(once(file, lambda partial: to_onnx(graph, meta, partial)), path)
+        shutil.copyfile(once(file, lambda partial: _TO_ONNX(graph, meta, partial)), path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "to_onnx", exported)

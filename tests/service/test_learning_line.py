@@ -41,6 +41,7 @@ from semwatch.streams.unknowns import connect
 from semwatch.system import child_server
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.publishing.export import publish_head
+from tiny_models import exporting_once
 
 T0 = "2026-01-01T00:00:00Z"
 RECIPE = {"name": "test", "gate": {"threshold": 0.0}, "classes": {"mark": {"code": 77}}, "unknown_code": 99}
@@ -50,7 +51,7 @@ SWAP_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path) -> Path:
+def learned(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path, exports: Path) -> Path:
     """Head 1 calls every crop of ``png`` unknown; head 2 knows them as novel-1."""
     repository = shutil.copytree(tiny_repository, tmp_path_factory.mktemp("learned") / "models")
     recipe = Recipe.model_validate({"gate": {"threshold": 0.0}})
@@ -71,7 +72,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path) -> 
     bank = head_bank.joined([head_bank.read(repository / "head/1" / head_bank.BANK), crops])
     fit = HeadFit(frozen_width=frozen_width, components=8)
     head = fit_head(bank.features, bank.labels, fit, images=range(len(bank)))
-    assert publish_head(head, repository, encoder_version=1, provenance={}, bank=bank, golden=crops) == 2
+    with exporting_once(exports):
+        assert publish_head(head, repository, encoder_version=1, provenance={}, bank=bank, golden=crops) == 2
     return repository
 
 

@@ -107,8 +107,8 @@ def wanted(package: Path, *, prefix: Path, tools: tuple[str, ...], host: str = "
 
 def site_yaml(example: str, tool: str, host: str = "") -> str:
     """The example site with the paths of the installation, the host's name, Redis on, and its comments."""
-    if (name := site_name(host)) and "#name: site " in example:  # an older release's sites have none
-        example = _swap(example, "#name: site ", f"name: {name} ")
+    if name := site_name(host):
+        example = example.replace("\n#name: site\n", f"\nname: {name}\n")  # an older release's example has none
     text = _swap(example, "Redis and metrics are off until theirs goes.", "Metrics are off until theirs goes.")
     text = _swap(text, "#redis:\n  #url: redis://127.0.0.1:6379/0 ", f"redis:\n  url: {REDIS_URL}  ")
     if tool:

@@ -31,7 +31,18 @@ def detect(inputs: Arrays, models: Models) -> tuple[ScoreMap, ModelId]:
 
 
 def resize(field: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize (H, W) uint8 gray to ``size_hw``, averaging areas when shrinking so that no pixel goes unseen."""
-    shrinking = field.shape[0] >= size_hw[0] and field.shape[1] >= size_hw[1]
-    resized = cv2.resize(field, size_hw[::-1], interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+    """Resize (H, W) uint8 gray to ``size_hw``: an axis that shrinks is averaged, so that no pixel goes unseen.
+
+    An axis that grows is interpolated. Where one shrinks and the other grows, each goes by its own rule in turn: OpenCV
+    would sample both, and pass over most of the one that shrinks.
+    """
+    (H, W), (height, width) = field.shape, size_hw
+    if (H - height) * (W - width) < 0:
+        between_wh = (min(W, width), min(H, height))
+        averaged = cv2.resize(field, between_wh, interpolation=cv2.INTER_AREA)
+        resized = cv2.resize(averaged, (width, height), interpolation=cv2.INTER_LINEAR)
+    else:
+        is_shrinking = height <= H and width <= W
+        interpolation = cv2.INTER_AREA if is_shrinking else cv2.INTER_LINEAR
+        resized = cv2.resize(field, (width, height), interpolation=interpolation)
     return np.ascontiguousarray(resized, dtype=np.uint8)

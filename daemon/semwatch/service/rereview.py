@@ -30,8 +30,9 @@ from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.store import results
-from semwatch.store.ledger import Ledger, OutboxItem, UnknownFeatures
+from semwatch.store.ledger import Ledger, OutboxItem
 from semwatch.store.review_record import ReviewRecord, VerdictRecord, class_code, verdict_record
+from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.streams.records import Record
 from semwatch.system import files
 from semwatch.system.clock import utc_now, utc_of
@@ -253,7 +254,7 @@ class Rereview:
         message = notices.summary_message(result)
         outbox = [OutboxItem(*message)] if self._publishes else []
         audit = notices.audit_entry(result, target.name, before=_before(target, result))
-        if self._ledger.note(audit=audit, outbox=outbox, once=message[1]):
+        if self._ledger.note(audit=audit, outbox=outbox, once=message[1], once_utc=utc_now()):
             head, extra = result.model_versions.get("head"), notices.journal_fields(result)
             log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
             self._on_revised(target, result)

@@ -29,7 +29,8 @@ from semwatch_training.families.memory.memory_detector import (
     scored,
     self_distances,
 )
-from semwatch_training.publishing.export import parity, random_inputs, to_onnx
+from semwatch_training.publishing import export
+from semwatch_training.publishing.export import parity, random_inputs
 from semwatch_training.system import weights_file
 from tiny_models import convolutional, trunk
 
@@ -301,7 +302,7 @@ def test_the_exported_graph_computes_the_same_at_any_batch(
     tmp_path: Path, trunks: Trunks, memory: memory_detector.Memory
 ) -> None:
     graph = MemoryGraph(trunks, replace(memory, form=replace(FORM, smoothing=0.7, top_cells=3))).eval()
-    to_onnx(graph, meta(), tmp_path / "model.onnx")
+    export.to_onnx(graph, meta(), tmp_path / "model.onnx")
     assert (
         parity(graph, meta(), tmp_path / "model.onnx", [random_inputs(meta(), batch=n, seed=n) for n in (1, 3)]).worst
         < 1e-3
@@ -312,5 +313,5 @@ def test_the_exported_graph_computes_the_same_at_any_batch(
 
 def test_self_matching_exports_too(tmp_path: Path, trunks: Trunks) -> None:
     graph = SelfMatchingGraph(trunks, FORM, nearest=5).eval()
-    to_onnx(graph, meta(), tmp_path / "model.onnx")
+    export.to_onnx(graph, meta(), tmp_path / "model.onnx")
     assert parity(graph, meta(), tmp_path / "model.onnx", [random_inputs(meta(), batch=3, seed=1)]).worst < 1e-3

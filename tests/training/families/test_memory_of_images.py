@@ -28,7 +28,8 @@ from semwatch_training.families.memory.memory_detector import (
     save,
     signatures,
 )
-from semwatch_training.publishing.export import parity, random_inputs, to_onnx
+from semwatch_training.publishing import export
+from semwatch_training.publishing.export import parity, random_inputs
 from semwatch_training.system import weights_file
 from tiny_models import convolutional, trunk
 
@@ -238,6 +239,6 @@ def test_the_exported_graph_computes_the_same_at_any_batch(tmp_path: Path, trunk
     )
     graph = MemoryGraph(trunks, remember(features(list(range(9))), FORM)).eval()
     graph.features = Blocks()
-    to_onnx(graph, meta, tmp_path / "model.onnx")
+    export.to_onnx(graph, meta, tmp_path / "model.onnx")
     batches = [random_inputs(meta, batch=n, seed=n) for n in (1, 3)]
     assert parity(graph, meta, tmp_path / "model.onnx", batches).worst < 1e-3

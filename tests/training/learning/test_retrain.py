@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.learning.refit import refit
 from semwatch_training.learning.report_builder import ReportBuilder
 from semwatch_training.learning.retrain import Outcome, run_cycle
-from tiny_models import exporting_once
 
 KNOWN = ("bridge", "defect-free", "particle")
 LARGE, SMALL = 5, 6
@@ -54,12 +53,10 @@ class Crash(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def quick(exports: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Export each head once, draw small pictures: neither is what is tested here."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw small pictures: they are not what is tested here."""
     monkeypatch.setattr(cycle_report, "MAX_POINTS", 40)
     monkeypatch.setattr(cycle_report, "DPI", 25)
-    with exporting_once(exports):
-        yield
 
 
 @pytest.fixture
@@ -68,12 +65,10 @@ def lab(tmp_path: Path, tiny_repository: Path, client: redis.Redis, server: Embe
 
 
 @pytest.fixture(scope="module")
-def learned_site(
-    tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path, exports: Path, server: EmbeddedRedis
-) -> Path:
+def learned_site(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path, server: EmbeddedRedis) -> Path:
     """A site whose head 2 has learned novel-1 and novel-2."""
     folder = tmp_path_factory.mktemp("learned") / "site"
-    with connect(server.url) as made, exporting_once(exports):
+    with connect(server.url) as made:
         made.flushall()
         lab = make_lab(folder, tiny_repository, made, server.url)
         add_two(lab)

@@ -35,7 +35,7 @@ from semwatch_training.publishing.build_repository import build
 from semwatch_training.system import weights_file
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer, load_trunk
-from tiny_models import DETECTOR, ENCODER, SHAPE, convolutional, exporting_once, head, trunk
+from tiny_models import DETECTOR, ENCODER, SHAPE, convolutional, head, trunk
 
 FORM = replace(DETECTOR, trunk=backbone.TRUNK_NAME, layers=(0, 1))
 FROZEN = len(ENCODER.pooled_layers) * SHAPE.width + 2
@@ -43,9 +43,9 @@ SERVED = ["detector 1", "encoder 1", "head 1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_backbone(exports: Path) -> Iterator[None]:
+def tiny_backbone() -> Iterator[None]:
     """A tiny trunk in the place of the one that is fetched, and an encoder that fits it."""
-    with exporting_once(exports), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(backbone, "load_efficientnet", lambda cache: convolutional())
         patch.setattr(smg_vit_export, "EncoderForm", lambda: ENCODER)

@@ -18,7 +18,7 @@ from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGrap
 from semwatch_training.publishing import export
 from semwatch_training.publishing.build_repository import SHIPPED
 from semwatch_training.trunks import backbone
-from tiny_models import convolutional, detector_graph, exporting_once, trunk
+from tiny_models import convolutional, detector_graph, trunk
 
 MEMORY = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=50, candidates=90)
 
@@ -66,9 +66,9 @@ def test_published_detector_serves_what_torch_computes_at_any_batch(tiny_reposit
     assert np.abs(answer["raw_score"] - raw.numpy()).max() < 1e-3 * raw.abs().max()
 
 
-def test_export_that_differs_is_not_published(tmp_path, exports, monkeypatch) -> None:
+def test_export_that_differs_is_not_published(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(export, "parity", lambda *_: export.Parity({"score_map": 0.5}))
-    with exporting_once(exports), pytest.raises(PublishError, match="differs from its torch original"):
+    with pytest.raises(PublishError, match="differs from its torch original"):
         export.publish(ni_export.exported(detector_graph(), normal_scores=[0.1]), tmp_path)
     assert model_repository.versions(tmp_path, "detector") == []
 
