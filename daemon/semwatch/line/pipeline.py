@@ -61,6 +61,7 @@ def review(
     recipe: Recipe,
     models: Models,
     reviewed_utc: str,
+    site: str = "",
     max_pixels: int = 8192 * 8192,
     max_pages: int = 64,
 ) -> Review:
@@ -68,12 +69,13 @@ def review(
 
     Args:
         data: the file's content; the same bytes that were hashed.
-        source: name of the drop folder.
+        source: name of the tool, as its drop folder has it.
         path: relative to the drop folder, POSIX.
         sha256: of ``data``.
         recipe: how to judge.
         models: who answers.
         reviewed_utc: the time to write down.
+        site: name of the site that reviews, if any does.
         max_pixels: of one page.
         max_pages: of one file.
 
@@ -97,6 +99,7 @@ def review(
         model_hashes={model: one.content_hash for model, one in answered.items()},
         pages=pages,
         timings_ms=timings,
+        site=site,
     )
 
 
