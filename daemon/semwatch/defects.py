@@ -5,7 +5,7 @@ Frames: *micrograph frame* = pixels of the page as read, origin top left. *Field
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -137,6 +137,8 @@ class Review:
     pages: tuple[PageReview, ...]
     timings_ms: Mapping[str, float]
     """Milliseconds by stage, in the order of the line."""
+    model_hashes: Mapping[str, str] = field(default_factory=dict)
+    """Content hash of the version that answered, by model: the same model has the same on every machine."""
 
     @property
     def n_defects(self) -> int:

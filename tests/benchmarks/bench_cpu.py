@@ -27,7 +27,7 @@ from semwatch.intake.decoding import decode
 from semwatch.line import pipeline
 from semwatch.line.detection import resize
 from semwatch.models import model_repository
-from semwatch.models.inference import Answer, Embedded
+from semwatch.models.inference import Answer, Embedded, ModelId
 from semwatch.models.model_repository import Arrays
 from semwatch.settings.recipe import Recipe
 from semwatch_training.synthetic import lot_images
@@ -59,7 +59,8 @@ class Line(Embedded):
     def infer(self, model: str, inputs: Arrays, *, backlog: bool = False) -> Answer:
         if model not in self._run:
             return super().infer(model, inputs, backlog=backlog)
-        return Answer(self._run[model](inputs), self.versions()[model], self.meta(model))
+        answered = ModelId(self.versions()[model], self.hashes()[model])
+        return Answer(self._run[model](inputs), answered, self.meta(model))
 
 
 @pytest.mark.timeout(3600)

@@ -1,4 +1,4 @@
-"""The GPU run of `semwatch-train gpu` as a check: time against the arithmetic floor of the same card, same run."""
+"""The GPU run as a check: time against the arithmetic floor of the same card, same run."""
 
 from functools import partial
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_run import networks
+from gpu_run import run as whole_run
+from gpu_run.run import Order
 from paths import ROOT
-from semwatch_training.gpu import networks
-from semwatch_training.gpu import run as whole_run
-from semwatch_training.gpu.run import Order
 
 ALLOWED = {1: 3.0, 16: 2.0}
 """Times the floor for detector and encoder of ViT-B, by batch."""

@@ -80,6 +80,9 @@ def test_list_tells_of_every_version_what_is_chosen_and_what_it_knows(models, re
     assert new["labels"] == ["[a]", "b", "novel-1"]
     assert (listed["head", 1]["state"], new["state"]) == ("", "chosen")
     assert listed["encoder", 1]["labels"] == []
+    hashes = {name: row["content_hash"] for name, row in listed.items()}
+    assert hashes["head", 2] == model_repository.read_meta(repository, "head", 2).content_hash
+    assert len(set(hashes.values())) == 4
 
 
 def test_pinned_withdrawn_and_refused_versions_say_so(models, site, repository) -> None:

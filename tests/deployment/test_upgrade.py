@@ -21,6 +21,7 @@ from semwatch.deployment.installed_files import UNITS, systemd_folder, wanted
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.settings.fields import EXAMPLES
+from semwatch.store import ledger as ledger_module
 from semwatch.store.ledger import Ledger, OutboxItem
 
 OLD, NEW = "0.1.0", "0.2.0"
@@ -87,11 +88,12 @@ class Machine:
         script.chmod(0o755)
 
 
-MIGRATES = """
+NEXT_LAYOUT = ledger_module._KIND.layout + 1
+MIGRATES = f"""
 db = sqlite3.connect(folder + "/ledger.sqlite")
 db.execute("ALTER TABLE work ADD COLUMN wafer TEXT")
-db.execute("INSERT INTO audit (line) VALUES ('{}')")
-db.execute("PRAGMA user_version = 3")
+db.execute("INSERT INTO audit (line) VALUES ('{{}}')")
+db.execute("PRAGMA user_version = {NEXT_LAYOUT}")
 db.commit()
 """
 
@@ -351,13 +353,13 @@ def test_rolling_back_keeps_the_ledger_where_both_read_it(machine: Machine) -> N
 def test_rolling_back_over_a_new_layout_puts_the_old_ledger_back(machine: Machine) -> None:
     machine.on_start(NEW, MIGRATES)
     machine.change()
-    with pytest.raises(ConfigError, match="layout 3, this one knows 2"):
+    with pytest.raises(ConfigError, match=f"layout {NEXT_LAYOUT}, this one knows {NEXT_LAYOUT - 1}"):
         n_done(machine.ledger)
     change = machine.change(OLD)
     assert change.put_back == (machine.ledger,)
     assert n_done(machine.ledger) == 3
     with closing(sqlite3.connect(change.backup / "var/lib/semwatch/ledger.sqlite")) as db:  # nothing is thrown away
-        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        assert db.execute("PRAGMA user_version").fetchone() == (NEXT_LAYOUT,)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake.drop_folder import Arrival, Folder, Incoming, is_temporary
+from semwatch.settings import site
 from semwatch.store.ledger import Ledger
 
 # watchdog 7.1 watches a new directory twice when its event and the walk of its parent meet, says so, and goes on.
@@ -34,11 +35,11 @@ class Settled:
         self.n_asked = 0
         self.is_away = False
 
-    def __call__(self, source: str, path: str, size: int, mtime_ns: int) -> bool:
+    def __call__(self, source: str, files: Sequence[tuple[str, int, int]]) -> set[str]:
         self.n_asked += 1
         if self.is_away:
             raise ServiceUnavailable("the disk is full")
-        return (source, path, size, mtime_ns) in self.files
+        return {path for path, size, mtime_ns in files if (source, path, size, mtime_ns) in self.files}
 
     def settle(self, arrival: Arrival) -> None:
         self.files.add((arrival.source, arrival.path, arrival.size, arrival.mtime_ns))
@@ -83,8 +84,14 @@ def put(file: Path, content: bytes = b"image") -> Path:
     return temporary.rename(file)
 
 
+def watched(drop: Path, source: str = "tool", **options: object) -> Folder:
+    """A folder with the defaults of the settings."""
+    settings = site.Folder(path=drop, source=source, recipe=drop / "recipe.yaml", **options)  # type: ignore[arg-type]
+    return Folder(**settings.model_dump(exclude={"recipe"}))
+
+
 def renamed(drop: Path, **options: object) -> Folder:
-    return Folder(drop, "tool", completeness="rename", **options)  # type: ignore[arg-type]
+    return watched(drop, completeness="rename", **options)
 
 
 def paths(arrivals: list[Arrival]) -> list[str]:
@@ -113,7 +120,6 @@ def test_empty_folder_has_no_arrivals(watch: Callable[..., Incoming], drop: Path
     incoming = watch(renamed(drop))
     assert incoming.arrivals(0.0) == []
     assert incoming.waiting() == (0, 0.0)
-    assert incoming.missing_folders() == []
 
 
 def test_file_that_lay_there_at_start_arrives(watch: Callable[..., Incoming], drop: Path) -> None:
@@ -263,7 +269,7 @@ def test_directory_that_cannot_be_read_is_named_once_and_hides_nothing_else(
 
 def test_two_folders_of_one_source_are_refused(drop: Path, settled: Settled) -> None:
     with pytest.raises(ConfigError, match="same source"):
-        Incoming([renamed(drop), renamed(drop / "b")], settled)
+        Incoming([renamed(drop), renamed(drop / "b")], settled, reconcile_s=1.0, poll_s=1.0)
 
 
 # --- completeness --------------------------------------------------------------------------------------------------
@@ -273,7 +279,7 @@ def test_two_folders_of_one_source_are_refused(drop: Path, settled: Settled) -> 
 def test_growing_file_is_not_handed_out_before_it_is_steady(
     watch: Callable[..., Incoming], drop: Path, polling: bool
 ) -> None:
-    incoming = watch(Folder(drop, "tool", steady_s=0.4, polling=polling))
+    incoming = watch(watched(drop, steady_s=0.4, polling=polling))
     with (drop / "x.tif").open("wb") as file:
         for _ in range(8):
             file.write(b"part")
@@ -292,7 +298,7 @@ def test_steady_waits_on_its_own_clock_and_no_mtime_blocks_it(
     future = put(drop / "future.tif")
     os.utime(future, (4e9, 4e9))
     os.utime(put(drop / "past.tif"), (0, 0))
-    incoming = watch(Folder(drop, "tool", steady_s=5.0), clock=clock)
+    incoming = watch(watched(drop, steady_s=5.0), clock=clock)
     assert incoming.arrivals(0.0) == []
     clock.now += 4.9
     assert incoming.arrivals(0.0) == []
@@ -303,7 +309,7 @@ def test_steady_waits_on_its_own_clock_and_no_mtime_blocks_it(
 def test_same_size_with_another_mtime_is_not_steady(watch: Callable[..., Incoming], drop: Path) -> None:
     clock = Clock()
     file = put(drop / "x.tif")
-    incoming = watch(Folder(drop, "tool", steady_s=5.0), clock=clock)
+    incoming = watch(watched(drop, steady_s=5.0), clock=clock)
     assert incoming.arrivals(0.0) == []
     os.utime(file, (1e9, 1e9))
     clock.now += 5.0
@@ -316,7 +322,7 @@ def test_same_size_with_another_mtime_is_not_steady(watch: Callable[..., Incomin
 def test_marked_file_waits_for_its_marker(
     watch: Callable[..., Incoming], drop: Path, marker: str, polling: bool
 ) -> None:
-    incoming = watch(Folder(drop, "tool", completeness="marker", polling=polling))
+    incoming = watch(watched(drop, completeness="marker", polling=polling))
     put(drop / "lot" / "x.tif")
     put(drop / "lot" / "y.tif")
     assert incoming.arrivals(QUIET_S) == []
@@ -332,14 +338,14 @@ def test_marker_that_comes_first_counts_only_once_the_file_is_steady(
     (drop / "x.done").touch()
     os.utime(drop / "x.done", (1e9, 1e9))
     put(drop / "x.tif")
-    incoming = watch(Folder(drop, "tool", completeness="marker", steady_s=5.0), clock=clock)
+    incoming = watch(watched(drop, completeness="marker", steady_s=5.0), clock=clock)
     assert incoming.arrivals(0.0) == []
     clock.now += 5.0
     assert paths(incoming.arrivals(0.0)) == ["x.tif"]
 
 
 def test_markers_and_images_of_upper_case_find_each_other(watch: Callable[..., Incoming], drop: Path) -> None:
-    incoming = watch(Folder(drop, "tool", completeness="marker"))
+    incoming = watch(watched(drop, completeness="marker"))
     put(drop / "X.TIFF")
     assert incoming.arrivals(QUIET_S) == []
     (drop / "X.done").touch()
@@ -442,7 +448,7 @@ def test_file_that_vanished_in_flight_is_forgotten(watch: Callable[..., Incoming
 def test_oldest_come_first_over_all_folders_up_to_the_limit(watch: Callable[..., Incoming], drop: Path) -> None:
     for i, name in enumerate(["a/3.tif", "b/1.tif", "a/2.tif", "b/0.tif"]):
         os.utime(put(drop / name), (100 - i, 100 - i))
-    incoming = watch(Folder(drop / "a", "a", "rename"), Folder(drop / "b", "b", "rename"))
+    incoming = watch(renamed(drop / "a", source="a"), renamed(drop / "b", source="b"))
     assert paths(incoming.arrivals(SOON_S, limit=3)) == ["0.tif", "2.tif", "1.tif"]
     assert incoming.waiting()[0] == 1
     assert paths(incoming.arrivals(SOON_S, limit=3)) == ["3.tif"]
@@ -516,11 +522,10 @@ def test_folder_that_does_not_exist_yet_is_missing_and_then_watched(
 ) -> None:
     incoming = watch(renamed(drop / "later", polling=polling))
     assert incoming.arrivals(QUIET_S) == []
-    assert incoming.missing_folders() == [drop / "later"]
     assert sum("is missing" in record.message for record in caplog.records) == 1
     put(drop / "later" / "a.tif")
     assert paths(incoming.arrivals(SOON_S)) == ["a.tif"]
-    assert incoming.missing_folders() == []
+    assert sum("is back" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("polling", [False, True])
@@ -534,12 +539,10 @@ def test_share_that_vanishes_and_returns_loses_nothing(
     put(drop / "b.tif")
     drop.rename(away)
     assert incoming.arrivals(QUIET_S) == []
-    assert incoming.missing_folders() == [drop]
     assert incoming.waiting()[0] == 0
     put(away / "c.tif")
     away.rename(drop)
     assert sorted(paths(collect(incoming, 2))) == ["b.tif", "c.tif"]
-    assert incoming.missing_folders() == []
     put(drop / "d.tif")
     assert paths(incoming.arrivals(SOON_S)) == ["d.tif"]
     settled.settle(held)
@@ -551,7 +554,7 @@ def test_share_that_vanishes_and_returns_loses_nothing(
 
 def test_files_of_a_missing_folder_do_not_count_as_waiting(watch: Callable[..., Incoming], drop: Path) -> None:
     put(drop / "not marked.tif")
-    incoming = watch(Folder(drop, "tool", completeness="marker"))
+    incoming = watch(watched(drop, completeness="marker"))
     assert incoming.arrivals(0.0) == []
     assert incoming.waiting()[0] == 1
     drop.rename(drop.parent / "away")
@@ -672,9 +675,9 @@ def test_five_thousand_files_arrive_once_each(watch: Callable[..., Incoming], dr
 def test_steady_stream_into_workers_and_the_real_ledger_loses_and_doubles_nothing(tmp_path: Path, drop: Path) -> None:
     n, stop = 200, threading.Event()
     with Ledger(tmp_path / "ledger.sqlite") as ledger, ExitStack() as stack:
-        folder = Folder(drop, "tool", steady_s=0.1)
+        folder = watched(drop, steady_s=0.1)
         incoming = stack.enter_context(
-            Incoming([folder], ledger.is_settled, reconcile_s=0.2, backoff_s=0.02, n_hints=20)
+            Incoming([folder], ledger.settled, reconcile_s=0.2, poll_s=2.0, backoff_s=0.02, n_hints=20)
         )
         done: list[str] = []
 
@@ -710,11 +713,25 @@ def test_steady_stream_into_workers_and_the_real_ledger_loses_and_doubles_nothin
     assert len(done) == len(set(done)) == n
 
 
-def test_scan_asks_once_for_each_settled_file_and_hands_out_none(drop: Path, settled: Settled) -> None:
-    for i in range(500):
+def test_scan_asks_the_ledger_once_for_many_files(drop: Path, settled: Settled) -> None:
+    for i in range(1200):
         file = drop / f"{i}.tif"
         file.touch()
         settled.files.add(("tool", file.name, 0, file.stat().st_mtime_ns))
-    with Incoming([renamed(drop, polling=True)], settled) as incoming:
+    put(drop / "new.tif")
+    with Incoming([renamed(drop, polling=True)], settled, reconcile_s=1000.0, poll_s=1000.0) as incoming:
+        assert paths(incoming.arrivals(0.0, limit=5)) == ["new.tif"]
+        n_scanned = settled.n_asked
         assert incoming.arrivals(0.0) == []
-    assert settled.n_asked == 500
+    assert n_scanned == 3
+    assert settled.n_asked == n_scanned
+
+
+def test_file_that_is_settled_no_more_arrives_with_the_next_scan(drop: Path, settled: Settled) -> None:
+    """As one that a person takes out of quarantine."""
+    file = put(drop / "a.tif")
+    settled.files.add(("tool", "a.tif", 5, file.stat().st_mtime_ns))
+    with Incoming([renamed(drop, polling=True)], settled, reconcile_s=0.05, poll_s=0.05) as incoming:
+        assert incoming.arrivals(QUIET_S) == []
+        settled.files.clear()
+        assert paths(incoming.arrivals(SOON_S)) == ["a.tif"]

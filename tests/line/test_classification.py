@@ -3,7 +3,7 @@ import pytest
 
 from semwatch.line.classification import classify, decide, size_feature
 from semwatch.line.inputs import KeptView
-from semwatch.models.inference import Embedded
+from semwatch.models.inference import Embedded, ModelId
 
 LABELS = ("bridge", "defect-free", "void")
 RULE = {"significance": 0.05, "decide_confidence": 0.8}
@@ -16,8 +16,8 @@ def judge(logits, p_values, **changes):
 def test_no_defect_asks_no_model(tiny_repository) -> None:
     with Embedded(tiny_repository) as models:
         models.infer = None  # type: ignore[assignment]
-        features, verdicts, versions = classify([], models, **RULE)
-    assert (features.shape, verdicts, versions) == ((0, 0), [], {})
+        features, verdicts, answered = classify([], models, **RULE)
+    assert (features.shape, verdicts, answered) == ((0, 0), [], {})
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,8 @@ def test_classify_gives_one_verdict_for_each_crop(tiny_repository) -> None:
     with Embedded(tiny_repository) as models:
         crops, masks = rng.integers(0, 256, (3, 56, 56), dtype=np.uint8), rng.random((3, 4, 4), dtype=np.float32)
         views = [KeptView(crop, mask, np.zeros(2, np.float32)) for crop, mask in zip(crops, masks, strict=True)]
-        features, verdicts, versions = classify(views, models, **RULE)
+        features, verdicts, answered = classify(views, models, **RULE)
+        served = models.versions(), models.hashes()
     assert features.shape == (3, 74)
     assert len(verdicts) == 3
-    assert versions == {"encoder": 1, "head": 1}
+    assert answered == {model: ModelId(served[0][model], served[1][model]) for model in ("encoder", "head")}

@@ -319,6 +319,12 @@ def test_same_bytes_give_the_same_review(models) -> None:
     assert first.model_versions == second.model_versions
 
 
+def test_content_hashes_of_the_models_that_answered_stand_beside_their_numbers(models) -> None:
+    opened, shut = review(png(field()), models), review(png(field()), models, SHUT)
+    assert opened.model_hashes == models.hashes()
+    assert shut.model_hashes == {"detector": models.hashes()["detector"]}
+
+
 def test_review_carries_what_it_was_given(models) -> None:
     data = png(field())
     found = review(data, models)

@@ -1,5 +1,6 @@
 """The models that a daemon holds: what it says of them, and how it goes on where that cannot be written."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -44,6 +45,7 @@ def test_recipes_of_equal_pins_share_their_networks(repository: Path, tmp_path: 
     assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [2, 1]
     assert models.versions()["head"] == 2  # announced is the one without a pin
     assert serving.announced(tmp_path)[0] == {"detector": 1, "encoder": 1, "head": 2}
+    assert json.loads((tmp_path / serving.ANNOUNCED).read_bytes())["hashes"] == models.of(free).hashes()
     publish(repository)
     models.refresh()
     assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [3, 1]

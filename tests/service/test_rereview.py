@@ -66,6 +66,7 @@ class Line:
         recipe_id: str = RECIPE.id,
         source: str = "tool-a",
         versions: dict[str, int] | None = None,
+        hashes: dict[str, str] | None = None,
     ) -> Path:
         """Write a result of unknowns, and put their records, with these features, into the ledger."""
         utc = clock.utc_of(NOW - timedelta(days=age_days))
@@ -73,7 +74,9 @@ class Line:
             len(features), path=path, source=source, verdicts=[UNKNOWN], reviewed_utc=utc,
             model_versions=versions or {"detector": 1, "encoder": 1, "head": 1},
         )  # fmt: skip
-        review = replace(review, recipe_id=recipe_id, sha256=hashlib.sha256(path.encode()).hexdigest())
+        review = replace(
+            review, model_hashes=hashes or {}, recipe_id=recipe_id, sha256=hashlib.sha256(path.encode()).hexdigest()
+        )
         found = [replace(r, features=row) for r, row in zip(records.records(review), features, strict=True)]
         self.ledger.add_unknowns(rereview.features_of(found), once=found[0].id)
         return results.write(review, results_dir=self.results_dir).json
@@ -228,6 +231,7 @@ def test_page_whose_defects_all_turn_out_harmless_is_defect_free(line: Line, of_
     ("case", "count_name"),
     [
         ({"versions": {"encoder": 7, "head": 1}}, "other_encoder"),
+        ({"hashes": {"encoder": "0" * 16}}, "other_encoder"),
         ({"recipe_id": "0" * 16}, "other_recipe"),
         ({"source": "tool-that-left"}, "other_recipe"),
     ],
@@ -241,6 +245,19 @@ def test_record_that_this_head_cannot_judge_is_counted_and_left(
     counts = run(line)
     assert (getattr(counts, count_name), counts.revised) == (1, 0)
     assert path.read_bytes() == before
+
+
+def test_record_of_the_same_encoder_under_another_number_is_judged(line: Line, of_label: Any) -> None:
+    same = {"encoder": line.embedded.hashes()["encoder"]}
+    path = line.review(features=[of_label("particle")], versions={"encoder": 7, "head": 1}, hashes=same)
+    line.publish(("bridge", "defect-free", "novel-1"))
+    assert run(line).revised == 1
+    result = results.read(path)
+    assert (result.model_versions["encoder"], result.model_versions["head"]) == (7, 2)
+    assert result.model_hashes == {**same, "head": line.embedded.hashes()["head"]}
+    (summary,), (entry,) = line.summaries(), line.audit()
+    assert summary.model_hashes == result.model_hashes
+    assert entry["head_hash"] == line.embedded.hashes()["head"]
 
 
 def test_features_of_another_width_are_counted_and_left(line: Line, of_label: Any) -> None:

@@ -23,6 +23,7 @@ from paths import ROOT
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.store import ledger as ledger_module
 from semwatch.store.ledger import Claim, Ledger, OutboxItem
+from semwatch.store.unknown_features import UnknownFeatures
 
 T0, T1, T2 = "2025-03-01T08:00:00Z", "2025-03-01T08:00:10Z", "2025-03-01T08:00:20Z"
 DAEMON = ROOT / "daemon"
@@ -40,12 +41,16 @@ def ledger(path: Path) -> Iterator[Ledger]:
 
 
 def sha(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(content)).hexdigest()
 
 
 def claim(ledger: Ledger, path: str, content: str | None = None, *, source: str = "tool", mtime_ns: int = 1) -> Claim:
     digest = sha(path if content is None else content)
     return ledger.claim(source, path, sha256=digest, size=7, mtime_ns=mtime_ns, now_utc=T0)
+
+
+def is_settled(ledger: Ledger, source: str, path: str, size: int, mtime_ns: int) -> bool:
+    return ledger.settled(source, [(path, size, mtime_ns)]) == {path}
 
 
 def finish(ledger: Ledger, held: Claim, *ids: str, now_utc: str = T1) -> None:
@@ -58,14 +63,15 @@ def finish(ledger: Ledger, held: Claim, *ids: str, now_utc: str = T1) -> None:
 
 def test_empty_ledger_has_nothing_to_say(ledger: Ledger) -> None:
     assert ledger.counts() == {"SEEN": 0, "CLAIMED": 0, "DONE": 0, "QUARANTINED": 0}
-    assert ledger.oldest_waiting() is None
     assert ledger.unpublished(10) == []
     assert ledger.n_unpublished() == 0
     assert ledger.audit_after(0, 10) == []
     assert ledger.listing("QUARANTINED") == []
     assert ledger.n_done_since(T0) == 0
-    assert ledger.prune(T2) == 0
-    assert not ledger.is_settled("tool", "a.tif", 7, 1)
+    assert ledger.paths_seen_before(T2, limit=10) == []
+    assert (ledger.forget_paths([], seen_before_utc=T2), ledger.forget_work(T2), ledger.forget_notes(T2)) == (0, 0, 0)
+    assert ledger.settled("tool", []) == set()
+    assert not is_settled(ledger, "tool", "a.tif", 7, 1)
     assert not ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
     ledger.mark_published([])
     ledger.forget_audit(0)
@@ -74,32 +80,31 @@ def test_empty_ledger_has_nothing_to_say(ledger: Ledger) -> None:
 def test_finished_work_is_settled_with_its_messages_and_audit_line(ledger: Ledger) -> None:
     held = claim(ledger, "lot/a.tif")
     assert (held.outcome, held.is_mine, held.attempts, held.original) == ("new", True, 0, "lot/a.tif")
-    assert not ledger.is_settled("tool", "lot/a.tif", 7, 1)
-    assert ledger.oldest_waiting() == T0
+    assert not is_settled(ledger, "tool", "lot/a.tif", 7, 1)
     finish(ledger, held, "x", "y")
-    assert ledger.is_settled("tool", "lot/a.tif", 7, 1)
+    assert is_settled(ledger, "tool", "lot/a.tif", 7, 1)
     assert [(item.id, item.payload) for _, item in ledger.unpublished(10)] == [
         ("x", b"\x00payload"),
         ("y", b"\x00payload"),
     ]
     assert [json.loads(line) for _, line in ledger.audit_after(0, 10)] == [{"path": "lot/a.tif"}]
-    assert (ledger.counts()["DONE"], ledger.oldest_waiting()) == (1, None)
+    assert ledger.counts()["DONE"] == 1
     assert (ledger.n_done_since(T1), ledger.n_done_since(T2)) == (1, 0)
 
 
 def test_settled_means_exactly_this_file(ledger: Ledger) -> None:
     finish(ledger, claim(ledger, "a.tif"))
-    assert not ledger.is_settled("tool", "a.tif", 8, 1)
-    assert not ledger.is_settled("tool", "a.tif", 7, 2)
-    assert not ledger.is_settled("other", "a.tif", 7, 1)
-    assert not ledger.is_settled("tool", "b.tif", 7, 1)
+    assert not is_settled(ledger, "tool", "a.tif", 8, 1)
+    assert not is_settled(ledger, "tool", "a.tif", 7, 2)
+    assert not is_settled(ledger, "other", "a.tif", 7, 1)
+    assert not is_settled(ledger, "tool", "b.tif", 7, 1)
 
 
 def test_touched_file_is_settled_again_without_work(ledger: Ledger) -> None:
     finish(ledger, claim(ledger, "a.tif"))
     again = claim(ledger, "a.tif", mtime_ns=2)
     assert (again.outcome, again.is_mine) == ("settled", False)
-    assert ledger.is_settled("tool", "a.tif", 7, 2)
+    assert is_settled(ledger, "tool", "a.tif", 7, 2)
 
 
 def test_new_content_under_an_old_path_is_new_work(ledger: Ledger) -> None:
@@ -112,12 +117,12 @@ def test_same_content_of_another_tool_is_new_work(ledger: Ledger) -> None:
     assert claim(ledger, "a.tif", source="other").outcome == "new"
 
 
-def test_failed_work_counts_attempts_and_comes_back(ledger: Ledger) -> None:
-    assert ledger.fail(claim(ledger, "a.tif"), "no luck") == 1
-    assert not ledger.is_settled("tool", "a.tif", 7, 1)
-    again = claim(ledger, "a.tif")
-    assert (again.outcome, again.attempts) == ("retry", 1)
-    assert ledger.fail(again, "no luck") == 2
+def test_work_that_the_process_died_on_counts_attempts_and_comes_back(path: Path) -> None:
+    for attempts in range(3):
+        with Ledger(path) as ledger:
+            assert not is_settled(ledger, "tool", "a.tif", 7, 1)
+            held = claim(ledger, "a.tif")
+            assert (held.outcome, held.attempts) == ("retry" if attempts else "new", attempts)
 
 
 def test_given_back_work_counts_no_attempt(ledger: Ledger) -> None:
@@ -129,7 +134,7 @@ def test_given_back_work_counts_no_attempt(ledger: Ledger) -> None:
 
 def test_quarantined_work_is_settled_until_it_is_requeued(ledger: Ledger) -> None:
     ledger.quarantine(claim(ledger, "a.tif"), "not a TIFF", audit={"quarantined": "a.tif"}, now_utc=T1)
-    assert ledger.is_settled("tool", "a.tif", 7, 1)
+    assert is_settled(ledger, "tool", "a.tif", 7, 1)
     [work] = ledger.listing("QUARANTINED")
     assert (work.path, work.reason, work.finished_utc) == ("a.tif", "not a TIFF", T1)
     assert ledger.n_done_since(T0) == 0
@@ -137,7 +142,7 @@ def test_quarantined_work_is_settled_until_it_is_requeued(ledger: Ledger) -> Non
     assert json.loads(ledger.audit_after(0, 10)[-1][1]) == {"event": "requeued"}
     assert not ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
     assert len(ledger.audit_after(0, 10)) == 2
-    assert not ledger.is_settled("tool", "a.tif", 7, 1)
+    assert not is_settled(ledger, "tool", "a.tif", 7, 1)
     again = claim(ledger, "a.tif")
     assert (again.outcome, again.attempts) == ("retry", 0)
 
@@ -151,7 +156,7 @@ def test_waiting_work_whose_file_is_gone_can_be_quarantined(ledger: Ledger) -> N
     ledger.give_back(claim(ledger, "a.tif"), "Redis is away")
     [work] = ledger.listing("SEEN")
     ledger.quarantine(work, "vanished", audit={}, now_utc=T1)
-    assert ledger.oldest_waiting() is None
+    assert ledger.listing("SEEN") == []
 
 
 def test_work_waiting_for_a_replaced_content_does_not_wait_for_ever(ledger: Ledger) -> None:
@@ -198,26 +203,26 @@ def test_duplicate_of_done_content_names_the_original_and_is_settled(ledger: Led
     finish(ledger, claim(ledger, "a.tif", "same"))
     copy = claim(ledger, "copy/a.tif", "same")
     assert (copy.outcome, copy.is_mine, copy.original) == ("duplicate", False, "a.tif")
-    assert ledger.is_settled("tool", "copy/a.tif", 7, 1)
+    assert is_settled(ledger, "tool", "copy/a.tif", 7, 1)
 
 
 def test_duplicate_of_content_in_flight_is_settled_with_it(ledger: Ledger) -> None:
     held = claim(ledger, "a.tif", "same")
     copy = claim(ledger, "b.tif", "same")
     assert (copy.outcome, copy.original) == ("in-flight", "a.tif")
-    assert not ledger.is_settled("tool", "b.tif", 7, 1)
+    assert not is_settled(ledger, "tool", "b.tif", 7, 1)
     finish(ledger, held)
-    assert ledger.is_settled("tool", "b.tif", 7, 1)
+    assert is_settled(ledger, "tool", "b.tif", 7, 1)
 
 
 def test_duplicate_takes_over_when_the_original_fails(ledger: Ledger) -> None:
     held = claim(ledger, "a.tif", "same")
     claim(ledger, "b.tif", "same")
-    ledger.fail(held, "a.tif vanished")
+    ledger.give_back(held, "a.tif vanished")
     takeover = claim(ledger, "b.tif", "same")
     assert (takeover.outcome, takeover.original) == ("retry", "b.tif")
     finish(ledger, takeover)
-    assert ledger.is_settled("tool", "a.tif", 7, 1)
+    assert is_settled(ledger, "tool", "a.tif", 7, 1)
 
 
 # --- outbox and audit ----------------------------------------------------------------------------------------------
@@ -245,22 +250,81 @@ def test_audit_numbers_are_never_used_twice(path: Path) -> None:
     assert first < second < third
 
 
-def test_pruned_file_that_still_lies_there_is_not_reviewed_again(ledger: Ledger) -> None:
+def test_many_files_are_asked_for_at_once_and_each_is_itself(ledger: Ledger) -> None:
+    names = [os.fsdecode(b"\xff %d.tif" % i) for i in range(1203)]
+    for name in names[::3]:
+        finish(ledger, claim(ledger, name))
+    ledger.quarantine(claim(ledger, names[1]), "no TIFF", audit={}, now_utc=T1)
+    ledger.give_back(claim(ledger, names[2]), "away")
+    assert ledger.settled("tool", [(name, 7, 1) for name in names]) == {*names[::3], names[1]}
+    assert ledger.settled("other", [(name, 7, 1) for name in names]) == set()
+    assert ledger.settled("tool", [(name, 7, 2) for name in names]) == set()
+
+
+# --- what is forgotten ---------------------------------------------------------------------------------------------
+
+
+def test_path_that_is_forgotten_is_found_finished_when_it_comes_back(ledger: Ledger) -> None:
     finish(ledger, claim(ledger, "a.tif"))
-    ledger.give_back(claim(ledger, "waits.tif"), "Redis is away")
-    assert ledger.prune(T0) == 0
-    assert ledger.prune(T1) == 1
+    assert ledger.forget_paths([("tool", "a.tif")], seen_before_utc=T0) == 0  # seen at, not before
+    assert ledger.forget_paths([("tool", "a.tif")], seen_before_utc=T1) == 1
+    assert not is_settled(ledger, "tool", "a.tif", 7, 1)
     assert claim(ledger, "a.tif").outcome == "settled"
-    assert ledger.is_settled("tool", "a.tif", 7, 1)
+    assert is_settled(ledger, "tool", "a.tif", 7, 1)
+
+
+def test_work_is_forgotten_once_no_path_leads_to_it(ledger: Ledger) -> None:
+    finish(ledger, claim(ledger, "a.tif", "same"))
+    claim(ledger, "copy.tif", "same")
+    ledger.quarantine(claim(ledger, "bad.tif"), "no TIFF", audit={}, now_utc=T1)
+    ledger.forget_paths([("tool", "a.tif"), ("tool", "bad.tif")], seen_before_utc=T1)
+    assert ledger.forget_work(T1) == 0  # finished at, not before
+    assert ledger.forget_work(T2) == 1, "the copy still leads to the other"
+    assert ledger.counts() == {"SEEN": 0, "CLAIMED": 0, "DONE": 1, "QUARANTINED": 0}
+    assert claim(ledger, "bad.tif").outcome == "new"
+    assert claim(ledger, "a.tif", "same").outcome in ("settled", "duplicate")
+
+
+def test_unfinished_work_is_never_forgotten(ledger: Ledger) -> None:
+    ledger.give_back(claim(ledger, "waits.tif"), "Redis is away")
+    claim(ledger, "in flight.tif")
+    assert ledger.paths_seen_before(T2, limit=10) == []
+    both = [("tool", "waits.tif"), ("tool", "in flight.tif")]
+    assert ledger.forget_paths(both, seen_before_utc=T2) == 0
+    assert ledger.forget_work(T2) == 0
+    assert ledger.counts() == {"SEEN": 1, "CLAIMED": 1, "DONE": 0, "QUARANTINED": 0}
+
+
+def test_paths_are_paged_by_source_and_path_and_what_lies_there_still_stays(ledger: Ledger) -> None:
+    wanted = [(source, os.fsdecode(b"%d \xff.tif" % i)) for source in ("a", "b") for i in range(5)]
+    for source, name in reversed(wanted):
+        finish(ledger, claim(ledger, name, source=source))
+    found: list[tuple[str, str]] = []
+    while page := ledger.paths_seen_before(T1, after=found[-1] if found else ("", ""), limit=3):
+        assert len(page) <= 3
+        found += [(source, path) for source, path, seen_utc in page if seen_utc == T0]
+    assert found == wanted
+    ledger.still_there(wanted[:4], now_utc=T1)
+    assert [(source, path) for source, path, _ in ledger.paths_seen_before(T1, limit=10)] == wanted[4:]
+    assert ledger.forget_paths(wanted, seen_before_utc=T1) == 6
+
+
+def test_notes_that_may_be_forgotten_go_and_the_others_stay_for_ever(ledger: Ledger) -> None:
+    assert ledger.note(audit={}, once="for ever")
+    assert ledger.note(audit={}, once="for a while", once_utc=T1)
+    assert ledger.forget_notes(T1) == 0
+    assert ledger.forget_notes(T2) == 1
+    assert not ledger.note(audit={}, once="for ever")
+    assert ledger.note(audit={}, once="for a while", once_utc=T2)
 
 
 def test_names_that_are_not_utf8_go_through(ledger: Ledger) -> None:
     name = os.fsdecode(b"lot \xff/a'\n.tif")
-    ledger.fail(claim(ledger, name, "same"), f"cannot read {name}")
+    ledger.give_back(claim(ledger, name, "same"), f"cannot read {name}")
     held = claim(ledger, name, "same")
     finish(ledger, held)
     assert held.original == name
-    assert ledger.is_settled("tool", name, 7, 1)
+    assert is_settled(ledger, "tool", name, 7, 1)
     [(_, line)] = ledger.audit_after(0, 1)
     assert json.loads(line) == {"path": name}
     assert line.isascii()
@@ -311,7 +375,7 @@ def test_ledger_of_a_newer_layout_is_a_config_error(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 2.*backup"):
+    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 3.*backup"):
         Ledger(path)
 
 
@@ -321,19 +385,40 @@ def of_layout_1(path: Path) -> None:
         finish(ledger, claim(ledger, "a.tif"), "m")
         claim(ledger, "b.tif")
     with closing(sqlite3.connect(path)) as db, db:
-        db.execute("DROP TABLE noted")
+        for later in ("TABLE noted", "TABLE unknowns", "INDEX paths_by_content"):
+            db.execute(f"DROP {later}")
         db.execute("PRAGMA user_version = 1")
 
 
-def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: Path) -> None:
+def layout_of(db: sqlite3.Connection) -> dict[str, list[tuple[object, ...]]]:
+    """Columns of every table and index by name."""
+    names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite%'")]
+    return {name: db.execute(f"SELECT * FROM pragma_table_xinfo('{name}')").fetchall() for name in names}
+
+
+def of_layout_2(path: Path) -> None:
+    """What the release before the rooms left."""
     of_layout_1(path)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        db.execute("PRAGMA user_version = 2")
+
+
+@pytest.mark.parametrize("left", [of_layout_1, of_layout_2])
+def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: Path, left) -> None:
+    left(path)
     with Ledger(path) as ledger:
+        assert ledger.unknowns_since("", limit=10) == []
         assert ledger.counts() == {"SEEN": 1, "CLAIMED": 0, "DONE": 1, "QUARANTINED": 0}
         assert ledger.n_unpublished() == 1
         assert ledger.note(audit={"event": "x"}, once="x")
         assert not ledger.note(audit={"event": "x"}, once="x")
     with closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        migrated = layout_of(db)
+    Ledger(path.with_name("new.sqlite")).close()
+    with closing(sqlite3.connect(path.with_name("new.sqlite"))) as db:
+        assert migrated == layout_of(db)
 
 
 def test_older_ledger_may_be_looked_at_but_not_written_beside_the_daemon(path: Path) -> None:
@@ -349,7 +434,7 @@ def test_older_ledger_may_be_looked_at_but_not_written_beside_the_daemon(path: P
 def test_migration_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_layout_1(path)
     kind = ledger_module._KIND
-    broken = {1: (*kind.migrations[1], "SELECT 1 FROM nowhere")}
+    broken = {**kind.migrations, 2: (*kind.migrations[2], "SELECT 1 FROM nowhere")}
     monkeypatch.setattr(ledger_module, "_KIND", replace(kind, migrations=broken))
     with pytest.raises(sqlite3.OperationalError, match="nowhere"):
         Ledger(path)
@@ -485,7 +570,7 @@ def test_operator_requeues_beside_a_running_daemon(ledger: Ledger, path: Path) -
     held = claim(ledger, "b.tif")
     with Ledger(path, exclusive=False) as operator:
         assert operator.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
-    assert not ledger.is_settled("tool", "a.tif", 7, 1)
+    assert not is_settled(ledger, "tool", "a.tif", 7, 1)
     finish(ledger, held)
 
 
@@ -556,6 +641,7 @@ WORKER = """
 import hashlib, os, random, sys, time
 from pathlib import Path
 from semwatch.store.ledger import Ledger, OutboxItem
+from semwatch.store.unknown_features import UnknownFeatures
 ledger_path, published, n, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng, now = random.Random(seed), "2025-03-01T08:00:00Z"
 stream = os.open(published, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -563,7 +649,7 @@ with Ledger(ledger_path) as ledger:
     print("open", flush=True)
     for i in sorted(range(n), key=lambda _: rng.random()):
         name, sha = f"{i}.tif", hashlib.sha256(str(i // 2).encode()).hexdigest()  # every content lies there twice
-        if ledger.is_settled("tool", name, i, i):
+        if ledger.settled("tool", [(name, i, i)]):
             continue
         held = ledger.claim("tool", name, sha256=sha, size=i, mtime_ns=i, now_utc=now)
         if held.is_mine:
@@ -601,7 +687,7 @@ def test_thirty_kills_lose_nothing_and_double_nothing(path: Path, tmp_path: Path
     with Ledger(path) as ledger:
         assert 0 < n_done_before <= len(shas)
         assert ledger.counts() == {"SEEN": 0, "CLAIMED": 0, "DONE": len(shas), "QUARANTINED": 0}
-        assert all(ledger.is_settled("tool", f"{i}.tif", i, i) for i in range(n))
+        assert all(is_settled(ledger, "tool", f"{i}.tif", i, i) for i in range(n))
         assert 0 < sum(work.attempts for work in ledger.listing("DONE", n)) <= n_killed  # some died in between
         audited = [json.loads(line)["sha256"] for _, line in ledger.audit_after(0, 2 * n)]
         assert sorted(audited) == sorted(shas)
@@ -611,3 +697,41 @@ def test_thirty_kills_lose_nothing_and_double_nothing(path: Path, tmp_path: Path
     assert len(waiting) == len(set(waiting))
     assert set(waiting) | set(sent) == ids
     assert len(sent) - len(set(sent)) <= 5 * n_killed  # a kill between sending and marking repeats one batch at most
+
+
+# --- unknowns that a later head judges again -----------------------------------------------------------------------
+
+
+def an_unknown(i: int, path: str = "a.tif", utc: str = T0) -> UnknownFeatures:
+    return UnknownFeatures(
+        f"{i:032x}", utc, "tool-a", path, "0" * 64, 0, i, (1, 2, 30, 40), "r" * 16, "1", b"\x00\x00\x80?" * 4
+    )
+
+
+def test_unknowns_come_with_their_work_and_by_whole_images(ledger: Ledger) -> None:
+    mine = claim(ledger, "a.tif")
+    found = [an_unknown(i) for i in range(3)] + [an_unknown(i, "b.tif") for i in range(3, 5)]
+    ledger.finish(mine, outbox=[], audit={"event": "reviewed"}, now_utc=T0, unknowns=found)
+    first = ledger.unknowns_since("", limit=1)
+    assert first == found[:3]  # an image is never cut in two
+    assert ledger.unknowns_since("", after=first[-1], limit=1) == found[3:]
+    assert ledger.unknowns_since("", after=found[-1], limit=1) == []
+
+
+def test_unknowns_of_work_that_could_not_be_finished_are_not_there(ledger: Ledger) -> None:
+    mine = claim(ledger, "a.tif")
+    twice = [OutboxItem("results", "m", b""), OutboxItem("results", "m", b"")]
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.finish(mine, outbox=twice, audit={"event": "x"}, now_utc=T0, unknowns=[an_unknown(1)])
+    assert ledger.unknowns_since("", limit=10) == []
+
+
+def test_unknowns_leave_by_their_age_and_are_taken_over_once(ledger: Ledger) -> None:
+    old, new = an_unknown(1, utc="2020-01-01T00:00:00Z"), an_unknown(2)
+    assert not ledger.was_noted("an older release")
+    assert ledger.add_unknowns([old, new], once="an older release")
+    assert not ledger.add_unknowns([an_unknown(3)], once="an older release")
+    assert ledger.was_noted("an older release")
+    assert ledger.unknowns_since("2021-01-01T00:00:00Z", limit=10) == [new]
+    assert ledger.forget_unknowns("2021-01-01T00:00:00Z") == 1
+    assert ledger.unknowns_since("", limit=10) == [new]

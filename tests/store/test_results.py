@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ def test_record_says_what_the_review_says() -> None:
         assert written.peak_score == pytest.approx(defect.peak_score, rel=1e-5)
         assert written.verdict.label == defect.verdict.label
         assert [near.label for near in written.verdict.nearest] == [near.label for near in defect.verdict.nearest]
+
+
+def test_result_of_an_older_release_has_no_hashes_and_still_reads(tmp_path: Path) -> None:
+    review = replace(make_review(1), model_hashes={"head": "0123456789abcdef"})
+    path = results.write(review, results_dir=tmp_path).json
+    assert results.read(path).model_hashes == {"head": "0123456789abcdef"}
+    old = json.loads(path.read_text())
+    del old["model_hashes"]
+    path.write_text(json.dumps(old))
+    assert results.read(path).model_hashes == {}
 
 
 def test_page_whose_defects_the_head_calls_defect_free_is_defect_free() -> None:
@@ -377,8 +388,9 @@ def less_sure(path: Path) -> review_record.VerdictRecord:
 def test_revision_replaces_what_it_is_given_and_keeps_the_one_before(tmp_path: Path) -> None:
     path = unknown_result(tmp_path)
     before, first = path.read_bytes(), results.read(path)
-    revised = results.revise(path, {(0, 2): said()}, head_version=4, utc=T1)
+    revised = results.revise(path, {(0, 2): said()}, head_version=4, head_hash="4" * 16, utc=T1)
     assert revised == results.read(path)
+    assert revised.model_hashes == {**first.model_hashes, "head": "4" * 16}
     assert (revised.revision, revised.revised_utc, revised.reviewed_utc) == (2, T1, first.reviewed_utc)
     assert revised.model_versions == {"detector": 1, "encoder": 1, "head": 4}
     assert revised.pages[0].defects == (

@@ -36,6 +36,7 @@ from semwatch.streams.records import (
     decode,
     decode_result,
     encode,
+    is_by,
     json_schemas,
     messages,
     pack,
@@ -100,6 +101,32 @@ def test_review_without_defects_makes_no_record_but_a_summary() -> None:
     assert (summary.n_defects, summary.n_by_kind, summary.n_by_label) == (0, {}, {})
     assert len(summary.image_scores) == 1
     assert [stream for stream, _, _ in messages(review)] == [RESULTS]
+
+
+@pytest.mark.parametrize(
+    ("versions", "hashes", "expected"),
+    [
+        ({"encoder": 2}, {"encoder": "abc"}, True),
+        ({"encoder": 2}, {}, True),  # old: by number
+        ({"encoder": 2}, {"head": "abc"}, True),
+        ({"encoder": 7}, {"encoder": "abc"}, True),  # numbers are local
+        ({"encoder": 2}, {"encoder": "abd"}, False),
+        ({"encoder": 7}, {}, False),
+        ({}, {}, False),
+    ],
+)
+def test_record_is_of_a_model_by_content_where_it_says_so_and_by_number_where_not(versions, hashes, expected) -> None:
+    (record,) = records(make_review(1, verdicts=[UNKNOWN]))
+    made = replace(record, model_versions=versions, model_hashes=hashes)
+    assert is_by(decode(encode(made)), "encoder", 2, "abc") is expected
+
+
+def test_record_and_summary_of_an_older_release_have_no_hashes() -> None:
+    review = make_review(1, verdicts=[UNKNOWN])
+    for fields, read in ((encode(records(review)[0]), decode), (result_summary(review), decode_result)):
+        meta = json.loads(fields[b"meta"])
+        del meta["model_hashes"]
+        assert read({**fields, b"meta": json.dumps(meta).encode()}).model_hashes == {}
 
 
 def test_only_unknown_and_non_decidable_defects_become_records() -> None:

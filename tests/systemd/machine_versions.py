@@ -28,10 +28,11 @@ from installed import (
 )
 from machine import Machine
 from scenario_table import Note
+from semwatch.store import ledger
 
 NEXT, BROKEN = "99.1.0", "99.2.0"
-MIGRATION = """        2: ("ALTER TABLE work ADD COLUMN upgraded TEXT",),
-    },
+MIGRATION = f"""        {ledger._KIND.layout}: ("ALTER TABLE work ADD COLUMN upgraded TEXT",),
+    }},
     made_by="the daemon"""
 
 
@@ -40,12 +41,12 @@ def next_wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wheels of the working tree as two later versions: one with another ledger, one that cannot start."""
     out = tmp_path_factory.mktemp("next")
     tree = building.copy_of_tree(out / "tree", NEXT)
-    _edit(tree / "daemon/semwatch/ledger.py", r'    \},\n    made_by="the daemon', MIGRATION)
+    _edit(tree / "daemon/semwatch/store/ledger.py", r'    \},\n    made_by="the daemon', MIGRATION)
     building.wheel_of(tree, out)
     tree = building.copy_of_tree(out / "tree", BROKEN)
-    _edit(tree / "daemon/semwatch/ledger.py", r'    \},\n    made_by="the daemon', MIGRATION)
+    _edit(tree / "daemon/semwatch/store/ledger.py", r'    \},\n    made_by="the daemon', MIGRATION)
     _edit(
-        tree / "daemon/semwatch/service.py",
+        tree / "daemon/semwatch/service/loop.py",
         r"        self\._notifier\.ready\(\)\n",
         '        raise OSError("broken")\n',
     )

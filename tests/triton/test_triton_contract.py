@@ -60,9 +60,10 @@ def features_and_boxes(models: Models) -> list[tuple[bytes, object]]:
 def test_family_with_a_contract_of_its_own_judges_on_triton_as_it_does_embedded(server) -> None:
     started, repository = server
     with Embedded(repository, threads=1, pins=FIRST) as models:
-        expected = features_and_boxes(models)
+        expected, hashes = features_and_boxes(models), models.hashes()
     with Triton(repository, url=started.url, timeout_s=10, pins=FIRST) as models:
         assert features_and_boxes(models) == expected
+        assert models.hashes() == hashes
     assert len(expected) == 2
 
 

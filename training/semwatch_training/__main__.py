@@ -7,10 +7,10 @@ import typer
 
 from semwatch.errors import EXIT_CODES, SemwatchError
 from semwatch.intake import decoding
-from semwatch_training import ship as whole_run
 from semwatch_training.data import datasets
 from semwatch_training.discovery import head_run
 from semwatch_training.engines import commands
+from semwatch_training.evaluation import whole_run
 from semwatch_training.evaluation.evaluate_commands import evaluate_app
 from semwatch_training.evaluation.experiment_commands import experiment_app
 from semwatch_training.families import detector_run
@@ -23,7 +23,6 @@ from semwatch_training.families.ni.train_detector import Schedule
 from semwatch_training.families.smg_vit import self_supervision
 from semwatch_training.families.smg_vit.encoder_run import CropSource, train_encoder
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm
-from semwatch_training.gpu.__main__ import gpu
 from semwatch_training.learning import learning_commands
 from semwatch_training.publishing import build_repository
 from semwatch_training.synthetic import STAGES, write_lot
@@ -41,7 +40,6 @@ app = typer.Typer(
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(experiment_app, name="experiment")
 app.command("export")(commands.export)
-app.command("gpu")(gpu)
 app.command("retrain")(learning_commands.retrain)
 app.command("refit")(learning_commands.refit)
 

@@ -40,14 +40,14 @@ from semwatch.defects import Review
 from semwatch.demo.learning import run_learning_demo
 from semwatch.demo.one_lot import run_demo
 from semwatch.errors import ConfigError, ImageError
-from semwatch.intake import decoding, drop_folder
+from semwatch.intake import decoding
 from semwatch.line import pipeline
 from semwatch.line.class_codes import class_codes
 from semwatch.models.inference import Embedded
 from semwatch.operations import doctor
 from semwatch.service.loop import Service
 from semwatch.settings.recipe import Recipe, load_recipe
-from semwatch.settings.site import load_site
+from semwatch.settings.site import IMAGE_SUFFIXES, load_site
 from semwatch.store import results
 from semwatch.system import journal
 from semwatch.system.clock import utc_now
@@ -108,7 +108,7 @@ def review(
     settings = load_recipe(recipe) if recipe else Recipe()
     files = image_files(paths)
     if not files:
-        raise ConfigError(f"no images ({', '.join(drop_folder.IMAGE_SUFFIXES)}) in {', '.join(map(str, paths))}")
+        raise ConfigError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, paths))}")
     with Embedded(repository, pins=settings.pins.model_dump()) as models:
         rows = [
             _review_file(file, name, settings, models, results_dir)

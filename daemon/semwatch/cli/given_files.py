@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from semwatch.intake import drop_folder
+from semwatch.settings.site import IMAGE_SUFFIXES
 from semwatch.store import results
 
 
@@ -19,7 +20,7 @@ def image_files(paths: list[Path]) -> dict[str, Path]:
 def _inside(folder: Path) -> Iterator[Path]:
     """Image files below a folder; what writers have not finished and overlays of earlier reviews are none."""
     for file in folder.rglob("*"):
-        if file.suffix.lower() not in drop_folder.IMAGE_SUFFIXES or file.name.endswith(results.OVERLAY):
+        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.endswith(results.OVERLAY):
             continue
         if file.is_file() and not any(map(drop_folder.is_temporary, file.relative_to(folder).parts)):
             yield file

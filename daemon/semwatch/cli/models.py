@@ -131,12 +131,12 @@ def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
 
 
 def _made(repository: Path, model: str, version: int) -> dict[str, Any]:
-    """When a version was made, and its classes; blank where its description is damaged."""
+    """When a version was made, its classes and content hash; blank where its description is damaged."""
     try:
         meta = model_repository.read_meta(repository, model, version)
     except ModelMismatch:
-        return {"created_utc": "", "labels": []}
-    return {"created_utc": meta.created_utc, "labels": list(meta.labels)}
+        return {"created_utc": "", "labels": [], "content_hash": ""}
+    return {"created_utc": meta.created_utc, "labels": list(meta.labels), "content_hash": meta.content_hash}
 
 
 def _state(row: Mapping[str, Any], runs: bool) -> str:

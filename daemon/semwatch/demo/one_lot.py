@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.intake.drop_folder import IMAGE_SUFFIXES
+from semwatch.settings.site import IMAGE_SUFFIXES
 from semwatch.store import audit, results
 from semwatch.store.review_record import ReviewRecord, VerdictRecord
 from semwatch.streams import unknowns

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Self
 
@@ -38,28 +39,28 @@ log = logging.getLogger(__name__)
 
 Completeness = Literal["rename", "marker", "steady"]
 
-IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".i01")
+_FILES_A_LOOK = 500
 TEMPORARY_SUFFIXES = (".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", "~")
 _EVENTS: list[type[FileSystemEvent]] = [FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent]
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """One drop folder and the convention of the tool that writes it."""
+    """One drop folder and the convention of the tool that writes it; the settings say it."""
 
     path: Path
     source: str
     """Name of the tool, unique."""
-    completeness: Completeness = "steady"
+    completeness: Completeness
     """``rename``: complete as soon as it has its final name. ``marker``: once a marker lies beside it, ``x.tif.done``
     or ``x.done``, not older than the file (an older one may belong to what lay there before: then steady as well).
     ``steady``: size and mtime are the same in two looks ``steady_s`` apart."""
-    steady_s: float = 5.0
-    marker_suffixes: tuple[str, ...] = (".done", ".trigger")
-    recursive: bool = True
-    polling: bool = False
+    steady_s: float
+    marker_suffixes: tuple[str, ...]
+    recursive: bool
+    polling: bool
     """Scan every ``poll_s`` and expect no events: for network shares, which send none."""
-    suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+    suffixes: tuple[str, ...]
     """Lower case; names are compared without regard to case."""
 
 
@@ -92,8 +93,9 @@ class _File:
 class Incoming:
     """The watched folders. ``arrivals`` belongs to one thread; the other methods may be called from any.
 
-    ``is_settled(source, path, size, mtime_ns)`` is the ledger's word. A folder need not exist yet. A dead network mount
-    that blocks system calls blocks ``arrivals`` with it: mount shares ``soft``.
+    ``settled(source, files)`` is the ledger's word: which paths, of files given as (path, size, mtime_ns), are done. A
+    folder need not exist yet. A dead network mount that blocks system calls blocks ``arrivals`` with it: mount shares
+    ``soft``.
 
     Raises: ConfigError when two folders have one source.
     """
@@ -101,10 +103,10 @@ class Incoming:
     def __init__(
         self,
         folders: Sequence[Folder],
-        is_settled: Callable[[str, str, int, int], bool],
+        settled: Callable[[str, Sequence[tuple[str, int, int]]], set[str]],
         *,
-        reconcile_s: float = 30.0,
-        poll_s: float = 2.0,
+        reconcile_s: float,
+        poll_s: float,
         backoff_s: float = 1.0,
         backoff_max_s: float = 30.0,
         n_hints: int = 10_000,
@@ -112,7 +114,7 @@ class Incoming:
     ) -> None:
         if len({folder.source for folder in folders}) != len(folders):
             raise ConfigError("two drop folders have the same source; give every folder a source of its own")
-        self._is_settled = is_settled
+        self._settled = settled
         self._reconcile_s, self._poll_s = reconcile_s, poll_s
         self._backoff_s, self._backoff_max_s = backoff_s, backoff_max_s
         self._clock = clock
@@ -150,15 +152,15 @@ class Incoming:
     def release(self, arrival: Arrival) -> None:
         """Take a file back: settled in the ledger it is forgotten, otherwise it comes again after its back-off."""
         try:
-            settled = self._is_settled(arrival.source, arrival.path, arrival.size, arrival.mtime_ns)
+            settled = self._settled(arrival.source, [(arrival.path, arrival.size, arrival.mtime_ns)])
         except ServiceUnavailable:
-            settled = False
+            settled = set()
         key = (arrival.source, arrival.path)
         with self._lock:
             file = self._files.get(key)
             if file is None or not file.in_flight:
                 return
-            if settled:
+            if arrival.path in settled:
                 del self._files[key]
             else:
                 file.in_flight = False
@@ -171,10 +173,6 @@ class Incoming:
         with self._lock:
             seen = [file.first_seen for file in self._files.values() if not file.in_flight]
         return len(seen), self._clock() - min(seen) if seen else 0.0
-
-    def missing_folders(self) -> list[Path]:
-        """Return the drop folders that were not there at the last look."""
-        return [watch.folder.path for watch in self._watches.values() if watch.is_missing]
 
     def close(self) -> None:
         """Let ``arrivals`` return, then stop the observers. Files in flight may still be released."""
@@ -209,10 +207,9 @@ class Incoming:
             if status is None:
                 continue
             if stat.S_ISDIR(status.st_mode) and folder.recursive:
-                for below, below_status in walk(folder, named):
-                    self._look(folder, below, below_status)
+                self._look_at_all(folder, walk(folder, named))
             elif stat.S_ISREG(status.st_mode) and _is_image(folder, named):
-                self._look(folder, named, status)
+                self._look(folder, [(named, status)])
 
     def _supervise(self) -> None:
         """Check every folder that is due: is it there, is its observer alive, is a scan due."""
@@ -229,12 +226,9 @@ class Incoming:
 
     def _scan(self, watch: "_Watch") -> None:
         watch.is_scan_wanted = False  # before the scan: what is dropped while it runs asks for the next one
-        seen: set[str] = set()
         unreadable: set[str] = set()
         try:
-            for path, status in walk(watch.folder, "", unreadable):
-                seen.add(path)
-                self._look(watch.folder, path, status)
+            seen = self._look_at_all(watch.folder, walk(watch.folder, "", unreadable))
         except OSError as error:
             watch.lose(error)
             return
@@ -247,28 +241,43 @@ class Incoming:
                 if not self._files[key].in_flight:
                     del self._files[key]
 
-    def _look(self, folder: Folder, path: str, status: os.stat_result) -> None:
-        """Take note of one image file: new, changed, or as it was."""
-        key = (folder.source, path)
-        with self._lock:
-            file = self._files.get(key)
-        if file is not None and file.in_flight:
-            return  # looked at again when it is released
+    def _look_at_all(self, folder: Folder, found: Iterator[tuple[str, os.stat_result]]) -> set[str]:
+        """Take note of what a walk finds, the ledger asked once for many; return the paths."""
+        seen: set[str] = set()
+        while files := list(islice(found, _FILES_A_LOOK)):
+            seen.update(path for path, _ in files)
+            self._look(folder, files)
+        return seen
+
+    def _look(self, folder: Folder, files: Sequence[tuple[str, os.stat_result]]) -> None:
+        """Take note of image files: new, changed, or as they were."""
         now = self._clock()
-        if file is not None and (file.size, file.mtime_ns) == (status.st_size, status.st_mtime_ns):
-            file.due_at = min(file.due_at, _complete_at(folder, path, status, now))
+        others = [(path, status) for path, status in files if not self._is_as_it_was(folder, path, status, now)]
+        if not others:
             return
         try:
-            settled = self._is_settled(folder.source, path, status.st_size, status.st_mtime_ns)
+            settled = self._settled(folder.source, [(path, s.st_size, s.st_mtime_ns) for path, s in others])
         except ServiceUnavailable:
             self._watches[folder.source].is_scan_wanted = True  # this hint, or the rest of this scan, is gone
             raise
-        due_at = _complete_at(folder, path, status, now)
-        first_seen = now if file is None else file.first_seen
+        due = {path: _complete_at(folder, path, status, now) for path, status in others if path not in settled}
         with self._lock:
-            self._files.pop(key, None)
-            if not settled:
-                self._files[key] = _File(status.st_size, status.st_mtime_ns, first_seen, due_at)
+            for path, status in others:
+                before = self._files.pop((folder.source, path), None)
+                if path in due:
+                    first_seen = now if before is None else before.first_seen
+                    self._files[folder.source, path] = _File(status.st_size, status.st_mtime_ns, first_seen, due[path])
+
+    def _is_as_it_was(self, folder: Folder, path: str, status: os.stat_result, now: float) -> bool:
+        """Say whether the ledger need not be asked: a file in flight is looked at again when it is released."""
+        with self._lock:
+            file = self._files.get((folder.source, path))
+        if file is None or file.in_flight:
+            return file is not None
+        if (file.size, file.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            return False
+        file.due_at = min(file.due_at, _complete_at(folder, path, status, now))
+        return True
 
     # --- handing out -----------------------------------------------------------------------------------------------
 
@@ -287,7 +296,7 @@ class Incoming:
         folder = self._watches[source].folder
         status = _status(folder, path)
         if status is not None and stat.S_ISREG(status.st_mode):
-            self._look(folder, path, status)
+            self._look(folder, [(path, status)])
         else:
             with self._lock:
                 self._files.pop((source, path), None)

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from semwatch.defects import DEFECT_FREE, NOVEL, Neighbour, Verdict, VerdictKind
 from semwatch.line import inputs
 from semwatch.line.inputs import View
-from semwatch.models.inference import Models
+from semwatch.models.inference import ModelId, Models
 
 
 def classify(
     views: Sequence[View], models: Models, *, significance: float, decide_confidence: float
-) -> tuple[NDArray[np.float32], list[Verdict], dict[str, int]]:
+) -> tuple[NDArray[np.float32], list[Verdict], dict[str, ModelId]]:
     """Name the defects of one page.
 
     Args:
@@ -38,7 +38,7 @@ def classify(
         decide_confidence: how sure the head must be where several classes fit.
 
     Returns:
-        Features (n, D), one verdict each, and the versions of encoder and head. n = 0 asks no model.
+        Features (n, D), one verdict each, and which encoder and head answered. n = 0 asks no model.
 
     Raises:
         ServiceUnavailable: the models are away.
@@ -53,7 +53,7 @@ def classify(
         decide(row, p, answer.meta.labels, significance=significance, decide_confidence=decide_confidence)
         for row, p in zip(logits, p_values, strict=True)
     ]
-    return features, verdicts, {"encoder": encoded.version, "head": answer.version}
+    return features, verdicts, {"encoder": encoded.id, "head": answer.id}
 
 
 def decide(

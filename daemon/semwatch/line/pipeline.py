@@ -19,7 +19,7 @@ from semwatch.intake import decoding
 from semwatch.line import binarization, detection, inputs
 from semwatch.line.binarization import Region
 from semwatch.line.classification import classify, size_feature
-from semwatch.models.inference import Models
+from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
 
@@ -46,7 +46,7 @@ class Search:
     """What detection and binarization found on one page."""
 
     score_map: ScoreMap
-    detector_version: int
+    detector: ModelId
     gate_threshold: float
     mask: NDArray[np.bool_]
     candidates: tuple[Candidate, ...]
@@ -85,7 +85,7 @@ def review(
     timings = dict.fromkeys(STAGES, 0.0)
     with _timed(timings, "decode"):
         micrographs = decoding.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
-    pages, versions = _review_pages(micrographs, recipe, models, timings)
+    pages, answered = _review_pages(micrographs, recipe, models, timings)
     return Review(
         source=source,
         path=path,
@@ -93,7 +93,8 @@ def review(
         reviewed_utc=reviewed_utc,
         recipe_name=recipe.name,
         recipe_id=recipe.id,
-        model_versions=versions,
+        model_versions={model: one.version for model, one in answered.items()},
+        model_hashes={model: one.content_hash for model, one in answered.items()},
         pages=pages,
         timings_ms=timings,
     )
@@ -111,10 +112,10 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
     threshold = gate_threshold(recipe, models)
     with _timed(timings, "detect"):
         asked = inputs.for_detector(models.meta("detector"), page.field)
-        score_map, version = detection.detect(asked, models)
+        score_map, detector = detection.detect(asked, models)
     settings = recipe.binarization
     if not binarization.gate(score_map.raw_score, threshold=threshold):
-        return Search(score_map, version, threshold, np.zeros((settings.grid_px, settings.grid_px), bool), ())
+        return Search(score_map, detector, threshold, np.zeros((settings.grid_px, settings.grid_px), bool), ())
     size_hw = page.field.shape[0], page.field.shape[1]
     with _timed(timings, "binarize"):
         found = binarization.binarize(
@@ -137,7 +138,7 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
         candidates = cut_out(regions, page, found.saliency, recipe, models)
-    return Search(score_map, version, threshold, found.mask, candidates)
+    return Search(score_map, detector, threshold, found.mask, candidates)
 
 
 def gate_threshold(recipe: Recipe, models: Models) -> float:
@@ -171,37 +172,37 @@ def _whole_field(score_map: ScoreMap, mask: NDArray[np.bool_], size_hw: tuple[in
 
 def _review_pages(
     micrographs: Sequence[Micrograph], recipe: Recipe, models: Models, timings: dict[str, float]
-) -> tuple[tuple[PageReview, ...], dict[str, int]]:
+) -> tuple[tuple[PageReview, ...], dict[str, ModelId]]:
     """Review every page by the same versions: where a model was swapped between two pages, all are read once more."""
     for _ in range(MAX_SWAPS):
-        asked: list[dict[str, int]] = []
+        by_page: list[dict[str, ModelId]] = []
         pages = []
         for page in micrographs:
-            asked.append({})
-            pages.append(_review_page(page, recipe, models, timings, asked[-1]))
-        versions = {model: version for answer in asked for model, version in answer.items()}
-        if all(versions[model] == version for answer in asked for model, version in answer.items()):
-            return tuple(pages), versions
+            by_page.append({})
+            pages.append(_review_page(page, recipe, models, timings, by_page[-1]))
+        answered = {model: one for of_page in by_page for model, one in of_page.items()}
+        if all(answered[model] == one for of_page in by_page for model, one in of_page.items()):
+            return tuple(pages), answered
     raise ServiceUnavailable(f"a model changed {MAX_SWAPS} times within one file")
 
 
 def _review_page(
-    page: Micrograph, recipe: Recipe, models: Models, timings: dict[str, float], versions: dict[str, int]
+    page: Micrograph, recipe: Recipe, models: Models, timings: dict[str, float], answered: dict[str, ModelId]
 ) -> PageReview:
     found = search(page, recipe, models, timings_ms=timings)
-    versions["detector"] = found.detector_version
+    answered["detector"] = found.detector
     with _timed(timings, "classify"):
         defects, asked = _name_defects(found, page, recipe, models)
-    versions.update(asked)
+    answered.update(asked)
     return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects)
 
 
 def _name_defects(
     found: Search, page: Micrograph, recipe: Recipe, models: Models
-) -> tuple[tuple[Defect, ...], Mapping[str, int]]:
+) -> tuple[tuple[Defect, ...], Mapping[str, ModelId]]:
     if not found.candidates:
         return (), {}
-    features, verdicts, versions = classify(
+    features, verdicts, answered = classify(
         found.candidates,
         models,
         significance=recipe.unknown.significance,
@@ -224,7 +225,7 @@ def _name_defects(
                 verdict=verdict,
             )
         )
-    return tuple(defects), versions
+    return tuple(defects), answered
 
 
 def cut_out(

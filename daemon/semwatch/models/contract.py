@@ -86,7 +86,7 @@ def check_contract(meta: Meta) -> None:
         given = meta.outputs[name]
         if len(given.shape) != n_axes or given.dtype != "float32":
             raise ModelMismatch(
-                f"this {meta.model} gives {name} as {_said(given)}; the line reads {n_axes} axes of float32 an item"
+                f"this {meta.model} gives {name} as {_in_words(given)}; the line reads {n_axes} axes of float32 an item"
             )
 
 
@@ -100,10 +100,10 @@ def _fault(asked: Tensor, offered: Input) -> str | None:
         return None
     sides = " x ".join("any" if size is None else str(size) for size in offered.shape)
     square = ", square" if offered.is_square else ""
-    return f"{_said(asked)}; the line gives {offered.what}: {sides}{square}, {' or '.join(offered.dtypes)}"
+    return f"{_in_words(asked)}; the line gives {offered.what}: {sides}{square}, {' or '.join(offered.dtypes)}"
 
 
-def _said(tensor: Tensor) -> str:
+def _in_words(tensor: Tensor) -> str:
     return f"{' x '.join(map(str, tensor.shape)) or 'one value'} of {tensor.dtype}"
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from semwatch.errors import ModelMismatch
 from semwatch.models import model_repository
+from semwatch.system import files
 
 BANK, GOLDEN = "bank.npz", "golden.npz"
 
@@ -76,8 +77,8 @@ def renamed(bank: Bank, names: Mapping[str, str]) -> Bank:
 
 
 def write(bank: Bank, path: Path) -> None:
-    """Write a bank; the folder must be there. Not whole by itself: it becomes visible with its version folder."""
-    with path.open("wb") as file:
+    """Write a bank, whole; the folder must be there."""
+    with files.writing(path) as file:
         np.savez(
             file,
             features=bank.features.astype(np.float16),

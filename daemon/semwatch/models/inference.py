@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -25,13 +25,27 @@ from semwatch.models.contract import check_contract
 from semwatch.models.model_repository import MODELS, Arrays, Meta
 
 
+class ModelId(NamedTuple):
+    """One version of a model."""
+
+    version: int
+    """Local number."""
+    content_hash: str
+    """The same on every machine, see ``Meta.content_hash``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a model said, and which version of it."""
 
     outputs: Mapping[str, NDArray[np.float32]]
-    version: int
+    id: ModelId
     meta: Meta
+
+    @property
+    def version(self) -> int:
+        """Local number of the version."""
+        return self.id.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +61,12 @@ class Swap:
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     session: ort.InferenceSession
-    version: int
+    id: ModelId
     meta: Meta
+
+    @property
+    def version(self) -> int:
+        return self.id.version
 
 
 class Models(Protocol):
@@ -65,6 +83,9 @@ class Models(Protocol):
 
     def versions(self) -> dict[str, int]:
         """Version in service, by model."""
+
+    def hashes(self) -> dict[str, str]:
+        """Content hash of the version in service, by model."""
 
     def refused(self) -> dict[int, str]:
         """Versions of the head that could not be used, and why."""
@@ -155,6 +176,10 @@ class Embedded:
         """Version in service, by model."""
         return {model: loaded.version for model, loaded in self._loaded.items()}
 
+    def hashes(self) -> dict[str, str]:
+        """Content hash of the version in service, by model."""
+        return {model: loaded.id.content_hash for model, loaded in self._loaded.items()}
+
     def refused(self) -> dict[int, str]:
         """Versions of the head that could not be used, and why."""
         return {version: why for (_, version), why in self._refused.items()}
@@ -172,7 +197,7 @@ class Embedded:
                 values = loaded.session.run(names, dict(inputs))
             except Exception as error:
                 raise ServiceUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
-        return Answer(dict(zip(names, values, strict=True)), loaded.version, loaded.meta)
+        return Answer(dict(zip(names, values, strict=True)), loaded.id, loaded.meta)
 
     def _load_head(self) -> _Loaded:
         """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
@@ -216,7 +241,7 @@ class Embedded:
         found = {tensor.name for tensor in session.get_inputs()}, {tensor.name for tensor in session.get_outputs()}
         if found != (set(meta.inputs), set(meta.outputs)):
             raise ModelMismatch(f"{path} takes and gives {found}, its meta.json says otherwise; publish it again")
-        loaded = _Loaded(session, version, meta)
+        loaded = _Loaded(session, ModelId(version, meta.content_hash), meta)
         self._check_probe(loaded)
         return loaded
 

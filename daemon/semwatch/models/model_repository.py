@@ -10,7 +10,9 @@ labels, calibration and weights of one version cannot come apart. The model repo
 writes here, and every load checks the weights against the hash in ``meta.json``.
 """
 
+import hashlib
 import io
+import json
 import shutil
 import tempfile
 import zipfile
@@ -68,6 +70,21 @@ class Meta(BaseModel):
     provenance: Mapping[str, str | float | int] = {}
     """How it was made: form, seed, data, command, metrics; of a learned head also its cycle, parent, what it learned
     and applied, and the best golden marks of its lineage: the next cycle reads these."""
+
+    @property
+    def content_sha256(self) -> str:
+        """Identity of the version: hash of all that shapes its answers and what is made of them, on any machine alike.
+
+        Not of when and how it was made: the same weights under the same description are the same model.
+        """
+        content = self.model_dump(mode="json", exclude={"created_utc", "provenance", "schema_version"})
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def content_hash(self) -> str:
+        """The first 16 digits of ``content_sha256``: what results, records and people are shown."""
+        return self.content_sha256[:16]
 
 
 def versions(repository: Path, model: str) -> list[int]:

@@ -96,14 +96,13 @@ def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
     """Seconds since each file that waits was put there; None where the folder cannot be read."""
     watched = drop_folder.Folder(**folder.model_dump(exclude={"recipe"}))
     try:
-        return [
-            # ctime, because copies keep the mtime of their original
-            max(time.time() - found.st_ctime, 0.0)
-            for path, found in drop_folder.walk(watched, "")
-            if ledger is None or not ledger.is_settled(folder.source, path, found.st_size, found.st_mtime_ns)
-        ]
+        found = list(drop_folder.walk(watched, ""))
     except OSError:
         return None
+    files = [(path, status.st_size, status.st_mtime_ns) for path, status in found]
+    settled = ledger.settled(folder.source, files) if ledger else set()
+    # ctime, because copies keep the mtime of their original
+    return [max(time.time() - status.st_ctime, 0.0) for path, status in found if path not in settled]
 
 
 def _serving_figures(site: Site, is_running: bool | None) -> dict[str, object]:

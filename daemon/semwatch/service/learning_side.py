@@ -35,19 +35,22 @@ class Presence:
 
     def __init__(self, handoff: Handoff, site: str) -> None:
         self._handoff, self._site = handoff, site
-        self._stated: tuple[Mapping[str, int], Mapping[int, str]] | None = None
+        self._stated: Serving | None = None
         self._next = 0.0
 
-    def renew(self, versions: Mapping[str, int], refused: Mapping[int, str]) -> None:
+    def renew(self, versions: Mapping[str, int], refused: Mapping[int, str], hashes: Mapping[str, str]) -> None:
         """Say it, where it has changed or is about to run out.
 
         Raises:
             ServiceUnavailable: Redis is away; call it again.
         """
-        if (versions, refused) == self._stated and time.monotonic() < self._next:
+        now = Serving(
+            site=self._site, utc="", versions=dict(versions), refused_heads=dict(refused), hashes=dict(hashes)
+        )
+        if now == self._stated and time.monotonic() < self._next:
             return
-        self._handoff.announce(Serving(site=self._site, utc=utc_now(), versions=versions, refused_heads=refused))
-        self._stated, self._next = (dict(versions), dict(refused)), time.monotonic() + RENEW_S
+        self._handoff.announce(now.model_copy(update={"utc": utc_now()}))
+        self._stated, self._next = now, time.monotonic() + RENEW_S
 
     def end(self) -> None:
         """Say that the daemon stops; where Redis is away, it runs out by itself."""

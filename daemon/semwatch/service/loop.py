@@ -31,6 +31,7 @@ from semwatch.line.class_codes import class_codes
 from semwatch.service import drift, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.service.drift import Alarm, DriftWatch
+from semwatch.service.forgetting import Forgetting
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.settings.recipe import load_recipe
@@ -117,7 +118,7 @@ class Service:
             self.metrics.serve(site.metrics.host, site.metrics.port)
         folders = [drop_folder.Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
         self._incoming = keep.enter_context(
-            Incoming(folders, self.ledger.is_settled, reconcile_s=site.reconcile_s, poll_s=site.poll_s)
+            Incoming(folders, self.ledger.settled, reconcile_s=site.reconcile_s, poll_s=site.poll_s)
         )
         self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
@@ -145,6 +146,10 @@ class Service:
         )
         keep.callback(self._rereview.close)
         self._has_more_to_reread = False
+        places = {folder.source: folder.path for folder in site.folders}
+        self._forgetting = Forgetting(
+            self.ledger, places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
+        )
 
     def run(self) -> bool:
         """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.
@@ -259,7 +264,7 @@ class Service:
         """Say what serves; at the first meeting, put an older site's found classes where learning looks."""
         assert self._handoff is not None
         assert self._presence is not None
-        self._presence.renew(self._models.versions(), self._models.refused_heads())
+        self._presence.renew(self._models.versions(), self._models.refused_heads(), self._models.hashes())
         if not self._are_classes_read:
             self._are_classes_read = True
             try:
@@ -278,6 +283,7 @@ class Service:
         self._next_beat = now + min(self._beat_s, TICK_S)
         if self._models.refresh():
             self._note_heads()
+        self._forgetting.step()
         n_waiting, oldest_s = self._incoming.waiting()
         reason = self._reason_to_wait()
         longest_s = max((now - start for _, start in self._working.values()), default=0.0)
@@ -498,6 +504,7 @@ def audit_entry(review: Review, result: Path) -> dict[str, object]:
         "sha256": review.sha256,
         "recipe": review.recipe_id,
         "models": dict(review.model_versions),
+        "model_hashes": dict(review.model_hashes),
         "verdicts": count_kinds(review),
         "result": result.name,
     }

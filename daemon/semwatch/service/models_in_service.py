@@ -69,6 +69,10 @@ class ModelsInService:
         """Version in service, by model."""
         return versions_of(self.by_pins)
 
+    def hashes(self) -> dict[str, str]:
+        """Content hash of the version in service, by model."""
+        return hashes_of(self.by_pins)
+
     def refused_heads(self) -> dict[int, str]:
         """Versions of the head that could not be used, and why."""
         return {version: why for models in self.by_pins.values() for version, why in models.refused().items()}
@@ -88,7 +92,7 @@ class ModelsInService:
 
     def _announce(self) -> None:
         try:
-            serving.announce(self._state_dir, self.versions(), self.refused_heads())
+            serving.announce(self._state_dir, self.versions(), self.refused_heads(), hashes=self.hashes())
         except OSError as error:
             if self._is_announced:
                 log.warning("cannot say what serves, tried again until it works: %s", error)
@@ -100,9 +104,21 @@ class ModelsInService:
 def versions_of(by_pins: Mapping[Pins, Models]) -> dict[str, int]:
     """Version by model; of a model that some recipes pin and others do not, the one without a pin."""
     versions: dict[str, int] = {}
-    for _, models in sorted(by_pins.items(), key=lambda item: item[0].head is None):
+    for models in _pinned_first(by_pins):
         versions |= models.versions()
     return versions
+
+
+def hashes_of(by_pins: Mapping[Pins, Models]) -> dict[str, str]:
+    """Content hash by model, of the versions in ``versions_of``."""
+    hashes: dict[str, str] = {}
+    for models in _pinned_first(by_pins):
+        hashes |= models.hashes()
+    return hashes
+
+
+def _pinned_first(by_pins: Mapping[Pins, Models]) -> list[Models]:
+    return [models for _, models in sorted(by_pins.items(), key=lambda item: item[0].head is None)]
 
 
 def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins, Models]:

@@ -27,12 +27,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable, first_fault
 from semwatch.line import classification
-from semwatch.models.inference import Models
+from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.store import results
-from semwatch.store.ledger import Ledger, OutboxItem, UnknownFeatures
+from semwatch.store.ledger import Ledger, OutboxItem
 from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, verdict_record
+from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.streams import records
 from semwatch.streams.records import Record, ResultSummary
 from semwatch.system import files
@@ -203,8 +204,10 @@ class Rereview:
             self.counts.stale += len(found)
             return
         self._note(target, result)  # again, in case a crash came between the two
-        verdicts, version = self._changes(result, found, recipe)
-        revised = results.revise(target, verdicts, head_version=version, utc=utc_now())
+        verdicts, head = self._changes(result, found, recipe)
+        revised = results.revise(
+            target, verdicts, head_version=head.version, head_hash=head.content_hash, utc=utc_now()
+        )
         if revised is not None:
             self.counts.revised += 1
             self.counts.changed += len(verdicts)
@@ -218,20 +221,21 @@ class Rereview:
         if recipe is None or not ours:
             return []
         models = self._models[recipe.pins]
-        encoder, (width,) = str(models.versions()["encoder"]), models.meta("head").inputs["features"].shape
-        fitting = [r for r in ours if r.encoder == encoder and len(r.features) == width * 4]
+        ours_is = {str(models.versions()["encoder"]), models.hashes()["encoder"]}
+        (width,) = models.meta("head").inputs["features"].shape
+        fitting = [r for r in ours if r.encoder in ours_is and len(r.features) == width * 4]
         self.counts.other_encoder += len(ours) - len(fitting)
         return fitting
 
     def _changes(
         self, result: ReviewRecord, found: list[UnknownFeatures], recipe: Recipe
-    ) -> tuple[dict[Place, VerdictRecord], int]:
-        """Ask the head; return the verdicts that take the place of others, and the head's version."""
+    ) -> tuple[dict[Place, VerdictRecord], ModelId]:
+        """Ask the head; return the verdicts that take the place of others, and which head it was."""
         current = defects_of(result)
         known = [r for r in found if (d := current.get((r.page, r.defect_id))) and d.box_xyxy == r.box_xyxy]
         self.counts.stale += len(found) - len(known)
         if not known:
-            return {}, 0
+            return {}, ModelId(0, "")
         features = np.stack([np.frombuffer(r.features, "<f4").astype(np.float32) for r in known])
         answer = self._models[recipe.pins].infer("head", {"features": features}, backlog=True)
         changes = {}
@@ -246,7 +250,7 @@ class Rereview:
             )
             if replaces(verdict, current[place].verdict, answer.meta):
                 changes[place] = verdict_record(verdict, class_code(verdict, recipe, answer.meta))
-        return changes, answer.version
+        return changes, answer.id
 
     def _note(self, target: Path, result: ReviewRecord) -> None:
         """Offer a revision to the ledger, which takes it once."""
@@ -254,7 +258,7 @@ class Rereview:
             return
         message = summary(result)
         outbox = [OutboxItem(*message)] if self._publishes else []
-        if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1]):
+        if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1], once_utc=utc_now()):
             head, extra = result.model_versions.get("head"), _about(result)
             log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
             self._on_revised(target, result)
@@ -273,7 +277,7 @@ def features_of(found: Iterable[Record]) -> list[UnknownFeatures]:
             defect_id=record.defect_id,
             box_xyxy=record.box_xyxy,
             recipe_id=record.recipe_id,
-            encoder=str(record.model_versions.get("encoder", "")),
+            encoder=record.model_hashes.get("encoder") or str(record.model_versions.get("encoder", "")),
             features=record.features.astype("<f4").tobytes(),
         )
         for record in found
@@ -315,6 +319,7 @@ def audit_entry(target: Path, result: ReviewRecord) -> dict[str, object]:
         "recipe": result.recipe.id,
         "revision": result.revision,
         "head": result.model_versions.get("head"),
+        "head_hash": result.model_hashes.get("head"),
         "changes": changes,
         "result": target.name,
     }
@@ -366,6 +371,7 @@ def summary(result: ReviewRecord) -> records.Message:
         recipe_name=result.recipe.name,
         recipe_id=result.recipe.id,
         model_versions=versions,
+        model_hashes=dict(sorted(result.model_hashes.items())),
         image_scores=tuple(page.image_score for page in result.pages),
         n_defects=len(verdicts),
         n_by_kind=Counter(verdict.kind for verdict in verdicts),

@@ -29,6 +29,8 @@ from semwatch.settings.fields import (
 )
 from semwatch.settings.yaml_file import At
 
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".i01")
+"""``.i01`` is KLARF's multi-page TIFF."""
 Faults = Iterator[tuple[At, PydanticCustomError]]
 
 
@@ -60,10 +62,7 @@ class Folder(Settings):
     """Look into sub-folders too."""
     polling: bool = False
     """Poll instead of waiting for events; needed on SMB, NFS and SSHFS shares."""
-    suffixes: Annotated[tuple[ImageSuffix, ...], AfterValidator(at_least_one)] = (
-        *(".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp"),
-        ".i01",  # KLARF's multi-page TIFF
-    )
+    suffixes: Annotated[tuple[ImageSuffix, ...], AfterValidator(at_least_one)] = IMAGE_SUFFIXES
     """Ends of the names that are images, in upper or lower case."""
 
 
@@ -166,6 +165,14 @@ class Learning(Settings):
         return self
 
 
+class LedgerMemory(Settings):
+    """What the ledger remembers."""
+
+    keep_days: Annotated[float, Field(ge=1)] = 400.0
+    """Days after which a finished image that has left its drop folder is forgotten: the same content, dropped again
+    later, is reviewed anew. What still lies there is remembered."""
+
+
 class MetricsEndpoint(Settings):
     """Where Prometheus reads."""
 
@@ -194,6 +201,8 @@ class Site(Settings):
     """How unknowns become classes."""
     limits: Limits = Limits()
     """What the machine takes on."""
+    ledger: LedgerMemory = LedgerMemory()
+    """What the ledger remembers."""
     reconcile_s: Positive = 30.0
     """Seconds between full scans of the drop folders."""
     poll_s: Positive = 2.0

@@ -8,16 +8,17 @@ Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because 
     work     source, sha256     primary key: a content reviewed for one tool is one piece of work
              path               where the content lay when it was claimed last, relative to the drop folder
              state              SEEN (waits) | CLAIMED (in flight) | DONE | QUARANTINED
-             attempts           tries that failed or died with the process
-             reason             why it was given back, failed or quarantined
+             attempts           tries that died with the process
+             reason             why it was given back or quarantined
              first_seen_utc, finished_utc
     paths    source, path       primary key
              size, mtime_ns     the file as it was when it was hashed
              sha256             what it hashed to
-             seen_utc
+             seen_utc           when it was hashed; later, when it was last found lying there still
     outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
     audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
-    noted    id                          what ``note`` has taken and must not take twice; since layout 2
+    noted    id, utc                     what ``note`` has taken and must not take twice; since layout 2.
+                                         ``utc``, where it may be forgotten, is when it was taken; since layout 3
     unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
 
@@ -32,10 +33,13 @@ import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from semwatch.errors import ConfigError
+from semwatch.store import unknown_features
+from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.sqlite_file import Kind, SqliteFile
 
 log = logging.getLogger(__name__)
@@ -46,14 +50,7 @@ LEDGER = "ledger.sqlite"
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
-_UNKNOWNS = (
-    """CREATE TABLE unknowns (
-        id TEXT PRIMARY KEY, created_utc TEXT NOT NULL, source TEXT NOT NULL, path TEXT NOT NULL,
-        sha256 TEXT NOT NULL, page INTEGER NOT NULL, defect_id INTEGER NOT NULL, box TEXT NOT NULL,
-        recipe_id TEXT NOT NULL, encoder TEXT NOT NULL, features BLOB NOT NULL) WITHOUT ROWID""",
-    "CREATE INDEX unknowns_by_image ON unknowns (source, path, sha256, page, defect_id, id)",
-    "CREATE INDEX unknowns_by_time ON unknowns (created_utc)",
-)
+_PATHS_BY_CONTENT = "CREATE INDEX paths_by_content ON paths (source, sha256)"
 _KIND = Kind(
     noun="ledger",
     application_id=0x53454D57,  # "SEMW"
@@ -72,18 +69,20 @@ _KIND = Kind(
             seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, stream TEXT NOT NULL,
             payload BLOB NOT NULL)""",
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
-        "CREATE TABLE noted (id TEXT PRIMARY KEY) WITHOUT ROWID",
-        *_UNKNOWNS,
+        "CREATE TABLE noted (id TEXT PRIMARY KEY, utc TEXT) WITHOUT ROWID",
+        *unknown_features.SCHEMA,
+        _PATHS_BY_CONTENT,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
-        2: _UNKNOWNS,
+        2: (*unknown_features.SCHEMA, "ALTER TABLE noted ADD COLUMN utc TEXT", _PATHS_BY_CONTENT),
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
 )
 LOCK_S = 0.3
+_FILES_A_QUERY = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,27 +93,6 @@ class OutboxItem:
     id: str
     """Unique for ever; the consumer drops an id that it has seen."""
     payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class UnknownFeatures:
-    """What a later head needs to judge an unknown again."""
-
-    id: str
-    """Of its record."""
-    created_utc: str
-    source: str
-    path: str
-    """As in the record: bytes that are no UTF-8 are spelled out."""
-    sha256: str
-    page: int
-    defect_id: int
-    box_xyxy: tuple[int, int, int, int]
-    recipe_id: str
-    encoder: str
-    """Whose features these are."""
-    features: bytes
-    """D little-endian float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +124,15 @@ class Claim:
     """The ledger's answer to one file."""
 
     outcome: Outcome
-    """``new`` and ``retry``: the work is yours, and one of finish, quarantine, fail and give_back must follow.
+    """``new`` and ``retry``: the work is yours, and one of finish, quarantine and give_back must follow.
     ``settled``: this file is finished already. ``duplicate``: its content was finished under the path ``original``.
     ``in-flight``: another worker has the content now; release the file, it comes again."""
     source: str
     sha256: str
     path: str
     attempts: int
-    """Tries that failed or died before this one. At the caller's limit: quarantine, do not try. Work that has attempts
-    is best tried alone, so that what kills the process does not take the attempts of its neighbours with it."""
+    """Tries that died with the process before this one. At the caller's limit: quarantine, do not try. Work that has
+    attempts is best tried alone: what kills the process must not cost its neighbours an attempt."""
     original: str
     """Path of the file that this content is, or was, reviewed from."""
 
@@ -209,14 +187,25 @@ class Ledger:
 
     # --- the life of one piece of work -----------------------------------------------------------------------------
 
-    def is_settled(self, source: str, path: str, size: int, mtime_ns: int) -> bool:
-        """Say whether exactly this file was finished: done, or in quarantine."""
-        rows = self._file.rows(
-            "SELECT 1 FROM paths JOIN work USING (source, sha256) WHERE source = ? AND paths.path = ? AND size = ?"
-            " AND mtime_ns = ? AND state IN ('DONE', 'QUARANTINED')",
-            (source, _blob(path), size, mtime_ns),
-        )
-        return bool(rows)
+    def settled(self, source: str, files: Sequence[tuple[str, int, int]]) -> set[str]:
+        """Say which of these files were finished, done or in quarantine, exactly as they are.
+
+        Args:
+            source: of all of them.
+            files: path, size and mtime_ns of each.
+        """
+        found: set[str] = set()
+        for start in range(0, len(files), _FILES_A_QUERY):
+            asked = files[start : start + _FILES_A_QUERY]
+            rows = self._file.rows(
+                f"WITH asked (path, size, mtime_ns) AS (VALUES {', '.join(['(?, ?, ?)'] * len(asked))})"
+                # CROSS JOIN keeps the order: each file that was asked for is looked up by its key
+                " SELECT asked.path FROM asked CROSS JOIN paths USING (path, size, mtime_ns)"
+                " JOIN work USING (source, sha256) WHERE source = ? AND state IN ('DONE', 'QUARANTINED')",
+                [*chain.from_iterable((_blob(path), size, mtime_ns) for path, size, mtime_ns in asked), source],
+            )
+            found.update(_text(path) for (path,) in rows)
+        return found
 
     def claim(self, source: str, path: str, *, sha256: str, size: int, mtime_ns: int, now_utc: str) -> Claim:
         """Ask for the work on one hashed file. A path must be in one worker's hands at a time, as ``Incoming`` does."""
@@ -252,7 +241,7 @@ class Ledger:
                 "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
-            _add_unknowns(db, unknowns)
+            unknown_features.add(db, unknowns)
             _append_audit(db, audit)
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
@@ -265,12 +254,6 @@ class Ledger:
         """Let the work wait again because a service is away; no attempt is counted."""
         with self._file.transaction() as db:
             _leave(db, claim, "state = 'SEEN', reason = ?", _clean(reason))
-
-    def fail(self, claim: Claim, reason: str) -> int:
-        """Let the work wait again after a failed try; return the attempts so far, for the caller's limit."""
-        with self._file.transaction() as db:
-            _leave(db, claim, "state = 'SEEN', attempts = attempts + 1, reason = ?", _clean(reason))
-        return claim.attempts + 1
 
     def requeue(self, source: str, sha256: str, *, audit: Mapping[str, object]) -> bool:
         """Let quarantined work wait again with no attempts counted; False where nothing such is in quarantine.
@@ -290,16 +273,22 @@ class Ledger:
     # --- outbox and audit ------------------------------------------------------------------------------------------
 
     def note(
-        self, *, audit: Mapping[str, object] | None, outbox: Sequence[OutboxItem] = (), once: str | None = None
+        self,
+        *,
+        audit: Mapping[str, object] | None,
+        outbox: Sequence[OutboxItem] = (),
+        once: str | None = None,
+        once_utc: str | None = None,
     ) -> bool:
         """Take an audit line, where there is one, and messages that belong to no work in flight, all or nothing.
 
         Messages whose id waits in the outbox already are left out. With ``once``, a name unique for ever, a second call
-        under that name takes nothing and returns False: so a note can be repeated after a crash.
+        under that name takes nothing and returns False: so a note can be repeated after a crash. With ``once_utc``, the
+        time now, the name may be forgotten by ``forget_notes``.
         """
         with self._file.transaction() as db:
             if once is not None:
-                taken = db.execute("INSERT OR IGNORE INTO noted (id) VALUES (?)", (once,))
+                taken = db.execute("INSERT OR IGNORE INTO noted (id, utc) VALUES (?, ?)", (once, once_utc))
                 if taken.rowcount == 0:
                     return False
             db.executemany(
@@ -345,7 +334,7 @@ class Ledger:
         with self._file.transaction() as db:
             if db.execute("INSERT OR IGNORE INTO noted (id) VALUES (?)", (once,)).rowcount == 0:
                 return False
-            _add_unknowns(db, found)
+            unknown_features.add(db, found)
         return True
 
     def was_noted(self, once: str) -> bool:
@@ -358,21 +347,7 @@ class Ledger:
         Ordered by source, path, content, page and defect. An image is never cut in two: all of its unknowns follow
         where ``limit`` would end among them.
         """
-        start = ("", "", "", 0, 0, "") if after is None else _place(after)
-        ends = self._file.rows(
-            f"SELECT source, path, sha256 FROM (SELECT {_PLACE} FROM unknowns WHERE created_utc >= ?"
-            f" AND ({_PLACE}) > (?, ?, ?, ?, ?, ?) ORDER BY {_PLACE} LIMIT ?)"
-            " ORDER BY source DESC, path DESC, sha256 DESC LIMIT 1",
-            (utc, *start, limit),
-        )
-        if not ends:
-            return []
-        rows = self._file.rows(
-            f"SELECT {_COLUMNS} FROM unknowns WHERE created_utc >= ? AND ({_PLACE}) > (?, ?, ?, ?, ?, ?)"
-            f" AND (source, path, sha256) <= (?, ?, ?) ORDER BY {_PLACE}",
-            (utc, *start, *ends[0]),
-        )
-        return [_unknown(*row) for row in rows]
+        return unknown_features.since(self._file, utc, after, limit)
 
     def forget_unknowns(self, before_utc: str) -> int:
         """Delete the unknowns created before that moment; return how many."""
@@ -385,11 +360,6 @@ class Ledger:
         """Count the work by state; every state is there."""
         states: dict[State, int] = {"SEEN": 0, "CLAIMED": 0, "DONE": 0, "QUARANTINED": 0}
         return states | dict(self._file.rows("SELECT state, count(*) FROM work GROUP BY state"))
-
-    def oldest_waiting(self) -> str | None:
-        """Return ``first_seen_utc`` of the oldest unfinished work, None where all is finished."""
-        rows = self._file.rows("SELECT min(first_seen_utc) FROM work WHERE state IN ('SEEN', 'CLAIMED')")
-        return rows[0][0]  # type: ignore[no-any-return]
 
     def n_done_since(self, utc: str) -> int:
         """Count the work that became DONE at or after ``utc``."""
@@ -439,18 +409,64 @@ class Ledger:
         )
         return [OutboxItem(*row) for row in rows]
 
-    def prune(self, seen_before_utc: str) -> int:
-        """Forget finished paths last resolved before that moment; return how many.
+    # --- what is forgotten -------------------------------------------------------------------------------------------
 
-        Safe at any age: a file that still lies there is hashed once more and found finished, because ``work`` stays.
+    def paths_seen_before(
+        self, utc: str, *, after: tuple[str, str] = ("", ""), limit: int
+    ) -> list[tuple[str, str, str]]:
+        """Return the next page of the paths of finished work that were seen last before that moment.
+
+        Args:
+            utc: the moment.
+            after: source and path of the last row of the page before.
+            limit: rows of a page.
+
+        Returns:
+            Source, path and when it was seen last, in the order of source and path; [] behind the last.
+        """
+        rows = self._file.rows(
+            "SELECT source, paths.path, seen_utc FROM paths JOIN work USING (source, sha256)"
+            " WHERE (source, paths.path) > (?, ?) AND seen_utc < ? AND state IN ('DONE', 'QUARANTINED')"
+            " ORDER BY source, paths.path LIMIT ?",
+            (after[0], _blob(after[1]), utc, limit),
+        )
+        return [(source, _text(path), seen_utc) for source, path, seen_utc in rows]
+
+    def still_there(self, files: Sequence[tuple[str, str]], *, now_utc: str) -> None:
+        """Note that paths, by source, lie in their folder still."""
+        with self._file.transaction() as db:
+            db.executemany(
+                "UPDATE paths SET seen_utc = ? WHERE source = ? AND path = ?",
+                [(now_utc, source, _blob(path)) for source, path in files],
+            )
+
+    def forget_paths(self, files: Sequence[tuple[str, str]], *, seen_before_utc: str) -> int:
+        """Forget paths, by source, of files that are gone; one whose work is not finished, or seen since, stays.
+
+        Returns:
+            How many. A file that comes back is hashed, and found finished while ``work`` has its content.
         """
         with self._file.transaction() as db:
-            gone = db.execute(
-                "DELETE FROM paths WHERE seen_utc < ? AND (source, sha256) IN"
+            gone = db.executemany(
+                "DELETE FROM paths WHERE source = ? AND path = ? AND seen_utc < ? AND (source, sha256) IN"
                 " (SELECT source, sha256 FROM work WHERE state IN ('DONE', 'QUARANTINED'))",
-                (seen_before_utc,),
+                [(source, _blob(path), seen_before_utc) for source, path in files],
             )
-        return gone.rowcount
+        return max(gone.rowcount, 0)
+
+    def forget_work(self, finished_before_utc: str) -> int:
+        """Forget finished work that no path leads to any more; return how much."""
+        with self._file.transaction() as db:
+            return db.execute(
+                "DELETE FROM work WHERE state IN ('DONE', 'QUARANTINED') AND finished_utc < ? AND NOT EXISTS"
+                " (SELECT 1 FROM paths WHERE paths.source = work.source AND paths.sha256 = work.sha256)",
+                (finished_before_utc,),
+            ).rowcount
+
+    def forget_notes(self, before_utc: str) -> int:
+        """Forget the names of notes that may be forgotten and were taken before that moment; return how many."""
+        with self._file.transaction() as db:
+            return db.execute("DELETE FROM noted WHERE utc < ?", (before_utc,)).rowcount
 
     def _recover(self) -> None:
         with self._file.transaction() as db:
@@ -548,35 +564,3 @@ def _text(path: bytes) -> str:
 def _clean(reason: str) -> str:
     """SQLite takes no lone surrogates, which a file name inside a message may carry."""
     return reason.encode("utf-8", "backslashreplace").decode()
-
-
-_PLACE = "source, path, sha256, page, defect_id, id"
-"""The order of ``unknowns_since``."""
-_COLUMNS = "id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features"
-
-
-def _place(of: UnknownFeatures) -> tuple[object, ...]:
-    return of.source, of.path, of.sha256, of.page, of.defect_id, of.id
-
-
-def _unknown(
-    id_: str, utc: str, source: str, path: str, sha256: str, page: int, defect_id: int, box: str, *rest: Any
-) -> UnknownFeatures:
-    x0, y0, x1, y1 = json.loads(box)
-    recipe_id, encoder, features = rest
-    return UnknownFeatures(
-        id_, utc, source, path, sha256, page, defect_id, (x0, y0, x1, y1), recipe_id, encoder, features
-    )
-
-
-def _add_unknowns(db: sqlite3.Connection, found: Sequence[UnknownFeatures]) -> None:
-    db.executemany(
-        f"INSERT OR IGNORE INTO unknowns ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (
-                u.id, u.created_utc, u.source, u.path, u.sha256, u.page, u.defect_id, json.dumps(u.box_xyxy),
-                u.recipe_id, u.encoder, u.features,
-            )
-            for u in found
-        ],
-    )  # fmt: skip

@@ -198,7 +198,7 @@ def revision_path(path: Path, revision: int) -> Path:
 
 
 def revise(
-    path: Path, verdicts: Mapping[tuple[int, int], VerdictRecord], *, head_version: int, utc: str
+    path: Path, verdicts: Mapping[tuple[int, int], VerdictRecord], *, head_version: int, utc: str, head_hash: str = ""
 ) -> ReviewRecord | None:
     """Put other verdicts into a result as its next revision and keep the one before; to repeat it does nothing.
 
@@ -207,6 +207,7 @@ def revise(
         verdicts: by page and ``defect_id``; defects that are not here keep theirs.
         head_version: who judged.
         utc: when.
+        head_hash: content hash of the head, "" where nobody knows it.
 
     Returns:
         The new revision; None where no kind or label changes, or where this head or a later one has judged already.
@@ -226,6 +227,7 @@ def revise(
         "revision": record.revision + 1,
         "revised_utc": utc,
         "model_versions": record.model_versions | {"head": head_version},
+        "model_hashes": record.model_hashes | {"head": head_hash},
         "pages": pages,
     }
     revised = record.model_copy(update=changes)

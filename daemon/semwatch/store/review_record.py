@@ -99,6 +99,11 @@ class ReviewRecord(_Record):
     model_versions: dict[str, int] = Field(
         description="By model; models that were not asked are absent. In a revision, head is the one that read again."
     )
+    model_hashes: dict[str, str] = Field(
+        default={},
+        description="By model, the content hash of that version: the same model has the same hash on every machine. "
+        "Empty in results of older releases.",
+    )
     pages: tuple[PageRecord, ...]
     timings_ms: dict[str, Number] = Field(description="Milliseconds by stage, in the order of the line.")
 
@@ -143,6 +148,7 @@ def to_record(
             reviewed_utc=review.reviewed_utc,
             recipe=RecipeRecord(name=review.recipe_name, id=review.recipe_id),
             model_versions=dict(review.model_versions),
+            model_hashes=dict(review.model_hashes),
             pages=tuple(_page_record(page, class_codes or {}, codes) for page in review.pages),
             timings_ms={stage: float(ms) for stage, ms in review.timings_ms.items()},
         )

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from semwatch.store.ledger import LEDGER
 from semwatch.system.clock import utc_now
@@ -17,14 +18,21 @@ ANNOUNCED = "serving.json"
 POLL_S = 0.1
 
 
-def announce(state_dir: Path, versions: Mapping[str, int], refused_heads: Mapping[int, str]) -> None:
-    """Write down what serves and which heads were refused.
+def announce(
+    state_dir: Path,
+    versions: Mapping[str, int],
+    refused_heads: Mapping[int, str],
+    *,
+    hashes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write down what serves, with its content hashes, and which heads were refused.
 
     Raises:
         OSError: the disk refused.
     """
     utc = utc_now()
     announcement = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
+    announcement |= {"hashes": dict(hashes)}
     write_whole(state_dir / ANNOUNCED, json.dumps(announcement).encode())
 
 

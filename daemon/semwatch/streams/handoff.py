@@ -52,6 +52,8 @@ class Serving(_Record):
     """Version in service, by model."""
     refused_heads: Mapping[int, str] = {}
     """Why, by version."""
+    hashes: Mapping[str, str] = {}
+    """Content hash of the version in service, by model."""
 
 
 class Wish(_Record):

@@ -20,7 +20,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from math import isqrt
 from pathlib import Path
@@ -89,6 +89,8 @@ class Record:
     """(S, S) gray."""
     field_short_px: Annotated[int, Field(ge=1)] | None = None
     """Short side of the field of view, for the size feature of a crop that is embedded again; None in old records."""
+    model_hashes: Mapping[str, str] = field(default_factory=dict)
+    """Content hash of each of ``model_versions``; empty in old records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class ResultSummary:
     """Defects by label, of those that have one."""
     revision: Annotated[int, Field(ge=1)] = 1
     """Of the result: 1 as the line said it, one more each time that a later head judged again."""
+    model_hashes: Mapping[str, str] = field(default_factory=dict)
+    """Content hash of each of ``model_versions``; empty in old summaries."""
 
 
 def records(review: Review) -> list[Record]:
@@ -150,7 +154,14 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         soft_mask=defect.soft_mask,
         crop=defect.crop,
         field_short_px=min(x1 - x0, y1 - y0),
+        model_hashes=dict(review.model_hashes),
     )
+
+
+def is_by(record: Record, model: str, version: int, content_hash: str) -> bool:
+    """Whether a record was made with this very version of a model: by content hash, in old records by number."""
+    noted = record.model_hashes.get(model)
+    return noted == content_hash if noted else record.model_versions.get(model) == version
 
 
 def encode(record: Record) -> Fields:
@@ -198,6 +209,7 @@ def result_summary(review: Review) -> Fields:
         n_defects=len(verdicts),
         n_by_kind=Counter(verdict.kind for verdict in verdicts),
         n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
+        model_hashes=dict(sorted(review.model_hashes.items())),
     )
     meta = _summary_type().dump_json(summary, exclude={"id"})
     return {b"id": summary.id.encode(), b"schema": b"%d" % SCHEMA, b"meta": meta}

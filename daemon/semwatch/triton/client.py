@@ -24,7 +24,7 @@ from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUn
 from semwatch.models import choice, model_repository
 from semwatch.models.checks import check_fit, check_inputs
 from semwatch.models.contract import check_contract
-from semwatch.models.inference import Answer, Swap
+from semwatch.models.inference import Answer, ModelId, Swap
 from semwatch.models.model_repository import MODELS, Arrays, Meta
 from semwatch.triton import wire as triton_wire
 from semwatch.triton.config import BACKLOG, LIVE, MAX_BATCH
@@ -116,7 +116,7 @@ class Triton:
         deadline = time.monotonic() + (min(self._timeout_s, BACKLOG_TIMEOUT_S) if backlog else self._timeout_s)
         priority = BACKLOG if backlog else LIVE
         parts = [self._ask(version, part, deadline, priority) for part in triton_wire.parts(inputs, MAX_BATCH[model])]
-        return Answer(triton_wire.joined(version.meta, parts), version.number, version.meta)
+        return Answer(triton_wire.joined(version.meta, parts), version.id, version.meta)
 
     def refresh(self) -> Swap | None:
         """Let the head that should serve now serve, without an answer missed; None where it does already.
@@ -150,6 +150,10 @@ class Triton:
     def versions(self) -> dict[str, int]:
         """Version in service, by model."""
         return {model: version.number for model, version in self._serving.items()}
+
+    def hashes(self) -> dict[str, str]:
+        """Content hash of the version in service, by model."""
+        return {model: version.id.content_hash for model, version in self._serving.items()}
 
     def refused(self) -> dict[int, str]:
         """Versions of the head that could not be used, and why."""
@@ -247,7 +251,7 @@ class Triton:
         meta = model_repository.read_meta(self._repository, model, number)
         check_contract(meta)
         model_repository.weights_path(self._repository, model, number, meta)
-        version = Version(number, meta)
+        version = Version(ModelId(number, meta.content_hash), meta)
         try:
             self._server.prove(version, time.monotonic() + timeout_s)
         except InferenceServerException as error:

@@ -23,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import model_repository
 from semwatch.models.checks import check_probe
+from semwatch.models.inference import ModelId
 from semwatch.models.model_repository import Arrays, Meta, Tensor
 from semwatch.triton import control
 from semwatch.triton import view as triton_view
@@ -48,8 +49,13 @@ _CHANNEL = [
 class Version:
     """One version of one model, and what travels with it."""
 
-    number: int
+    id: ModelId
     meta: Meta
+
+    @property
+    def number(self) -> int:
+        """Local number."""
+        return self.id.version
 
     @property
     def name(self) -> str:

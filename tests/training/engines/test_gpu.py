@@ -8,16 +8,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from gpu_run import measure, networks
+from gpu_run import run as whole_run
+from gpu_run.__main__ import gpu
+from gpu_run.networks import Pair
+from gpu_run.run import Order
 from semwatch.errors import ConfigError
 from semwatch_training.engines import parity
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
-from semwatch_training.gpu import measure, networks
-from semwatch_training.gpu import run as whole_run
-from semwatch_training.gpu.__main__ import gpu
-from semwatch_training.gpu.networks import Pair
-from semwatch_training.gpu.run import Order
 from tiny_models import DETECTOR, ENCODER, convolutional, trunk
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

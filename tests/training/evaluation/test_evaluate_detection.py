@@ -107,7 +107,8 @@ def test_an_engine_that_is_right_has_ones_everywhere_and_its_opposite_none() -> 
     assert right["pixel AUROC"].mean > 0.99
     assert right["AUPRO"].mean > 0.95
     assert wrong["pixel AUROC"].mean < 0.2
-    assert row(by_class, "right") == {"engine": "right", "line": Spread.of([1.0]), "spot": Spread.of([1.0])}
+    ones = Spread.of([1.0])  # its deviation is NaN, which equals nothing from Python 3.13 on: compared as printed
+    assert repr(row(by_class, "right")) == repr({"engine": "right", "line": ones, "spot": ones})
     assert right["false alarms"] is None  # no gate
     assert rules.title == "Masks from the maps of right"
     assert list(figures) == ["ROC by image, first seed", "Examples: right"]
@@ -128,7 +129,7 @@ def test_a_defect_with_an_empty_mask_counts_by_image_and_not_by_pixel() -> None:
     hidden = field("spot", 4, 4, 60, 60, marked=False)  # most of it would count as bright normal pixels
     with_it, without = (judged({"bright": engine()}, [*fields(), *more])[0][0] for more in ([hidden], []))
     assert "8 fields, 4 normal; pixel figures at 256x256 over 7 of them" in with_it.note
-    assert row(with_it, "bright")["pixel AUROC"] == row(without, "bright")["pixel AUROC"]
+    assert repr(row(with_it, "bright")["pixel AUROC"]) == repr(row(without, "bright")["pixel AUROC"])
 
 
 def test_nan_scores_are_refused() -> None:

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
+from gpu_run import measure
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.ni.folding import FoldedDecoderLayer, FoldedExtractor, folded
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, GuidedDecoderLayer, NIDetector
 from semwatch_training.families.ni.ni_detector import NormalExtractor as Extractor
-from semwatch_training.gpu import measure
 from tiny_models import DETECTOR, convolutional, detector_graph, trunk
 
 

@@ -252,11 +252,19 @@ def test_features_of_this_encoder_are_taken_as_they_are(models: Embedded) -> Non
     [
         {"model_versions": FOREIGN},
         {"model_versions": {}},
+        {"model_hashes": {"encoder": "0" * 16}},
         {"features": np.zeros(3, np.float32)},
         {"features": np.zeros(0, np.float32)},
         {"features": np.full(74, 1e30, np.float32)},
     ],
-    ids=["another encoder", "no encoder", "another width", "none", "beyond half precision"],
+    ids=[
+        "another encoder",
+        "no encoder",
+        "another of this number",
+        "another width",
+        "none",
+        "beyond half precision",
+    ],
 )
 def test_features_that_mean_nothing_here_are_made_again_from_the_crop(models: Embedded, changes) -> None:
     found = [record(1), record(2, **changes), record(3)]
@@ -269,6 +277,11 @@ def test_features_that_mean_nothing_here_are_made_again_from_the_crop(models: Em
     }
     np.testing.assert_allclose(made[1], models.infer("encoder", asked).outputs["features"][0], rtol=1e-6)
     np.testing.assert_array_equal(made[[0, 2]], [found[0].features, found[2].features])
+
+
+def test_features_of_this_encoder_under_another_number_are_its_own(models: Embedded) -> None:
+    found = [record(1, model_versions=FOREIGN, model_hashes={"encoder": models.hashes()["encoder"]})]
+    np.testing.assert_array_equal(features_of(found, models, quiet)[0], found[0].features)
 
 
 def test_many_crops_are_embedded_in_batches_as_one_would_be(models: Embedded) -> None:

@@ -275,7 +275,7 @@ def features_of(found: Sequence[Record], models: Embedded, progress: Progress) -
 
 
 def _has_features(record: Record, models: Embedded) -> bool:
-    is_own = record.model_versions.get("encoder") == models.versions()["encoder"]
+    is_own = records.is_by(record, "encoder", models.versions()["encoder"], models.hashes()["encoder"])
     fits = record.features.shape == models.meta("encoder").outputs["features"].shape
     return is_own and fits and float(np.abs(record.features).max()) <= LARGEST
 

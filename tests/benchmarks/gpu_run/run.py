@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from gpu_run import measure
+from gpu_run.networks import Pair, lowered
 from semwatch.line.detection import resize
 from semwatch.models.model_repository import Arrays
 from semwatch.system import files
@@ -30,8 +32,6 @@ from semwatch.system.clock import utc_now
 from semwatch_training.engines import parity
 from semwatch_training.families.ni.ni_detector import DetectorGraph
 from semwatch_training.families.smg_vit.smg_vit import EncoderGraph
-from semwatch_training.gpu import measure
-from semwatch_training.gpu.networks import Pair, lowered
 
 BATCHES = (1, 4, 16)
 METHOD_GFLOP = {"vit-b": {"detector": 288.2, "encoder": 46.3}}

@@ -1,4 +1,4 @@
-"""`semwatch-train gpu`, or `python -m semwatch_training.gpu`: the whole GPU run in one call."""
+"""``PYTHONPATH=tests/benchmarks python -m gpu_run --out run``: the whole GPU run in one call."""
 
 from functools import partial
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Annotated
 import torch
 import typer
 
+from gpu_run import networks
+from gpu_run import run as whole_run
+from gpu_run.run import BATCHES, Order
 from semwatch.errors import ConfigError, SemwatchError
-from semwatch_training.gpu import networks
-from semwatch_training.gpu import run as whole_run
-from semwatch_training.gpu.run import BATCHES, Order
 from semwatch_training.system.progress_bars import console
 
 

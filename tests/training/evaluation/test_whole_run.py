@@ -15,10 +15,10 @@ from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
 from semwatch.system.files import file_sha256
 from semwatch_training import __main__ as command_line
-from semwatch_training import ship
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.evaluation import evaluate_commands
+from semwatch_training.evaluation import whole_run as ship
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.branch.train_branch import BranchSchedule
 from semwatch_training.families.detector_run import BranchImages
