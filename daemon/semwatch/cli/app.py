@@ -166,10 +166,10 @@ def doctor_command(site: SiteOption, as_json: JsonOption = False) -> None:
     """Check folders, rights, Redis, models and versions, and say what to fix. Run it as the daemon's user."""
     checks = doctor.examine(load_site(site))
     if as_json:
-        told = (
+        rows = (
             {"check": c.name, "ok": c.ok, "detail": c.detail, "remedy": c.remedy, "advice": c.advice} for c in checks
         )
-        typer.echo(json.dumps(list(told)))
+        typer.echo(json.dumps(list(rows)))
     else:
         for check in checks:
             mark = ("FIX", "red") if not check.ok else ("!! ", "yellow") if check.advice else ("ok ", "green")
