@@ -27,7 +27,7 @@ class Line:
         self.folder, self.now = folder, 1000.0
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.results = folder / "results"
-        self.tables = LotTables(self.ledger, self.results)
+        self.tables = LotTables(self.ledger.lot_rows, self.results)
         self.anew: Counter[str] = Counter()
         """How often a table was written anew, by lot."""
         self.cost_s = 0.0
@@ -65,14 +65,14 @@ class Line:
         """The process dies and the daemon starts again."""
         self.ledger.close()
         self.ledger = Ledger(self.folder / "ledger.sqlite")
-        self.tables = LotTables(self.ledger, self.results)
+        self.tables = LotTables(self.ledger.lot_rows, self.results)
 
     def rows(self, lot: str) -> list[str]:
         with (self.results / "tool-a" / lot / LOT).open(newline="") as file:
             return [Path(row["path"]).name for row in csv.DictReader(file)]
 
     def is_up_to_date(self) -> bool:
-        return not self.ledger.new_rows(1) and not self.ledger.changed_lots()
+        return not self.ledger.lot_rows.new(1) and not self.ledger.lot_rows.changed()
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_crash_around_an_append_heals(line: Line, monkeypatch: pytest.MonkeyPatc
     table = line.results / "tool-a/lot" / LOT
     if died != "before the rows":
         with monkeypatch.context() as patch:
-            patch.setattr(line.ledger, "mark_listed", _die)
+            patch.setattr(line.ledger.lot_rows, "mark_listed", _die)
             with pytest.raises(KeyboardInterrupt):
                 line.step()
         assert line.rows("lot") == ["b.tif", "a.tif"]
@@ -184,7 +184,9 @@ def test_disk_that_refuses_around_an_append_leaves_no_row_twice(
                 real(*arguments)
             raise ServiceUnavailable("the disk is full")
 
-        patch.setattr(*((lot_table, "append") if refuses == "the table" else (line.ledger, "mark_listed")), refused)
+        patch.setattr(
+            *((lot_table, "append") if refuses == "the table" else (line.ledger.lot_rows, "mark_listed")), refused
+        )
         with pytest.raises(ServiceUnavailable):
             line.step()
     line.step()
@@ -239,15 +241,15 @@ def test_writing_anew_takes_a_twentieth_of_the_time_at_most_and_holds_up_no_appe
     line.review("small/a.tif", "large/a.tif")
     line.step()
     line.cost_s = 10.0
-    line.ledger.rewrite_lot("tool-a/large")
+    line.ledger.lot_rows.write_anew("tool-a/large")
     line.step()
     assert line.anew == {"small": 1, "large": 2}
     started = line.now
-    line.ledger.rewrite_lot("tool-a/large")
+    line.ledger.lot_rows.write_anew("tool-a/large")
     while line.anew["large"] == 2:
         line.review(f"small/{line.now}.tif")
         line.step()
-        assert line.ledger.new_rows(1) == []
+        assert line.ledger.lot_rows.new(1) == []
     assert 190 <= line.now - line.cost_s - started <= 200
     assert line.anew["small"] == 1
 

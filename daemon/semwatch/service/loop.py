@@ -124,7 +124,7 @@ class Service:
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
         self._next_beat = 0.0
         self._pause, self._log_again = "", 0.0
-        self._tables = LotTables(self.ledger, site.results_dir)
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
         self._away = Backoff()
         self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from semwatch.errors import ImageError
 from semwatch.store import lot_table, results
-from semwatch.store.ledger import Ledger, LotRow
+from semwatch.store.lot_rows import LotRow, LotRows
 from semwatch.store.review_record import ReviewRecord
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ class LotTables:
     """The tables that are behind, for the one thread of the loop; the ledger remembers which.
 
     Args:
-        ledger: has what waits.
+        rows: what waits, of the ledger.
         results_dir: folder of the results.
     """
 
-    def __init__(self, ledger: Ledger, results_dir: Path) -> None:
-        self._ledger, self._results_dir = ledger, results_dir
+    def __init__(self, rows: LotRows, results_dir: Path) -> None:
+        self._rows, self._results_dir = rows, results_dir
         self._next, self._next_anew = 0.0, 0.0
         self._grown: dict[str, tuple[int, float]] = {}
         """By lot, bytes appended since the table was written anew, and when the last were; inf: they are few."""
@@ -63,7 +63,7 @@ class LotTables:
         if now < self._next and not is_last:
             return
         self._next = now + INTERVAL_S
-        while rows := self._ledger.new_rows(ROWS_A_STEP):
+        while rows := self._rows.new(ROWS_A_STEP):
             self._append(rows)
         self._find_quiet(now)
         if now >= self._next_anew or is_last:
@@ -79,14 +79,14 @@ class LotTables:
             ahead = self._ahead.get(lot, {})
             new = [name for name in names[lot] if ahead.get(name) != _mtime_ns(self._results_dir / lot / name)]
             if lot in self._half_done or (records := self._read(lot, new)) is None:
-                self._ledger.rewrite_lot(lot)
+                self._rows.write_anew(lot)
                 continue
             self._half_done.add(lot)
             n_bytes = lot_table.append(self._results_dir / lot, records) if new else 0
             if n_bytes is None:
-                self._ledger.rewrite_lot(lot)
+                self._rows.write_anew(lot)
             else:
-                self._ledger.mark_listed(seqs)
+                self._rows.mark_listed(seqs)
                 grown, _ = self._grown.get(lot, (0, 0.0))
                 self._grown[lot] = grown + n_bytes, time.monotonic()
             self._half_done.discard(lot)
@@ -104,11 +104,11 @@ class LotTables:
             if now - last >= QUIET_S:
                 self._grown[lot] = grown, math.inf
                 if grown * _SHARE >= lot_table.size(self._results_dir / lot):
-                    self._ledger.rewrite_lot(lot)
+                    self._rows.write_anew(lot)
 
     def _write_changed(self, slice_s: float) -> None:
         start = time.monotonic()
-        for lot, seq in self._ledger.changed_lots():
+        for lot, seq in self._rows.changed():
             self._write_anew(lot, seq)
             if time.monotonic() - start >= slice_s:
                 break
@@ -120,7 +120,7 @@ class LotTables:
         written = lot_table.write(folder) if folder.is_dir() else []  # a person may have moved the lot away
         oldest_ns = time.time_ns() - FRESH_NS
         self._ahead[lot] = {path.name: mtime for path in written if (mtime := _mtime_ns(path)) > oldest_ns}
-        self._ledger.mark_written(lot, seq)
+        self._rows.mark_written(lot, seq)
         self._grown.pop(lot, None)
         self._half_done.discard(lot)
 

@@ -19,10 +19,9 @@ Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because 
     audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
     noted    id, utc                     what ``note`` has taken and must not take twice; since layout 2.
                                          ``utc``, where it may be forgotten, is when it was taken; since layout 3
-    lot_rows seq, lot, result            results whose rows wait to be in their lot's table; ``result`` NULL: the table
-                                         is to be written anew; since layout 3
     unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
+    lot_rows seq, lot, result            what is not in the table of its lot yet, see ``lot_rows``; since layout 3
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
 """
@@ -40,7 +39,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from semwatch.errors import ConfigError
-from semwatch.store import unknown_features
+from semwatch.store import lot_rows, unknown_features
+from semwatch.store.lot_rows import LotRow, LotRows
 from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.sqlite_file import Kind, SqliteFile
 
@@ -54,8 +54,8 @@ Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
 _LAYOUT_3 = (
     *unknown_features.SCHEMA,
+    *lot_rows.SCHEMA,
     "CREATE INDEX paths_by_content ON paths (source, sha256)",
-    "CREATE TABLE lot_rows (seq INTEGER PRIMARY KEY AUTOINCREMENT, lot TEXT NOT NULL, result TEXT)",
 )
 _KIND = Kind(
     noun="ledger",
@@ -98,16 +98,6 @@ class OutboxItem:
     id: str
     """Unique for ever; the consumer drops an id that it has seen."""
     payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class LotRow:
-    """What is to be brought into the table of a lot."""
-
-    lot: str
-    """Folder of the table, relative to the results."""
-    result: str | None
-    """Name of the review.json whose rows are new; None: a result has changed, and the table is written anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +167,7 @@ class Ledger:
         except BaseException:
             self._unlock()
             raise
+        self.lot_rows = LotRows(self._file)
         try:
             if self._lock_fd is not None:
                 self._recover()
@@ -250,7 +241,7 @@ class Ledger:
         unknowns: Sequence[UnknownFeatures] = (),
         row: LotRow | None = None,
     ) -> None:
-        """Make the work DONE, with messages, audit line, features of unknowns and the lot's table, all or nothing."""
+        """Make the work DONE, with messages, audit line, features of unknowns and the lot's row, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
             db.executemany(
@@ -258,7 +249,7 @@ class Ledger:
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
             unknown_features.add(db, unknowns)
-            _add_row(db, row)
+            lot_rows.add(db, row)
             _append_audit(db, audit)
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
@@ -313,7 +304,7 @@ class Ledger:
                 "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
-            _add_row(db, row)
+            lot_rows.add(db, row)
             if audit is not None:
                 _append_audit(db, audit)
         return True
@@ -345,41 +336,6 @@ class Ledger:
         """Forget audit lines, ``up_to_seq`` included, that are safe in the audit log."""
         with self._file.transaction() as db:
             db.execute("DELETE FROM audit WHERE seq <= ?", (up_to_seq,))
-
-    # --- tables of lots --------------------------------------------------------------------------------------------
-
-    def new_rows(self, limit: int) -> list[tuple[int, LotRow]]:
-        """Return the oldest results whose rows can be appended, with the number to name in ``mark_listed``.
-
-        Those of lots whose table is to be written anew are left out.
-        """
-        rows = self._file.rows(
-            "SELECT seq, lot, result FROM lot_rows WHERE result IS NOT NULL AND lot NOT IN"
-            " (SELECT lot FROM lot_rows WHERE result IS NULL) ORDER BY seq LIMIT ?",
-            (limit,),
-        )
-        return [(seq, LotRow(lot, result)) for seq, lot, result in rows]
-
-    def changed_lots(self) -> list[tuple[str, int]]:
-        """Return the lots whose table is to be written anew, changed first, with the number for ``mark_written``."""
-        return self._file.rows(
-            "SELECT lot, max(seq) FROM lot_rows GROUP BY lot HAVING count(*) > count(result) ORDER BY min(seq)"
-        )
-
-    def mark_listed(self, seqs: Sequence[int]) -> None:
-        """Forget results whose rows are in their table."""
-        with self._file.transaction() as db:
-            db.executemany("DELETE FROM lot_rows WHERE seq = ?", [(seq,) for seq in seqs])
-
-    def mark_written(self, lot: str, up_to_seq: int) -> None:
-        """Forget what waited for a table that has been written anew since."""
-        with self._file.transaction() as db:
-            db.execute("DELETE FROM lot_rows WHERE lot = ? AND seq <= ?", (lot, up_to_seq))
-
-    def rewrite_lot(self, lot: str) -> None:
-        """Let a table be written anew."""
-        with self._file.transaction() as db:
-            _add_row(db, LotRow(lot, None))
 
     # --- unknowns that a later head judges again ---------------------------------------------------------------------
 
@@ -528,8 +484,7 @@ class Ledger:
                 "UPDATE work SET state = 'SEEN', attempts = attempts + 1, reason = 'the process died on it'"
                 " WHERE state = 'CLAIMED'"
             )
-            # Their rows may be in the table already, whole or torn.
-            db.execute("UPDATE lot_rows SET result = NULL")
+            lot_rows.recover(db)
         if found.rowcount:
             log.warning("ledger %s: %d in flight when the last process died, tried again", self.path, found.rowcount)
 
@@ -574,11 +529,6 @@ def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values
 
 def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:
     db.execute("INSERT INTO audit (line) VALUES (?)", (json.dumps(dict(audit), allow_nan=False),))
-
-
-def _add_row(db: sqlite3.Connection, row: LotRow | None) -> None:
-    if row is not None:
-        db.execute("INSERT INTO lot_rows (lot, result) VALUES (?, ?)", (row.lot, row.result))
 
 
 def _lock_out_others(path: Path) -> int:
