@@ -64,6 +64,13 @@ def unknown(i: int, axis: int, *, width: int, **changes: Any) -> Record:
     return Record(**{**values, **changes})
 
 
+def notes_of(archive: Archive, ids: Sequence[str]) -> dict[str, str]:
+    """What a person reads in an archive beside the state of each record."""
+    with closing(sqlite3.connect(archive.path)) as db:
+        marks = ", ".join("?" * len(ids))
+        return dict(db.execute(f"SELECT id, state_note FROM unknowns WHERE id IN ({marks})", tuple(ids)))
+
+
 @dataclass(frozen=True)
 class Lab:
     """One site, and questions to what a cycle leaves behind."""
