@@ -22,7 +22,8 @@ from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, head_bank, model_repository
-from semwatch.models.inference import Answer, Embedded, Swap
+from semwatch.models.head_swap import Swap
+from semwatch.models.inference import Answer, Embedded
 from semwatch.models.model_repository import Tensor
 from semwatch.system.files import file_sha256
 from semwatch.triton import background as triton_background
