@@ -21,7 +21,7 @@ import pytest
 import typer
 
 from factories import make_review, make_verdict, messages, result_summary
-from semwatch.store import results, review_record
+from semwatch.store import lot_table, review_record
 from semwatch.streams import embedded_redis, records, unknowns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,7 +235,7 @@ def field_tables() -> dict[str, list[str]]:
 
 def described() -> dict[str, list[str]]:
     """What the tables must hold: the keys of the published schemas and of the two other files."""
-    wanted = {"lot.csv": list(results.LOT_COLUMNS), "reason.json": list(review_record.ReasonRecord.model_fields)}
+    wanted = {"lot.csv": list(lot_table.LOT_COLUMNS), "reason.json": list(review_record.ReasonRecord.model_fields)}
     for path in (ROOT / "daemon").rglob("*.schema.json"):
         schema = json.loads(path.read_text())
         wanted[path.name] = list(schema["properties"])

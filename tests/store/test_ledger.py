@@ -385,7 +385,7 @@ def of_layout_1(path: Path) -> None:
         finish(ledger, claim(ledger, "a.tif"), "m")
         claim(ledger, "b.tif")
     with closing(sqlite3.connect(path)) as db, db:
-        for later in ("TABLE noted", "TABLE unknowns", "INDEX paths_by_content"):
+        for later in ("TABLE noted", "TABLE unknowns", "TABLE lot_rows", "INDEX paths_by_content"):
             db.execute(f"DROP {later}")
         db.execute("PRAGMA user_version = 1")
 

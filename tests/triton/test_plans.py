@@ -5,7 +5,6 @@ import importlib.util
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,6 @@ RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
 )
 NO_DRIVER = pytest.mark.skipif(tensorrt_compiler.gpu() is not None, reason="this machine has a GPU")
-
-
-@pytest.fixture
-def repository(tiny_repository: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(tiny_repository, tmp_path / "models")
 
 
 @pytest.fixture
@@ -330,19 +324,6 @@ def test_plan_answers_as_onnx_runtime_does(tiny_repository: Path, tmp_path: Path
 
 
 # --- a real server without a GPU -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(installed: Path, repository: Path) -> Iterator[LocalTriton]:
-    folder = repository.parent / "triton"
-    folder.mkdir()
-    (folder / "venv").symlink_to(installed / "venv")
-    server = LocalTriton(folder, repository, settings=Settings(threads=1))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop(timeout_s=0.05)
 
 
 @NO_DRIVER

@@ -28,6 +28,7 @@ from semwatch.line.class_codes import class_codes
 from semwatch.line.notices import Place
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
+from semwatch.service.lot_tables import row_of
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.store import results
 from semwatch.store.ledger import Ledger, OutboxItem
@@ -253,8 +254,9 @@ class Rereview:
             return
         message = notices.summary_message(result)
         outbox = [OutboxItem(*message)] if self._publishes else []
+        row = row_of(target, self._results_dir, is_new=False)
         audit = notices.audit_entry(result, target.name, before=_before(target, result))
-        if self._ledger.note(audit=audit, outbox=outbox, once=message[1], once_utc=utc_now()):
+        if self._ledger.note(audit=audit, outbox=outbox, once=message[1], once_utc=utc_now(), row=row):
             head, extra = result.model_versions.get("head"), notices.journal_fields(result)
             log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
             self._on_revised(target, result)

@@ -21,6 +21,7 @@ Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because 
                                          ``utc``, where it may be forgotten, is when it was taken; since layout 3
     unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
+    lot_rows seq, lot, result            what is not in the table of its lot yet, see ``lot_rows``; since layout 3
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
 """
@@ -38,7 +39,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from semwatch.errors import ConfigError
-from semwatch.store import unknown_features
+from semwatch.store import lot_rows, unknown_features
+from semwatch.store.lot_rows import LotRow, LotRows
 from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.sqlite_file import Kind, SqliteFile
 
@@ -50,7 +52,11 @@ LEDGER = "ledger.sqlite"
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
-_PATHS_BY_CONTENT = "CREATE INDEX paths_by_content ON paths (source, sha256)"
+_LAYOUT_3 = (
+    *unknown_features.SCHEMA,
+    *lot_rows.SCHEMA,
+    "CREATE INDEX paths_by_content ON paths (source, sha256)",
+)
 _KIND = Kind(
     noun="ledger",
     application_id=0x53454D57,  # "SEMW"
@@ -70,13 +76,12 @@ _KIND = Kind(
             payload BLOB NOT NULL)""",
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
         "CREATE TABLE noted (id TEXT PRIMARY KEY, utc TEXT) WITHOUT ROWID",
-        *unknown_features.SCHEMA,
-        _PATHS_BY_CONTENT,
+        *_LAYOUT_3,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
-        2: (*unknown_features.SCHEMA, "ALTER TABLE noted ADD COLUMN utc TEXT", _PATHS_BY_CONTENT),
+        2: (*_LAYOUT_3, "ALTER TABLE noted ADD COLUMN utc TEXT"),
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
@@ -162,6 +167,7 @@ class Ledger:
         except BaseException:
             self._unlock()
             raise
+        self.lot_rows = LotRows(self._file)
         try:
             if self._lock_fd is not None:
                 self._recover()
@@ -233,8 +239,9 @@ class Ledger:
         audit: Mapping[str, object],
         now_utc: str,
         unknowns: Sequence[UnknownFeatures] = (),
+        row: LotRow | None = None,
     ) -> None:
-        """Make the work DONE, with its messages, its audit line and the features of its unknowns, all or nothing."""
+        """Make the work DONE, with messages, audit line, features of unknowns and the lot's row, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
             db.executemany(
@@ -242,6 +249,7 @@ class Ledger:
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
             unknown_features.add(db, unknowns)
+            lot_rows.add(db, row)
             _append_audit(db, audit)
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
@@ -279,6 +287,7 @@ class Ledger:
         outbox: Sequence[OutboxItem] = (),
         once: str | None = None,
         once_utc: str | None = None,
+        row: LotRow | None = None,
     ) -> bool:
         """Take an audit line, where there is one, and messages that belong to no work in flight, all or nothing.
 
@@ -295,6 +304,7 @@ class Ledger:
                 "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
+            lot_rows.add(db, row)
             if audit is not None:
                 _append_audit(db, audit)
         return True
@@ -474,6 +484,7 @@ class Ledger:
                 "UPDATE work SET state = 'SEEN', attempts = attempts + 1, reason = 'the process died on it'"
                 " WHERE state = 'CLAIMED'"
             )
+            lot_rows.recover(db)
         if found.rowcount:
             log.warning("ledger %s: %d in flight when the last process died, tried again", self.path, found.rowcount)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import redis
 
-from learning_site import Lab, add_raw, make_lab, unknown
+from learning_site import Lab, add_raw, make_lab, notes_of, unknown
 from progress import quiet
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.inference import Embedded
@@ -165,7 +165,7 @@ def test_what_an_earlier_cycle_settled_is_done_and_its_note_stays(archive: Archi
     archive.settle([record(1).id], "learned", "pit, head 4", now_utc=RECENT)
     found = sorted_out([record(1), record(2)], archive, {record(1).id: ("rejected", "novel-9")})
     assert (found.done, [r.id for r in found.fresh]) == ((record(1).id,), [record(2).id])
-    assert archive.note_of([record(1).id]) == {record(1).id: "pit, head 4"}
+    assert notes_of(archive, [record(1).id]) == {record(1).id: "pit, head 4"}
 
 
 def test_settlements_are_written_down(archive: Archive) -> None:
@@ -176,7 +176,7 @@ def test_settlements_are_written_down(archive: Archive) -> None:
     found = sorted_out([record(i) for i in range(4)], archive, settlements)
     assert set(found.done) == set(settlements)
     assert archive.state_of(found.done) == {id_: state for id_, (state, _) in settlements.items()}
-    assert archive.note_of(found.done) == {id_: note for id_, (_, note) in settlements.items()}
+    assert notes_of(archive, found.done) == {id_: note for id_, (_, note) in settlements.items()}
 
 
 def test_same_place_of_the_same_file_and_the_same_pixels_are_duplicates_of_the_oldest(archive: Archive) -> None:

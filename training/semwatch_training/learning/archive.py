@@ -147,10 +147,6 @@ class Archive:
                         others[record.id] = other.id
         return others
 
-    def note_of(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return the note beside the state of each id that is here, "" where there is none."""
-        return dict(self._file.rows(f"SELECT id, state_note FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
-
     def read(self, id_: str) -> Record:
         """Return one record.
 
