@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake import decoding
+from semwatch.intake.decoding import LIMITS
 from semwatch.line import binarization, detection, inputs
 from semwatch.line.binarization import Region
 from semwatch.line.classification import classify, size_feature
@@ -62,8 +63,8 @@ def review(
     models: Models,
     reviewed_utc: str,
     site: str = "",
-    max_pixels: int = 8192 * 8192,
-    max_pages: int = 64,
+    max_pixels: int = LIMITS.max_image_px,
+    max_pages: int = LIMITS.max_pages,
 ) -> Review:
     """Review one image file.
 
@@ -130,7 +131,7 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
             epsilon=settings.epsilon,
             min_length=settings.min_plateau,
             max_mask_fraction=settings.max_mask_fraction,
-            max_defects=2 * settings.max_defects,  # before close ones are merged
+            max_defects=binarization.BEFORE_MERGING * settings.max_defects,
         )
         regions = binarization.regions(
             found.mask,

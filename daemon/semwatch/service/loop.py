@@ -378,7 +378,7 @@ class Service:
             models=self._models.of(recipe),
             reviewed_utc=utc_now(),
             site=self.site.name,
-            max_pixels=int(limits.max_image_mpx * 1_000_000),
+            max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))

@@ -138,6 +138,11 @@ class Limits(Settings):
     stop_timeout_s: Positive = 20.0
     """Seconds that a stop waits for the files in flight."""
 
+    @property
+    def max_image_px(self) -> int:
+        """Pixels of the largest page."""
+        return int(self.max_image_mpx * 1_000_000)
+
 
 class Learning(Settings):
     """How unknowns become classes; `semwatch-train retrain` reads it, and the daemon after a swap."""

@@ -26,12 +26,16 @@ from semwatch.models.contract import check_contract
 from semwatch.models.head_swap import HeadSwap, Swap
 from semwatch.models.inference import Answer, ModelId
 from semwatch.models.model_repository import MODELS, Arrays, Meta
+from semwatch.settings import site
 from semwatch.triton import wire as triton_wire
 from semwatch.triton.config import BACKLOG, LIVE, MAX_BATCH
 from semwatch.triton.proving import Server, Version
 from semwatch.triton.wire import words
 
 log = logging.getLogger(__name__)
+
+SETTINGS = site.Triton()
+"""What holds where nothing is said."""
 
 BACKOFF_S = 0.2
 """Pause before the second try; doubled before each further one."""
@@ -68,9 +72,9 @@ class Triton:
         self,
         repository: Path,
         *,
-        url: str = "127.0.0.1:8001",
-        timeout_s: float = 30.0,
-        attempts: int = 3,
+        url: str = SETTINGS.url,
+        timeout_s: float = SETTINGS.timeout_s,
+        attempts: int = SETTINGS.attempts,
         pins: Mapping[str, int | None] | None = None,
         view: Path | None = None,
         control_secret_file: Path | None = None,
