@@ -190,7 +190,7 @@ class Lab:
         path.parent.mkdir(exist_ok=True)
         with Ledger(path, exclusive=False) as ledger:  # as a daemon does at its start
             learning_side.note_published_heads(ledger, self.repository, self.version)
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
             return [line for (line,) in db.execute("SELECT line FROM audit ORDER BY seq") if event in line]
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from export_cache import once
@@ -34,7 +35,8 @@ SHAPE = TrunkShape(width=24, depth=4, heads=2, patch=14, position_grid=8)
 DETECTOR = DetectorForm(trunk="tiny", width=24, heads=2, layers=(0, 1, 2, 3), n_normal_tokens=2, input_px=112)
 ENCODER = EncoderForm(trunk="tiny", input_px=56, pooled_layers=(0, 1), guided_layers=2, second_trunk="")
 LABELS = ("bridge", "defect-free", "particle")
-_TO_ONNX = export.to_onnx
+TO_ONNX = export.to_onnx
+"""Exports anew, where ``exporting_once`` would not."""
 
 
 def trunk(seed: int = 0) -> VisionTransformer:
@@ -113,6 +115,8 @@ class _ByValue(pickle.Pickler):
         if isinstance(value, nn.Module):  # the order of a set is another in every process
             state = [(name, sorted(v) if isinstance(v, set) else v) for name, v in vars(value).items()]
             return tuple, ((type(value), _source(type(value)), state),)
+        if isinstance(value, BaseModel):  # holds a set of the names that were given
+            return str, (value.model_dump_json(),)
         return NotImplemented
 
 
@@ -137,7 +141,7 @@ def exporting_once(kept: Path) -> Iterator[None]:
 
     def exported(graph: nn.Module, meta: Meta, path: Path) -> None:
         file = kept / f"{_fingerprint((graph, meta.inputs, meta.outputs))}.onnx"
-        shutil.copyfile(once(file, lambda partial: _TO_ONNX(graph, meta, partial)), path)
+        shutil.copyfile(once(file, lambda partial: TO_ONNX(graph, meta, partial)), path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "to_onnx", exported)

@@ -26,7 +26,8 @@ from semwatch.defects import Review
 from semwatch.errors import ServiceUnavailable
 from semwatch.line import pipeline
 from semwatch.models import choice, head_bank, model_repository
-from semwatch.models.inference import Answer, Embedded, Swap
+from semwatch.models.head_swap import Swap
+from semwatch.models.inference import Answer, Embedded
 from semwatch.models.model_repository import Arrays
 from semwatch.models.relabel import relabel
 from semwatch.service import drift, rereview
@@ -313,12 +314,15 @@ def pages(n: int, seed: int, file: Path) -> bytes:
     return file.read_bytes()
 
 
-def test_swap_while_files_are_in_flight_leaves_no_label_of_another_head(tmp_path: Path, learned: Path) -> None:
+@pytest.mark.parametrize("n_rounds", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_swap_while_files_are_in_flight_leaves_no_label_of_another_head(
+    tmp_path: Path, learned: Path, n_rounds: int
+) -> None:
     """Single images and files of many pages; every label says which head it comes from."""
     repository = shutil.copytree(learned, tmp_path / "models")
     labels = model_repository.read_meta(repository, "head", 2).labels
     site = make_site(tmp_path / "site", repository)
-    n_rounds, n_single, n_many = 5, 12, 3
+    n_single, n_many = 12, 3
     took_s = []
     with Daemon(site) as daemon:
         daemon.wait_ready()

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,6 @@ RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
 )
 NO_DRIVER = pytest.mark.skipif(tensorrt_compiler.gpu() is not None, reason="this machine has a GPU")
-
-
-@pytest.fixture
-def repository(tiny_repository: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(tiny_repository, tmp_path / "models")
 
 
 @pytest.fixture
@@ -332,19 +326,6 @@ def test_plan_answers_as_onnx_runtime_does(tiny_repository: Path, tmp_path: Path
 # --- a real server without a GPU -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(installed: Path, repository: Path) -> Iterator[LocalTriton]:
-    folder = repository.parent / "triton"
-    folder.mkdir()
-    (folder / "venv").symlink_to(installed / "venv")
-    server = LocalTriton(folder, repository, settings=Settings(threads=1))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop(timeout_s=0.05)
-
-
 @NO_DRIVER
 def test_server_without_a_gpu_refuses_a_plan_in_our_words_and_goes_on_with_what_it_serves(
     server: LocalTriton, repository: Path, engines: Path
@@ -362,6 +343,7 @@ def test_server_without_a_gpu_refuses_a_plan_in_our_words_and_goes_on_with_what_
 
 
 @RTX
+@pytest.mark.slow
 def test_what_an_export_compiled_is_placed_with_its_hashes(repository: Path, engines: Path) -> None:
     made = engine_maker.export(
         repository, engines, target="tensorrt-rtx", capabilities=(75, 120), models=("detector",), n_images=1,

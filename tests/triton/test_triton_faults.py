@@ -1,24 +1,29 @@
 """Some of the faults that ``bench_triton_faults`` does to the line on Triton, those that are over soon."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from triton_faults import CASES, Case, run
 
-FAST = (
+QUICK = "connection cut in an answer"
+SOON_OVER = (
+    QUICK,
     "server killed (supervised)",
     "server hangs (SIGSTOP)",
     "head unloaded",
     "other weights under the same number",
     "damaged head published",
-    "connection cut in an answer",
     "daemon stopped while it hangs",
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if case.name in FAST])
+def _parameter(case: Case) -> Any:
+    return pytest.param(case, id=case.name, marks=() if case.name == QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [_parameter(case) for case in CASES if case.name in SOON_OVER])
 def test_fault_loses_doubles_and_falsifies_nothing(
     case: Case, tmp_path: Path, installed: Path, tiny_repository: Path
 ) -> None:

@@ -166,12 +166,16 @@ def doctor_command(site: SiteOption, as_json: JsonOption = False) -> None:
     """Check folders, rights, Redis, models and versions, and say what to fix. Run it as the daemon's user."""
     checks = doctor.examine(load_site(site))
     if as_json:
-        typer.echo(json.dumps([{"check": c.name, "ok": c.ok, "detail": c.detail, "remedy": c.remedy} for c in checks]))
+        rows = (
+            {"check": c.name, "ok": c.ok, "detail": c.detail, "remedy": c.remedy, "advice": c.advice} for c in checks
+        )
+        typer.echo(json.dumps(list(rows)))
     else:
         for check in checks:
-            say(f" {check.name}: {check.detail}", ("ok ", "green") if check.ok else ("FIX", "red"))
-            if not check.ok:
-                say(f"    {check.remedy}")
+            mark = ("FIX", "red") if not check.ok else ("!! ", "yellow") if check.advice else ("ok ", "green")
+            say(f" {check.name}: {check.detail}", mark)
+            if more := check.advice if check.ok else check.remedy:
+                say(f"    {more}")
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 

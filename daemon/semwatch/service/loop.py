@@ -19,14 +19,13 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType
 
 from semwatch.defects import Review
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.intake import decoding, drop_folder
 from semwatch.intake.drop_folder import Arrival, Incoming
-from semwatch.line import pipeline
+from semwatch.line import notices, pipeline
 from semwatch.line.class_codes import class_codes
 from semwatch.service import drift, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
@@ -378,18 +377,20 @@ class Service:
             recipe=recipe,
             models=self._models.of(recipe),
             reviewed_utc=utc_now(),
-            max_pixels=int(limits.max_image_mpx * 1_000_000),
+            site=self.site.name,
+            max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
         paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
-        items = [OutboxItem(*message) for message in records.messages(review)] if self._publisher else []
+        found = records.records(review)
+        messages = notices.messages(found, paths.record) if self._publisher else []
         self.ledger.finish(
             claim,
-            outbox=items,
-            audit=audit_entry(review, paths.json),
+            outbox=[OutboxItem(*message) for message in messages],
+            audit=notices.audit_entry(paths.record, paths.json.name),
             now_utc=review.reviewed_utc,
-            unknowns=rereview.features_of(records.records(review)) if self.site.learning.reread_days > 0 else (),
+            unknowns=rereview.features_of(found) if self.site.learning.reread_days > 0 else (),
             row=row_of(paths.json, self.site.results_dir, is_new=paths.is_new),
         )
         self.metrics.observe(review)
@@ -398,7 +399,7 @@ class Service:
         log.info(
             "%s/%s: %d defects, %.0f ms (%s), models %s",
             claim.source, claim.path, review.n_defects, (time.perf_counter() - start) * 1000, stages,
-            dict(review.model_versions), extra=_about_review(review),
+            dict(review.model_versions), extra=notices.journal_fields(paths.record),
         )  # fmt: skip
 
     def _about(self, it: Arrival | Claim | Alarm, event: str) -> dict[str, dict[str, str]]:
@@ -453,39 +454,3 @@ class Service:
             extra = self._about(claim, "duplicate")
             text = "%s/%s has the content of %s: not reviewed again"
             log.info(text, claim.source, claim.path, claim.original, extra=extra)
-
-
-def _about_review(review: Review) -> dict[str, dict[str, str]]:
-    """The journal's fields of a finished review."""
-    return about(
-        "reviewed",
-        review.source,
-        review.path,
-        review.sha256,
-        recipe=review.recipe_name,
-        recipe_id=review.recipe_id,
-        verdicts=count_kinds(review),
-        models=review.model_versions,
-    )
-
-
-def count_kinds(review: Review) -> dict[str, int]:
-    """Defects of a review by verdict kind."""
-    kinds = [defect.verdict.kind for page in review.pages for defect in page.defects]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
-
-
-def audit_entry(review: Review, result: Path) -> dict[str, object]:
-    """The audit line of one review: what was judged, by which recipe and models, and what came out."""
-    return {
-        "event": "reviewed",
-        "utc": review.reviewed_utc,
-        "source": review.source,
-        "path": review.path,
-        "sha256": review.sha256,
-        "recipe": review.recipe_id,
-        "models": dict(review.model_versions),
-        "model_hashes": dict(review.model_hashes),
-        "verdicts": count_kinds(review),
-        "result": result.name,
-    }

@@ -59,6 +59,8 @@ class ReviewPaths:
     json: Path
     overlays: tuple[Path, ...]
     """In the order of the pages."""
+    record: ReviewRecord
+    """What ``json`` holds."""
     is_new: bool
     """False where there was a result under this name before."""
 
@@ -96,8 +98,9 @@ def write(
             picture = overlay.draw(page, caption=_caption(review))
             overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
             files.write_whole(overlays[-1], overlay.encode_png(picture))
-        _write_record(target, record.model_copy(update={"revision": _next_revision(target)}))
-    return ReviewPaths(target, tuple(overlays), is_new)
+        record = record.model_copy(update={"revision": _next_revision(target)})
+        _write_record(target, record)
+    return ReviewPaths(target, tuple(overlays), record, is_new)
 
 
 def read(path: Path) -> ReviewRecord:

@@ -227,6 +227,42 @@ def test_what_has_waited_too_long_is_forgotten_but_not_a_second_sooner(archive: 
     assert archive.state_of([old.id]) == {old.id: "forgotten"}
 
 
+@pytest.mark.parametrize("state", ["learned", "explained", "duplicate", "rejected"])
+def test_defect_that_was_settled_under_its_old_id_is_not_learned_again_under_its_new_one(
+    archive: Archive, state
+) -> None:
+    old = record(1, id="0" * 32)
+    archive.add([old], now_utc=NOW)
+    archive.settle([old.id], state, "long ago", now_utc=NOW)
+    new = replace(old, id="1" * 32, site="fab3", crop=record(2).crop)  # a later build may decode a pixel otherwise
+    found = sorted_out([new], archive)
+    assert (found.fresh, found.done, found.n_duplicates) == ((), (new.id,), 1)
+    assert archive.note_of([new.id]) == {new.id: f"the same place as {old.id}"}
+
+
+def test_defect_that_waits_under_its_old_id_is_learned_once(archive: Archive) -> None:
+    old = record(1, id="0" * 32, created_utc=RECENT)
+    new = replace(old, id="1" * 32, site="fab3", created_utc="2026-02-21T00:00:00Z")
+    found = sorted_out([new, old], archive)
+    assert ([r.id for r in found.fresh], found.done) == ([old.id], (new.id,))
+    # The other one was not claimed together with it: another cycle.
+    archive.settle([old.id], "waiting", "", now_utc=NOW)
+    archive.settle([new.id], "learned", "", now_utc=NOW)
+    found = sorted_out([old], archive)
+    assert (found.fresh, found.done) == ((), (old.id,))
+
+
+def test_another_place_of_the_file_and_what_was_forgotten_are_fresh(archive: Archive) -> None:
+    old, gone = record(1, id="0" * 32), record(3, id="3" * 32)
+    archive.add([old, gone], now_utc=NOW)
+    archive.settle([old.id], "learned", "", now_utc=NOW)
+    archive.settle([gone.id], "forgotten", "", now_utc=NOW)
+    elsewhere = replace(old, id="1" * 32, box_xyxy=(11, 10, 30, 30), crop=record(2).crop)
+    again = replace(gone, id="4" * 32)
+    found = sorted_out([elsewhere, again], archive)
+    assert {r.id for r in found.fresh} == {elsewhere.id, again.id}
+
+
 def test_fault_of_what_is_done_already_is_nobodys_concern(archive: Archive) -> None:
     spoilt = record(1, field_short_px=None)
     found = sorted_out([spoilt], archive, {spoilt.id: ("learned", "pit, head 4")})

@@ -481,7 +481,7 @@ with exporting_once(Path(sys.argv[2])):
 """
 
 
-@pytest.mark.parametrize(("step", "call"), [("publish", 1), ("settle", 3)])
+@pytest.mark.parametrize(("step", "call"), [("publish", 1), pytest.param("settle", 3, marks=pytest.mark.slow)])
 def test_killed_process_leaves_nothing_that_the_next_cycle_does_not_mend(lab: Lab, exports: Path, step, call) -> None:
     add_two(lab)
     path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
