@@ -438,6 +438,7 @@ def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
     """A reference window without one unknown, then a few files of nothing else."""
     port = child_server.free_port()
     redis_server = EmbeddedRedis(tmp_path / "redis")
+    redis_server.start()
     site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port}, redis_url=redis_server.url)
     recipe = load_recipe(site.folder / "recipe.yaml")
     watch = DriftWatch()
