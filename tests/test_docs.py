@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import typer
 
-from factories import make_review, make_verdict
-from semwatch.store import results, review_record
+from factories import make_review, make_verdict, messages, result_summary
+from semwatch.store import lot_table, review_record
 from semwatch.streams import embedded_redis, records, unknowns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,7 +235,7 @@ def field_tables() -> dict[str, list[str]]:
 
 def described() -> dict[str, list[str]]:
     """What the tables must hold: the keys of the published schemas and of the two other files."""
-    wanted = {"lot.csv": list(results.LOT_COLUMNS), "reason.json": list(review_record.ReasonRecord.model_fields)}
+    wanted = {"lot.csv": list(lot_table.LOT_COLUMNS), "reason.json": list(review_record.ReasonRecord.model_fields)}
     for path in (ROOT / "daemon").rglob("*.schema.json"):
         schema = json.loads(path.read_text())
         wanted[path.name] = list(schema["properties"])
@@ -361,7 +361,7 @@ def review(seed: int) -> Any:
 
 
 def publish(client: Any, seed: int) -> None:
-    unknowns.Publisher(client).publish(records.messages(review(seed)))
+    unknowns.Publisher(client).publish(messages(review(seed)))
 
 
 class Reader:
@@ -460,7 +460,7 @@ def test_python_reader_decodes_what_was_encoded(tmp_path: Path) -> None:
     crop = cv2.imdecode(np.frombuffer(read["crop_png"], np.uint8), cv2.IMREAD_UNCHANGED)
     assert crop.shape == record.crop.shape
     assert np.array_equal(crop, record.crop)
-    summary = page["summary"](records.result_summary(review(1)))
+    summary = page["summary"](result_summary(review(1)))
     assert summary["n_by_kind"] == {"unknown": 1, "non-decidable": 1, "known": 1}
 
 
@@ -469,7 +469,7 @@ def test_entries_have_the_fields_that_the_page_names() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (both|unknowns) \|$", section, re.M)
     (record, _) = records.records(review(1))
     assert [field.encode() for field, _ in rows] == list(records.encode(record))
-    assert [field.encode() for field, of in rows if of == "both"] == list(records.result_summary(review(1)))
+    assert [field.encode() for field, of in rows if of == "both"] == list(result_summary(review(1)))
 
 
 def test_consumer_of_our_own_library_runs_as_it_is_written(redis_server: Any, client: Any, tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ class Review:
     """Milliseconds by stage, in the order of the line."""
     model_hashes: Mapping[str, str] = field(default_factory=dict)
     """Content hash of the version that answered, by model: the same model has the same on every machine."""
+    site: str = ""
+    """Name of the site, unique in the fab; empty where no site reviewed."""
 
     @property
     def n_defects(self) -> int:

@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 
 from paths import DATA
 from semwatch.line import binarization
+from semwatch.line.inputs import CROP_PX, TOKENS
+from semwatch.settings.recipe import Recipe
 
+RULE = Recipe().binarization
 GRIDS = (32, 56, 112, 224, 448)
 PEER = 448
 CHOSEN = 112
@@ -133,7 +136,9 @@ def _whole_room(
     with _clock(spent_ms, "saliency"):
         shown = binarization.saliency(score_map, grid_px=grid_px)
     with _clock(spent_ms, "sweep"):
-        thresholds, fractions, counts = binarization.sweep(shown, min_area_px=min_area_px, max_mask_fraction=0.3)
+        thresholds, fractions, counts = binarization.sweep(
+            shown, min_area_px=min_area_px, max_mask_fraction=RULE.max_mask_fraction
+        )
     with _clock(spent_ms, "plateau"):
         run = binarization.plateau(counts, fractions)
     with _clock(spent_ms, "mask"):
@@ -143,10 +148,10 @@ def _whole_room(
         found = binarization.regions(mask, score_map, size_hw=FIELD_HW, max_regions=4)
     with _clock(spent_ms, "crops"):
         windows = [binarization.crop_window(region.box_xyxy, size_hw=FIELD_HW) for region in found]
-        _ = [binarization.cut(field, window) for window in windows]
+        _ = [binarization.cut(field, window, side_px=CROP_PX) for window in windows]
     with _clock(spent_ms, "soft masks"):
         for region, window in zip(found, windows, strict=True):
-            binarization.soft_mask(shown, region.mask, window, size_hw=FIELD_HW)
+            binarization.soft_mask(shown, region.mask, window, size_hw=FIELD_HW, tokens=TOKENS)
     return mask
 
 

@@ -13,16 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from semwatch.intake import decoding
-from semwatch.line import detection, pipeline
+from semwatch.line import detection, notices, pipeline
 from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import Arrays
 from semwatch.service.delivery import deliver_audit
-from semwatch.service.loop import audit_entry
 from semwatch.settings.recipe import Recipe
 from semwatch.store import results
 from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger, OutboxItem
-from semwatch.streams.records import messages
+from semwatch.streams.records import records
 from semwatch.system.clock import utc_now
 from semwatch_training.synthetic import lot_images
 
@@ -111,8 +110,8 @@ def _review_one(
     lap("overlay and result")
     ledger.finish(
         claim,
-        outbox=[OutboxItem(*message) for message in messages(review)],
-        audit=audit_entry(review, paths.json),
+        outbox=[OutboxItem(*message) for message in notices.messages(records(review), paths.record)],
+        audit=notices.audit_entry(paths.record, paths.json.name),
         now_utc=review.reviewed_utc,
     )
     lap("ledger finish")

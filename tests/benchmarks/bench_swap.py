@@ -261,7 +261,7 @@ def awaited(site: Site, version: int) -> None:
 def seconds_of_the_daemon(site: Site, repository: Path) -> float:
     """From the last withdrawal on disk to the daemon's word that it serves the head before it."""
     withdrawn = max(path.stat().st_mtime for path in (repository / "head").glob(f"*{choice.WITHDRAWN}"))
-    return (site.state / choice.ANNOUNCED).stat().st_mtime - withdrawn
+    return (site.state / serving.ANNOUNCED).stat().st_mtime - withdrawn
 
 
 def speaks_as(one: Asked) -> bool:

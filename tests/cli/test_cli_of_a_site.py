@@ -57,6 +57,16 @@ def test_doctor_is_content_with_a_site_that_can_work(semwatch, tmp_path, tiny_re
     assert "FIX" not in said.out
 
 
+def test_doctor_warns_of_a_site_that_nobody_has_named(semwatch, tmp_path, tiny_repository) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    code, checks = doctor(semwatch, site)
+    assert (code, checks["name"]["ok"]) == (0, True)
+    assert "`name` in the site settings" in checks["name"]["advice"]
+    assert "!!  name: site, like every site that nobody has named" in semwatch("doctor", "--site", site.file).out
+    named = make_site(tmp_path / "named", tiny_repository, name="fab3-ws7")
+    assert doctor(semwatch, named)[1]["name"]["advice"] == ""
+
+
 def test_doctor_leaves_nothing_behind(semwatch, tmp_path, tiny_repository) -> None:
     site = make_site(tmp_path / "site", tiny_repository)
     before = sorted(site.folder.rglob("*"))

@@ -11,7 +11,7 @@ import yaml
 
 from commands import Command, Said, in_process, put
 from daemon import SOURCE, Daemon, Site, make_site, png
-from semwatch.service import rereview
+from semwatch.line import notices
 from semwatch.service.delivery import deliver_audit
 from semwatch.store import results
 from semwatch.store.audit import AuditLog
@@ -182,7 +182,9 @@ def test_revised_image_tells_both_revisions_and_what_changed(semwatch, own) -> N
     revised = results.revise(target, {place: other}, head_version=9, utc="2030-01-01T00:00:00Z")
     assert revised is not None
     with Ledger(own.state / "ledger.sqlite") as ledger, AuditLog(own.state / "audit.jsonl") as log:
-        ledger.note(audit=rereview.audit_entry(target, revised))
+        ledger.note(
+            audit=notices.audit_entry(revised, target.name, before=results.read(results.revision_path(target, 1)))
+        )
         told = story(semwatch, own, "only.png")  # the line still waits in the ledger
         deliver_audit(ledger, log)
     assert story(semwatch, own, "only.png")["events"] == told["events"]

@@ -14,11 +14,12 @@ import pytest
 import redis
 import yaml
 
-from factories import make_review, make_verdict
+from factories import make_review, make_verdict, messages, result_summary
 from semwatch.errors import ConfigError
 from semwatch.streams import queues, records, unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
-from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, Record, decode, encode, pack, result_summary
+from semwatch.streams.handoff import Handoff
+from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, Record, decode, encode, pack
 from semwatch.streams.unknowns import Consumer, Publisher, connect
 
 REVIEW = make_review(1, verdicts=[make_verdict("unknown")])
@@ -115,7 +116,7 @@ def test_tail_shows_the_newest_of_many_in_their_order_and_claims_none(semwatch, 
 
 
 def test_tail_says_in_a_line_what_a_person_wants_to_know(semwatch, site, client, publisher) -> None:
-    publisher.publish([*unknown_messages(1), *records.messages(make_review(0, path="lot7/[b].tif"))])
+    publisher.publish([*unknown_messages(1), *messages(make_review(0, path="lot7/[b].tif"))])
     (line,) = semwatch("queue", "tail", "--site", site).out.splitlines()
     assert line.startswith("2025-03-01T12:00:00Z  unknown  tool-a/lot7/wafer01/a.tif page 0 defect 1  peak ")
     assert line.endswith("nearest particle 0.41 (p 0.420), residue 0.59 (p 0.070)")
@@ -333,6 +334,10 @@ def learn(client: redis.Redis) -> None:
     assert len(other.dead()) == 1
     assert other.requeue_dead() == 1
     assert len(mine.claim(9, min_idle_s=60, block_s=0.05)) == 1  # what was given back
+    handoff = Handoff(client)
+    with handoff.locked("cycle", wait_s=0, hold_s=1):
+        assert handoff.append_classes(1, b"{}")
+    assert handoff.serving("site") is None
 
 
 def test_documented_rights_of_a_learner_are_enough_and_each_is_needed(server, client, tmp_path) -> None:
@@ -361,7 +366,7 @@ def test_documented_rights_of_an_operator_are_enough_for_every_command(
     _, _, rules = (line.split() for line in RIGHTS)
     make_user(client, tmp_path, rules)
     site = write_site(tmp_path, {"url": server.url, "username": "limited", "password_file": "pw"})
-    publisher.publish([*unknown_messages(3), *records.messages(REVIEW)])
+    publisher.publish([*unknown_messages(3), *messages(REVIEW)])
     consumer = learner(client)
     consumer.dead_letter(consumer.claim(1, min_idle_s=60)[0], "why")
     stats = semwatch("queue", "stats", "--site", site, "--json").json

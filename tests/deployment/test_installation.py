@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import re
 import shutil
 import stat
@@ -82,6 +83,36 @@ def test_a_version_from_before_the_pages_can_still_be_laid_out(tmp_path: Path) -
     files = installed_files.wanted(package, prefix=Path("/opt/semwatch"), tools=("",))
     assert UNIT in files
     assert not [path for path in files if path.parent.name == "docs"]
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("sem-ws-07", "sem-ws-07"),
+        ("ws7.fab3.example", "ws7"),
+        ("örtchen 7", "rtchen-7"),
+        ("localhost", "site"),
+        ("localhost.localdomain", "site"),
+        ("", "site"),
+        ("-", "site"),
+        ("w" * 80, "w" * 64),
+    ],
+)
+def test_a_fresh_site_is_named_after_its_machine(tmp_path: Path, host: str, name: str) -> None:
+    (tmp_path / "site.yaml").write_text(installed_files.site_yaml((EXAMPLES / "site.yaml").read_text(), "", host))
+    assert load_site(tmp_path / "site.yaml").name == name
+
+
+def test_install_writes_this_machines_name(tmp_path: Path) -> None:
+    semwatch(tmp_path, "install")
+    assert load_site(at(tmp_path, SITE)).name == (installed_files.site_name(platform.node()) or "site")
+
+
+def test_an_example_without_a_name_is_laid_out_as_it_is() -> None:
+    example = (EXAMPLES / "site.yaml").read_text()
+    older = example.replace("#name: site\n", "")
+    assert older != example
+    assert installed_files.site_yaml(older, "", "ws7") == installed_files.site_yaml(older, "")
 
 
 def test_dry_run_shows_every_file_and_writes_nothing(tmp_path: Path) -> None:

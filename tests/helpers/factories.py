@@ -20,7 +20,9 @@ from semwatch.defects import (
     Verdict,
     VerdictKind,
 )
-from semwatch.streams.records import Record, records
+from semwatch.line import notices
+from semwatch.store.review_record import to_record
+from semwatch.streams.records import Fields, Message, Record, encode_result, records
 
 CLASSES = ("particle", "bridge", "scratch", "residue", "open", DEFECT_FREE)
 KINDS: tuple[VerdictKind, ...] = ("known", "unknown", "non-decidable", "defect-free")
@@ -55,6 +57,7 @@ def make_review(
     vendor: str | None = "FEI",
     info_bar_px: int = 0,
     model_versions: dict[str, int] | None = None,
+    site: str = "site-1",
     reviewed_utc: str = "2025-03-01T12:00:00Z",
     seed: int = 0,
 ) -> Review:
@@ -84,6 +87,7 @@ def make_review(
         recipe_id="5f2a9c0e7b1d4e68",
         model_versions=asked if model_versions is None else model_versions,
         pages=tuple(pages),
+        site=site,
         timings_ms={"micrograph": 2.1, "detection": 11.4, "binarization": 3.2, "classification": 6.7},
     )
 
@@ -198,6 +202,16 @@ def _peak(score_map: ScoreMap, box: Box, field_hw: tuple[int, ...]) -> float:
     h, w = score_map.values.shape
     window = score_map.values[y0 * h // H : -(-y1 * h // H), x0 * w // W : -(-x1 * w // W)]
     return float(window.max())
+
+
+def messages(review: Review) -> list[Message]:
+    """What a review gives to Redis."""
+    return notices.messages(records(review), to_record(review))
+
+
+def result_summary(review: Review) -> Fields:
+    """The summary of a review as stream fields."""
+    return encode_result(notices.summary(to_record(review)))
 
 
 _UNKNOWN = records(make_review(1, verdicts=[make_verdict("unknown")]))[0]

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ def unknown(i: int, axis: int, *, width: int, **changes: Any) -> Record:
         "field_short_px": 200,
     }
     return Record(**{**values, **changes})
+
+
+def notes_of(archive: Archive, ids: Sequence[str]) -> dict[str, str]:
+    """What a person reads in an archive beside the state of each record."""
+    with closing(sqlite3.connect(archive.path)) as db:
+        marks = ", ".join("?" * len(ids))
+        return dict(db.execute(f"SELECT id, state_note FROM unknowns WHERE id IN ({marks})", tuple(ids)))
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ class Lab:
         path.parent.mkdir(exist_ok=True)
         with Ledger(path, exclusive=False) as ledger:  # as a daemon does at its start
             learning_side.note_published_heads(ledger, self.repository, self.version)
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
             return [line for (line,) in db.execute("SELECT line FROM audit ORDER BY seq") if event in line]
 
 

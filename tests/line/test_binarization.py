@@ -555,7 +555,7 @@ def test_shrinking_averages_so_that_a_single_pixel_leaves_a_trace() -> None:
 
 def test_a_crop_does_not_change_the_field() -> None:
     field = np.zeros((300, 300), np.uint8)
-    crop = cut(field, (10, 10, 234, 234))
+    crop = cut(field, (10, 10, 234, 234), side_px=224)
     crop[:] = 9
     assert not field.any()
 
@@ -565,13 +565,15 @@ def test_a_crop_does_not_change_the_field() -> None:
 
 def test_a_region_outside_the_window_or_absent_leaves_an_empty_soft_mask() -> None:
     ones = np.ones((GRID, GRID), np.float32)
-    assert not soft_mask(ones, boxes_mask(), (0, 0, 100, 100), size_hw=(1000, 1000)).any()
-    assert not soft_mask(ones, boxes_mask((100, 100, 110, 110)), (0, 0, 500, 500), size_hw=(1000, 1000)).any()
+    assert not soft_mask(ones, boxes_mask(), (0, 0, 100, 100), size_hw=(1000, 1000), tokens=16).any()
+    assert not soft_mask(
+        ones, boxes_mask((100, 100, 110, 110)), (0, 0, 500, 500), size_hw=(1000, 1000), tokens=16
+    ).any()
 
 
 def test_outside_the_field_the_soft_mask_is_zero_and_inside_it_is_the_heat() -> None:
     heat = np.full((GRID, GRID), 0.25, np.float32)
-    values = soft_mask(heat, boxes_mask((0, 0, GRID, GRID)), (-500, -500, 500, 500), size_hw=(1000, 1000))
+    values = soft_mask(heat, boxes_mask((0, 0, GRID, GRID)), (-500, -500, 500, 500), size_hw=(1000, 1000), tokens=16)
     expected = np.zeros((16, 16), np.float32)
     expected[8:, 8:] = 0.25
     np.testing.assert_allclose(values, expected, atol=1e-6)
@@ -621,8 +623,8 @@ def test_the_soft_mask_lies_on_the_defect_of_the_crop(
     inner = np.zeros((window[3] - window[1], window[2] - window[0]), np.uint8)  # without the mirrored part
     x0, y0, x1, y1 = max(window[0], 0), max(window[1], 0), min(window[2], width), min(window[3], height)
     inner[y0 - window[1] : y1 - window[1], x0 - window[0] : x1 - window[0]] = field[y0:y1, x0:x1]
-    crop = cut(inner, (0, 0, inner.shape[1], inner.shape[0]))
-    values = soft_mask(shown, region.mask, window, size_hw=size_hw)
+    crop = cut(inner, (0, 0, inner.shape[1], inner.shape[0]), side_px=224)
+    values = soft_mask(shown, region.mask, window, size_hw=size_hw, tokens=16)
     np.testing.assert_allclose(centroid(values), centroid(crop), atol=0.5 / 16)
 
 
@@ -634,8 +636,8 @@ def test_from_score_map_to_soft_mask_the_defect_stays_in_place() -> None:
     (region,) = regions(result.mask, score_map, size_hw=field.shape[:2])
     window = crop_window(region.box_xyxy, size_hw=field.shape[:2])
     assert inside((260, 610, 541, 791), window)
-    values = soft_mask(result.saliency, region.mask, window, size_hw=field.shape[:2])
-    np.testing.assert_allclose(centroid(values), centroid(cut(field, window)), atol=0.5 / 16)
+    values = soft_mask(result.saliency, region.mask, window, size_hw=field.shape[:2], tokens=16)
+    np.testing.assert_allclose(centroid(values), centroid(cut(field, window, side_px=224)), atol=0.5 / 16)
     assert 0.8 <= region.area_px / np.count_nonzero(field) <= 1.2
     generous = np.count_nonzero(binarize(score_map, method="lowest").mask) / np.count_nonzero(result.mask)
     assert 1.2 < generous < 2.5

@@ -245,7 +245,7 @@ def test_field_anywhere_in_the_page_shifts_boxes_along_both_axes(models, monkeyp
     framed[20:276, 50:370] = pixels
     plain = review(png(pixels), models).pages[0]
     page = Micrograph(framed, (50, 20, 370, 276), 0, None, None)
-    monkeypatch.setattr(pipeline.micrograph, "decode", lambda *_, **__: (page,))  # no decoder cuts at the left
+    monkeypatch.setattr(pipeline.decoding, "decode", lambda *_, **__: (page,))  # no decoder cuts at the left
     found = review(b"", models).pages[0]
     check_frames(found)
     for moved, expected in zip(found.defects, plain.defects, strict=True):

@@ -101,11 +101,12 @@ def _kill_again_and_again(site: Site, n_images: int, n_kills: int) -> int:
 
 def _states(site: Site) -> set[str]:
     import sqlite3
+    from contextlib import closing
 
     path = site.state / "ledger.sqlite"
     if not path.exists():
         return set()
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db:
         return {row[0] for row in db.execute("SELECT DISTINCT state FROM work")}
 
 

@@ -342,18 +342,6 @@ def test_another_head_or_encoder_starts_rate_and_mix_anew_and_keeps_the_score(sw
     assert {alarm.what for _, alarm in feed(watch, draw(NOW, 20, **swapped))} == {"unknown rate", "class mix"}
 
 
-def test_reset_is_what_another_head_does() -> None:
-    by_head, by_word, untouched = settled(), settled(), settled()
-    by_head.observe(file_of(head=4))
-    by_word.reset("5f2a")
-    untouched.reset("other")
-    (one,), (two,), (three,) = (watch.state()["watches"] for watch in (by_head, by_word, untouched))
-    assert one["classes"] == two["classes"]
-    assert one["classes"]["n_reference"] == 0
-    assert one["scores"] == two["scores"] == three["scores"]
-    assert three["classes"]["n_reference"] == REFERENCE
-
-
 def test_another_detector_starts_all_anew() -> None:
     watch = settled()
     assert feed(watch, draw(REFERENCE + NOW, 21, shift=5.0, detector=2)) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from semwatch.errors import ModelMismatch
-from semwatch.models import choice, model_repository
+from semwatch.models import model_repository
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.settings.recipe import Pins, Recipe
@@ -69,15 +69,15 @@ def test_announcement_that_the_disk_refused_is_warned_of_once_and_made_up_for(
     repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     models = hold(repository, Recipe(), state_dir=tmp_path)
-    (tmp_path / choice.ANNOUNCED).unlink()
-    (tmp_path / choice.ANNOUNCED).mkdir()
+    (tmp_path / serving.ANNOUNCED).unlink()
+    (tmp_path / serving.ANNOUNCED).mkdir()
     publish(repository)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             models.refresh()
     assert caplog.text.count("cannot say what serves") == 1
     assert models.versions()["head"] == 2
-    (tmp_path / choice.ANNOUNCED).rmdir()
+    (tmp_path / serving.ANNOUNCED).rmdir()
     models.refresh()
     assert serving.announced(tmp_path)[0]["head"] == 2
 

@@ -20,6 +20,8 @@ import pytest
 from factories import make_review, make_verdict
 from semwatch.defects import Verdict
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.line import notices
+from semwatch.line.class_codes import class_codes
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
 from semwatch.service import rereview
@@ -27,6 +29,7 @@ from semwatch.service.rereview import Rereview
 from semwatch.settings.recipe import KnownClass, Pins, Recipe
 from semwatch.store import results
 from semwatch.store.ledger import Ledger
+from semwatch.store.review_record import class_code, to_record
 from semwatch.streams import records
 from semwatch.system import clock
 
@@ -257,7 +260,7 @@ def test_record_of_the_same_encoder_under_another_number_is_judged(line: Line, o
     assert result.model_hashes == {**same, "head": line.embedded.hashes()["head"]}
     (summary,), (entry,) = line.summaries(), line.audit()
     assert summary.model_hashes == result.model_hashes
-    assert entry["head_hash"] == line.embedded.hashes()["head"]
+    assert entry["model_hashes"] == result.model_hashes
 
 
 def test_features_of_another_width_are_counted_and_left(line: Line, of_label: Any) -> None:
@@ -346,14 +349,93 @@ def test_label_replaces_and_silence_only_what_is_no_class_any_more(
     assert rereview.replaces(judged(*new), stands, line.embedded.meta("head")) is expected
 
 
-def test_code_comes_from_the_recipe_then_the_head_then_the_unknown(line: Line) -> None:
-    recipe = Recipe(classes={"bridge": KnownClass(code=11)}, unknown_code=99, non_decidable_code=98)
-    head = line.embedded.meta("head").model_copy(update={"codes": {"bridge": 1, "novel-2": 2}})
-    said = [("known", "bridge"), ("known", "particle"), ("novel", "novel-1"), ("novel", "novel-2")]
-    codes = [rereview.class_code(judged(*verdict), recipe, head) for verdict in said]
-    assert codes == [11, None, 99, 2]
-    assert rereview.class_code(judged("unknown", None), recipe, head) == 99
-    assert rereview.class_code(judged("non-decidable", None), recipe, head) == 98
+CODED = Recipe(classes={"bridge": KnownClass(code=11)}, unknown_code=99, non_decidable_code=98)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "code"),
+    [
+        ("known", "bridge", 11),  # the recipe's goes before the head's
+        ("known", "pit", 3),  # a person named it: the head has it
+        ("known", "particle", None),
+        ("novel", "novel-1", 99),  # without a code a found class is an unknown
+        ("novel", "novel-2", 2),
+        ("unknown", None, 99),
+        ("non-decidable", None, 98),
+        ("defect-free", "defect-free", None),
+    ],
+)
+def test_first_review_and_revision_give_the_same_code(line: Line, of_label: Any, kind, label, code) -> None:
+    codes = class_codes(CODED, {"bridge": 1, "novel-2": 2, "pit": 3})
+    first = to_record(make_review(1, verdicts=[judged(kind, label)]), **codes)
+    assert first.pages[0].defects[0].verdict.class_code == code
+    assert class_code(judged(kind, label), **codes) == code
+
+
+def test_revision_has_the_code_that_a_first_review_by_that_head_would_have(line: Line, of_label: Any) -> None:
+    path = line.review(features=[of_label("particle")])
+    line.publish(("bridge", "defect-free", "pit"), codes={"pit": 3})
+    run(line)
+    verdict = results.read(path).pages[0].defects[0].verdict
+    assert (verdict.kind, verdict.label, verdict.class_code) == ("known", "pit", 3)
+    again = to_record(make_review(1, verdicts=[judged("known", "pit")]), **class_codes(RECIPE, {"pit": 3}))
+    assert again.pages[0].defects[0].verdict.class_code == 3
+
+
+# --- what is said of it --------------------------------------------------------------------------------------------
+
+
+def test_audit_lines_of_review_and_revision_are_made_alike(line: Line, of_label: Any) -> None:
+    path = line.review(features=[of_label("particle")])
+    first = notices.audit_entry(results.read(path), path.name)
+    line.publish(("bridge", "defect-free", "novel-1"))
+    run(line)
+    (revised,) = line.audit()
+    assert (first["event"], revised["event"]) == ("reviewed", "revised")
+    assert revised.keys() - first.keys() == {"revision", "head", "changes"}
+    assert not first.keys() - revised.keys()
+    same = ("site", "source", "path", "sha256", "recipe", "result")
+    assert [first[key] for key in same] == [revised[key] for key in same]
+    assert (first["verdicts"], revised["verdicts"]) == ({"unknown": 1}, {"novel": 1})
+    assert revised["models"]["head"] == revised["head"] == 2
+
+
+def test_summaries_of_review_and_revision_are_made_alike(line: Line, of_label: Any) -> None:
+    path = line.review(features=[of_label("particle")])
+    first = notices.summary(results.read(path))
+    line.publish(("bridge", "defect-free", "novel-1"))
+    run(line)
+    (revised,) = line.summaries()
+    assert (first.revision, revised.revision) == (1, 2)
+    assert first.id != revised.id
+    assert (first.site, first.image_scores) == (revised.site, revised.image_scores) == ("site-1", first.image_scores)
+
+
+def test_revision_that_an_older_release_announced_is_not_announced_again(line: Line, of_label: Any) -> None:
+    path = line.review(features=[of_label("particle")])
+    line.publish(("bridge", "defect-free", "novel-1"))
+    run(line)
+    old = results.read(path).model_copy(update={"site": "", "model_hashes": {}})
+    path.write_text(old.model_dump_json())
+    parts = ["revised", old.sha256, old.source, old.path, old.recipe.id, dict(sorted(old.model_versions.items())), 2]
+    announced = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    line.ledger.note(audit={"event": "revised"}, once=announced)  # what the older release did
+    n_before = len(line.audit())
+    line.publish(("bridge", "defect-free", "novel-1"))
+    run(line)
+    assert len(line.audit()) == n_before
+
+
+def test_review_whose_count_goes_on_is_no_revision(line: Line, of_label: Any) -> None:
+    path = line.review(features=[of_label("particle")])
+    line.publish(("bridge", "defect-free", "novel-1"))
+    run(line)
+    again = results.read(path).model_copy(update={"revision": 3, "revised_utc": None})
+    path.write_text(again.model_dump_json())
+    n_before = len(line.audit())
+    line.publish(("bridge", "defect-free", "novel-1"))
+    run(line)
+    assert len(line.audit()) == n_before
 
 
 # --- slices, waiting, starting again -------------------------------------------------------------------------------

@@ -60,18 +60,22 @@ def test_no_file_at_all_is_ready_and_stops_cleanly(tmp_path, tiny_repository) ->
 
 
 def test_one_file_gives_result_overlay_table_records_and_audit_line(tmp_path, tiny_repository, server) -> None:
-    site = make_site(tmp_path / "site", tiny_repository, redis_url=server.url)
+    site = make_site(tmp_path / "site", tiny_repository, redis_url=server.url, name="fab3-ws7")
     with Daemon(site) as daemon:
         daemon.wait_ready()
         site.put("lot1/a.png", png(1))
         daemon.wait_for((site.results / "lot1/lot.csv").exists)
         assert daemon.stop() == 0
     record = json.loads((site.results / "lot1/a.png.review.json").read_text())
-    assert (record["source"], record["path"]) == (SOURCE, "lot1/a.png")
+    assert (record["site"], record["source"], record["path"]) == ("fab3-ws7", SOURCE, "lot1/a.png")
+    (line,) = (json.loads(text) for text in (site.state / "audit.jsonl").read_text().splitlines())
+    assert (line["site"], line["model_hashes"]) == ("fab3-ws7", record["model_hashes"])
     assert (site.results / "lot1/a.png.overlay.png").stat().st_size > 0
     assert "a.png" in (site.results / "lot1/lot.csv").read_text()
     client = redis.Redis.from_url(server.url)
-    assert client.xlen("semwatch:results") == 1
+    ((_, fields),) = client.xrange("semwatch:results")
+    summary = json.loads(fields[b"meta"])
+    assert (summary["site"], summary["model_hashes"]) == ("fab3-ws7", record["model_hashes"])
     n_unexplained = sum(
         defect["verdict"]["kind"] in ("unknown", "non-decidable")
         for page in record["pages"]

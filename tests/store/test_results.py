@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 import json
 import logging
@@ -21,7 +20,7 @@ from factories import KINDS, make_review, make_verdict
 from paths import ROOT
 from semwatch.defects import Review, Verdict, VerdictKind
 from semwatch.errors import ImageError, ServiceUnavailable
-from semwatch.store import results, review_record
+from semwatch.store import lot_table, results, review_record
 
 
 def names(folder: Path) -> list[str]:
@@ -300,9 +299,9 @@ def test_long_names_are_shortened_and_stay_apart(tmp_path: Path, name: str) -> N
     other = results.write(make_review(1, path=f"y{name[1:]}"), results_dir=tmp_path).json
     assert first != other
     assert results.read(first).path == name
-    assert len(list(results.iter_lot(first.parent))) == 2
+    assert len(list(lot_table.iter_lot(first.parent))) == 2
     results.write(make_review(1, path=name, sha256="b" * 64), results_dir=tmp_path)
-    assert len(list(results.iter_lot(first.parent))) == 2
+    assert len(list(lot_table.iter_lot(first.parent))) == 2
 
 
 def test_very_deep_folders_have_a_place(tmp_path: Path) -> None:
@@ -315,7 +314,7 @@ def test_very_deep_folders_have_a_place(tmp_path: Path) -> None:
 def test_name_that_is_not_utf8_is_spelled_out(tmp_path: Path) -> None:
     path = results.write(make_review(0, path=os.fsdecode(b"l\xff/a\xe4.tif")), results_dir=tmp_path).json
     assert results.read(path).path == "l\\xff/a\\xe4.tif"
-    assert len(list(results.iter_lot(path.parent))) == 1
+    assert len(list(lot_table.iter_lot(path.parent))) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 2}', "\0" * 100])
@@ -483,19 +482,6 @@ def test_kept_revisions_go_with_their_content_when_other_content_takes_the_name(
     assert results.read(path).revision == 1
 
 
-def test_lot_shows_the_latest_revision_alone(tmp_path: Path) -> None:
-    path = unknown_result(tmp_path)
-    results.write(make_review(0, path="lot7/wafer01/b.tif"), results_dir=tmp_path)
-    results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
-    table = rows(results.write_lot_csv(path.parent))
-    assert [(row["path"][-5:], row["label"], row["revision"]) for row in table] == [
-        ("a.tif", "novel-1", "2"),
-        ("a.tif", "", "2"),
-        ("b.tif", "", "1"),
-    ]
-    assert list(table[0])[-1] == "revision"
-
-
 def test_place_of_a_result_is_found_from_the_path_as_it_is_spelled_out(tmp_path: Path) -> None:
     name = os.fsdecode(b"l\xff/" + b"x" * 250 + b".tif")
     path = results.write(make_review(0, path=name), results_dir=tmp_path).json
@@ -505,51 +491,7 @@ def test_place_of_a_result_is_found_from_the_path_as_it_is_spelled_out(tmp_path:
         results.review_path(tmp_path, "tool-a", "../a.tif")
 
 
-# --- a lot ---------------------------------------------------------------------------------------------------------
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_empty_lot_is_a_header(tmp_path: Path) -> None:
-    assert list(results.iter_lot(tmp_path / "none")) == []
-    assert results.write_lot_csv(tmp_path).read_text().splitlines() == [",".join(results.LOT_COLUMNS)]
-
-
-def test_lot_has_a_row_for_each_defect_and_for_each_clean_image_in_order(tmp_path: Path) -> None:
-    verdicts = [make_verdict("known", 'a "b", c\nd'), make_verdict("unknown")]
-    for name, n in (("c.tif", 0), ("a.tif", 2), ("b.tif", 1)):
-        paths = results.write(make_review(n, path=f"lot/{name}", verdicts=verdicts), results_dir=tmp_path)
-    table = rows(results.write_lot_csv(paths.json.parent))
-    said = [(row["path"], row["defect_id"], row["kind"], row["label"]) for row in table]
-    assert said == [
-        ("lot/a.tif", "1", "known", 'a "b", c\nd'),
-        ("lot/a.tif", "2", "unknown", ""),
-        ("lot/b.tif", "1", "known", 'a "b", c\nd'),
-        ("lot/c.tif", "", "", ""),
-    ]
-    assert [row["page_verdict"] for row in table] == ["defects"] * 3 + ["defect-free"]
-
-
-def test_defect_row_holds_the_record_s_numbers(tmp_path: Path) -> None:
-    paths = results.write(make_review(1), results_dir=tmp_path, class_codes={"particle": 7})
-    (row,) = rows(results.write_lot_csv(paths.json.parent))
-    (defect,) = results.read(paths.json).pages[0].defects
-    assert tuple(int(row[edge]) for edge in ("x0", "y0", "x1", "y1")) == defect.box_xyxy
-    assert (int(row["area_px"]), float(row["peak_score"])) == (defect.area_px, defect.peak_score)
-    assert (row["class_code"], row["nearest_1"], row["nearest_2"]) == ("7", "particle", "residue")
-    assert row["models"] == "detector=1 encoder=1 head=3"
-
-
-def test_lot_leaves_out_kept_and_broken_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    results.write(make_review(1, sha256="a" * 64), results_dir=tmp_path)
-    paths = results.write(make_review(1, sha256="b" * 64), results_dir=tmp_path)
-    (paths.json.parent / "x.tif.review.json").write_text("{")
-    with caplog.at_level(logging.WARNING):
-        assert [record.sha256 for record in list(results.iter_lot(paths.json.parent))] == ["b" * 64]
-    assert "x.tif.review.json" in caplog.text
+# --- pictures ------------------------------------------------------------------------------------------------------
 
 
 def test_contact_sheet_of_nothing_and_of_missing_overlays_is_a_picture(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factories import make_review, make_verdict
+from factories import make_review, make_verdict, messages, result_summary
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.streams import unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
@@ -38,10 +38,8 @@ from semwatch.streams.records import (
     encode,
     is_by,
     json_schemas,
-    messages,
     pack,
     records,
-    result_summary,
     unpack,
 )
 from semwatch.streams.unknowns import Claimed, Consumer, Publisher, connect
@@ -143,19 +141,47 @@ def test_record_survives_the_wire_whole() -> None:
         assert_same(decode(unpack(pack(encode(record)))), record)
 
 
-def test_ids_are_the_same_for_the_same_defect_and_differ_with_file_source_and_recipe() -> None:
+def test_ids_are_of_site_tool_content_and_place_alone() -> None:
     review = make_review(1, verdicts=[UNKNOWN])
-    again = replace(review, reviewed_utc="2030-01-01T00:00:00Z", path="moved/a.tif")
-    others = [replace(review, sha256="0" * 64), replace(review, source="b"), replace(review, recipe_id="x")]
+    same = [
+        replace(review, reviewed_utc="2030-01-01T00:00:00Z", path="moved/a.tif"),
+        replace(review, recipe_id="x", recipe_name="y"),
+        replace(review, model_versions={"encoder": 7}, model_hashes={"encoder": "abc"}),
+    ]
     (first,) = records(review)
-    assert records(again)[0].id == first.id
-    assert len({records(other)[0].id for other in [review, *others]}) == 4
+    assert {records(other)[0].id for other in same} == {first.id}
+    (page,) = review.pages
+    (defect,) = page.defects
+    elsewhere = replace(page, defects=(replace(defect, box_xyxy=(0, 0, 9, 9)),))
+    others = [
+        replace(review, sha256="0" * 64),
+        replace(review, source="b"),
+        replace(review, site="another"),
+        replace(review, pages=(elsewhere,)),
+        replace(review, pages=(replace(page, defects=(replace(defect, defect_id=2),)),)),
+        replace(review, pages=(replace(page, micrograph=replace(page.micrograph, page=3)),)),
+    ]
+    assert len({records(other)[0].id for other in [review, *others]}) == 7
+
+
+def test_record_and_summary_carry_the_site_and_old_ones_have_none() -> None:
+    review = make_review(1, verdicts=[UNKNOWN], site="fab3-ws7")
+    for fields, read in ((encode(records(review)[0]), decode), (result_summary(review), decode_result)):
+        assert read(fields).site == "fab3-ws7"
+        meta = json.loads(fields[b"meta"])
+        del meta["site"]
+        assert read({**fields, b"meta": json.dumps(meta).encode()}).site == ""
 
 
 def test_result_of_another_path_or_head_is_another_result() -> None:
     review = make_review(1)
-    others = [replace(review, path="b.tif"), replace(review, model_versions={"head": 9})]
-    assert len({result_summary(other)[b"id"] for other in [review, *others]}) == 3
+    others = [
+        replace(review, path="b.tif"),
+        replace(review, model_versions={"head": 9}),
+        replace(review, site="b"),
+        replace(review, recipe_id="x"),
+    ]
+    assert len({result_summary(other)[b"id"] for other in [review, *others]}) == 5
     assert result_summary(review) == result_summary(review)
 
 

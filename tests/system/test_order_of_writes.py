@@ -28,7 +28,7 @@ from semwatch.models.model_repository import Meta
 from semwatch.service import drift, rereview
 from semwatch.service.drift import DriftWatch
 from semwatch.settings.recipe import Pins, Recipe
-from semwatch.store import results, serving
+from semwatch.store import lot_table, results, serving
 from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger
 from semwatch.store.review_record import VerdictRecord
@@ -147,7 +147,8 @@ def _kept_other_content(folder: Path) -> list[Path]:
 
 def _lot_table(folder: Path) -> list[Path]:
     path = results.write(make_review(2), results_dir=folder).json
-    return [results.write_lot_csv(path.parent)]
+    lot_table.write(path.parent)
+    return [path.parent / lot_table.LOT]
 
 
 def _publish(folder: Path) -> Path:
@@ -276,6 +277,14 @@ def test_audit_line_is_flushed_before_it_counts_and_a_full_log_is_set_aside(watc
     part = tmp_path / "audit-000000000001.jsonl"
     assert faults(watched.events, part) == []
     assert len(path.read_bytes().splitlines()) == len(part.read_bytes().splitlines()) == 1
+
+
+def test_row_of_a_lot_table_is_flushed(watched: WatchedOs, tmp_path: Path) -> None:
+    [table] = _lot_table(tmp_path)
+    path = results.write(make_review(1, path="lot7/wafer01/b.tif"), results_dir=tmp_path).json
+    assert path.parent == table.parent
+    assert lot_table.append(table.parent, [results.read(path)])
+    assert Event("fsync", table, content=_hash(table)) in watched.events
 
 
 def test_torn_audit_line_is_cut_on_disk_before_the_log_goes_on(watched: WatchedOs, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
-from semwatch.models.inference import Swap
+from semwatch.models.head_swap import Swap
 from semwatch.triton import background as triton_background
 from semwatch.triton import config as triton_config
 from semwatch.triton import control
@@ -67,7 +67,17 @@ def test_package_that_cannot_be_had_is_said_and_nothing_half_made_counts(
     assert not triton_setup.Installation(tmp_path / "new").is_current()
 
 
+def test_python_without_wheels_of_the_server_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_setup, "_PYTHON", "3.13")
+    with pytest.raises(ConfigError, match=r"needs Python 3\.11 or 3\.12, this is 3\.13: run it from one"):
+        set_up(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(triton_setup._PYTHON not in triton_setup.PYTHONS, reason="no wheel of the server for this Python")
 def test_index_out_of_reach_is_said_and_nothing_half_made_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ from semwatch.operations import doctor
 from semwatch.service.loop import Service
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import IMAGE_SUFFIXES, load_site
-from semwatch.store import results
+from semwatch.store import lot_table, results
 from semwatch.system import journal
 from semwatch.system.clock import utc_now
 
@@ -117,7 +117,7 @@ def review(
             )
         ]
     for lot in sorted({Path(row["result"]).parent for row in rows if "result" in row}):
-        results.write_lot_csv(lot)
+        lot_table.write(lot)
     _show_reviews(rows, as_json)
     if any("error" in row for row in rows):
         raise typer.Exit(1)
@@ -166,12 +166,16 @@ def doctor_command(site: SiteOption, as_json: JsonOption = False) -> None:
     """Check folders, rights, Redis, models and versions, and say what to fix. Run it as the daemon's user."""
     checks = doctor.examine(load_site(site))
     if as_json:
-        typer.echo(json.dumps([{"check": c.name, "ok": c.ok, "detail": c.detail, "remedy": c.remedy} for c in checks]))
+        rows = (
+            {"check": c.name, "ok": c.ok, "detail": c.detail, "remedy": c.remedy, "advice": c.advice} for c in checks
+        )
+        typer.echo(json.dumps(list(rows)))
     else:
         for check in checks:
-            say(f" {check.name}: {check.detail}", ("ok ", "green") if check.ok else ("FIX", "red"))
-            if not check.ok:
-                say(f"    {check.remedy}")
+            mark = ("FIX", "red") if not check.ok else ("!! ", "yellow") if check.advice else ("ok ", "green")
+            say(f" {check.name}: {check.detail}", mark)
+            if more := check.advice if check.ok else check.remedy:
+                say(f"    {more}")
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 import grp
 import json
 import os
+import platform
 import pwd
 import shlex
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,7 @@ def install(
             f"the ledger safe"
         )
     tools = tuple(sorted({*(record.tools if record else ()), installed_files.checked_tool(tool)}))
-    files = installed_files.wanted(release.package, prefix=prefix, tools=tools)
+    files = installed_files.wanted(release.package, prefix=prefix, tools=tools, host=platform.node())
     steps = installation.plan(at, files, record.files if record else {}, puts_back=True)
     steps.append(_link_step(at, release.version))
     if not dry_run:

@@ -75,8 +75,14 @@ def doc_pages(package: Path) -> list[Path]:
     return []
 
 
-def wanted(package: Path, *, prefix: Path, tools: tuple[str, ...]) -> dict[Path, bytes]:
+def wanted(package: Path, *, prefix: Path, tools: tuple[str, ...], host: str = "") -> dict[Path, bytes]:
     """Every file of an installation by its path on the machine.
+
+    Args:
+        package: that is installed.
+        prefix: of the program's versions.
+        tools: with settings of their own.
+        host: the machine's name, whose first part becomes the site's; "": the site keeps its default name.
 
     Raises:
         ConfigError: the package has no units, or cannot be read.
@@ -90,7 +96,7 @@ def wanted(package: Path, *, prefix: Path, tools: tuple[str, ...]) -> dict[Path,
         for tool in tools:
             examples = _examples_folder(package)
             site = (examples / "site.yaml").read_text("utf-8")
-            files[settings_folder(tool) / "site.yaml"] = site_yaml(site, tool)
+            files[settings_folder(tool) / "site.yaml"] = site_yaml(site, tool, host)
             files[settings_folder(tool) / "recipe.yaml"] = (examples / "recipe.yaml").read_text("utf-8")
             if tool:
                 files[TMPFILES / f"semwatch-{tool}.conf"] = tool_folders(files[TMPFILES / "semwatch.conf"], tool)
@@ -99,8 +105,10 @@ def wanted(package: Path, *, prefix: Path, tools: tuple[str, ...]) -> dict[Path,
     return {path: text.encode() for path, text in sorted(files.items())}
 
 
-def site_yaml(example: str, tool: str) -> str:
-    """The example site with the paths of the installation, Redis on, and its comments."""
+def site_yaml(example: str, tool: str, host: str = "") -> str:
+    """The example site with the paths of the installation, the host's name, Redis on, and its comments."""
+    if name := site_name(host):
+        example = example.replace("\n#name: site\n", f"\nname: {name}\n")  # an older release's example has none
     text = _swap(example, "Redis and metrics are off until theirs goes.", "Metrics are off until theirs goes.")
     text = _swap(text, "#redis:\n  #url: redis://127.0.0.1:6379/0 ", f"redis:\n  url: {REDIS_URL}  ")
     if tool:
@@ -111,6 +119,16 @@ def site_yaml(example: str, tool: str) -> str:
         # tools on one machine share the Redis, not their queues
         text = _swap(text, "  #prefix: semwatch ", f"  prefix: semwatch-{tool} ")
     return text
+
+
+def site_name(host: str) -> str:
+    """What a site on a machine of this name is called; "" where the name tells nothing.
+
+    >>> site_name("sem-ws-07.fab3.example"), site_name("localhost")
+    ('sem-ws-07', '')
+    """
+    short = re.sub(r"[^A-Za-z0-9_-]+", "-", host.partition(".")[0]).lstrip("-")[:64]
+    return "" if short == "localhost" else short
 
 
 def tool_folders(tmpfiles: str, tool: str) -> str:

@@ -27,6 +27,10 @@ from numpy.typing import NDArray
 from semwatch.defects import Box, Micrograph
 from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.intake.info_bar import find_field
+from semwatch.settings.site import Limits
+
+LIMITS = Limits()
+"""What a machine takes on where nothing is said."""
 
 _COPY_AGAIN = "the copy is incomplete or damaged; copy the file again from the tool"
 _SAVE_AS = "save it as 8- or 16-bit gray or RGB"
@@ -85,9 +89,9 @@ def decode(
     data: bytes,
     *,
     name: str,
-    max_pixels: int = 8192 * 8192,
-    max_total_pixels: int = 4 * 8192 * 8192,
-    max_pages: int = 64,
+    max_pixels: int = LIMITS.max_image_px,
+    max_total_pixels: int = 4 * LIMITS.max_image_px,
+    max_pages: int = LIMITS.max_pages,
     min_side_px: int = 64,
 ) -> tuple[Micrograph, ...]:
     """Decode all pages of an image file, in file order; thumbnails of a TIFF are left out.

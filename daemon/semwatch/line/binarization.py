@@ -10,7 +10,7 @@ The sweep runs on the working grid and not on the image: a map of 32 x 32 tokens
 
 import math
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
 import cv2
 import numpy as np
@@ -18,10 +18,15 @@ from numpy.typing import NDArray
 
 from semwatch.defects import Box
 from semwatch.errors import ImageError
+from semwatch.settings.recipe import Method, Recipe
 
-Method = Literal["plateau", "lowest", "fixed", "otsu", "literal"]
+_RECIPE = Recipe()
+_RULE, _CROP = _RECIPE.binarization, _RECIPE.crop
+"""Where nothing is said, the default recipe holds: what is measured with these functions is what the daemon does."""
 
-_GRID_PX = 112
+BEFORE_MERGING = 2
+"""Components that a mask keeps for each defect that is kept of a page: close ones become one."""
+
 _SQUARE_3X3 = np.ones((3, 3), np.uint8)
 
 
@@ -91,7 +96,10 @@ def gate(raw_score: float, *, threshold: float) -> bool:
 
 
 def saliency(
-    score_map: NDArray[np.float32], *, percentiles: tuple[float, float] = (1.0, 99.9), grid_px: int = _GRID_PX
+    score_map: NDArray[np.float32],
+    *,
+    percentiles: tuple[float, float] = _RULE.percentiles,
+    grid_px: int = _RULE.grid_px,
 ) -> NDArray[np.float32]:
     """Upsample a score map (h, w) bilinearly to (g, g) and map its two percentiles to 0 and 1, clipped.
 
@@ -136,7 +144,11 @@ def component_counts(
 
 
 def sweep(
-    saliency: NDArray[np.float32], *, n_thresholds: int = 64, min_area_px: int, max_mask_fraction: float = 1.0
+    saliency: NDArray[np.float32],
+    *,
+    n_thresholds: int = _RULE.n_thresholds,
+    min_area_px: int,
+    max_mask_fraction: float = 1.0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.intp]]:
     """Return descending thresholds, the share of the grid at or above each, and ``component_counts``; (k,) all three.
 
@@ -157,9 +169,9 @@ def plateau(
     counts: NDArray[np.intp],
     fractions: NDArray[np.float64],
     *,
-    epsilon: int = 0,
-    min_length: int = 4,
-    max_mask_fraction: float = 0.3,
+    epsilon: int = _RULE.epsilon,
+    min_length: int = _RULE.min_plateau,
+    max_mask_fraction: float = _RULE.max_mask_fraction,
 ) -> tuple[int, int] | None:
     """Return the indices of the highest and lowest threshold of the longest stable run of component counts, or None.
 
@@ -188,7 +200,7 @@ def plateau(
     return run
 
 
-def literal_plateau(counts: NDArray[np.intp], fractions: NDArray[np.float64], *, epsilon: int = 0) -> int:
+def literal_plateau(counts: NDArray[np.intp], fractions: NDArray[np.float64], *, epsilon: int = _RULE.epsilon) -> int:
     """Return the index of the lowest threshold on the longest run of steps of at most ``epsilon``, as printed.
 
     The run may be that of empty masks or of the whole image. Ties as in ``plateau``. ``counts`` has K >= 1 values.
@@ -214,15 +226,15 @@ def _iou_sums(fractions: NDArray[np.float64]) -> list[float]:
 def binarize(
     score_map: NDArray[np.float32],
     *,
-    method: Method = "plateau",
-    grid_px: int = _GRID_PX,
-    percentiles: tuple[float, float] = (1.0, 99.9),
-    n_thresholds: int = 64,
-    epsilon: int = 0,
-    min_length: int = 4,
-    max_mask_fraction: float = 0.3,
+    method: Method = _RULE.method,
+    grid_px: int = _RULE.grid_px,
+    percentiles: tuple[float, float] = _RULE.percentiles,
+    n_thresholds: int = _RULE.n_thresholds,
+    epsilon: int = _RULE.epsilon,
+    min_length: int = _RULE.min_plateau,
+    max_mask_fraction: float = _RULE.max_mask_fraction,
     min_area_fraction: float = 2e-4,
-    max_defects: int = 16,
+    max_defects: int = BEFORE_MERGING * _RULE.max_defects,
 ) -> Binarization:
     """Find the defect mask of a score map (h, w) whose image has passed the gate.
 
@@ -298,8 +310,8 @@ def regions(
     score_map: NDArray[np.float32],
     *,
     size_hw: tuple[int, int],
-    merge_fraction: float = 0.01,
-    max_regions: int = 8,
+    merge_fraction: float = _RULE.merge_fraction,
+    max_regions: int = _RULE.max_defects,
 ) -> list[Region]:
     """Return the defects of a mask (g, g) in a field of ``size_hw`` pixels, largest first, at most ``max_regions``.
 
@@ -353,7 +365,13 @@ def _field_box(box: Box, grid_px: int, size_hw: tuple[int, int]) -> Box:
     return x0 * width // grid_px, y0 * height // grid_px, -(-x1 * width // grid_px), -(-y1 * height // grid_px)
 
 
-def crop_window(box: Box, *, size_hw: tuple[int, int], context: float = 2.0, min_side_fraction: float = 0.1) -> Box:
+def crop_window(
+    box: Box,
+    *,
+    size_hw: tuple[int, int],
+    context: float = _CROP.context,
+    min_side_fraction: float = _CROP.min_side_fraction,
+) -> Box:
     """Return the square window around a box in a field of ``size_hw`` pixels; it may leave the field.
 
     Its side is ``context`` times the longer side of the box, at least ``min_side_fraction`` of the shorter and at most
@@ -371,7 +389,7 @@ def crop_window(box: Box, *, size_hw: tuple[int, int], context: float = 2.0, min
     return left, top, left + side, top + side
 
 
-def cut(pixels: NDArray[np.uint8], window: Box, *, side_px: int = 224) -> NDArray[np.uint8]:
+def cut(pixels: NDArray[np.uint8], window: Box, *, side_px: int) -> NDArray[np.uint8]:
     """Return the window of a field (H, W), resized to (S, S); outside, the field is mirrored about its border pixels.
 
     The window may be larger than the field. Shrinking averages areas, so that no pixel is skipped; enlarging is linear.
@@ -399,7 +417,7 @@ def soft_mask(
     window: Box,
     *,
     size_hw: tuple[int, int],
-    tokens: int = 16,
+    tokens: int,
 ) -> NDArray[np.float32]:
     """Return the saliency (g, g) of one region as seen through a crop window, (t, t) in [0, 1], 0 outside the field.
 

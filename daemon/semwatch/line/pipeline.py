@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake import decoding
+from semwatch.intake.decoding import LIMITS
 from semwatch.line import binarization, detection, inputs
 from semwatch.line.binarization import Region
 from semwatch.line.classification import classify, size_feature
@@ -61,19 +62,21 @@ def review(
     recipe: Recipe,
     models: Models,
     reviewed_utc: str,
-    max_pixels: int = 8192 * 8192,
-    max_pages: int = 64,
+    site: str = "",
+    max_pixels: int = LIMITS.max_image_px,
+    max_pages: int = LIMITS.max_pages,
 ) -> Review:
     """Review one image file.
 
     Args:
         data: the file's content; the same bytes that were hashed.
-        source: name of the drop folder.
+        source: name of the tool, as its drop folder has it.
         path: relative to the drop folder, POSIX.
         sha256: of ``data``.
         recipe: how to judge.
         models: who answers.
         reviewed_utc: the time to write down.
+        site: name of the site that reviews, if any does.
         max_pixels: of one page.
         max_pages: of one file.
 
@@ -97,6 +100,7 @@ def review(
         model_hashes={model: one.content_hash for model, one in answered.items()},
         pages=pages,
         timings_ms=timings,
+        site=site,
     )
 
 
@@ -127,7 +131,7 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
             epsilon=settings.epsilon,
             min_length=settings.min_plateau,
             max_mask_fraction=settings.max_mask_fraction,
-            max_defects=2 * settings.max_defects,  # before close ones are merged
+            max_defects=binarization.BEFORE_MERGING * settings.max_defects,
         )
         regions = binarization.regions(
             found.mask,

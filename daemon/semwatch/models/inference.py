@@ -8,7 +8,6 @@ Every version must answer its probe as the network did that it was made from, or
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +18,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from semwatch.errors import ModelMismatch, ServiceUnavailable
-from semwatch.models import choice, model_repository
-from semwatch.models.checks import check_fit, check_inputs, check_probe
+from semwatch.models import model_repository
+from semwatch.models.checks import check_inputs, check_probe
 from semwatch.models.contract import check_contract
+from semwatch.models.head_swap import HeadSwap, Swap
 from semwatch.models.model_repository import MODELS, Arrays, Meta
 
 
@@ -46,16 +46,6 @@ class Answer:
     def version(self) -> int:
         """Local number of the version."""
         return self.id.version
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """One change of version, done or refused."""
-
-    model: str
-    version: int
-    refused: str | None = None
-    """Why the version may not serve; None: it serves now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +89,7 @@ class Embedded:
 
     Args:
         repository: folder with detector, encoder and head.
-        pins: version by model; a model without a pin serves what ``serving.choice`` says.
+        pins: version by model; a model without a pin serves what ``choice`` says.
         threads: processor threads of one network; None for all the machine has.
         models: which to load; training asks before there is a head.
 
@@ -115,15 +105,17 @@ class Embedded:
         threads: int | None = None,
         models: Sequence[str] = MODELS,
     ) -> None:
-        self._repository, self._pins = repository, pins or {}
+        self._repository, self._heads = repository, HeadSwap(repository, pins or {})
         # One network at a time has all the cores: two at once only evict each other's caches.
         self._turn = threading.Lock()
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._refused: dict[tuple[str, int], str] = {}
         self._loaded: dict[str, _Loaded] = {}
-        for model in models:
-            loaded = self._load_head() if model == "head" else self._load(model, self._wanted(model))
-            self._loaded[model] = loaded
+        for model in sorted(models, key=MODELS.index):  # a head is held against its encoder
+            self._loaded[model] = (
+                self._heads.first(self._load_head, self._encoder())
+                if model == "head"
+                else self._load(model, self._heads.wanted(model))
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -150,23 +142,13 @@ class Embedded:
     def refresh(self) -> Swap | None:
         """Let the head that should serve now serve, without an answer missed; None where it does already.
 
-        The new head is loaded and proven on its probe beside the old one, then takes its place between two answers. A
-        version that cannot be used is refused, said once, and the old one goes on. Detector and encoder change only
-        at a start: features of one encoder must not meet a head of another.
+        The new head is loaded and proven on its probe beside the old one, then takes its place between two answers; see
+        ``HeadSwap.next``.
         """
-        now = self._loaded["head"]
-        try:
-            version = self._wanted("head")
-        except ModelMismatch as error:
-            return self._refuse(-1, str(error))
-        if version == now.version or ("head", version) in self._refused:
-            return None
-        try:
-            loaded = self._fitting_head(version)
-        except ModelMismatch as error:
-            return self._refuse(version, str(error))
-        self._loaded = {**self._loaded, "head": loaded}
-        return Swap("head", version)
+        swap, head = self._heads.next(self._loaded["head"].version, self._load_head, self._encoder())
+        if head is not None:
+            self._loaded = {**self._loaded, "head": head}
+        return swap
 
     def meta(self, model: str) -> Meta:
         """What travels with the version that would answer now."""
@@ -182,7 +164,7 @@ class Embedded:
 
     def refused(self) -> dict[int, str]:
         """Versions of the head that could not be used, and why."""
-        return {version: why for (_, version), why in self._refused.items()}
+        return self._heads.refused()
 
     def close(self) -> None:
         """Let go of the networks' memory."""
@@ -199,32 +181,11 @@ class Embedded:
                 raise ServiceUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
         return Answer(dict(zip(names, values, strict=True)), loaded.id, loaded.meta)
 
-    def _load_head(self) -> _Loaded:
-        """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
-        wanted, *deputies = choice.to_try(self._repository, "head", self._pins.get("head"))
-        try:
-            return self._fitting_head(wanted)
-        except ModelMismatch as error:
-            self._refuse(wanted, str(error))
-            for version in deputies:
-                with suppress(ModelMismatch):
-                    return self._fitting_head(version)
-            raise
+    def _encoder(self) -> Meta | None:
+        return self._loaded["encoder"].meta if "encoder" in self._loaded else None
 
-    def _fitting_head(self, version: int) -> _Loaded:
-        loaded = self._load("head", version)
-        if "encoder" in self._loaded:
-            check_fit(self._loaded["encoder"].meta, loaded.meta)
-        return loaded
-
-    def _wanted(self, model: str) -> int:
-        pin = self._pins.get(model)
-        return choice.choice(self._repository, model) if pin is None else pin
-
-    def _refuse(self, version: int, why: str) -> Swap | None:
-        is_news = self._refused.get(("head", version)) != why
-        self._refused["head", version] = why
-        return Swap("head", version, why) if is_news else None
+    def _load_head(self, version: int) -> _Loaded:
+        return self._load("head", version)
 
     def _load(self, model: str, version: int) -> _Loaded:
         meta = model_repository.read_meta(self._repository, model, version)

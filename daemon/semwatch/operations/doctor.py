@@ -21,7 +21,7 @@ from semwatch.models.model_repository import MODELS
 from semwatch.service.delivery import connect_handoff, connect_publisher
 from semwatch.service.models_in_service import load_models, versions_of
 from semwatch.settings.recipe import Recipe, load_recipe
-from semwatch.settings.site import Folder, Site
+from semwatch.settings.site import DEFAULT_NAME, Folder, Site
 from semwatch.store import serving
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.streams.handoff import Cycle
@@ -39,6 +39,9 @@ class Check:
     ok: bool
     detail: str
     remedy: str = ""
+    """What to do where it is not ok."""
+    advice: str = ""
+    """A warning: what would be better, though the line works."""
 
 
 def status(site: Site) -> dict[str, object]:
@@ -72,7 +75,7 @@ def status(site: Site) -> dict[str, object]:
 
 def examine(site: Site) -> list[Check]:
     """Check everything the daemon needs before it can work, and everything a person can mend."""
-    checks = [_folder_check(folder) for folder in site.folders]
+    checks = [_name_check(site), *(_folder_check(folder) for folder in site.folders)]
     checks += [_writable("results folder", site.results_dir), _writable("state folder", site.state_dir)]
     checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER)]
     if site.models.runtime == "triton":
@@ -153,6 +156,13 @@ def _folder_check(folder: Folder) -> Check:
     if not os.access(folder.path, os.R_OK | os.X_OK):
         return Check(name, False, f"{folder.path} cannot be read", "give the daemon's user read and search rights")
     return Check(name, True, str(folder.path))
+
+
+def _name_check(site: Site) -> Check:
+    if site.name != DEFAULT_NAME:
+        return Check("name", True, site.name)
+    advice = "give the site a name of its own, `name` in the site settings: a fab tells its records apart by it"
+    return Check("name", True, f"{site.name}, like every site that nobody has named", advice=advice)
 
 
 def _writable(name: str, folder: Path) -> Check:

@@ -434,16 +434,6 @@ class DriftWatch:
                 values |= {(source, what): value / threshold for what, value, threshold in watch.readings()}
             return values
 
-    def reset(self, recipe_id: str | None = None) -> None:
-        """Start unknown rate and class mix anew, of one recipe or of all; the score reference stays.
-
-        ``observe`` does so by itself once another encoder or head has answered.
-        """
-        with self._lock:
-            for watch in self._watches.values():
-                if recipe_id in (None, watch.recipe_id):
-                    watch.restart_classes()
-
     def state(self) -> dict[str, Any]:
         """All that is remembered, as JSON takes it."""
         with self._lock:

@@ -19,19 +19,19 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType
 
 from semwatch.defects import Review
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.intake import decoding, drop_folder
 from semwatch.intake.drop_folder import Arrival, Incoming
-from semwatch.line import pipeline
+from semwatch.line import notices, pipeline
 from semwatch.line.class_codes import class_codes
 from semwatch.service import drift, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.service.drift import Alarm, DriftWatch
 from semwatch.service.forgetting import Forgetting
+from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.settings.recipe import load_recipe
@@ -39,7 +39,7 @@ from semwatch.settings.site import Site
 from semwatch.store import results
 from semwatch.store.audit import AUDIT, AuditLog
 from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem
-from semwatch.store.review_record import ReviewRecord, printable
+from semwatch.store.review_record import printable
 from semwatch.streams import records
 from semwatch.system.clock import utc_now
 from semwatch.system.files import make_folder
@@ -54,7 +54,6 @@ LOG_AGAIN_S = 60.0
 """Seconds after which a fault that lasts is logged again."""
 BESIDE_WORK_S = 0.02
 """Seconds of re-review between two looks at files under way."""
-LOT_INTERVAL_S = 2.0
 
 
 class Service:
@@ -125,9 +124,7 @@ class Service:
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
         self._next_beat = 0.0
         self._pause, self._log_again = "", 0.0
-        self._lots_to_write: set[Path] = set()
-        self._lots_lock = threading.Lock()
-        self._next_lots = 0.0
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
         self._away = Backoff()
         self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
@@ -142,7 +139,7 @@ class Service:
             days=site.learning.reread_days,
             publishes=self._publisher is not None,
             is_busy=self._is_in_review,
-            on_revised=self._take_revision,
+            on_revised=lambda _, result: self.metrics.observe_revision(result),
         )
         keep.callback(self._rereview.close)
         self._has_more_to_reread = False
@@ -210,8 +207,7 @@ class Service:
                 self._away.worked()
             finally:
                 self._incoming.release(arrival)
-        if time.monotonic() >= self._next_lots:
-            self._write_lots()
+        self._tables.step()
 
     def _reread(self) -> None:
         """Judge unknowns again after a swap, a slice at a time: a long one between files, a short one beside them."""
@@ -219,11 +215,6 @@ class Service:
 
     def _is_in_review(self, source: str, path: str) -> bool:
         return any((a.source, printable(a.path)) == (source, path) for a, _ in self._working.values())
-
-    def _take_revision(self, path: Path, result: ReviewRecord) -> None:
-        self.metrics.observe_revision(result)
-        with self._lots_lock:
-            self._lots_to_write.add(path.parent)
 
     def _reason_to_wait(self) -> str | None:
         """Why no file is taken now; files wait in the folder, which is the buffer."""
@@ -326,7 +317,7 @@ class Service:
             for future, (arrival, _) in self._working.items():
                 if future.done() and (error := future.exception()):
                     log.error("a review failed while stopping: %s", error, extra=self._about(arrival, "waits"))
-            self._write_lots()
+            self._tables.step(is_last=True)
             self._deliver()
             if self._presence is not None:
                 self._presence.end()
@@ -386,28 +377,29 @@ class Service:
             recipe=recipe,
             models=self._models.of(recipe),
             reviewed_utc=utc_now(),
-            max_pixels=int(limits.max_image_mpx * 1_000_000),
+            site=self.site.name,
+            max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
         paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
-        items = [OutboxItem(*message) for message in records.messages(review)] if self._publisher else []
+        found = records.records(review)
+        messages = notices.messages(found, paths.record) if self._publisher else []
         self.ledger.finish(
             claim,
-            outbox=items,
-            audit=audit_entry(review, paths.json),
+            outbox=[OutboxItem(*message) for message in messages],
+            audit=notices.audit_entry(paths.record, paths.json.name),
             now_utc=review.reviewed_utc,
-            unknowns=rereview.features_of(records.records(review)) if self.site.learning.reread_days > 0 else (),
+            unknowns=rereview.features_of(found) if self.site.learning.reread_days > 0 else (),
+            row=row_of(paths.json, self.site.results_dir, is_new=paths.is_new),
         )
-        with self._lots_lock:
-            self._lots_to_write.add(paths.json.parent)
         self.metrics.observe(review)
         self._watch_drift(review)
         stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
         log.info(
             "%s/%s: %d defects, %.0f ms (%s), models %s",
             claim.source, claim.path, review.n_defects, (time.perf_counter() - start) * 1000, stages,
-            dict(review.model_versions), extra=_about_review(review),
+            dict(review.model_versions), extra=notices.journal_fields(paths.record),
         )  # fmt: skip
 
     def _about(self, it: Arrival | Claim | Alarm, event: str) -> dict[str, dict[str, str]]:
@@ -462,49 +454,3 @@ class Service:
             extra = self._about(claim, "duplicate")
             text = "%s/%s has the content of %s: not reviewed again"
             log.info(text, claim.source, claim.path, claim.original, extra=extra)
-
-    def _write_lots(self) -> None:
-        with self._lots_lock:
-            lots, self._lots_to_write = self._lots_to_write, set()
-        start = time.monotonic()
-        for lot in lots:
-            results.write_lot_csv(lot)
-        # A table is written anew from all results of its lot: at most one twentieth of the time goes there.
-        end = time.monotonic()
-        self._next_lots = end + max(LOT_INTERVAL_S, 20 * (end - start))
-
-
-def _about_review(review: Review) -> dict[str, dict[str, str]]:
-    """The journal's fields of a finished review."""
-    return about(
-        "reviewed",
-        review.source,
-        review.path,
-        review.sha256,
-        recipe=review.recipe_name,
-        recipe_id=review.recipe_id,
-        verdicts=count_kinds(review),
-        models=review.model_versions,
-    )
-
-
-def count_kinds(review: Review) -> dict[str, int]:
-    """Defects of a review by verdict kind."""
-    kinds = [defect.verdict.kind for page in review.pages for defect in page.defects]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
-
-
-def audit_entry(review: Review, result: Path) -> dict[str, object]:
-    """The audit line of one review: what was judged, by which recipe and models, and what came out."""
-    return {
-        "event": "reviewed",
-        "utc": review.reviewed_utc,
-        "source": review.source,
-        "path": review.path,
-        "sha256": review.sha256,
-        "recipe": review.recipe_id,
-        "models": dict(review.model_versions),
-        "model_hashes": dict(review.model_hashes),
-        "verdicts": count_kinds(review),
-        "result": result.name,
-    }

@@ -10,11 +10,8 @@ again, so a crash anywhere leaves one revision with one audit line once the pass
 what is finished; it only saves the repetition.
 """
 
-import hashlib
-import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,22 +19,25 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from semwatch.defects import Verdict
-from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable, first_fault
-from semwatch.line import classification
+from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable
+from semwatch.line import classification, notices
+from semwatch.line.class_codes import class_codes
+from semwatch.line.notices import Place
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
+from semwatch.service.lot_tables import row_of
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.store import results
 from semwatch.store.ledger import Ledger, OutboxItem
-from semwatch.store.review_record import DefectRecord, ReviewRecord, VerdictRecord, verdict_record
+from semwatch.store.review_record import ReviewRecord, VerdictRecord, class_code, verdict_record
 from semwatch.store.unknown_features import UnknownFeatures
-from semwatch.streams import records
-from semwatch.streams.records import Record, ResultSummary
+from semwatch.streams.records import Record
 from semwatch.system import files
 from semwatch.system.clock import utc_now, utc_of
+from semwatch.system.faults import first_fault
 from semwatch.system.journal import about
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,6 @@ SLICE_S = 0.2
 """A slice ends with the image that exceeds it."""
 RETRY_S = 60.0
 _PAGE = 32
-
-Place = tuple[int, int]
-"""Page and ``defect_id``."""
 
 
 @dataclass(slots=True)
@@ -231,14 +228,14 @@ class Rereview:
         self, result: ReviewRecord, found: list[UnknownFeatures], recipe: Recipe
     ) -> tuple[dict[Place, VerdictRecord], ModelId]:
         """Ask the head; return the verdicts that take the place of others, and which head it was."""
-        current = defects_of(result)
+        current = notices.defects_of(result)
         known = [r for r in found if (d := current.get((r.page, r.defect_id))) and d.box_xyxy == r.box_xyxy]
         self.counts.stale += len(found) - len(known)
         if not known:
             return {}, ModelId(0, "")
         features = np.stack([np.frombuffer(r.features, "<f4").astype(np.float32) for r in known])
         answer = self._models[recipe.pins].infer("head", {"features": features}, backlog=True)
-        changes = {}
+        changes, codes = {}, class_codes(recipe, answer.meta.codes)
         for record, logits, p_values in zip(known, answer.outputs["logits"], answer.outputs["p_values"], strict=True):
             place = record.page, record.defect_id
             verdict = classification.decide(
@@ -249,19 +246,29 @@ class Rereview:
                 decide_confidence=recipe.unknown.decide_confidence,
             )
             if replaces(verdict, current[place].verdict, answer.meta):
-                changes[place] = verdict_record(verdict, class_code(verdict, recipe, answer.meta))
+                changes[place] = verdict_record(verdict, class_code(verdict, **codes))
         return changes, answer.id
 
     def _note(self, target: Path, result: ReviewRecord) -> None:
         """Offer a revision to the ledger, which takes it once."""
-        if result.revision == 1:
+        if result.revised_utc is None:
             return
-        message = summary(result)
+        message = notices.summary_message(result)
         outbox = [OutboxItem(*message)] if self._publishes else []
-        if self._ledger.note(audit=audit_entry(target, result), outbox=outbox, once=message[1], once_utc=utc_now()):
-            head, extra = result.model_versions.get("head"), _about(result)
+        row = row_of(target, self._results_dir, is_new=False)
+        audit = notices.audit_entry(result, target.name, before=_before(target, result))
+        if self._ledger.note(audit=audit, outbox=outbox, once=message[1], once_utc=utc_now(), row=row):
+            head, extra = result.model_versions.get("head"), notices.journal_fields(result)
             log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
             self._on_revised(target, result)
+
+
+def _before(target: Path, result: ReviewRecord) -> ReviewRecord | None:
+    """The revision before this one; None where it was taken away."""
+    try:
+        return results.read(results.revision_path(target, result.revision - 1))
+    except ImageError:
+        return None
 
 
 def features_of(found: Iterable[Record]) -> list[UnknownFeatures]:
@@ -292,100 +299,6 @@ def replaces(verdict: Verdict, current: VerdictRecord, head: Meta) -> bool:
     if verdict.label is None:
         return current.label is not None and current.label not in head.labels
     return (verdict.kind, verdict.label) != (current.kind, current.label)
-
-
-def class_code(verdict: Verdict, recipe: Recipe, head: Meta) -> int | None:
-    """The fab's code: the recipe's table goes before the head's; a found class without a code is an unknown."""
-    if verdict.label is None:
-        return recipe.unknown_code if verdict.kind == "unknown" else recipe.non_decidable_code
-    if verdict.label in recipe.classes:
-        return recipe.classes[verdict.label].code
-    return head.codes.get(verdict.label, recipe.unknown_code if verdict.kind == "novel" else None)
-
-
-def audit_entry(target: Path, result: ReviewRecord) -> dict[str, object]:
-    """The audit line of one revision; ``changes`` is null where the revision before it was taken away."""
-    try:
-        before = defects_of(results.read(results.revision_path(target, result.revision - 1)))
-        changes = _differences(before, defects_of(result))
-    except ImageError:
-        changes = None
-    return {
-        "event": "revised",
-        "utc": result.revised_utc or result.reviewed_utc,
-        "source": result.source,
-        "path": result.path,
-        "sha256": result.sha256,
-        "recipe": result.recipe.id,
-        "revision": result.revision,
-        "head": result.model_versions.get("head"),
-        "head_hash": result.model_hashes.get("head"),
-        "changes": changes,
-        "result": target.name,
-    }
-
-
-def _about(result: ReviewRecord) -> dict[str, dict[str, str]]:
-    """The journal's fields of a revision."""
-    return about(
-        "revised",
-        result.source,
-        result.path,
-        result.sha256,
-        recipe=result.recipe.name,
-        recipe_id=result.recipe.id,
-        verdicts=Counter(defect.verdict.kind for defect in defects_of(result).values()),
-        models=result.model_versions,
-    )
-
-
-def _differences(before: Mapping[Place, DefectRecord], after: Mapping[Place, DefectRecord]) -> list[dict[str, object]]:
-    return [
-        {
-            "page": page,
-            "defect_id": defect_id,
-            "from": _verdict_name(before[page, defect_id]),
-            "to": _verdict_name(defect),
-        }
-        for (page, defect_id), defect in after.items()
-        if (page, defect_id) in before and _verdict_name(before[page, defect_id]) != _verdict_name(defect)
-    ]
-
-
-def _verdict_name(defect: DefectRecord) -> str:
-    return defect.verdict.label or defect.verdict.kind
-
-
-def summary(result: ReviewRecord) -> records.Message:
-    """Make the results stream's message of a revision; each revision has an id of its own."""
-    versions = dict(sorted(result.model_versions.items()))
-    parts = ["revised", result.sha256, result.source, result.path, result.recipe.id, versions, result.revision]
-    id_ = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    verdicts = [defect.verdict for defect in defects_of(result).values()]
-    fresh = ResultSummary(
-        id=id_,
-        reviewed_utc=result.reviewed_utc,
-        source=result.source,
-        path=result.path,
-        sha256=result.sha256,
-        recipe_name=result.recipe.name,
-        recipe_id=result.recipe.id,
-        model_versions=versions,
-        model_hashes=dict(sorted(result.model_hashes.items())),
-        image_scores=tuple(page.image_score for page in result.pages),
-        n_defects=len(verdicts),
-        n_by_kind=Counter(verdict.kind for verdict in verdicts),
-        n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
-        revision=result.revision,
-    )
-    meta = TypeAdapter(ResultSummary).dump_json(fresh, exclude={"id"})
-    fields = {b"id": id_.encode(), b"schema": b"%d" % records.SCHEMA, b"meta": meta}
-    return records.RESULTS, id_, records.pack(fields)
-
-
-def defects_of(result: ReviewRecord) -> dict[Place, DefectRecord]:
-    """All defects of a result by page and ``defect_id``."""
-    return {(page.page, defect.defect_id): defect for page in result.pages for defect in page.defects}
 
 
 def read_marker(path: Path) -> Marker:

@@ -26,6 +26,9 @@ from semwatch.settings.fields import (
     refusal,
 )
 
+Method = Literal["plateau", "lowest", "fixed", "otsu", "literal"]
+"""How a score map becomes a mask, see ``line.binarization.binarize``."""
+
 
 def load_recipe(path: Path) -> "Recipe":
     """Read a recipe.
@@ -59,7 +62,7 @@ class Gate(Settings):
 class Binarization(Settings):
     """From the score map to the defect mask."""
 
-    method: Literal["plateau", "lowest", "fixed", "otsu", "literal"] = "plateau"
+    method: Method = "plateau"
     """plateau: middle of the longest stable count; to compare with: lowest (of that run), literal, otsu, fixed."""
     grid_px: Annotated[int, Field(ge=16, le=1024)] = 112
     """Edge of the grid that thresholds are tried on."""

@@ -31,6 +31,9 @@ from semwatch.settings.yaml_file import At
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".i01")
 """``.i01`` is KLARF's multi-page TIFF."""
+DEFAULT_NAME = "site"
+"""Of a site that nobody has named: two of them in one fab cannot be told apart."""
+
 Faults = Iterator[tuple[At, PydanticCustomError]]
 
 
@@ -49,7 +52,7 @@ class Folder(Settings):
     path: SitePath
     """The drop folder."""
     source: Name
-    """Name of the tool that writes here; stands in results, records and metrics."""
+    """The tool's name, unique in this site; stands in results, records and metrics."""
     recipe: SitePath
     """Recipe for the images of this folder."""
     completeness: Literal["rename", "marker", "steady"] = "steady"
@@ -135,6 +138,11 @@ class Limits(Settings):
     stop_timeout_s: Positive = 20.0
     """Seconds that a stop waits for the files in flight."""
 
+    @property
+    def max_image_px(self) -> int:
+        """Pixels of the largest page."""
+        return int(self.max_image_mpx * 1_000_000)
+
 
 class Learning(Settings):
     """How unknowns become classes; `semwatch-train retrain` reads it, and the daemon after a swap."""
@@ -185,7 +193,7 @@ class MetricsEndpoint(Settings):
 class Site(Settings):
     """What this machine watches, where things live and what it may use."""
 
-    name: Name = "site"
+    name: Name = DEFAULT_NAME
     """Name of this site, unique in the fab; stands in results and records."""
     folders: Annotated[tuple[Folder, ...], AfterValidator(at_least_one)]
     """The drop folders."""

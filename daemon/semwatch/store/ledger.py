@@ -21,6 +21,7 @@ Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because 
                                          ``utc``, where it may be forgotten, is when it was taken; since layout 3
     unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
+    lot_rows seq, lot, result            what is not in the table of its lot yet, see ``lot_rows``; since layout 3
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
 """
@@ -38,7 +39,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from semwatch.errors import ConfigError
-from semwatch.store import unknown_features
+from semwatch.store import lot_rows, unknown_features
+from semwatch.store.lot_rows import LotRow, LotRows
 from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.sqlite_file import Kind, SqliteFile
 
@@ -50,7 +52,11 @@ LEDGER = "ledger.sqlite"
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
-_PATHS_BY_CONTENT = "CREATE INDEX paths_by_content ON paths (source, sha256)"
+_LAYOUT_3 = (
+    *unknown_features.SCHEMA,
+    *lot_rows.SCHEMA,
+    "CREATE INDEX paths_by_content ON paths (source, sha256)",
+)
 _KIND = Kind(
     noun="ledger",
     application_id=0x53454D57,  # "SEMW"
@@ -70,13 +76,12 @@ _KIND = Kind(
             payload BLOB NOT NULL)""",
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
         "CREATE TABLE noted (id TEXT PRIMARY KEY, utc TEXT) WITHOUT ROWID",
-        *unknown_features.SCHEMA,
-        _PATHS_BY_CONTENT,
+        *_LAYOUT_3,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
-        2: (*unknown_features.SCHEMA, "ALTER TABLE noted ADD COLUMN utc TEXT", _PATHS_BY_CONTENT),
+        2: (*_LAYOUT_3, "ALTER TABLE noted ADD COLUMN utc TEXT"),
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
@@ -162,6 +167,7 @@ class Ledger:
         except BaseException:
             self._unlock()
             raise
+        self.lot_rows = LotRows(self._file)
         try:
             if self._lock_fd is not None:
                 self._recover()
@@ -218,8 +224,8 @@ class Ledger:
             if outcome in ("new", "retry"):
                 original = _blob(path)
                 db.execute(
-                    "INSERT INTO work (source, sha256, path, state, first_seen_utc) VALUES (?1, ?2, ?3, 'CLAIMED', ?4)"
-                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = ?3",
+                    "INSERT INTO work (source, sha256, path, state, first_seen_utc) VALUES (?, ?, ?, 'CLAIMED', ?)"
+                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = excluded.path",
                     (source, sha256, original, now_utc),
                 )
             _resolve(db, source, path, sha256=sha256, size=size, mtime_ns=mtime_ns, now_utc=now_utc)
@@ -233,8 +239,9 @@ class Ledger:
         audit: Mapping[str, object],
         now_utc: str,
         unknowns: Sequence[UnknownFeatures] = (),
+        row: LotRow | None = None,
     ) -> None:
-        """Make the work DONE, with its messages, its audit line and the features of its unknowns, all or nothing."""
+        """Make the work DONE, with messages, audit line, features of unknowns and the lot's row, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
             db.executemany(
@@ -242,6 +249,7 @@ class Ledger:
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
             unknown_features.add(db, unknowns)
+            lot_rows.add(db, row)
             _append_audit(db, audit)
 
     def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
@@ -279,6 +287,7 @@ class Ledger:
         outbox: Sequence[OutboxItem] = (),
         once: str | None = None,
         once_utc: str | None = None,
+        row: LotRow | None = None,
     ) -> bool:
         """Take an audit line, where there is one, and messages that belong to no work in flight, all or nothing.
 
@@ -295,6 +304,7 @@ class Ledger:
                 "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
             )
+            lot_rows.add(db, row)
             if audit is not None:
                 _append_audit(db, audit)
         return True
@@ -380,17 +390,17 @@ class Ledger:
 
         Beside each stands the path: the one it was found by, or was claimed under. One of the two must be given.
         """
-        value: str | bytes
+        values: tuple[str | bytes, ...]
         columns = "w.source, w.sha256, w.path, state, attempts, reason, first_seen_utc, finished_utc"
         if digits:
-            sql, value = "SELECT w.path, w.source, w.sha256 FROM work AS w WHERE sha256 GLOB ?1", f"{digits}*"
+            sql, values = "SELECT w.path, w.source, w.sha256 FROM work AS w WHERE sha256 GLOB ?", (f"{digits}*",)
         else:
-            by_path = "SELECT path, source, sha256 FROM {} WHERE instr(path, ?1)"
-            sql, value = f"{by_path.format('work')} UNION {by_path.format('paths')}", _blob(part)
+            by_path = "SELECT path, source, sha256 FROM {} WHERE instr(path, ?)"
+            sql, values = f"{by_path.format('work')} UNION {by_path.format('paths')}", (_blob(part),) * 2
         rows = self._file.rows(
             f"WITH found (at, source, sha256) AS ({sql}) SELECT at, {columns} FROM found JOIN work AS w"
-            " USING (source, sha256) ORDER BY length(at), at, first_seen_utc LIMIT ?2",
-            (value, limit),
+            " USING (source, sha256) ORDER BY length(at), at, first_seen_utc LIMIT ?",
+            (*values, limit),
         )
         return [(_text(at), Work(source, sha, _text(path), *rest)) for at, source, sha, path, *rest in rows]
 
@@ -474,6 +484,7 @@ class Ledger:
                 "UPDATE work SET state = 'SEEN', attempts = attempts + 1, reason = 'the process died on it'"
                 " WHERE state = 'CLAIMED'"
             )
+            lot_rows.recover(db)
         if found.rowcount:
             log.warning("ledger %s: %d in flight when the last process died, tried again", self.path, found.rowcount)
 
@@ -498,10 +509,10 @@ def _resolve(
     )
     if before is not None and before[0] != sha256:
         db.execute(
-            "UPDATE work SET state = 'QUARANTINED', reason = 'replaced before it was reviewed', finished_utc = ?3"
-            " WHERE source = ?1 AND sha256 = ?2 AND state = 'SEEN'"
-            " AND NOT EXISTS (SELECT 1 FROM paths WHERE source = ?1 AND sha256 = ?2)",
-            (source, before[0], now_utc),
+            "UPDATE work SET state = 'QUARANTINED', reason = 'replaced before it was reviewed', finished_utc = ?"
+            " WHERE source = ? AND sha256 = ? AND state = 'SEEN'"
+            " AND NOT EXISTS (SELECT 1 FROM paths WHERE paths.source = work.source AND paths.sha256 = work.sha256)",
+            (now_utc, source, before[0]),
         )
 
 

@@ -7,19 +7,17 @@ A result lives beside the others of its lot, in ``results_dir/<source>/<folder o
     <image>.r<r>.review.json                                     kept revision r, when a later head has judged again
     <image>.reason.json                                          instead of these, for an image in quarantine
     <image>.<first 8 of its sha256>.*                            kept results of other content under the same name
-    lot.csv                                                      derived from the folder's review.json files
+    lot.csv                                                      see ``lot_table``
 
-``<image>`` is the file's whole name, extension included. One writer per image, one for a lot.csv, at a time.
+``<image>`` is the file's whole name, extension included. One writer per image at a time.
 """
 
-import csv
 import errno
 import hashlib
-import io
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,11 +28,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from semwatch.defects import Review
-from semwatch.errors import ImageError, ServiceUnavailable, first_fault
+from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.store import overlay
 from semwatch.store.review_record import (
     SCHEMA_VERSION,
-    DefectRecord,
     PageRecord,
     ReasonRecord,
     ReviewRecord,
@@ -44,10 +41,11 @@ from semwatch.store.review_record import (
     to_record,
 )
 from semwatch.system import files
+from semwatch.system.faults import first_fault
 
 log = logging.getLogger(__name__)
 
-REVIEW, OVERLAY, REASON, LOT = ".review.json", ".overlay.png", ".reason.json", "lot.csv"
+REVIEW, OVERLAY, REASON = ".review.json", ".overlay.png", ".reason.json"
 _BESIDE_SUFFIX = re.compile(r"(\.p\d+)?\.overlay\.png|\.r\d+\.review\.json")
 """What goes with a review.json."""
 MAX_NAME_BYTES = 200
@@ -62,6 +60,10 @@ class ReviewPaths:
     json: Path
     overlays: tuple[Path, ...]
     """In the order of the pages."""
+    record: ReviewRecord
+    """What ``json`` holds."""
+    is_new: bool
+    """False where there was a result under this name before."""
 
 
 # --- write and read ------------------------------------------------------------------------------------------------
@@ -87,17 +89,19 @@ def write(
     record = to_record(review, class_codes, unknown_code, non_decidable_code)
     stem = _stem(results_dir, review.source, review.path)
     target = _named(stem, REVIEW)
-    with _disk(target):
+    with disk(target):
         files.make_folder(stem.parent)
-        if target.exists():
+        is_new = not target.exists()
+        if not is_new:
             _keep_other(stem, record.sha256)
         overlays = []
         for page in review.pages:
             picture = overlay.draw(page, caption=_caption(review))
             overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
             files.write_whole(overlays[-1], overlay.encode_png(picture))
-        _write_record(target, record.model_copy(update={"revision": _next_revision(target)}))
-    return ReviewPaths(target, tuple(overlays))
+        record = record.model_copy(update={"revision": _next_revision(target)})
+        _write_record(target, record)
+    return ReviewPaths(target, tuple(overlays), record, is_new)
 
 
 def read(path: Path) -> ReviewRecord:
@@ -120,6 +124,11 @@ def read(path: Path) -> ReviewRecord:
             f"{path} is not a whole result of schema version {SCHEMA_VERSION}: {first_fault(error)}; "
             "review the image again, or read it with the semwatch that wrote it"
         ) from error
+
+
+def is_current(path: Path, record: ReviewRecord) -> bool:
+    """Say whether a review.json is its image's result, not one that is kept of other content or an earlier revision."""
+    return path.name == _shortened(PurePosixPath(record.path).name) + REVIEW
 
 
 def write_reason(
@@ -151,7 +160,7 @@ def write_reason(
     )
     stem = _stem(results_dir, source, path)
     target = _named(stem, REASON)
-    with _disk(target):
+    with disk(target):
         files.make_folder(stem.parent)
         _write_record(target, record)
     return target
@@ -231,7 +240,7 @@ def revise(
         "pages": pages,
     }
     revised = record.model_copy(update=changes)
-    with _disk(path):
+    with disk(path):
         _keep_revision(path, record.revision)
         _write_record(path, revised)
     return revised
@@ -264,75 +273,7 @@ def _next_revision(path: Path) -> int:
     return revision
 
 
-# --- a lot ---------------------------------------------------------------------------------------------------------
-
-LOT_COLUMNS = (
-    "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
-    "gate_threshold", "page_verdict", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
-    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision",
-)  # fmt: skip
-
-
-def iter_lot(lot_dir: Path) -> Iterator[ReviewRecord]:
-    """Read the current results of one folder one by one, by name: a lot of thousands is never in memory as a whole.
-
-    Broken files are logged and left out, kept ones are not given.
-
-    Raises:
-        ServiceUnavailable: the disk cannot be read.
-    """
-    with _disk(lot_dir):
-        paths = [path for path in lot_dir.iterdir() if path.name.endswith(REVIEW)] if lot_dir.is_dir() else []
-    for path in sorted(paths, key=lambda path: path.name.removesuffix(REVIEW)):
-        try:
-            record = read(path)
-        except ImageError as error:
-            log.warning("left out of the lot: %s", error)
-            continue
-        if path.name == _shortened(PurePosixPath(record.path).name) + REVIEW:
-            yield record
-
-
-def write_lot_csv(lot_dir: Path) -> Path:
-    """Derive ``lot.csv`` from the folder's results: a row for each defect, and one for each page without any.
-
-    Raises:
-        ServiceUnavailable: the disk is full or broken.
-    """
-    target = lot_dir / LOT
-    with _disk(target):
-        files.write_stream(target, _lot_lines(lot_dir))
-    return target
-
-
-def _lot_lines(lot_dir: Path) -> Iterator[bytes]:
-    yield _csv_line(LOT_COLUMNS)
-    for record in iter_lot(lot_dir):
-        for page in record.pages:
-            for defect in page.defects or [None]:
-                yield _csv_line(_lot_row(record, page, defect))
-
-
-def _csv_line(cells: Sequence[object]) -> bytes:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue().encode()
-
-
-def _lot_row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None) -> list[object]:
-    models = " ".join(f"{model}={version}" for model, version in record.model_versions.items())
-    head: list[object] = [
-        record.source, record.path, page.page, record.sha256, record.reviewed_utc, record.recipe.name,
-        record.recipe.id, models, page.image_score, page.gate_threshold, page.verdict,
-    ]  # fmt: skip
-    if defect is None:
-        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 1), record.revision]
-    verdict = defect.verdict
-    nearest = ([near.label for near in verdict.nearest] + [None, None])[:2]
-    return [
-        *head, defect.defect_id, verdict.kind, verdict.label, verdict.class_code, verdict.confidence, *nearest,
-        *defect.box_xyxy, defect.area_px, defect.area_nm2, defect.peak_score, record.revision,
-    ]  # fmt: skip
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def contact_sheet(pictures: Iterable[Path | bytes], out: Path, columns: int = 6, tile_px: int = 320) -> None:
@@ -341,7 +282,7 @@ def contact_sheet(pictures: Iterable[Path | bytes], out: Path, columns: int = 6,
     Raises:
         ServiceUnavailable: the disk is full or broken.
     """
-    with _disk(out):
+    with disk(out):
         sheet = overlay.tile((_read_picture(picture) for picture in pictures), columns=columns, tile_px=tile_px)
         files.make_folder(out.parent)
         files.write_whole(out, overlay.encode_png(sheet))
@@ -399,7 +340,13 @@ def _write_record(target: Path, record: ReviewRecord | ReasonRecord) -> None:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def disk(path: Path) -> Iterator[None]:
+    """Say of ``path`` what its disk refused, in our words.
+
+    Raises:
+        ImageError: its name is too long for the file system.
+        ServiceUnavailable: the disk is full or broken.
+    """
     try:
         yield
     except OSError as error:

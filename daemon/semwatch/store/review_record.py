@@ -1,14 +1,16 @@
 """The format of a result: the models are its one source of truth, ``schemas/`` holds the JSON schema made from them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from semwatch.defects import Box, Defect, PageReview, Review, Verdict, VerdictKind
-from semwatch.errors import ImageError, first_fault
+from semwatch.errors import ImageError
+from semwatch.system.faults import first_fault
 
 SCHEMA_VERSION: Final = 1
 SCHEMA_PATH = Path(__file__).with_name("schemas") / "review.schema.json"
@@ -85,7 +87,10 @@ class ReviewRecord(_Record):
     """Everything said of one image file."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    source: str
+    site: str = Field(
+        default="", description="Name of the site, unique in the fab; empty in results of older releases."
+    )
+    source: str = Field(description="Name of the tool.")
     path: str = Field(description="POSIX, relative to the drop folder; bytes that are not UTF-8 stand as \\xNN.")
     sha256: Sha256
     reviewed_utc: str
@@ -133,15 +138,21 @@ def to_record(
     Args:
         review: what to say.
         class_codes: the fab's codes by label; labels that are not here have no code.
-        unknown_code: code of an unknown defect, and of one of a found class without a name.
-        non_decidable_code: code of a non-decidable defect.
+        unknown_code: see ``class_code``.
+        non_decidable_code: see ``class_code``.
 
     Raises:
         ImageError: a value is not finite or out of its range; the message names it.
     """
-    codes = {"unknown": unknown_code, "novel": unknown_code, "non-decidable": non_decidable_code}
+    code_of = partial(
+        class_code,
+        class_codes=class_codes or {},
+        unknown_code=unknown_code,
+        non_decidable_code=non_decidable_code,
+    )
     try:
         return ReviewRecord(
+            site=review.site,
             source=printable(review.source),
             path=printable(review.path),
             sha256=review.sha256,
@@ -149,14 +160,29 @@ def to_record(
             recipe=RecipeRecord(name=review.recipe_name, id=review.recipe_id),
             model_versions=dict(review.model_versions),
             model_hashes=dict(review.model_hashes),
-            pages=tuple(_page_record(page, class_codes or {}, codes) for page in review.pages),
+            pages=tuple(_page_record(page, code_of) for page in review.pages),
             timings_ms={stage: float(ms) for stage, ms in review.timings_ms.items()},
         )
     except ValidationError as error:
         raise ImageError(f"{printable(review.path)}: the review makes no sense: {first_fault(error)}") from error
 
 
-def _page_record(page: PageReview, class_codes: Mapping[str, int], codes: Mapping[str, int | None]) -> PageRecord:
+def class_code(
+    verdict: Verdict, *, class_codes: Mapping[str, int], unknown_code: int | None, non_decidable_code: int | None
+) -> int | None:
+    """The fab's code of a verdict, None where it has none.
+
+    Args:
+        verdict: of a defect.
+        class_codes: codes by label; they go before the others.
+        unknown_code: of an unknown defect, and of one of a found class without a code.
+        non_decidable_code: of a non-decidable defect.
+    """
+    by_kind = {"unknown": unknown_code, "novel": unknown_code, "non-decidable": non_decidable_code}
+    return class_codes.get(verdict.label or "", by_kind.get(verdict.kind))
+
+
+def _page_record(page: PageReview, code_of: Callable[[Verdict], int | None]) -> PageRecord:
     micrograph = page.micrograph
     height_px, width_px = micrograph.pixels.shape
     return PageRecord(
@@ -169,7 +195,7 @@ def _page_record(page: PageReview, class_codes: Mapping[str, int], codes: Mappin
         image_score=float(page.score_map.raw_score),
         gate_threshold=float(page.gate_threshold),
         verdict=page_verdict([defect.verdict.kind for defect in page.defects]),
-        defects=tuple(_defect_record(defect, class_codes, codes) for defect in page.defects),
+        defects=tuple(_defect_record(defect, code_of) for defect in page.defects),
     )
 
 
@@ -178,9 +204,7 @@ def page_verdict(kinds: Sequence[VerdictKind]) -> Literal["defect-free", "defect
     return "defect-free" if all(kind == "defect-free" for kind in kinds) else "defects"
 
 
-def _defect_record(defect: Defect, class_codes: Mapping[str, int], codes: Mapping[str, int | None]) -> DefectRecord:
-    verdict: Verdict = defect.verdict
-    code = class_codes.get(verdict.label or "", codes.get(verdict.kind))
+def _defect_record(defect: Defect, code_of: Callable[[Verdict], int | None]) -> DefectRecord:
     return DefectRecord(
         defect_id=defect.defect_id,
         box_xyxy=_box(defect.box_xyxy),
@@ -188,7 +212,7 @@ def _defect_record(defect: Defect, class_codes: Mapping[str, int], codes: Mappin
         area_nm2=None if defect.area_nm2 is None else float(defect.area_nm2),
         peak_score=float(defect.peak_score),
         crop_xyxy=_box(defect.crop_xyxy),
-        verdict=verdict_record(verdict, code),
+        verdict=verdict_record(defect.verdict, code_of(defect.verdict)),
     )
 
 

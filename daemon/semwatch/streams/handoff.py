@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.streams.records import Message, pack
-from semwatch.streams.unknowns import connect, redis_key, translated
+from semwatch.streams.unknowns import PREFIX, connect, redis_key, translated
 
 WISHES, CYCLES, CLASSES, EXAMPLES, SERVING = "wishes", "cycles", "classes", "examples", "serving"
 SERVING_TTL_S = 30
@@ -117,7 +117,7 @@ class Handoff:
     record of ours.
     """
 
-    def __init__(self, client: redis.Redis, *, prefix: str = "semwatch") -> None:
+    def __init__(self, client: redis.Redis, *, prefix: str = PREFIX) -> None:
         self._client: Any = client  # its stubs give every answer as bytes or text, list or None
         self._prefix = prefix
 

@@ -10,7 +10,7 @@ from typing import Any
 import redis
 
 from semwatch.streams.records import Fields
-from semwatch.streams.unknowns import redis_key, translated
+from semwatch.streams.unknowns import PREFIX, redis_key, translated
 
 _PAGE = 64  # entries of one answer; a record has about 50 kB
 
@@ -50,7 +50,7 @@ class Entry:
     fields: Fields
 
 
-def stats(client: redis.Redis, stream: str, *, prefix: str = "semwatch") -> Stats:
+def stats(client: redis.Redis, stream: str, *, prefix: str = PREFIX) -> Stats:
     """Measure one stream (``records.UNKNOWNS`` or ``RESULTS``); the figures are asked one after the other.
 
     Raises:
@@ -93,7 +93,7 @@ def age_s(entry_id: str, now_s: float) -> float:
     return now_s - _seconds(entry_id)
 
 
-def newest(client: redis.Redis, stream: str, n: int, *, prefix: str = "semwatch") -> list[Entry]:
+def newest(client: redis.Redis, stream: str, n: int, *, prefix: str = PREFIX) -> list[Entry]:
     """Read the last ``n`` entries, oldest of them first.
 
     Raises:
@@ -112,7 +112,7 @@ def newest(client: redis.Redis, stream: str, n: int, *, prefix: str = "semwatch"
     return found[::-1]
 
 
-def after(client: redis.Redis, stream: str, entry_id: str, *, prefix: str = "semwatch") -> list[Entry]:
+def after(client: redis.Redis, stream: str, entry_id: str, *, prefix: str = PREFIX) -> list[Entry]:
     """Read the next entries behind one, oldest first, a page at most; "0-0" begins at the first.
 
     Raises:
@@ -143,7 +143,7 @@ return {#entries, last}
 """
 
 
-def last_older_than(client: redis.Redis, stream: str, days: float, *, prefix: str = "semwatch") -> str | None:
+def last_older_than(client: redis.Redis, stream: str, days: float, *, prefix: str = PREFIX) -> str | None:
     """Return the newest entry added more than ``days`` ago, by the server's clock; None where there is none.
 
     ``stream`` may also be that of dead letters, ``"unknowns:dead"``.
@@ -159,7 +159,7 @@ def last_older_than(client: redis.Redis, stream: str, days: float, *, prefix: st
     return found[0][0].decode() if found else None
 
 
-def count(client: redis.Redis, stream: str, last_id: str, *, prefix: str = "semwatch") -> int:
+def count(client: redis.Redis, stream: str, last_id: str, *, prefix: str = PREFIX) -> int:
     """Count the entries up to one, that one included.
 
     Raises:
@@ -169,7 +169,7 @@ def count(client: redis.Redis, stream: str, last_id: str, *, prefix: str = "semw
     return _sweep(client, redis_key(prefix, stream), last_id, "count")
 
 
-def purge(client: redis.Redis, stream: str, last_id: str, *, prefix: str = "semwatch") -> int:
+def purge(client: redis.Redis, stream: str, last_id: str, *, prefix: str = PREFIX) -> int:
     """Delete the entries up to one, that one included, acknowledged or not; return how many. There is no way back.
 
     Raises:

@@ -2,7 +2,7 @@
 
 A record's fields in the stream; a consumer on another machine needs nothing else:
 
-    id         32 hex digits, made from file hash, source, page, defect and recipe: the same defect, the same id
+    id         32 hex digits, made from site, tool, file hash and place: the same defect, the same id in the whole fab
     schema     b"1"; a new optional key in meta keeps the number, anything else raises it
     meta       JSON, the plain fields of ``Record``; ``schemas/unknown.schema.json`` describes it
     features   D little-endian float32
@@ -18,7 +18,6 @@ import json
 import os
 import re
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -63,6 +62,7 @@ class Record:
     created_utc: str
     """ISO 8601 with seconds and ``Z``: when the file was reviewed."""
     source: str
+    """Name of the tool."""
     path: str
     """Relative to the drop folder; bytes that are no UTF-8 are written as ``\\xNN``."""
     sha256: str
@@ -91,6 +91,8 @@ class Record:
     """Short side of the field of view, for the size feature of a crop that is embedded again; None in old records."""
     model_hashes: Mapping[str, str] = field(default_factory=dict)
     """Content hash of each of ``model_versions``; empty in old records."""
+    site: str = ""
+    """Name of the site, unique in the fab; empty in old records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ class ResultSummary:
     """Of the result: 1 as the line said it, one more each time that a later head judged again."""
     model_hashes: Mapping[str, str] = field(default_factory=dict)
     """Content hash of each of ``model_versions``; empty in old summaries."""
+    site: str = ""
+    """Name of the site, unique in the fab; empty in old summaries."""
 
 
 def records(review: Review) -> list[Record]:
@@ -131,7 +135,7 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
     page_no = page.micrograph.page
     x0, y0, x1, y1 = page.micrograph.field_xyxy
     return Record(
-        id=_id("unknown", review.sha256, review.source, page_no, defect.defect_id, review.recipe_id),
+        id=unknown_id(review.site, review.source, review.sha256, page_no, defect.box_xyxy, defect.defect_id),
         created_utc=review.reviewed_utc,
         source=review.source,
         path=_utf8(review.path),
@@ -155,6 +159,7 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         crop=defect.crop,
         field_short_px=min(x1 - x0, y1 - y0),
         model_hashes=dict(review.model_hashes),
+        site=review.site,
     )
 
 
@@ -192,25 +197,8 @@ def decode(fields: Mapping[bytes, bytes]) -> Record:
     return _validated(_record_type(), fields, arrays)
 
 
-def result_summary(review: Review) -> Fields:
-    """Write the summary of one review as stream fields; the same review gives the same id."""
-    versions = dict(sorted(review.model_versions.items()))
-    verdicts = [defect.verdict for page in review.pages for defect in page.defects]
-    summary = ResultSummary(
-        id=_id("result", review.sha256, review.source, review.path, review.recipe_id, versions),
-        reviewed_utc=review.reviewed_utc,
-        source=review.source,
-        path=_utf8(review.path),
-        sha256=review.sha256,
-        recipe_name=review.recipe_name,
-        recipe_id=review.recipe_id,
-        model_versions=versions,
-        image_scores=tuple(page.score_map.raw_score for page in review.pages),
-        n_defects=len(verdicts),
-        n_by_kind=Counter(verdict.kind for verdict in verdicts),
-        n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
-        model_hashes=dict(sorted(review.model_hashes.items())),
-    )
+def encode_result(summary: ResultSummary) -> Fields:
+    """Write a result summary as stream fields."""
     meta = _summary_type().dump_json(summary, exclude={"id"})
     return {b"id": summary.id.encode(), b"schema": b"%d" % SCHEMA, b"meta": meta}
 
@@ -224,11 +212,19 @@ def decode_result(fields: Mapping[bytes, bytes]) -> ResultSummary:
     return _validated(_summary_type(), fields, {})
 
 
-def messages(review: Review) -> list[Message]:
-    """Make all that one review has to say to Redis, ready for the outbox: its records, then its summary."""
-    summary = result_summary(review)
-    found = [(UNKNOWNS, record.id, pack(encode(record))) for record in records(review)]
-    return [*found, (RESULTS, summary[b"id"].decode(), pack(summary))]
+def unknown_id(site: str, source: str, sha256: str, page: int, box_xyxy: Box, defect_id: int) -> str:
+    """The id of a defect: whichever recipe finds it at this place again, it is the same one."""
+    return _id("unknown", site, source, sha256, page, box_xyxy, defect_id)
+
+
+def result_id(
+    site: str, source: str, sha256: str, path: str, recipe_id: str, model_versions: Mapping[str, int], revision: int
+) -> str:
+    """The id of a result, of a first review and of every revision alike."""
+    versions = dict(sorted(model_versions.items()))
+    if not site and revision > 1:  # of an older release, which announced its revisions under these ids
+        return _id("revised", sha256, source, path, recipe_id, versions, revision)
+    return _id("result", site, source, sha256, path, recipe_id, versions, revision)
 
 
 def pack(fields: Mapping[bytes, bytes]) -> bytes:

@@ -41,6 +41,8 @@ from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, unpack
 logger = logging.getLogger(__name__)
 
 SENT_TTL_S = 3 * 24 * 3600
+PREFIX, TIMEOUT_S = "semwatch", 5.0
+"""Where nothing is said; a site's settings say the same."""
 
 Client = redis.Redis
 """A connection, for the signatures of those who may not import the driver."""
@@ -61,7 +63,7 @@ def connect(
     username: str | None = None,
     password_file: Path | None = None,
     ca_file: Path | None = None,
-    timeout_s: float = 5.0,
+    timeout_s: float = TIMEOUT_S,
 ) -> redis.Redis:
     """Make a client of ``redis://``, ``rediss://`` (TLS) or ``unix://``; it connects when it is first used.
 
@@ -165,7 +167,7 @@ class Depth:
 class Publisher:
     """The daemon's end of both streams; ``client`` comes from ``connect`` and is the caller's to close."""
 
-    def __init__(self, client: redis.Redis, *, prefix: str = "semwatch", sent_ttl_s: int = SENT_TTL_S) -> None:
+    def __init__(self, client: redis.Redis, *, prefix: str = PREFIX, sent_ttl_s: int = SENT_TTL_S) -> None:
         self._client = client
         self._prefix = prefix
         self._sent_ttl_s = sent_ttl_s
@@ -371,7 +373,7 @@ class Consumer(Generic[T]):
         *,
         name: str,
         group: str = "learners",
-        prefix: str = "semwatch",
+        prefix: str = PREFIX,
         max_deliveries: int = 5,
     ) -> None:
         self._client = client

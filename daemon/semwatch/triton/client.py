@@ -13,7 +13,6 @@ waits: others mend or exchange the server, and it serves again once it is what t
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,17 +20,22 @@ from typing import Self
 from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
-from semwatch.models import choice, model_repository
-from semwatch.models.checks import check_fit, check_inputs
+from semwatch.models import model_repository
+from semwatch.models.checks import check_inputs
 from semwatch.models.contract import check_contract
-from semwatch.models.inference import Answer, ModelId, Swap
+from semwatch.models.head_swap import HeadSwap, Swap
+from semwatch.models.inference import Answer, ModelId
 from semwatch.models.model_repository import MODELS, Arrays, Meta
+from semwatch.settings import site
 from semwatch.triton import wire as triton_wire
 from semwatch.triton.config import BACKLOG, LIVE, MAX_BATCH
 from semwatch.triton.proving import Server, Version
 from semwatch.triton.wire import words
 
 log = logging.getLogger(__name__)
+
+SETTINGS = site.Triton()
+"""What holds where nothing is said."""
 
 BACKOFF_S = 0.2
 """Pause before the second try; doubled before each further one."""
@@ -52,7 +56,7 @@ class Triton:
         url: the server's gRPC address, host:port.
         timeout_s: deadline of one answer, all its tries together.
         attempts: tries of one request while the server is away.
-        pins: version by model; a model without a pin serves what ``serving.choice`` says.
+        pins: version by model; a model without a pin serves what ``choice`` says.
         view: the folder that the server reads; None: the one beside the repository, where there is one.
         control_secret_file: holds the secret of a server that loads models for those alone who know it; None: the
             one in the view, where a server of ours (``LocalTriton``) puts its own.
@@ -68,24 +72,27 @@ class Triton:
         self,
         repository: Path,
         *,
-        url: str = "127.0.0.1:8001",
-        timeout_s: float = 30.0,
-        attempts: int = 3,
+        url: str = SETTINGS.url,
+        timeout_s: float = SETTINGS.timeout_s,
+        attempts: int = SETTINGS.attempts,
         pins: Mapping[str, int | None] | None = None,
         view: Path | None = None,
         control_secret_file: Path | None = None,
         models: Sequence[str] = MODELS,
     ) -> None:
-        self._repository, self._pins = repository, pins or {}
+        self._repository, self._heads = repository, HeadSwap(repository, pins or {})
         self._url, self._timeout_s, self._attempts = url, timeout_s, attempts
-        self._refused: dict[tuple[str, int], str] = {}
         self._serving: dict[str, Version] = {}
         self._next_swap = 0.0
         self._server = Server(repository, url, view=view, secret_file=control_secret_file)
         try:
             self._server.await_live(timeout_s)
-            for model in models:
-                self._serving[model] = self._load_head() if model == "head" else self._load(model, self._wanted(model))
+            for model in sorted(models, key=MODELS.index):  # a head is held against its encoder
+                self._serving[model] = (
+                    self._heads.first(self._load_head, self._encoder())
+                    if model == "head"
+                    else self._load(model, self._heads.wanted(model))
+                )
         except BaseException:
             self.close()
             raise
@@ -125,23 +132,10 @@ class Triton:
         everything as it is; the next refresh after a pause tries again.
         """
         now = self._serving["head"]
-        try:
-            number = self._wanted("head")
-        except ModelMismatch as error:
-            return self._refuse(-1, str(error))
-        if number == now.number or ("head", number) in self._refused or time.monotonic() < self._next_swap:
-            return None
-        try:
-            head = self._fitting_head(number, SWAP_TIMEOUT_S)
-        except (ModelMismatch, ServiceUnavailable, ConfigError) as error:
-            # Where the one in service is not itself either, another server answers: that is not the new head's fault.
-            if isinstance(error, ModelMismatch) and self._still_serves(now):
-                return self._refuse(number, str(error))
-            self._next_swap = time.monotonic() + SWAP_PAUSE_S
-            log.warning("head %d waits until Triton can load it: %s", number, error)
-            return None
-        self._serving = {**self._serving, "head": head}
-        return Swap("head", number)
+        swap, head = self._heads.next(now.number, lambda number: self._load_beside(number, now), self._encoder())
+        if head is not None:
+            self._serving = {**self._serving, "head": head}
+        return swap
 
     def meta(self, model: str) -> Meta:
         """What travels with the version that would answer now."""
@@ -157,7 +151,7 @@ class Triton:
 
     def refused(self) -> dict[int, str]:
         """Versions of the head that could not be used, and why."""
-        return {number: why for (_, number), why in self._refused.items()}
+        return self._heads.refused()
 
     def close(self) -> None:
         """Close the connection; the server keeps its models."""
@@ -207,15 +201,6 @@ class Triton:
 
     # --- which versions serve --------------------------------------------------------------------------------------
 
-    def _wanted(self, model: str) -> int:
-        pin = self._pins.get(model)
-        return choice.choice(self._repository, model) if pin is None else pin
-
-    def _refuse(self, number: int, why: str) -> Swap | None:
-        is_news = self._refused.get(("head", number)) != why
-        self._refused["head", number] = why
-        return Swap("head", number, why) if is_news else None
-
     def _still_serves(self, version: Version) -> bool:
         try:
             self._server.prove(version, time.monotonic() + BACKLOG_TIMEOUT_S)
@@ -223,23 +208,29 @@ class Triton:
             return False
         return True
 
-    def _load_head(self) -> Version:
-        """The head that should serve; where it cannot and nobody pinned it, the newest before it that can."""
-        wanted, *deputies = choice.to_try(self._repository, "head", self._pins.get("head"))
-        try:
-            return self._fitting_head(wanted)
-        except ModelMismatch as error:
-            self._refuse(wanted, str(error))
-            for number in deputies:
-                with suppress(ModelMismatch):
-                    return self._fitting_head(number)
-            raise
+    def _encoder(self) -> Meta | None:
+        return self._serving["encoder"].meta if "encoder" in self._serving else None
 
-    def _fitting_head(self, number: int, timeout_s: float = LOAD_TIMEOUT_S) -> Version:
-        if "encoder" in self._serving:
-            meta = model_repository.read_meta(self._repository, "head", number)
-            check_fit(self._serving["encoder"].meta, meta)
-        return self._load("head", number, timeout_s)
+    def _load_head(self, number: int) -> Version:
+        return self._load("head", number)
+
+    def _load_beside(self, number: int, now: Version) -> Version | None:
+        """Load a head beside the one that serves; None where the server is away, and for a pause after that.
+
+        Raises:
+            ModelMismatch: it may not serve.
+        """
+        if time.monotonic() < self._next_swap:
+            return None
+        try:
+            return self._load("head", number, SWAP_TIMEOUT_S)
+        except (ModelMismatch, ServiceUnavailable, ConfigError) as error:
+            # Where the one in service is not itself either, another server answers: that is not the new head's fault.
+            if isinstance(error, ModelMismatch) and self._still_serves(now):
+                raise
+            self._next_swap = time.monotonic() + SWAP_PAUSE_S
+            log.warning("head %d waits until Triton can load it: %s", number, error)
+            return None
 
     def _load(self, model: str, number: int, timeout_s: float = LOAD_TIMEOUT_S) -> Version:
         """Let the server hold a version, and prove it.

@@ -68,15 +68,14 @@ def plain(folder: Path) -> Path:
 
 def test_empty_set_has_no_labels():
     empty = DataSet("none", (), ())
-    assert (empty.known_labels, empty.novel_labels, empty.counts) == ((), (), {})
+    assert (empty.known_labels, empty.counts) == ((), {})
 
 
-def test_labels_only_in_the_test_part_are_novel():
+def test_labels_only_in_the_test_part_are_not_known():
     samples = {label: Sample(Path(f"{label}.png"), label) for label in ("void", "bridge", "open", DEFECT_FREE)}
     train = samples["void"], samples["bridge"], samples[DEFECT_FREE]
     data_set = DataSet("d", train, (samples["open"], samples["void"], samples[DEFECT_FREE]))
     assert data_set.known_labels == ("bridge", "void")
-    assert data_set.novel_labels == ("open",)
     assert data_set.counts == {"bridge": (1, 0), DEFECT_FREE: (1, 1), "open": (0, 1), "void": (1, 1)}
 
 

@@ -6,7 +6,6 @@ from sklearn.metrics import adjusted_rand_score
 
 from semwatch.errors import ConfigError
 from semwatch_training.discovery.clustering import (
-    assign,
     class_means,
     clusterings,
     plain_kmeans,
@@ -166,12 +165,6 @@ def test_distances_match_a_direct_computation():
     features, centres = rng.normal(size=(50, 7)).astype(np.float32), rng.normal(size=(6, 7)).astype(np.float32)
     direct = np.square(features[:, None] - centres[None]).sum(axis=2)
     np.testing.assert_allclose(squared_distances(features, centres), direct, rtol=1e-4, atol=1e-4)
-
-
-def test_samples_that_no_fit_has_seen_are_assigned():
-    features, truth = blobs([30, 30, 30])
-    found = semi_supervised_kmeans(features[::2], np.where(truth < 2, truth, -1)[::2], 3, seed=0)
-    assert (assign(features[1::2], found.centres) == truth[1::2]).all()
 
 
 def test_inertia_never_rises_with_k():

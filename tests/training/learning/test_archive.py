@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from factories import make_record, make_review, make_verdict
+from learning_site import notes_of
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.store.ledger import Ledger
 from semwatch.streams.records import Record, encode, records
@@ -48,7 +49,7 @@ def test_new_archive_is_empty_and_all_questions_have_answers(path: Path) -> None
         assert archive.add([], now_utc=NOW) == 0
         assert archive.settle([], "learned", "x", now_utc=NOW) == 0
         assert archive.settle(ids(7), "learned", "x", now_utc=NOW) == 0
-        assert (archive.state_of(ids(7)), archive.note_of([]), archive.read_many(ids(7))) == ({}, {}, [])
+        assert (archive.state_of(ids(7)), notes_of(archive, []), archive.read_many(ids(7))) == ({}, {}, [])
         assert archive.since("", limit=10) == []
         assert archive.prune(LATER) == 0
         with pytest.raises(ConfigError, match=r"has no record 0{31}7"):
@@ -84,7 +85,7 @@ def test_every_state_is_taken_counted_and_taken_back(path: Path) -> None:
         for i, state in enumerate(STATES):
             assert archive.settle(ids(i), state, f"note {i}", now_utc=NOW) == 1
         assert archive.counts() == dict.fromkeys(STATES, 1)
-        assert archive.note_of(ids(1, 5)) == {ids(1)[0]: "note 1", ids(5)[0]: "note 5"}
+        assert notes_of(archive, ids(1, 5)) == {ids(1)[0]: "note 1", ids(5)[0]: "note 5"}
         assert archive.settle(ids(1, 2, 99), "waiting", "split", now_utc=LATER) == 2
         assert archive.counts() == {**dict.fromkeys(STATES, 1), "waiting": 3, "learned": 0, "explained": 0}
 
@@ -190,7 +191,7 @@ def test_reader_works_while_a_writer_is_in_its_transaction(path: Path) -> None:
         other.execute("BEGIN IMMEDIATE")
         other.execute("UPDATE unknowns SET state_note = 'half'")
         assert numbers(reader.since("", limit=5)) == [0]
-        assert reader.note_of(ids(0)) == {ids(0)[0]: ""}
+        assert notes_of(reader, ids(0)) == {ids(0)[0]: ""}
         with Archive(path, busy_s=0.1) as second, pytest.raises(ServiceUnavailable, match="locked"):
             second.add([make_record(1)], now_utc=NOW)
         other.execute("ROLLBACK")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import redis
 
-from learning_site import Lab, add_raw, make_lab, unknown
+from learning_site import Lab, add_raw, make_lab, notes_of, unknown
 from progress import quiet
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.inference import Embedded
@@ -165,7 +165,7 @@ def test_what_an_earlier_cycle_settled_is_done_and_its_note_stays(archive: Archi
     archive.settle([record(1).id], "learned", "pit, head 4", now_utc=RECENT)
     found = sorted_out([record(1), record(2)], archive, {record(1).id: ("rejected", "novel-9")})
     assert (found.done, [r.id for r in found.fresh]) == ((record(1).id,), [record(2).id])
-    assert archive.note_of([record(1).id]) == {record(1).id: "pit, head 4"}
+    assert notes_of(archive, [record(1).id]) == {record(1).id: "pit, head 4"}
 
 
 def test_settlements_are_written_down(archive: Archive) -> None:
@@ -176,7 +176,7 @@ def test_settlements_are_written_down(archive: Archive) -> None:
     found = sorted_out([record(i) for i in range(4)], archive, settlements)
     assert set(found.done) == set(settlements)
     assert archive.state_of(found.done) == {id_: state for id_, (state, _) in settlements.items()}
-    assert archive.note_of(found.done) == {id_: note for id_, (_, note) in settlements.items()}
+    assert notes_of(archive, found.done) == {id_: note for id_, (_, note) in settlements.items()}
 
 
 def test_same_place_of_the_same_file_and_the_same_pixels_are_duplicates_of_the_oldest(archive: Archive) -> None:
@@ -225,6 +225,42 @@ def test_what_has_waited_too_long_is_forgotten_but_not_a_second_sooner(archive: 
     found = sorted_out([old, just], archive)
     assert ([r.id for r in found.fresh], found.done) == ([just.id], (old.id,))
     assert archive.state_of([old.id]) == {old.id: "forgotten"}
+
+
+@pytest.mark.parametrize("state", ["learned", "explained", "duplicate", "rejected"])
+def test_defect_that_was_settled_under_its_old_id_is_not_learned_again_under_its_new_one(
+    archive: Archive, state
+) -> None:
+    old = record(1, id="0" * 32)
+    archive.add([old], now_utc=NOW)
+    archive.settle([old.id], state, "long ago", now_utc=NOW)
+    new = replace(old, id="1" * 32, site="fab3", crop=record(2).crop)  # a later build may decode a pixel otherwise
+    found = sorted_out([new], archive)
+    assert (found.fresh, found.done, found.n_duplicates) == ((), (new.id,), 1)
+    assert archive.note_of([new.id]) == {new.id: f"the same place as {old.id}"}
+
+
+def test_defect_that_waits_under_its_old_id_is_learned_once(archive: Archive) -> None:
+    old = record(1, id="0" * 32, created_utc=RECENT)
+    new = replace(old, id="1" * 32, site="fab3", created_utc="2026-02-21T00:00:00Z")
+    found = sorted_out([new, old], archive)
+    assert ([r.id for r in found.fresh], found.done) == ([old.id], (new.id,))
+    # The other one was not claimed together with it: another cycle.
+    archive.settle([old.id], "waiting", "", now_utc=NOW)
+    archive.settle([new.id], "learned", "", now_utc=NOW)
+    found = sorted_out([old], archive)
+    assert (found.fresh, found.done) == ((), (old.id,))
+
+
+def test_another_place_of_the_file_and_what_was_forgotten_are_fresh(archive: Archive) -> None:
+    old, gone = record(1, id="0" * 32), record(3, id="3" * 32)
+    archive.add([old, gone], now_utc=NOW)
+    archive.settle([old.id], "learned", "", now_utc=NOW)
+    archive.settle([gone.id], "forgotten", "", now_utc=NOW)
+    elsewhere = replace(old, id="1" * 32, box_xyxy=(11, 10, 30, 30), crop=record(2).crop)
+    again = replace(gone, id="4" * 32)
+    found = sorted_out([elsewhere, again], archive)
+    assert {r.id for r in found.fresh} == {elsewhere.id, again.id}
 
 
 def test_fault_of_what_is_done_already_is_nobodys_concern(archive: Archive) -> None:

@@ -22,7 +22,7 @@ import commands
 from commands import Command, in_process
 from daemon import Daemon
 from daemon import Site as DaemonSite
-from learning_site import RECIPE, Lab, add_raw, make_lab
+from learning_site import RECIPE, Lab, add_raw, make_lab, notes_of
 from semwatch.classes import clusters
 from semwatch.classes.register import ClassRegister
 from semwatch.errors import ConfigError, ModelMismatch, PublishError, ServiceUnavailable
@@ -201,7 +201,7 @@ def test_two_classes_are_learned_and_everybody_is_told(lab: Lab) -> None:
     assert (ended.outcome, ended.version, ended.reasons) == ("published", 2, ())
     assert ended.unknowns["learned"] == N
     with Archive(lab.learning / ARCHIVE, read_only=True) as archive:
-        assert set(archive.note_of(lab.learned_ids("novel-2")).values()) == {"novel-2, head 2"}
+        assert set(notes_of(archive, lab.learned_ids("novel-2")).values()) == {"novel-2, head 2"}
 
 
 def test_new_head_names_what_the_old_one_called_unknown(learned: Lab) -> None:
@@ -833,7 +833,7 @@ def test_what_needs_no_learning_leaves_the_queue_though_nothing_is_learned(learn
     assert (learned.n_waiting(), len(learned.claimable())) == (10, 10)
     with Archive(learned.learning / ARCHIVE, read_only=True) as archive:
         (learned_id,) = (r.id for r in learned.blob(LARGE, 1))
-        assert archive.note_of([learned_id]) == {learned_id: "novel-1, head 2"}  # not forgotten how
+        assert notes_of(archive, [learned_id]) == {learned_id: "novel-1, head 2"}  # not forgotten how
 
 
 def test_unknown_that_the_line_could_not_decide_and_clustering_explains_is_done(lab: Lab) -> None:

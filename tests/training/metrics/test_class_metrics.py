@@ -9,7 +9,6 @@ from semwatch_training.metrics.class_metrics import (
     KnownNovel,
     accuracy,
     ari,
-    false_unknown_rate,
     k_errors,
     known_novel,
     macro_f1,
@@ -149,10 +148,3 @@ def test_unknown_auroc_ranks_unknown_over_known() -> None:
         unknown_auroc(np.array([0.1]), np.zeros(0))
     with pytest.raises(ConfigError, match="not finite"):
         unknown_auroc(np.array([0.1]), np.array([np.nan]))
-
-
-def test_false_unknowns_are_counted_over_known_defects() -> None:
-    rate = false_unknown_rate(np.array([True, False, False, False]))
-    assert (rate.rate, rate.n) == (0.25, 4)
-    with pytest.raises(ConfigError, match="at least one case"):
-        false_unknown_rate(np.zeros(0, bool))

@@ -59,11 +59,6 @@ class DataSet:
         return tuple(sorted({sample.label for sample in self.train} - {DEFECT_FREE}))
 
     @property
-    def novel_labels(self) -> tuple[str, ...]:
-        """Defect classes that only occur in the test part, sorted."""
-        return tuple(sorted({sample.label for sample in self.test} - {DEFECT_FREE, *self.known_labels}))
-
-    @property
     def counts(self) -> dict[str, tuple[int, int]]:
         """Number of (train, test) samples by label, sorted, normal images among them."""
         train, test = ([sample.label for sample in part] for part in (self.train, self.test))

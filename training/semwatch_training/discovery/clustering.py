@@ -78,15 +78,6 @@ def plain_kmeans(features: Floats, k: int, *, seed: int, n_init: int = 10) -> Cl
     return Clustering(found.labels_.astype(np.int64), found.cluster_centers_, float(found.inertia_))
 
 
-def assign(features: Floats, centres: Floats) -> Labels:
-    """Cluster of each sample (n,): the nearest of the centres (k, D). Works on samples that no fit has seen.
-
-    >>> assign(np.array([[0.0], [9.0]], np.float32), np.array([[10.0], [1.0]], np.float32))
-    array([1, 0])
-    """
-    return np.asarray(squared_distances(features, centres).argmin(axis=1), np.int64)
-
-
 def squared_distances(features: Floats, centres: Floats) -> Floats:
     """(n, k), never negative, by one matrix product."""
     # Half norms of the features are left to the end: they do not change which centre is nearest.

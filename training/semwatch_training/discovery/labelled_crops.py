@@ -25,7 +25,7 @@ from semwatch.line import binarization, inputs
 from semwatch.line.classification import decide
 from semwatch.line.pipeline import Candidate, cut_out, gate_threshold, search
 from semwatch.models.inference import Embedded
-from semwatch.settings.recipe import Recipe
+from semwatch.settings.recipe import Recipe, UnknownRule
 from semwatch_training.data.datasets import MAX_SEEDS, Sample, first_with_room, load_gray, load_mask, synthetic_set
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
@@ -254,7 +254,7 @@ def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[
     """Fit on three quarters of the images and judge the crops of the rest.
 
     Returns:
-        Accuracy of the logits alone, macro-F1, and what the unknown rule at significance 0.05 does to true members:
+        Accuracy of the logits alone, macro-F1, and what the default unknown rule does to true members:
         share called unknown, share decided (one class fits, or the head is sure), accuracy of the decided.
     """
     rng = np.random.default_rng(fit.seed)
@@ -268,10 +268,8 @@ def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[
         logits, p_values = (x.numpy() for x in head(torch.from_numpy(crops.features[held_out])))
     truth = labels[held_out]
     named = np.array(head.labels)[logits.argmax(axis=1)]
-    verdicts = [
-        decide(row, p, head.labels, significance=0.05, decide_confidence=0.8)
-        for row, p in zip(logits, p_values, strict=True)
-    ]
+    rule = UnknownRule().model_dump()
+    verdicts = [decide(row, p, head.labels, **rule) for row, p in zip(logits, p_values, strict=True)]
     decided = np.array([verdict.label is not None for verdict in verdicts])
     right = np.array([verdict.label == true for verdict, true in zip(verdicts, truth, strict=True)])
     return {

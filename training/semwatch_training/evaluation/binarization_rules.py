@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
 from semwatch.line import binarization
+from semwatch.settings.recipe import Method
 from semwatch_training.evaluation.report import Cell, Table
 from semwatch_training.metrics.uncertainty import Spread
 
-NAMES: dict[binarization.Method, str] = {
+NAMES: dict[Method, str] = {
     "fixed": "0.5",
     "otsu": "Otsu",
     "literal": "the paper's, as printed",

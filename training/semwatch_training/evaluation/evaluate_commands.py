@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from semwatch.errors import ConfigError
+from semwatch.settings.recipe import Gate
 from semwatch_training.evaluation import evaluate
 from semwatch_training.evaluation.evaluation_data import (
     CACHE,
@@ -24,6 +25,8 @@ from semwatch_training.evaluation.evaluation_data import (
 )
 from semwatch_training.publishing import build_repository
 from semwatch_training.system.progress_bars import Bars
+
+GATE = Gate()
 
 evaluate_app = typer.Typer(
     no_args_is_help=True,
@@ -69,7 +72,7 @@ def classification(
             "along true masks, where nothing is missed.",
         ),
     ] = True,
-    false_alarm_rate: RateOption = 0.05,
+    false_alarm_rate: RateOption = GATE.false_alarm_rate,
     seeds: SeedsOption = 3,
     per_type: PerTypeOption = 40,
     cache: CacheOption = CACHE,
@@ -117,7 +120,7 @@ def discovery(
         ),
     ] = None,
     repository: RepositoryOption = REPOSITORY,
-    false_alarm_rate: RateOption = 0.05,
+    false_alarm_rate: RateOption = GATE.false_alarm_rate,
     seeds: SeedsOption = 3,
     per_type: PerTypeOption = 40,
     cache: CacheOption = CACHE,

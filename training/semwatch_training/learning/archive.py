@@ -126,9 +126,26 @@ class Archive:
         """Return the state of each id that is here."""
         return dict(self._file.rows(f"SELECT id, state FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
 
-    def note_of(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return the note beside the state of each id that is here, "" where there is none."""
-        return dict(self._file.rows(f"SELECT id, state_note FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
+    def others_at(self, found: Sequence[Record], states: Sequence[State]) -> dict[str, str]:
+        """By id of a record: another record in one of these states, of the same box on the same page of the same file.
+
+        One defect may have two ids: older releases made them otherwise, and a site may get another name.
+        """
+        by_file: dict[tuple[str, str, str], list[Record]] = {}
+        for record in found:
+            by_file.setdefault((record.source, record.path, record.sha256), []).append(record)
+        others: dict[str, str] = {}
+        for file, of_file in by_file.items():
+            rows = self._file.rows(
+                "SELECT id, record FROM unknowns WHERE source = ? AND path = ? AND sha256 = ?"
+                " AND state IN (SELECT value FROM json_each(?))",
+                (*file, json.dumps(list(states))),
+            )
+            for other in (self._decoded(id_, blob) for id_, blob in rows):
+                for record in of_file:
+                    if other.id != record.id and (other.page, other.box_xyxy) == (record.page, record.box_xyxy):
+                        others[record.id] = other.id
+        return others
 
     def read(self, id_: str) -> Record:
         """Return one record.

@@ -40,6 +40,9 @@ LARGEST = float(np.finfo(np.float16).max)
 OUT_OF_BOUNDS = 2**31
 """No page, place or area of a micrograph is as large."""
 
+SETTLED_FOR_GOOD: tuple[Settled, ...] = ("learned", "explained", "duplicate", "rejected")
+"""States of a record that make another one of the same defect a duplicate; one that was forgotten may come again."""
+
 Progress = Callable[[str, int, int], None]
 Settlement = tuple[Settled, str]
 """State that a record is settled in, and a note on it."""
@@ -196,6 +199,7 @@ def sort_out(
     archive.add(found, now_utc=now_utc)
     states = archive.state_of([record.id for record in found])
     too_old = utc_of(moment_of(now_utc) - timedelta(days=forget_days))
+    known = archive.others_at([record for record in found if states[record.id] == "waiting"], SETTLED_FOR_GOOD)
     settled: dict[str, Settlement] = {}
     fresh, unfit, seen = [], {}, set[object]()
     for record in sorted(found, key=lambda record: (record.created_utc, record.id)):
@@ -204,6 +208,8 @@ def sort_out(
             pass  # an earlier cycle was about to acknowledge it
         elif record.id in settlements:
             settled[record.id] = settlements[record.id]
+        elif record.id in known:
+            settled[record.id] = "duplicate", f"the same place as {known[record.id]}"
         elif reason := fault(record):
             unfit[record.id] = reason
             continue

@@ -159,19 +159,6 @@ def unknown_auroc(known_scores: NDArray[np.floating], unknown_scores: NDArray[np
     return image_auroc(np.concatenate([known_scores, unknown_scores]), is_unknown)
 
 
-def false_unknown_rate(is_unknown: NDArray[np.bool_], *, confidence: float = 0.95) -> Rate:
-    """Share of known defects that were called unknown, with its interval.
-
-    Args:
-        is_unknown: (n,) one for each defect of a known class.
-        confidence: of the interval.
-
-    Raises:
-        ConfigError: there is no known defect.
-    """
-    return Rate.of(int(np.count_nonzero(is_unknown)), len(is_unknown), confidence=confidence)
-
-
 def _named(truth: ArrayLike, predicted: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """True codes, and the code of the class that each sample's cluster is matched to."""
     true_codes, cluster_codes = _codes(truth, predicted)

@@ -81,9 +81,5 @@ class Rate:
         high = float(special.betaincinv(hits + 1, n - hits, 1 - tail)) if hits < n else 1.0
         return cls(hits / n, low, high, n, confidence)
 
-    def covers(self, stated: float) -> bool:
-        """Say whether a stated rate, 0 to 1, agrees with what was counted: it lies within the interval."""
-        return self.low <= stated <= self.high
-
     def __str__(self) -> str:
         return f"{100 * self.rate:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] ({self.n})"

