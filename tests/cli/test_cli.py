@@ -11,6 +11,7 @@ import yaml
 
 from commands import Command, put, spawn, write_recipe
 from daemon import png
+from semwatch.cli import options
 
 COMMANDS = (
     ["run"],
