@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import redis
 
-from learning_site import Lab, add_raw, make_lab, notes_of, unknown
+from learning_site import Lab, add_raw, notes_of, unknown
 from progress import quiet
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.inference import Embedded
@@ -23,11 +23,6 @@ from semwatch_training.learning.intake import Claims, Settlement, SortedUnknowns
 
 NOW = "2026-03-01T00:00:00Z"
 RECENT = "2026-02-20T00:00:00Z"
-
-
-@pytest.fixture
-def lab(tmp_path: Path, tiny_repository: Path, client: redis.Redis, server: EmbeddedRedis) -> Lab:
-    return make_lab(tmp_path / "site", tiny_repository, client, server.url)
 
 
 @pytest.fixture
