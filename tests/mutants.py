@@ -54,6 +54,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "line/binarization.py": ("line/test_binarization.py",),
     "line/classification.py": ("line/test_classification.py",),
     "line/detection.py": ("line/test_detection.py",),
+    "line/notices.py": ("line/test_notices.py",),
     "line/pipeline.py": ("line/test_pipeline.py",),
     "intake/drop_folder.py": ("intake/test_incoming.py",),
     "intake/decoding.py": ("intake/test_micrograph.py",),
