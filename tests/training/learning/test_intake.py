@@ -232,7 +232,7 @@ def test_defect_that_was_settled_under_its_old_id_is_not_learned_again_under_its
     new = replace(old, id="1" * 32, site="fab3", crop=record(2).crop)  # a later build may decode a pixel otherwise
     found = sorted_out([new], archive)
     assert (found.fresh, found.done, found.n_duplicates) == ((), (new.id,), 1)
-    assert archive.note_of([new.id]) == {new.id: f"the same place as {old.id}"}
+    assert notes_of(archive, [new.id]) == {new.id: f"the same place as {old.id}"}
 
 
 def test_defect_that_waits_under_its_old_id_is_learned_once(archive: Archive) -> None:
