@@ -223,7 +223,7 @@ def test_recipes_with_different_pins_are_served_side_by_side(server: LocalTriton
         Triton(repository, url=server.url, pins={"head": 1}) as pinned,
         Triton(repository, url=server.url) as floating,
     ):
-        for version in range(3, 7):  # more than are held at once
+        for version in (3, 4):  # version 1 has to make room for the last, and is asked for again
             assert republish(repository) == version
             assert floating.refresh() == Swap("head", version)
             assert pinned.refresh() is None

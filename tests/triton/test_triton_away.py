@@ -91,14 +91,12 @@ def test_swap_waits_while_the_server_is_away(
     assert swap == Swap("head", version)
 
 
-def test_killed_process_of_one_model_comes_back(lent: tuple[LocalTriton, Path]) -> None:
-    server, repository = lent
-    with Triton(repository, url=server.url, timeout_s=5) as models:
-        assert server.pid is not None
-        stubs = [child for child in psutil.Process(server.pid).children() if "head_0_0" in " ".join(child.cmdline())]
-        assert len(stubs) == 1
-        stubs[0].kill()
-        assert first_answer(lambda: models.infer("head", rows())).version == 1
+def test_killed_process_of_one_model_comes_back(models: Triton, server: LocalTriton) -> None:
+    assert server.pid is not None
+    stubs = [child for child in psutil.Process(server.pid).children() if "head_0_0" in " ".join(child.cmdline())]
+    assert len(stubs) == 1
+    stubs[0].kill()
+    assert first_answer(lambda: models.infer("head", rows())).version == 1
 
 
 def test_model_whose_process_was_killed_while_it_started_is_found_stuck(
