@@ -72,5 +72,5 @@ bench: models  ## benchmarks: tables with ratios against a floor or a peer of th
 	$(PYTEST) tests/benchmarks -s -o python_files='bench_*.py'
 
 clean:  ## remove what was built here
-	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]*
+	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]* $(REPO)/crops
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache report-* semwatch-results
