@@ -75,5 +75,5 @@ mutants: models  ## change the daemon in 150 places, one at a time, and see whet
 	$(BIN)/python tests/mutants.py --out docs/mutants.json
 
 clean:  ## remove what was built here
-	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]*
+	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]* $(REPO)/crops
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache report-* semwatch-results

@@ -115,7 +115,7 @@ def named(label: str, version: int) -> str:
 def heads(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Heads:
     folder = tmp_path_factory.mktemp("heads")
     staged = fresh_crops.copied_models(repository, folder / "staged")
-    versions = [1, *(refit(staged, without=[label]) for label in LEFT_OUT)]
+    versions = [1, *(refit(staged, without=[label]).version for label in LEFT_OUT)]
     return Heads([staged / "head" / str(version) for version in versions], folder)
 
 

@@ -82,7 +82,7 @@ def test_twenty_cycles(repository: Path, tmp_path: Path) -> None:
     models = fresh_crops.copied_models(repository, tmp_path / "models")
     parts = parted(rng)
     head_bank.write(parts.golden, models / "head/1" / head_bank.GOLDEN)
-    first = refit(models, without=list(APPEARS))
+    first = refit(models, without=list(APPEARS)).version
     drift = drift_direction(head_bank.read(models / f"head/{first}" / head_bank.BANK), rng)
     account, outcomes, accuracies = Account(), list[Outcome](), list[tuple[float, float]]()
     table = Table(*COLUMNS, title=f"{N_CYCLES} cycles, {PER_CYCLE} new unknowns each")

@@ -6,8 +6,10 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -17,7 +19,9 @@ from semwatch.deployment import installed_files, releases, systemctl
 from semwatch.deployment.installation import copy_models
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
-from semwatch.models import choice, model_repository
+from semwatch.models import choice, crop_store, head_bank, model_repository
+from semwatch.models.crop_store import KeptCrop
+from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.fields import EXAMPLES
 from semwatch.settings.recipe import load_recipe
@@ -312,6 +316,25 @@ def test_models_are_published_once_and_never_overwritten(tmp_path: Path, built: 
     assert said(tmp_path, "install", "--models", built)["models"] == []
     assert mine.exists()
     assert not list(repository.glob("*/.staging-*"))
+
+
+def test_crops_that_the_heads_were_fitted_on_come_along_readable_for_all(tmp_path: Path, built: Path) -> None:
+    rng = np.random.default_rng(0)
+    crop = KeptCrop(
+        rng.integers(0, 256, (20, 20), dtype=np.uint8), np.zeros((4, 4), np.float32), np.zeros(2, np.float32)
+    )
+    named, other = (crop_store.write(built, [each]) for each in (crop, replace(crop, size=np.ones(2, np.float32))))
+    bank = Bank(np.ones((1, 3), np.float32), ("a",), ("i",), ("",), tuple(named))
+    head_bank.write(bank, built / "head" / "2" / head_bank.BANK)
+    repository = at(tmp_path, Path("/srv/semwatch/model_repository"))
+    semwatch(tmp_path, "install", "--models", built)
+    path = crop_store.path_of(repository, named[0].shard)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [each.stem for each in path.parent.iterdir()] == [named[0].shard] != [other[0].shard]
+    (kept,) = head_bank.crops_of(head_bank.read(repository / "head" / "2" / head_bank.BANK), repository)
+    assert kept is not None
+    assert np.array_equal(kept.crop, crop.crop)
+    assert said(tmp_path, "install", "--models", built)["models"] == []
 
 
 def test_weights_that_are_not_the_published_ones_are_not_copied(tmp_path: Path, built: Path) -> None:

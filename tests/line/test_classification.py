@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from semwatch.line.classification import classify, decide, size_feature
-from semwatch.line.inputs import KeptView
+from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded, ModelId
 
 LABELS = ("bridge", "defect-free", "void")
@@ -63,7 +63,7 @@ def test_classify_gives_one_verdict_for_each_crop(tiny_repository) -> None:
     rng = np.random.default_rng(0)
     with Embedded(tiny_repository) as models:
         crops, masks = rng.integers(0, 256, (3, 56, 56), dtype=np.uint8), rng.random((3, 4, 4), dtype=np.float32)
-        views = [KeptView(crop, mask, np.zeros(2, np.float32)) for crop, mask in zip(crops, masks, strict=True)]
+        views = [KeptCrop(crop, mask, np.zeros(2, np.float32)) for crop, mask in zip(crops, masks, strict=True)]
         features, verdicts, answered = classify(views, models, **RULE)
         served = models.versions(), models.hashes()
     assert features.shape == (3, 74)

@@ -12,10 +12,10 @@ from semwatch.defects import Review
 from semwatch.errors import ModelMismatch
 from semwatch.line import inputs
 from semwatch.line.detection import resize
-from semwatch.line.inputs import KeptView
 from semwatch.line.pipeline import review
 from semwatch.models import contract, model_repository
 from semwatch.models.contract import check_contract
+from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import Arrays, Meta
 from semwatch.settings.recipe import Recipe
@@ -177,6 +177,6 @@ def test_line_builds_every_input_that_the_contract_offers() -> None:
 
 def test_kept_crop_cannot_show_an_encoder_its_field(toys) -> None:
     encoder = model_repository.read_meta(toys, "encoder", 1)
-    kept = KeptView(np.zeros((CROP_PX, CROP_PX), np.uint8), np.zeros((4, 4), np.float32), np.zeros(2, np.float32))
+    kept = KeptCrop(np.zeros((CROP_PX, CROP_PX), np.uint8), np.zeros((4, 4), np.float32), np.zeros(2, np.float32))
     with pytest.raises(ValueError, match="2 of 2 crops have no field"):
         inputs.for_encoder(encoder, [kept, kept])

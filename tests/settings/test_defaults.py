@@ -59,6 +59,7 @@ def test_mask_figures_judge_the_rule_of_the_daemon(tiny_repository) -> None:
     with Embedded(tiny_repository, threads=1) as models:
         daemons = daemon_mask(score_map, models)
     assert daemons.any()
+    assert not binarization.binarize(score_map, max_mask_fraction=0.3).mask.any()
     assert np.array_equal(binarization.binarize(score_map).mask, daemons)
     assert ours[3] == 1.0  # share of masks that point at their defect
 

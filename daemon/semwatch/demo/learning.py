@@ -20,7 +20,7 @@ from semwatch.classes.register import ClassRegister
 from semwatch.demo import one_lot
 from semwatch.demo.one_lot import Layout
 from semwatch.errors import ServiceUnavailable
-from semwatch.models import model_repository
+from semwatch.models import crop_store, head_bank, model_repository
 from semwatch.settings.site import Site, load_site
 from semwatch.store import audit
 from semwatch.store.ledger import LEDGER, Ledger
@@ -85,6 +85,7 @@ def _models_without(unseen: Sequence[str], repository: Path, layout: Layout, con
         version = model_repository.latest(repository, model)
         model_repository.read_meta(repository, model, version)
         shutil.copytree(repository / model / str(version), mine / model / "1")
+    crop_store.copy(repository, mine, head_bank.banks_of(mine))
     without = [part for label in unseen for part in ("--without", label)]
     _semwatch_train("refit", "--repository", str(mine), *without)
     console.print(f"the head knows nothing of {' and '.join(unseen)}", highlight=False)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from semwatch.deployment.installed_files import DOCS, REPOSITORY, SETTINGS
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ModelMismatch
-from semwatch.models import choice, model_repository
+from semwatch.models import choice, crop_store, head_bank, model_repository
 from semwatch.models.model_repository import MODELS
 from semwatch.system import files
 
@@ -134,7 +134,8 @@ def apply(at: Place, steps: Sequence[Step], before: Record | None, after: Record
 def copy_models(at: Place, source: Path, *, dry_run: bool) -> list[str]:
     """Publish the versions of a built model repository that this machine has not; return them as ``model/version``.
 
-    A version that is there stays as it is. The owner is the one of the repository's folder.
+    The crops that its heads were fitted on come along. What is there stays as it is. The owner is the one of the
+    repository's folder.
 
     Raises:
         ModelMismatch: no models in ``source``, or a version that is not whole.
@@ -145,6 +146,8 @@ def copy_models(at: Place, source: Path, *, dry_run: bool) -> list[str]:
     if not all(given.values()):
         missing = ", ".join(model for model, found in given.items() if not found)
         raise ModelMismatch(f"{source} has no {missing}; give a built repository (`semwatch-train build`)")
+    if not dry_run:
+        _copy_crops(source, repository)  # first, so that no head lacks what it was fitted on
     copied = []
     for model, found in given.items():
         for version in sorted(set(found) - set(model_repository.versions(repository, model))):
@@ -153,6 +156,13 @@ def copy_models(at: Place, source: Path, *, dry_run: bool) -> list[str]:
             if not dry_run:
                 _copy_version(source / model, repository / model, version)
     return copied
+
+
+def _copy_crops(source: Path, repository: Path) -> None:
+    """Copy the crops that the heads of ``source`` were fitted on; those that are there stay."""
+    for path in crop_store.copy(source, repository, head_bank.banks_of(source)):
+        _give(path, repository, 0o644)
+        _give(path.parent, repository, stat.S_IMODE(repository.stat().st_mode))
 
 
 def _copy_version(source: Path, folder: Path, version: int) -> None:

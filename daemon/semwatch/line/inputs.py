@@ -4,7 +4,6 @@ Which inputs there are stands in ``models.contract``; a model that asks for anot
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
@@ -36,16 +35,6 @@ class View(Protocol):
     @property
     def field(self) -> NDArray[np.uint8] | None:
         """(H, W) gray: the whole field, None where the encoder does not ask for it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KeptView:
-    """A defect that was kept as a crop, in a record or a bank: its field is gone."""
-
-    crop: NDArray[np.uint8]
-    soft_mask: NDArray[np.float32]
-    size: NDArray[np.float32]
-    field: NDArray[np.uint8] | None = None
 
 
 OF_FIELD: Mapping[str, Callable[[NDArray[np.uint8], Tensor], NDArray[np.uint8]]] = MappingProxyType(

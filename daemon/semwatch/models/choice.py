@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from semwatch.errors import ModelMismatch, PublishError
-from semwatch.models import model_repository
+from semwatch.models import crop_store, head_bank, model_repository
 from semwatch.models.model_repository import Meta
 from semwatch.system import files
 
@@ -167,6 +167,8 @@ def roll_back(
 def prune(repository: Path, model: str, *, keep: int) -> list[int]:
     """Delete old versions, but for the ``keep`` newest, the one that serves and the newest before that; return them.
 
+    With heads go the kept crops that none of the remaining ones was fitted on or proven on.
+
     Raises:
         PublishError: the disk refused.
     """
@@ -183,6 +185,8 @@ def prune(repository: Path, model: str, *, keep: int) -> list[int]:
             (repository / model / f"{version}{WITHDRAWN}").unlink(missing_ok=True)
         except OSError as error:
             raise PublishError(f"cannot delete {folder}: {error}") from error
+    if model == "head":
+        crop_store.prune(repository, head_bank.banks_of(repository))
     return gone
 
 

@@ -4,10 +4,12 @@
     <repository>/<model>/<version>/meta.json  see ``Meta``
     <repository>/<model>/<version>/probe.npz  inputs, and what the original answered to them; checked at every load
     <repository>/head/<version>/*.npz         what the head was fitted on and proven on, see ``head_bank``
+    <repository>/crops/<sha256>.npz           the crops of these, see ``crop_store``
 
-Versions are whole numbers counted from 1. A version folder appears by one rename, complete, and is never changed again:
-labels, calibration and weights of one version cannot come apart. The model repository is code: only the learning side
-writes here, and every load checks the weights against the hash in ``meta.json``.
+What a model takes and gives is its own matter within ``contract``. Versions are whole numbers counted from 1. A version
+folder appears by one rename, complete, and is never changed again: labels, calibration and weights of one version
+cannot come apart. The model repository is code: only the learning side writes here, and every load checks the weights
+against the hash in ``meta.json``.
 """
 
 import hashlib

@@ -8,11 +8,15 @@ import pytest
 from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
+from semwatch.models import crop_store, head_bank, model_repository
+from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import Sample
-from semwatch_training.discovery import labelled_crops
+from semwatch_training.discovery import head_run, labelled_crops
 from semwatch_training.discovery.labelled_crops import Crops, of_samples, of_synthetic, searched
+from semwatch_training.learning.refit import encoded_again
+from semwatch_training.publishing import build_repository
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
 
 SIDE = 96
@@ -169,3 +173,49 @@ def test_crops_come_back_from_disk_as_they_were(tmp_path) -> None:
     for name in ("features", "image_idx", "area_px"):
         assert np.array_equal(getattr(back, name), getattr(crops, name))
         assert getattr(back, name).dtype == getattr(crops, name).dtype
+    assert back.views == ()
+
+
+def test_kept_crops_come_back_from_disk_too_and_older_files_have_none(tmp_path, models) -> None:
+    crops = labelled_crops.collect(models, Recipe(), n_images=4, first_seed=0, progress=quiet)
+    assert len(crops.views) == len(crops.labels) > 0
+    path = tmp_path / "crops.npz"
+    labelled_crops.save(crops, path)
+    back = labelled_crops.load(path)
+    for kept, given in zip(back.views, crops.views, strict=True):
+        assert np.array_equal(kept.crop, given.crop)
+        assert np.array_equal(kept.size, given.size)
+    with np.load(path) as file:
+        older = {name: file[name] for name in file.files if name != "shard"}
+    np.savez(path, **older)
+    assert labelled_crops.load(path).views == ()
+
+
+# ---- a head of them ----
+
+
+def test_fitted_head_brings_its_crops_into_the_repository_that_is_built_of_it(
+    tiny_repository, tmp_path, monkeypatch
+) -> None:
+    out = tmp_path / "weights" / "head.safetensors"
+    head_run.fit_default(tiny_repository, out, encoder_form="tiny", n_images=60, seed=0, progress=quiet)
+    bank, golden = (head_bank.read(out.with_suffix(f".{name}")) for name in (head_bank.BANK, head_bank.GOLDEN))
+    (shard,) = {ref.shard for ref in (*bank.crops, *golden.crops) if ref is not None}
+    assert None not in (*bank.crops, *golden.crops)
+    assert model_repository.file_sha256(out.with_suffix(head_run.CROPS_SUFFIX)) == shard
+    repository = tmp_path / "repository"
+    build_repository._place_crops(repository, out.with_suffix(head_run.CROPS_SUFFIX), bank, golden)
+    with Embedded(tiny_repository, models=("encoder",), threads=1) as models:
+        for kept in (bank, golden):  # fp16 in the bank, and the soft mask in 8 bits
+            again = encoded_again(kept, repository, models).features
+            assert np.abs(again - kept.features).max() < 2e-3 * np.abs(kept.features).max()
+
+
+def test_crops_beside_another_head_are_refused(tmp_path) -> None:
+    shard, bank = tmp_path / "head.crops.npz", head_bank.empty(3)
+    build_repository._place_crops(tmp_path / "repository", shard, bank)  # none beside this head
+    view = KeptCrop(np.zeros((8, 8), np.uint8), np.zeros((2, 2), np.float32), np.zeros(2, np.float32))
+    shard.write_bytes(crop_store.encode([view]))
+    with pytest.raises(ConfigError, match="holds other crops than this head was fitted on"):
+        build_repository._place_crops(tmp_path / "repository", shard, bank)
+    assert not (tmp_path / "repository").exists()

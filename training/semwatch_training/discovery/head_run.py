@@ -1,14 +1,17 @@
 """The default head in one call: search synthetic images, label what is found, encode, fit, calibrate, write."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from semwatch.errors import ConfigError
-from semwatch.models import head_bank
+from semwatch.models import crop_store, head_bank
+from semwatch.models.crop_store import CropRef, KeptCrop
 from semwatch.models.head_bank import Bank
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
+from semwatch.system import files
 from semwatch_training.data import datasets
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
@@ -16,6 +19,8 @@ from semwatch_training.discovery.head import Head, save_head
 from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.system.progress_bars import Progress
 
+CROPS_SUFFIX = ".crops.npz"
+"""Of the shard beside a head's weights: crops of the bank, then of the golden set; see ``models.crop_store``."""
 N_IMAGES = 720
 """Synthetic images to search for labelled crops."""
 
@@ -33,8 +38,8 @@ def fit_default(
 ) -> FittedHead:
     """Fit a head on what the repository's detector finds in synthetic images, and write it.
 
-    Beside ``out`` go what it was fitted on and a golden set of as many other images, that no head is ever fitted on.
-    Crops are cut and encoded once for a detector and an encoder, and kept there too.
+    Beside ``out`` go what it was fitted on, a golden set of as many other images, that no head is ever fitted on, and
+    the crops of both. Crops are cut and encoded once for a detector and an encoder, and kept there too.
 
     Args:
         repository: with detector and encoder.
@@ -57,17 +62,29 @@ def fit_default(
     fit = HeadFit(frozen_width=frozen_width, seed=seed)
     report = labelled_crops.hold_out_report(crops, fit)
     fitted = fit_head(crops.features, crops.labels, fit, images=crops.image_idx.tolist())
-    head_bank.write(as_bank(crops), out.with_suffix(f".{head_bank.BANK}"))
-    head_bank.write(as_bank(golden), out.with_suffix(f".{head_bank.GOLDEN}"))
+    refs = _write_shard((*crops.views, *golden.views), out.with_suffix(CROPS_SUFFIX))
+    n = len(crops.views)
+    head_bank.write(as_bank(crops, refs[:n]), out.with_suffix(f".{head_bank.BANK}"))
+    head_bank.write(as_bank(golden, refs[n:]), out.with_suffix(f".{head_bank.GOLDEN}"))
     provenance: dict[str, str | float | int] = {"crops": "synthetic", "n_images": n_images, "seed": seed, **report}
     save_head(fitted, out, encoder_form=encoder_form, provenance=provenance)
     return FittedHead(fitted, crops, report)
 
 
-def as_bank(crops: Crops) -> Bank:
-    """Crops as they travel with a head."""
+def as_bank(crops: Crops, refs: tuple[CropRef, ...] = ()) -> Bank:
+    """Crops as they travel with a head; ``refs`` says where they are kept."""
     images = tuple(f"image {index}" for index in crops.image_idx.tolist())
-    return Bank(crops.features, crops.labels, images, ("",) * len(crops.labels))
+    return Bank(crops.features, crops.labels, images, ("",) * len(crops.labels), refs)
+
+
+def _write_shard(views: Sequence[KeptCrop], path: Path) -> tuple[CropRef, ...]:
+    """Keep crops beside a head's weights, for ``build`` to put into the repository; no crops, no file."""
+    if not views:
+        return ()
+    content = crop_store.encode(views)
+    files.write_whole(path, content)
+    shard = hashlib.sha256(content).hexdigest()
+    return tuple(CropRef(shard, row) for row in range(len(views)))
 
 
 def _crops(models: Embedded, out: Path, n_images: int, first_seed: int, progress: Progress) -> Crops:

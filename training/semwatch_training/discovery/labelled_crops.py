@@ -24,6 +24,8 @@ from semwatch.errors import ConfigError
 from semwatch.line import binarization, inputs
 from semwatch.line.classification import decide
 from semwatch.line.pipeline import Candidate, cut_out, gate_threshold, search
+from semwatch.models import crop_store
+from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe, UnknownRule
 from semwatch_training.data.datasets import MAX_SEEDS, Sample, first_with_room, load_gray, load_mask, synthetic_set
@@ -49,6 +51,8 @@ class Crops:
     """(n,)"""
     n_planted: dict[str, int]
     n_found: dict[str, int]
+    views: tuple[KeptCrop, ...] = ()
+    """n crops themselves, where they are kept."""
 
 
 def collect(
@@ -59,7 +63,7 @@ def collect(
     The gate is open (threshold 0): the head must know the false alarms that a shut gate would hide.
     """
     recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})
-    features, labels, image_idx, area_px = [], [], [], []
+    features, labels, image_idx, area_px, views = [], [], [], [], []
     planted: dict[str, int] = {}
     found: dict[str, int] = {}
     for index, image in enumerate(synthetic_images(n_images, first_seed=first_seed)):
@@ -78,8 +82,11 @@ def collect(
             labels.append(label)
             image_idx.append(index)
             area_px.append(candidate.region.area_px)
+            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size))
         progress("crops", index + 1, n_images)
-    return Crops(np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), planted, found)
+    return Crops(
+        np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), planted, found, tuple(views)
+    )
 
 
 def of_samples(
@@ -228,7 +235,8 @@ def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:
 
 
 def save(crops: Crops, path: Path) -> None:
-    """Keep crops' features, so that a head can be fitted again in seconds."""
+    """Keep crops and their features, so that a head can be fitted again in seconds."""
+    shard = crop_store.encode(crops.views) if crops.views else b""
     counts = json.dumps([crops.n_planted, crops.n_found])
     with path.open("wb") as file:
         np.savez(
@@ -238,6 +246,7 @@ def save(crops: Crops, path: Path) -> None:
             image_idx=crops.image_idx,
             area_px=crops.area_px,
             counts=counts,
+            shard=np.frombuffer(shard, np.uint8),
         )
 
 
@@ -245,8 +254,10 @@ def load(path: Path) -> Crops:
     """Read what ``save`` wrote."""
     with np.load(path, allow_pickle=False) as file:
         planted, found = json.loads(str(file["counts"]))
+        shard = file["shard"].tobytes() if "shard" in file.files else b""
+        views = tuple(crop_store.decode(shard)) if shard else ()
         return Crops(
-            file["features"], tuple(file["labels"].tolist()), file["image_idx"], file["area_px"], planted, found
+            file["features"], tuple(file["labels"].tolist()), file["image_idx"], file["area_px"], planted, found, views
         )
 
 

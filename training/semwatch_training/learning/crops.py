@@ -1,12 +1,16 @@
-"""Operations on banks of crops: other labels, a part held out for the golden set, a limit per class."""
+"""Operations on banks of crops: other labels, a part held out for the golden set, a limit per class, crops kept."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from semwatch.models import head_bank
+from semwatch.models import crop_store, head_bank
+from semwatch.models.crop_store import KeptCrop
 from semwatch.models.head_bank import Bank
+from semwatch_training.learning.archive import Archive
+from semwatch_training.learning.intake import size_of
 
 
 def renamed(crops: Bank, names: Mapping[str, str | None]) -> Bank:
@@ -50,6 +54,20 @@ def capped(bank: Bank, per_class: int, seed: int) -> Bank:
     labels = np.array(bank.labels, np.str_)
     rows = [rng.permutation(np.flatnonzero(labels == label))[:per_class] for label in dict.fromkeys(bank.labels)]
     return head_bank.chosen(bank, np.sort(np.concatenate(rows))) if rows else bank
+
+
+def with_kept_crops(bank: Bank, archive: Archive, repository: Path) -> Bank:
+    """The same bank, with the crops of its records in the repository's crop store, as far as the archive has them.
+
+    Raises:
+        PublishError: the disk refused.
+    """
+    wanted = [id_ for id_, ref in zip(bank.ids, bank.crops, strict=True) if id_ and ref is None]
+    found = [record for record in archive.read_many(wanted) if record.field_short_px is not None]
+    kept = [KeptCrop(record.crop, record.soft_mask, size_of(record)) for record in found]
+    places = dict(zip((record.id for record in found), crop_store.write(repository, kept), strict=True))
+    refs = (ref or places.get(id_) for id_, ref in zip(bank.ids, bank.crops, strict=True))
+    return replace(bank, crops=tuple(refs))
 
 
 def images_as_numbers(images: Sequence[str]) -> list[int]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.line import inputs as line_inputs
 from semwatch.line.classification import size_feature
-from semwatch.line.inputs import KeptView
 from semwatch.models.contract import OF_A_CROP
+from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.site import Site
 from semwatch.streams import records, unknowns
@@ -291,8 +291,8 @@ def _embedded(found: Sequence[Record], models: Embedded) -> NDArray[np.float32]:
     return np.asarray(models.infer("encoder", asked).outputs["features"], np.float32)
 
 
-def _view(record: Record) -> KeptView:
-    return KeptView(record.crop, record.soft_mask, size_of(record))
+def _view(record: Record) -> KeptCrop:
+    return KeptCrop(record.crop, record.soft_mask, size_of(record))
 
 
 def size_of(record: Record) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from threadpoolctl import threadpool_limits
 
+from semwatch.errors import ConfigError
 from semwatch.settings.fields import EXAMPLES
 from semwatch.settings.site import load_site
 from semwatch_training.learning import refit as refitting
@@ -48,10 +49,20 @@ def retrain(
 
 
 def refit(
-    without: Annotated[list[str], typer.Option(help="A class to leave out; repeat.")],
+    without: Annotated[list[str] | None, typer.Option(help="A class to leave out; repeat.")] = None,
+    encoder: Annotated[
+        int | None, typer.Option(min=1, help="Version of another encoder, which looks at the kept crops again.")
+    ] = None,
     repository: Annotated[Path, typer.Option(help="Model repository.")] = Path("model_repository"),
     seed: int = 0,
 ) -> None:
-    """Fit the head in service anew from its own bank, without some of its classes, and publish it."""
-    version = refitting.refit(repository, without=without, seed=seed)
-    console.print(f"head {version} knows nothing of {', '.join(without)}", highlight=False)
+    """Fit the head in service anew from its own bank and publish it: without some classes, or for another encoder."""
+    if not without and encoder is None:
+        raise ConfigError("give a class to leave out, --without, or the version of another encoder, --encoder")
+    made = refitting.refit(repository, without=without or (), encoder=encoder, seed=seed)
+    told = [f"knows nothing of {', '.join(without)}"] if without else []
+    if encoder is not None:
+        told.append(f"reads encoder {encoder}; both serve from the daemon's next start")
+    if made.n_left_out:
+        told.append(f"{made.n_left_out} crops that nobody kept are left out")
+    console.print(f"head {made.version} {'; '.join(told)}", highlight=False)

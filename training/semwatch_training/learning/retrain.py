@@ -39,7 +39,7 @@ from semwatch_training.discovery.head import Head, save_head
 from semwatch_training.learning import candidates, decisions, housekeeping, intake, new_classes, outcomes, promotion
 from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.learning.base_head import BaseHead, read_base_head
-from semwatch_training.learning.crops import images_as_numbers, labelled
+from semwatch_training.learning.crops import images_as_numbers, labelled, with_kept_crops
 from semwatch_training.learning.decisions import DecidedCrops
 from semwatch_training.learning.housekeeping import REPORTS
 from semwatch_training.learning.intake import Claims, SortedUnknowns
@@ -309,8 +309,8 @@ def _publish(
         encoder_version=c.models.versions()["encoder"],
         provenance=outcomes.provenance(base, c.utc, judgements, decided_crops, f, bank, golden),
         codes=decisions.codes(base, decided_crops, now),
-        bank=head_bank.renamed(bank, fresh),
-        golden=head_bank.renamed(golden, fresh),
+        bank=with_kept_crops(head_bank.renamed(bank, fresh), c.archive, repository),
+        golden=with_kept_crops(head_bank.renamed(golden, fresh), c.archive, repository),
     )
 
 

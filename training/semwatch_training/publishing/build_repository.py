@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import cast
 
 from semwatch.errors import ConfigError
-from semwatch.models import head_bank, model_repository
+from semwatch.models import crop_store, head_bank, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.system import files
 from semwatch_training.discovery.head import load_head
+from semwatch_training.discovery.head_run import CROPS_SUFFIX
 from semwatch_training.families.exported import EncoderExport, export_of, family_of
 from semwatch_training.publishing.export import publish, publish_head
 from semwatch_training.trunks.backbone import Backbones
@@ -48,6 +49,7 @@ def build(
     # An encoder published anew wants its head published anew: a head names the encoder's weights.
     encoder = model_repository.read_meta(repository, "encoder", encoder_version)
     bank, golden = (_bank(head_file, name) for name in (head_bank.BANK, head_bank.GOLDEN))
+    _place_crops(repository, head_file.with_suffix(CROPS_SUFFIX), bank, golden)
     sizes = f"{len(bank or ())} and {len(golden or ())} crops"
     made_from = f"{_sha256(head_file)} with {sizes} on encoder {encoder.weights_sha256}"
     if (version := _published(repository, "head", made_from)) is None:
@@ -82,6 +84,17 @@ def _bank(head_file: Path, name: str) -> Bank | None:
     """Crops beside a head's weights, None where it came without."""
     path = head_file.with_suffix(f".{name}")
     return head_bank.read(path) if path.is_file() else None
+
+
+def _place_crops(repository: Path, shard: Path, *banks: Bank | None) -> None:
+    """Put the crops beside a head's weights into the repository, if its banks name them."""
+    if not shard.is_file():
+        return
+    content = shard.read_bytes()
+    named = {ref.shard for bank in banks if bank is not None for ref in bank.crops if ref is not None}
+    if hashlib.sha256(content).hexdigest() not in named:
+        raise ConfigError(f"{shard} holds other crops than this head was fitted on; fit it again, or delete the file")
+    crop_store.place(repository, content)
 
 
 def served_form(repository: Path) -> str:
