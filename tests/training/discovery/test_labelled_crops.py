@@ -215,7 +215,7 @@ def test_fitted_head_brings_its_crops_into_the_repository_that_is_built_of_it(
     repository = tmp_path / "repository"
     build_repository._place_crops(repository, out.with_suffix(head_run.CROPS_SUFFIX), bank, golden)
     with Embedded(tiny_repository, models=("encoder",), threads=1) as models:
-        for kept in (bank, golden):  # fp16 in the bank, and the soft mask in 8 bits
+        for kept in (bank, golden):  # features and soft masks are kept in half precision
             again = encoded_again(kept, repository, models).features
             assert np.abs(again - kept.features).max() < 2e-3 * np.abs(kept.features).max()
 
