@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest
 # What a machine needs to boot another: then `make check` proves the deployment too.
 CAN_BOOT := $(shell [ "$$(id -u)" = 0 ] && command -v systemd-nspawn >/dev/null && command -v debootstrap)
 
-.PHONY: help install lock sizes models demo demo-learn triton test test-slow test-systemd lint check bench clean
+.PHONY: mutants help install lock sizes models demo demo-learn triton test test-slow test-systemd lint check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -70,6 +70,9 @@ check: lint  ## everything: the linters, all tests, and where this machine can b
 
 bench: models  ## benchmarks: tables with ratios against a floor or a peer of the same run
 	$(PYTEST) tests/benchmarks -s -o python_files='bench_*.py'
+
+mutants: models  ## change the daemon in 150 places, one at a time, and see whether a test falls; an hour and more
+	$(BIN)/python tests/mutants.py --out docs/mutants.json
 
 clean:  ## remove what was built here
 	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]* $(REPO)/crops

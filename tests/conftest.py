@@ -1,7 +1,11 @@
 """Fixtures of every room: model repositories, real and tiny; a Redis server; the command line in this process."""
 
-import io
 import os
+
+# Before numpy and torch are imported, here or below: on arrays as small as ours, a second thread only spins.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +21,6 @@ from semwatch.streams import embedded_redis
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.unknowns import Publisher, connect
 from semwatch.triton.setup import set_up
-
-# Before torch and numpy are imported: on arrays as small as ours, a second thread only spins.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What the machine says to its terminals and services is not for ours: a test's output is plain and 80 columns wide.
 for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "GITHUB_ACTIONS", "PY_COLORS", "NOTIFY_SOCKET",

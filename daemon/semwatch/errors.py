@@ -14,8 +14,6 @@ daemon: the ledger brings the work back.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from pydantic import ValidationError
-
 
 class SemwatchError(Exception):
     """Root of every error that semwatch raises on purpose."""
@@ -45,10 +43,3 @@ EXIT_CODES: Mapping[type[SemwatchError], int] = MappingProxyType(
     {ConfigError: 2, ModelMismatch: 3, ServiceUnavailable: 4}
 )
 """What a command ends with; any other error of ours is 1. The units' restart rules hang on them."""
-
-
-def first_fault(error: ValidationError) -> str:
-    """Say the first thing that is wrong, and where."""
-    fault = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    return f"{where}: {fault['msg']}" if where else fault["msg"]

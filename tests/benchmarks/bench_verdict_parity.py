@@ -258,7 +258,7 @@ def _judge(job: Job, place: Path) -> None:
 
 def _view(repository: Path, view: Path) -> Path:
     """The repository as links, each ``meta.json`` with only the keys that this tree's ``Meta`` knows."""
-    known = _place("Meta", "semwatch.models.repository", "semwatch.model_repository").model_fields
+    known = _place("Meta", "semwatch.models.model_repository", "semwatch.model_repository").model_fields
     for meta in sorted(repository.glob("*/*/meta.json")):
         folder = view / meta.parent.relative_to(repository)
         folder.mkdir(parents=True)

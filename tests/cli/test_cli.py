@@ -11,6 +11,7 @@ import yaml
 
 from commands import Command, put, spawn, write_recipe
 from daemon import png
+from semwatch.cli import options
 
 COMMANDS = (
     ["run"],
@@ -251,13 +252,13 @@ def test_recipe_check_of_an_absent_recipe_names_the_example(semwatch, tmp_path) 
 
 
 def test_recipe_show_gives_every_setting_with_its_meaning(semwatch, monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(options.out, "_width", 160)
     said = semwatch("recipe", "show")
     assert said.code == 0
     assert "gate.false_alarm_rate 0.05 Share of defect-free images that may pass the gate." in said.words
     rows = [line.split("│") for line in said.out.splitlines() if line.startswith("│")]
     assert len(rows) > 15
-    assert all(cell.strip() for row in rows for cell in row[1:4])
+    assert all(cell.strip() for row in rows for cell in row[1:4]), said.out
 
 
 def test_recipe_show_as_json_is_a_recipe_again(semwatch, tmp_path) -> None:

@@ -18,6 +18,7 @@ from factories import make_review, make_verdict, messages, result_summary
 from semwatch.errors import ConfigError
 from semwatch.streams import queues, records, unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch.streams.handoff import Handoff
 from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, Record, decode, encode, pack
 from semwatch.streams.unknowns import Consumer, Publisher, connect
 
@@ -333,6 +334,10 @@ def learn(client: redis.Redis) -> None:
     assert len(other.dead()) == 1
     assert other.requeue_dead() == 1
     assert len(mine.claim(9, min_idle_s=60, block_s=0.05)) == 1  # what was given back
+    handoff = Handoff(client)
+    with handoff.locked("cycle", wait_s=0, hold_s=1):
+        assert handoff.append_classes(1, b"{}")
+    assert handoff.serving("site") is None
 
 
 def test_documented_rights_of_a_learner_are_enough_and_each_is_needed(server, client, tmp_path) -> None:

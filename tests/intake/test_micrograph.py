@@ -570,6 +570,18 @@ def test_damaged_file_is_read_or_refused_and_nothing_else(data: st.DataObject) -
     read_or_refuse(bytes(content))
 
 
+@pytest.mark.parametrize(("n_bytes", "words"), [(53, "in its header"), (54, "at byte 54")])
+def test_bmp_that_ends_around_its_header_says_which(n_bytes: int, words: str) -> None:
+    with pytest.raises(ImageError, match=f"breaks off {words}"):
+        decoding.decode(encoded(".bmp", np.zeros((64, 64), np.uint8))[:n_bytes], name="x")
+
+
+@pytest.mark.parametrize(("n_bytes", "words"), [(32, "without its header"), (33, "breaks off")])
+def test_png_that_ends_around_its_header_says_which(n_bytes: int, words: str) -> None:
+    with pytest.raises(ImageError, match=words):
+        decoding.decode(png(64, 64, 8, 0, b"")[:n_bytes], name="x")
+
+
 @given(head=st.sampled_from([b"", b"II*\0", b"MM\0+", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM"]), tail=st.binary())
 @settings(max_examples=200, deadline=None)
 def test_random_bytes_are_refused_and_nothing_else(head: bytes, tail: bytes) -> None:

@@ -1,5 +1,6 @@
 """What `semwatch doctor` says of a site whose models run in Triton: against the real server, and without one."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def test_server_tells_its_version_what_it_holds_and_that_all_of_it_matches(
 
         other = shutil.copytree(tiny_repository, tmp_path / "others")
         weights = other / "head" / "1" / "meta.json"
-        weights.write_text(weights.read_text().replace('"logits"', '"scores"'))
+        meta = json.loads(weights.read_text())
+        meta["outputs"]["logits"]["shape"] = [99]
+        weights.write_text(json.dumps(meta))
         wrong = triton_checks(tmp_path / "wrong", other, server.url)
         assert wrong["Triton"].ok
         assert "let the server serve this model repository" in wrong["models"].remedy

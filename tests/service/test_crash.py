@@ -14,8 +14,8 @@ from semwatch.store import audit
 from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis
 
-N_IMAGES = int(os.environ.get("SEMWATCH_CRASH_IMAGES", "60"))
-N_KILLS = int(os.environ.get("SEMWATCH_CRASH_KILLS", "8"))
+MANY_IMAGES = int(os.environ.get("SEMWATCH_CRASH_IMAGES", "60"))
+MANY_KILLS = int(os.environ.get("SEMWATCH_CRASH_KILLS", "8"))
 SEED = 20260101
 
 
@@ -55,28 +55,33 @@ def test_file_that_kills_the_process_costs_its_neighbours_one_attempt_at_most(tm
 
 
 @pytest.mark.timeout(3000)
-def test_killed_at_random_moments_nothing_is_lost_and_nothing_doubled(tmp_path: Path, tiny_repository: Path) -> None:
+@pytest.mark.parametrize(
+    ("n_images", "n_kills"), [(24, 4), pytest.param(MANY_IMAGES, MANY_KILLS, marks=pytest.mark.slow)]
+)
+def test_killed_at_random_moments_nothing_is_lost_and_nothing_doubled(
+    tmp_path: Path, tiny_repository: Path, n_images: int, n_kills: int
+) -> None:
     repository = Path(os.environ.get("SEMWATCH_CRASH_REPOSITORY", tiny_repository))
     with EmbeddedRedis(tmp_path / "redis") as server:
         # The kills are the test's, not the files': attempts must not run out.
         site = make_site(
-            tmp_path / "site", repository, redis_url=server.url, limits={"min_free_mb": 0, "max_attempts": N_KILLS + 1}
+            tmp_path / "site", repository, redis_url=server.url, limits={"min_free_mb": 0, "max_attempts": n_kills + 1}
         )
-        n_in_flight = _kill_again_and_again(site)
+        n_in_flight = _kill_again_and_again(site, n_images, n_kills)
         with Daemon(site) as daemon:
             daemon.wait_ready()
-            daemon.wait_for(lambda: len(site.reviews()) >= N_IMAGES, 900)
+            daemon.wait_for(lambda: len(site.reviews()) >= n_images, 900)
             assert daemon.stop() == 0
-        _check(site, redis.Redis.from_url(server.url))
-    print(f"\n{N_KILLS} kills, {n_in_flight} of them with work in flight; {N_IMAGES} files, {N_IMAGES} results")
+        _check(site, redis.Redis.from_url(server.url), n_images)
+    print(f"\n{n_kills} kills, {n_in_flight} of them with work in flight; {n_images} files, {n_images} results")
 
 
-def _kill_again_and_again(site: Site) -> int:
+def _kill_again_and_again(site: Site, n_images: int, n_kills: int) -> int:
     rng = random.Random(SEED)
-    waiting = list(range(N_IMAGES))
+    waiting = list(range(n_images))
     n_in_flight = 0
-    for kill in range(N_KILLS):
-        share = len(waiting) if kill == N_KILLS - 1 else N_IMAGES // N_KILLS
+    for kill in range(n_kills):
+        share = len(waiting) if kill == n_kills - 1 else n_images // n_kills
         with Daemon(site) as daemon:
             if rng.random() < 0.8:  # the others are killed while starting
                 daemon.wait_ready()
@@ -105,14 +110,14 @@ def _states(site: Site) -> set[str]:
         return {row[0] for row in db.execute("SELECT DISTINCT state FROM work")}
 
 
-def _check(site: Site, client: "redis.Redis") -> None:
+def _check(site: Site, client: "redis.Redis", n_images: int) -> None:
     names = {p.relative_to(site.results).as_posix().removesuffix(".review.json") for p in site.reviews()}
-    assert names == {f"lot{index % 3}/{index}.png" for index in range(N_IMAGES)}
+    assert names == {f"lot{index % 3}/{index}.png" for index in range(n_images)}
     assert site.reasons() == {}
     assert _states(site) == {"DONE"}
     assert not [p for p in site.results.rglob("*") if ".tmp" in p.name or "partial" in p.name]
     log = site.state / "audit.jsonl"
-    assert audit.verify(log, expected_last_seq=N_IMAGES).ok
+    assert audit.verify(log, expected_last_seq=n_images).ok
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(line["path"] for line in lines) == sorted(names)
     for stream in ("semwatch:results", "semwatch:unknowns"):

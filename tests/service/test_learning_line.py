@@ -177,6 +177,7 @@ def _named(told: Story, daemon: Daemon, repository: Path) -> None:
     assert head == 4
     _swap(told, daemon, head)
     told.reviews["in the table"] = review_one(told.site, daemon, "table.png", 103)
+    daemon.wait_for(lambda: all(result(told.site, f"lot/{i}.png")["revision"] > 2 for i in range(N_FIRST)), 20)
 
 
 def _broken(told: Story, daemon: Daemon, repository: Path, folder: Path) -> None:
@@ -314,12 +315,15 @@ def pages(n: int, seed: int, file: Path) -> bytes:
     return file.read_bytes()
 
 
-def test_swap_while_files_are_in_flight_leaves_no_label_of_another_head(tmp_path: Path, learned: Path) -> None:
+@pytest.mark.parametrize("n_rounds", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_swap_while_files_are_in_flight_leaves_no_label_of_another_head(
+    tmp_path: Path, learned: Path, n_rounds: int
+) -> None:
     """Single images and files of many pages; every label says which head it comes from."""
     repository = shutil.copytree(learned, tmp_path / "models")
     labels = model_repository.read_meta(repository, "head", 2).labels
     site = make_site(tmp_path / "site", repository)
-    n_rounds, n_single, n_many = 5, 12, 3
+    n_single, n_many = 12, 3
     took_s = []
     with Daemon(site) as daemon:
         daemon.wait_ready()
@@ -430,12 +434,11 @@ def test_daemon_whose_pinned_head_is_broken_does_not_start_and_says_why(tmp_path
 
 
 def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
-    tmp_path: Path, tiny_repository: Path
+    tmp_path: Path, tiny_repository: Path, server: EmbeddedRedis
 ) -> None:
     """A reference window without one unknown, then a few files of nothing else."""
     port = child_server.free_port()
-    redis_server = EmbeddedRedis(tmp_path / "redis")
-    site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port}, redis_url=redis_server.url)
+    site = make_site(tmp_path / "site", tiny_repository, metrics={"port": port}, redis_url=server.url)
     recipe = load_recipe(site.folder / "recipe.yaml")
     watch = DriftWatch()
     ordinary = make_review(1, source=SOURCE, verdicts=[make_verdict("known")], model_versions={"head": 1})
@@ -443,7 +446,7 @@ def test_drift_is_logged_counted_kept_over_a_restart_and_asks_for_a_cycle(
     assert [alarm for _ in range(drift.REFERENCE) for alarm in watch.observe(ordinary)] == []
     site.state.mkdir()
     watch.save(site.state / drift.STATE)
-    with redis_server, Handoff(connect(redis_server.url)) as handoff, Daemon(site) as daemon:
+    with Handoff(connect(server.url)) as handoff, Daemon(site) as daemon:
         for seed in range(8):
             review_one(site, daemon, f"{seed}.png", seed)
         daemon.wait_for(lambda: "drift: " in daemon.log())

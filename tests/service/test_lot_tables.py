@@ -193,6 +193,11 @@ def test_disk_that_refuses_around_an_append_leaves_no_row_twice(
     assert line.rows("lot") == ["a.tif", "b.tif"]
     assert sorted(line.rows("other")) == ["a.tif", "b.tif"]
     assert line.is_up_to_date()
+    before = line.anew.copy()
+    line.review("lot/c.tif", "other/c.tif")
+    line.step()
+    assert line.anew == before, "and from then on rows are appended again"
+    assert line.rows("lot") == ["a.tif", "b.tif", "c.tif"]
 
 
 def test_result_on_disk_that_the_ledger_does_not_have_yet_is_listed_once(line: Line) -> None:

@@ -320,3 +320,21 @@ def test_log_that_cannot_be_set_aside_grows_on(tmp_path: Path, caplog: pytest.Lo
             log.append([event(3)])
     assert "cannot be set aside" in caplog.text
     assert [json.loads(line)["seq"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_log_that_could_not_be_set_aside_is_tried_again_once_it_is_twice_as_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written(tmp_path / "audit.jsonl", 2)
+    limit = path.stat().st_size
+    for seq in range(2, 10):
+        (tmp_path / f"audit-{seq:012d}.jsonl").mkdir()
+    with AuditLog(path, max_bytes=limit) as log, caplog.at_level(logging.WARNING):
+        sizes = []
+        for seq in range(3, 9):
+            before, n_warned = path.stat().st_size, len(caplog.records)
+            log.append([event(seq)])
+            sizes += [before] if len(caplog.records) > n_warned else []
+    assert len(sizes) == 2
+    assert sizes[0] == limit
+    assert 2 * limit <= sizes[1] < 2.6 * limit

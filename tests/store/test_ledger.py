@@ -252,11 +252,11 @@ def test_audit_numbers_are_never_used_twice(path: Path) -> None:
 
 def test_many_files_are_asked_for_at_once_and_each_is_itself(ledger: Ledger) -> None:
     names = [os.fsdecode(b"\xff %d.tif" % i) for i in range(1203)]
-    for name in names[::3]:
+    for name in names[::100]:
         finish(ledger, claim(ledger, name))
     ledger.quarantine(claim(ledger, names[1]), "no TIFF", audit={}, now_utc=T1)
     ledger.give_back(claim(ledger, names[2]), "away")
-    assert ledger.settled("tool", [(name, 7, 1) for name in names]) == {*names[::3], names[1]}
+    assert ledger.settled("tool", [(name, 7, 1) for name in names]) == {*names[::100], names[1]}
     assert ledger.settled("other", [(name, 7, 1) for name in names]) == set()
     assert ledger.settled("tool", [(name, 7, 2) for name in names]) == set()
 

@@ -50,6 +50,14 @@ def test_heat_lies_where_the_score_is_hot_and_nowhere_else() -> None:
     assert np.ptp(xs) < 4 * 32
 
 
+@pytest.mark.parametrize(("n_defects", "hottest", "is_coloured"), [(0, 0.1, False), (0, 0.6, True), (1, 0.1, True)])
+def test_gauge_has_colours_where_the_page_may_have(n_defects: int, hottest: float, is_coloured: bool) -> None:
+    values = np.full((32, 32), hottest, np.float32)
+    page = dataclasses.replace(make_review(n_defects).pages[0], score_map=ScoreMap(values, hottest))
+    gauge = overlay.draw(page)[-overlay.STRIP_PX :][8:18, 8 : 8 + overlay.GAUGE_PX]
+    assert (colourfulness(gauge).max() > 0) == is_coloured
+
+
 def test_heat_stays_inside_the_field() -> None:
     page = make_review(0, size_hw=(1024, 1024), info_bar_px=100).pages[0]
     hot = dataclasses.replace(page, score_map=ScoreMap(np.full((32, 32), 0.6, np.float32), 0.6))

@@ -240,6 +240,32 @@ def _png(pixels: np.ndarray) -> bytes:
     return cv2.imencode(".png", pixels)[1].tobytes()
 
 
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.sampled_from([1, unknowns._BATCH_BYTES // 3, unknowns._BATCH_BYTES + 1]), max_size=200))
+def test_batches_hold_all_in_order_and_as_much_as_one_round_trip_carries(sizes: list[int]) -> None:
+    class Payload(bytes):
+        """Bytes that only say how many they are."""
+
+        def __new__(cls, size: int) -> "Payload":
+            made = super().__new__(cls)
+            made.size = size
+            return made
+
+        def __len__(self) -> int:
+            return self.size
+
+    items = [("unknowns", str(i), Payload(size)) for i, size in enumerate(sizes)]
+    batches = list(unknowns._batches(items))
+    assert [item for batch in batches for item in batch] == items
+    weights = [sum(len(item[2]) for item in batch) for batch in batches]
+    for batch, weight in zip(batches, weights, strict=True):
+        assert 1 <= len(batch) <= unknowns._BATCH_MESSAGES
+        assert weight <= unknowns._BATCH_BYTES or len(batch) == 1
+    for batch, weight, following in zip(batches, weights, batches[1:], strict=False):
+        is_full = len(batch) == unknowns._BATCH_MESSAGES
+        assert is_full or weight + len(following[0][2]) > unknowns._BATCH_BYTES
+
+
 BROKEN: dict[str, tuple[Callable[[Fields], Fields], str]] = {
     "no fields": (lambda f: {}, "features is missing"),
     "no schema": (lambda f: {k: v for k, v in f.items() if k != b"schema"}, "schema is missing"),

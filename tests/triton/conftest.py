@@ -32,10 +32,23 @@ def models(server: LocalTriton, repository: Path) -> Iterator[Triton]:
 
 
 @pytest.fixture(scope="module")
-def shared(
+def shared_server(
     installed: Path, tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, Path]]:
-    """One Triton for the tests of a file that change nothing: its address, and its model repository."""
+) -> Iterator[tuple[LocalTriton, Path]]:
+    """One Triton for the tests of a file that publish nothing, and its model repository."""
     repository = shutil.copytree(tiny_repository, tmp_path_factory.mktemp("shared") / "models")
     with running(installed, repository) as server:
-        yield server.url, repository
+        yield server, repository
+
+
+@pytest.fixture
+def lent(shared_server: tuple[LocalTriton, Path]) -> tuple[LocalTriton, Path]:
+    """The shared Triton for a test that disturbs it; up again if the one before ended it."""
+    shared_server[0].start()
+    return shared_server
+
+
+@pytest.fixture
+def shared(lent: tuple[LocalTriton, Path]) -> tuple[str, Path]:
+    """The shared Triton for a test that only asks: its address, and its model repository."""
+    return lent[0].url, lent[1]

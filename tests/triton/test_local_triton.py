@@ -94,7 +94,8 @@ def test_index_out_of_reach_is_said_and_nothing_half_made_counts(
 # --- who may load models ---------------------------------------------------------------------------------------------
 
 
-def test_stranger_without_the_secret_may_ask_and_not_load(server: LocalTriton, models: Triton) -> None:
+def test_stranger_without_the_secret_may_ask_and_not_load(lent: tuple[LocalTriton, Path]) -> None:
+    server, repository = lent
     with stranger(server.url) as other:
         assert other.is_model_ready("head", "1")
         for forbidden in (
@@ -114,7 +115,8 @@ def test_stranger_without_the_secret_may_ask_and_not_load(server: LocalTriton, m
         "logging",
     ):
         assert _posted(server.http_port, f"/v2/{path}") == 403
-    assert models.infer("head", rows()).version == 1
+    with Triton(repository, url=server.url, timeout_s=5) as models:
+        assert models.infer("head", rows()).version == 1
 
 
 def test_secret_is_its_users_alone_new_at_each_start_and_not_in_the_command_line(
@@ -203,7 +205,8 @@ def test_taken_port_is_named(installed: Path, repository: Path, which: str) -> N
             pass
 
 
-def test_second_server_of_one_folder_is_refused(server: LocalTriton, repository: Path) -> None:
+def test_second_server_of_one_folder_is_refused(lent: tuple[LocalTriton, Path]) -> None:
+    server, repository = lent
     second = LocalTriton(server.log.parent, repository, timeout_s=0.3)
     with pytest.raises(ConfigError, match="another Triton runs"):
         second.start()

@@ -343,6 +343,7 @@ def test_server_without_a_gpu_refuses_a_plan_in_our_words_and_goes_on_with_what_
 
 
 @RTX
+@pytest.mark.slow
 def test_what_an_export_compiled_is_placed_with_its_hashes(repository: Path, engines: Path) -> None:
     made = engine_maker.export(
         repository, engines, target="tensorrt-rtx", capabilities=(75, 120), models=("detector",), n_images=1,

@@ -104,8 +104,9 @@ def test_live_request_passes_the_backlog_that_waits(
 
 
 def test_backlog_gives_up_sooner_than_live_work(
-    server: LocalTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
+    lent: tuple[LocalTriton, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    server, repository = lent
     monkeypatch.setattr("semwatch.triton.client.BACKLOG_TIMEOUT_S", 0.5)
     with Triton(repository, url=server.url, timeout_s=20) as models:
         assert server.pid is not None
@@ -222,7 +223,7 @@ def test_recipes_with_different_pins_are_served_side_by_side(server: LocalTriton
         Triton(repository, url=server.url, pins={"head": 1}) as pinned,
         Triton(repository, url=server.url) as floating,
     ):
-        for version in range(3, 7):
+        for version in (3, 4):  # version 1 has to make room for the last, and is asked for again
             assert republish(repository) == version
             assert floating.refresh() == Swap("head", version)
             assert pinned.refresh() is None

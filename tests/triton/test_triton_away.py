@@ -63,7 +63,8 @@ def test_killed_server_is_said_at_once_and_its_return_is_noticed(models: Triton,
     np.testing.assert_array_equal(after, before)
 
 
-def test_stopped_server_costs_the_deadline_and_answers_when_it_goes_on(server: LocalTriton, repository: Path) -> None:
+def test_stopped_server_costs_the_deadline_and_answers_when_it_goes_on(lent: tuple[LocalTriton, Path]) -> None:
+    server, repository = lent
     with Triton(repository, url=server.url, timeout_s=2) as models:
         assert server.pid is not None
         os.kill(server.pid, signal.SIGSTOP)
@@ -139,18 +140,23 @@ def _load_in_vain(client: InferenceServerClient, headers: Mapping[str, str]) -> 
         client.load_model("head", headers=headers, client_timeout=3)
 
 
-def test_unloaded_model_is_loaded_again(models: Triton, server: LocalTriton) -> None:
-    unload(server, "head")
-    answer = models.infer("head", rows())
+def test_unloaded_model_is_loaded_again(lent: tuple[LocalTriton, Path]) -> None:
+    server, repository = lent
+    with Triton(repository, url=server.url, timeout_s=5) as models:
+        unload(server, "head")
+        answer = models.infer("head", rows())
     assert answer.version == 1
 
 
-def test_server_that_others_manage_is_asked_for_and_never_told(server: LocalTriton, repository: Path) -> None:
-    copy = shutil.copytree(repository, repository.parent / "copy")  # no view beside it
+def test_server_that_others_manage_is_asked_for_and_never_told(lent: tuple[LocalTriton, Path], tmp_path: Path) -> None:
+    server, repository = lent
+    copy = shutil.copytree(repository, tmp_path / "copy")  # no view beside it
     with Triton(copy, url=server.url) as models:
         unload(server, "head")
         with pytest.raises(ServiceUnavailable, match="does not hold head 1"):
             models.infer("head", rows())
+    with Triton(repository, url=server.url) as manager:
+        assert manager.infer("head", rows()).version == 1
 
 
 # --- another server --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from semwatch.defects import Verdict
-from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable, first_fault
+from semwatch.errors import ConfigError, ImageError, ModelMismatch, ServiceUnavailable
 from semwatch.line import classification, notices
 from semwatch.line.class_codes import class_codes
 from semwatch.line.notices import Place
@@ -37,6 +37,7 @@ from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.streams.records import Record
 from semwatch.system import files
 from semwatch.system.clock import utc_now, utc_of
+from semwatch.system.faults import first_fault
 from semwatch.system.journal import about
 
 log = logging.getLogger(__name__)

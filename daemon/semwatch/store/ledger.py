@@ -224,8 +224,8 @@ class Ledger:
             if outcome in ("new", "retry"):
                 original = _blob(path)
                 db.execute(
-                    "INSERT INTO work (source, sha256, path, state, first_seen_utc) VALUES (?1, ?2, ?3, 'CLAIMED', ?4)"
-                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = ?3",
+                    "INSERT INTO work (source, sha256, path, state, first_seen_utc) VALUES (?, ?, ?, 'CLAIMED', ?)"
+                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = excluded.path",
                     (source, sha256, original, now_utc),
                 )
             _resolve(db, source, path, sha256=sha256, size=size, mtime_ns=mtime_ns, now_utc=now_utc)
@@ -390,17 +390,17 @@ class Ledger:
 
         Beside each stands the path: the one it was found by, or was claimed under. One of the two must be given.
         """
-        value: str | bytes
+        values: tuple[str | bytes, ...]
         columns = "w.source, w.sha256, w.path, state, attempts, reason, first_seen_utc, finished_utc"
         if digits:
-            sql, value = "SELECT w.path, w.source, w.sha256 FROM work AS w WHERE sha256 GLOB ?1", f"{digits}*"
+            sql, values = "SELECT w.path, w.source, w.sha256 FROM work AS w WHERE sha256 GLOB ?", (f"{digits}*",)
         else:
-            by_path = "SELECT path, source, sha256 FROM {} WHERE instr(path, ?1)"
-            sql, value = f"{by_path.format('work')} UNION {by_path.format('paths')}", _blob(part)
+            by_path = "SELECT path, source, sha256 FROM {} WHERE instr(path, ?)"
+            sql, values = f"{by_path.format('work')} UNION {by_path.format('paths')}", (_blob(part),) * 2
         rows = self._file.rows(
             f"WITH found (at, source, sha256) AS ({sql}) SELECT at, {columns} FROM found JOIN work AS w"
-            " USING (source, sha256) ORDER BY length(at), at, first_seen_utc LIMIT ?2",
-            (value, limit),
+            " USING (source, sha256) ORDER BY length(at), at, first_seen_utc LIMIT ?",
+            (*values, limit),
         )
         return [(_text(at), Work(source, sha, _text(path), *rest)) for at, source, sha, path, *rest in rows]
 
@@ -509,10 +509,10 @@ def _resolve(
     )
     if before is not None and before[0] != sha256:
         db.execute(
-            "UPDATE work SET state = 'QUARANTINED', reason = 'replaced before it was reviewed', finished_utc = ?3"
-            " WHERE source = ?1 AND sha256 = ?2 AND state = 'SEEN'"
-            " AND NOT EXISTS (SELECT 1 FROM paths WHERE source = ?1 AND sha256 = ?2)",
-            (source, before[0], now_utc),
+            "UPDATE work SET state = 'QUARANTINED', reason = 'replaced before it was reviewed', finished_utc = ?"
+            " WHERE source = ? AND sha256 = ? AND state = 'SEEN'"
+            " AND NOT EXISTS (SELECT 1 FROM paths WHERE paths.source = work.source AND paths.sha256 = work.sha256)",
+            (now_utc, source, before[0]),
         )
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from semwatch.defects import Review
-from semwatch.errors import ImageError, ServiceUnavailable, first_fault
+from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.store import overlay
 from semwatch.store.review_record import (
     SCHEMA_VERSION,
@@ -41,6 +41,7 @@ from semwatch.store.review_record import (
     to_record,
 )
 from semwatch.system import files
+from semwatch.system.faults import first_fault
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from semwatch.defects import Box, Defect, PageReview, Review, Verdict, VerdictKind
-from semwatch.errors import ImageError, first_fault
+from semwatch.errors import ImageError
+from semwatch.system.faults import first_fault
 
 SCHEMA_VERSION: Final = 1
 SCHEMA_PATH = Path(__file__).with_name("schemas") / "review.schema.json"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import redis
 
-from learning_site import Lab, add_raw, make_lab, notes_of, unknown
+from learning_site import Lab, add_raw, notes_of, unknown
 from progress import quiet
 from semwatch.errors import ServiceUnavailable
 from semwatch.models.inference import Embedded
@@ -23,11 +23,6 @@ from semwatch_training.learning.intake import Claims, Settlement, SortedUnknowns
 
 NOW = "2026-03-01T00:00:00Z"
 RECENT = "2026-02-20T00:00:00Z"
-
-
-@pytest.fixture
-def lab(tmp_path: Path, tiny_repository: Path, client: redis.Redis, server: EmbeddedRedis) -> Lab:
-    return make_lab(tmp_path / "site", tiny_repository, client, server.url)
 
 
 @pytest.fixture
@@ -237,7 +232,7 @@ def test_defect_that_was_settled_under_its_old_id_is_not_learned_again_under_its
     new = replace(old, id="1" * 32, site="fab3", crop=record(2).crop)  # a later build may decode a pixel otherwise
     found = sorted_out([new], archive)
     assert (found.fresh, found.done, found.n_duplicates) == ((), (new.id,), 1)
-    assert archive.note_of([new.id]) == {new.id: f"the same place as {old.id}"}
+    assert notes_of(archive, [new.id]) == {new.id: f"the same place as {old.id}"}
 
 
 def test_defect_that_waits_under_its_old_id_is_learned_once(archive: Archive) -> None:

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from semwatch.errors import ConfigError, first_fault
+from semwatch.errors import ConfigError
 from semwatch.models.head_bank import Bank
+from semwatch.system.faults import first_fault
 from semwatch.system.files import write_whole
 from semwatch_training.evaluation.feature_map import feature_map
 from semwatch_training.evaluation.plots import styled
