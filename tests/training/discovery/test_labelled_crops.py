@@ -10,10 +10,11 @@ import pytest
 from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch.models import crop_store, head_bank, model_repository
+from semwatch.models import crop_store, head_bank
 from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
+from semwatch.system.files import file_sha256
 from semwatch_training.data.datasets import Sample
 from semwatch_training.discovery import head_run, labelled_crops
 from semwatch_training.discovery.labelled_crops import Crops, of_samples, of_synthetic, searched
@@ -211,7 +212,7 @@ def test_fitted_head_brings_its_crops_into_the_repository_that_is_built_of_it(
     bank, golden = (head_bank.read(out.with_suffix(f".{name}")) for name in (head_bank.BANK, head_bank.GOLDEN))
     (shard,) = {ref.shard for ref in (*bank.crops, *golden.crops) if ref is not None}
     assert None not in (*bank.crops, *golden.crops)
-    assert model_repository.file_sha256(out.with_suffix(head_run.CROPS_SUFFIX)) == shard
+    assert file_sha256(out.with_suffix(head_run.CROPS_SUFFIX)) == shard
     repository = tmp_path / "repository"
     build_repository._place_crops(repository, out.with_suffix(head_run.CROPS_SUFFIX), bank, golden)
     with Embedded(tiny_repository, models=("encoder",), threads=1) as models:

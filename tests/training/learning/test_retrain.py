@@ -259,6 +259,7 @@ def test_running_daemon_swaps_or_refuses_and_one_that_hangs_is_not_waited_for_lo
     with Daemon(DaemonSite(lab.folder)) as daemon:
         daemon.wait_ready()
         assert announced()["head"] == 1
+        daemon.wait_for(lambda: lab.handoff().serving("site") is not None)
         add_two(lab)
         with monkeypatch.context() as patch:
             after(patch, retrain, "publish_head", lambda: damage_newest(lab))

@@ -60,9 +60,9 @@ def refit(
     if not without and encoder is None:
         raise ConfigError("give a class to leave out, --without, or the version of another encoder, --encoder")
     made = refitting.refit(repository, without=without or (), encoder=encoder, seed=seed)
-    told = [f"knows nothing of {', '.join(without)}"] if without else []
+    outcome = [f"knows nothing of {', '.join(without)}"] if without else []
     if encoder is not None:
-        told.append(f"reads encoder {encoder}; both serve from the daemon's next start")
+        outcome.append(f"reads encoder {encoder}; both serve from the daemon's next start")
     if made.n_left_out:
-        told.append(f"{made.n_left_out} crops that nobody kept are left out")
-    console.print(f"head {made.version} {'; '.join(told)}", highlight=False)
+        outcome.append(f"{made.n_left_out} crops that nobody kept are left out")
+    console.print(f"head {made.version} {'; '.join(outcome)}", highlight=False)
