@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ def test_no_crops_make_no_shard(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_crop_comes_back_bit_for_bit_and_its_soft_mask_to_half_a_step(tmp_path) -> None:
+def test_crop_comes_back_bit_for_bit_and_its_soft_mask_in_half_precision(tmp_path) -> None:
     given = crops(3)
     refs = crop_store.write(tmp_path, given)
     found = crop_store.read(tmp_path, refs)
@@ -49,14 +48,8 @@ def test_crop_comes_back_bit_for_bit_and_its_soft_mask_to_half_a_step(tmp_path) 
         kept = found[ref]
         assert np.array_equal(kept.crop, crop.crop)
         assert np.array_equal(kept.size, crop.size)
-        assert np.abs(kept.soft_mask - crop.soft_mask).max() <= 0.5 / 255 + 1e-6
+        assert np.array_equal(kept.soft_mask, crop.soft_mask.astype(np.float16).astype(np.float32))
         assert (kept.soft_mask.dtype, kept.size.dtype, kept.field) == (np.float32, np.float32, None)
-
-
-def test_full_and_empty_masks_are_kept_exactly(tmp_path) -> None:
-    ends = [replace(crop, soft_mask=np.full((4, 4), value, np.float32)) for crop, value in zip(crops(2), (0, 1))]  # noqa: B905
-    refs = crop_store.write(tmp_path, ends)
-    assert [float(crop_store.read(tmp_path, refs)[ref].soft_mask.max()) for ref in refs] == [0, 1]
 
 
 def test_crops_of_one_size_share_a_shard(tmp_path) -> None:

@@ -1,5 +1,7 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -198,8 +200,15 @@ def test_kept_crops_come_back_from_disk_too_and_older_files_have_none(tmp_path, 
 def test_fitted_head_brings_its_crops_into_the_repository_that_is_built_of_it(
     tiny_repository, tmp_path, monkeypatch
 ) -> None:
+    collect = labelled_crops.collect
+
+    def of_two_classes(*args: Any, **kwargs: Any) -> Crops:
+        crops = collect(*args, **kwargs)
+        return replace(crops, labels=tuple("ab"[i % 2] for i in range(len(crops.labels))))
+
+    monkeypatch.setattr(labelled_crops, "collect", of_two_classes)
     out = tmp_path / "weights" / "head.safetensors"
-    head_run.fit_default(tiny_repository, out, encoder_form="tiny", n_images=160, seed=0, progress=quiet)
+    head_run.fit_default(tiny_repository, out, encoder_form="tiny", n_images=24, seed=0, progress=quiet)
     bank, golden = (head_bank.read(out.with_suffix(f".{name}")) for name in (head_bank.BANK, head_bank.GOLDEN))
     (shard,) = {ref.shard for ref in (*bank.crops, *golden.crops) if ref is not None}
     assert None not in (*bank.crops, *golden.crops)
@@ -207,9 +216,9 @@ def test_fitted_head_brings_its_crops_into_the_repository_that_is_built_of_it(
     repository = tmp_path / "repository"
     build_repository._place_crops(repository, out.with_suffix(head_run.CROPS_SUFFIX), bank, golden)
     with Embedded(tiny_repository, models=("encoder",), threads=1) as models:
-        for kept in (bank, golden):  # fp16 in the bank, the soft mask in 8 bits, and random weights amplify both
+        for kept in (bank, golden):  # features and soft masks are kept in half precision
             again = encoded_again(kept, repository, models).features
-            assert np.abs(again - kept.features).max() < 3e-2 * np.abs(kept.features).max()
+            assert np.abs(again - kept.features).max() < 2e-3 * np.abs(kept.features).max()
 
 
 def test_crops_beside_another_head_are_refused(tmp_path) -> None:
