@@ -8,7 +8,7 @@ import pytest
 from semwatch_training.data.world import DEFECTS, LAYOUTS, scene, scenes
 from semwatch_training.data.world.defects import NEED_LIKE, PATTERN, SURFACE, kinds_for
 from semwatch_training.data.world.layouts import layout
-from semwatch_training.data.world.scenes import LARGEST_SHARE
+from semwatch_training.data.world.twins import LARGEST_SHARE
 
 
 @pytest.mark.parametrize("side", [64, 448, 640])

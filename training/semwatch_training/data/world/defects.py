@@ -17,6 +17,12 @@ from semwatch_training.data.world.layouts import Layout
 
 LARGEST_RADIUS = 0.2
 """As a share of the shorter side of the field."""
+LARGEST_BITE = 0.06
+"""The same, of protrusions and necks: a wide plate has no larger ones."""
+SEVERAL_SHARE = 0.1
+"""Of pattern defects, how many come in twos or threes."""
+ROUGH_TIMES = 4.0
+"""How many times the roughness of its edge a protrusion or a neck has as its radius, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,9 @@ def kinds_for(drawn: Layout) -> tuple[str, ...]:
 
 def change_pattern(drawn: Layout, rng: Rng, *, kind: str) -> Layout:
     """Plant one of ``PATTERN`` in a layout."""
-    return replace(drawn, top=np.clip(_PATTERN[kind](drawn, rng), 0, 1).astype(np.float32))
+    for _ in range(int(rng.integers(2, 4)) if rng.random() < SEVERAL_SHARE else 1):
+        drawn = replace(drawn, top=np.clip(_PATTERN[kind](drawn, rng), 0, 1).astype(np.float32))
+    return drawn
 
 
 def _bridge(drawn: Layout, rng: Rng) -> Plane:
@@ -55,20 +63,21 @@ def _bridge(drawn: Layout, rng: Rng) -> Plane:
 
 def _open(drawn: Layout, rng: Rng) -> Plane:
     """Cut a feature."""
-    radius = _radius(drawn, rng, 0.4 * drawn.width_px, 2.2 * drawn.width_px)
-    spot = _spot(rng, drawn.top.shape, _place(drawn, rng, "feature"), radius, log_uniform(rng, 1, 4), 0.3)
+    radius = _radius(drawn, rng, 0.45 * drawn.width_px, 2.2 * drawn.width_px)
+    ragged = float(rng.choice((0.03, 0.15, 0.35)))
+    spot = _spot(rng, drawn.top.shape, _place(drawn, rng, "feature"), radius, log_uniform(rng, 1, 4), ragged)
     return np.minimum(drawn.top, 1 - spot)
 
 
 def _protrusion(drawn: Layout, rng: Rng) -> Plane:
-    radius = _radius(drawn, rng, 0.15 * drawn.width_px, 0.7 * drawn.width_px)
+    radius = _bite(drawn, rng, 0.15, 0.7)
     spot = _spot(rng, drawn.top.shape, _place(drawn, rng, "edge"), radius, log_uniform(rng, 1, 2), 0.2)
     return np.maximum(drawn.top, spot)
 
 
 def _necking(drawn: Layout, rng: Rng) -> Plane:
     """Bite into an edge: mouse bite, or a neck where the bite is long."""
-    radius = _radius(drawn, rng, 0.2 * drawn.width_px, 0.8 * drawn.width_px)
+    radius = _bite(drawn, rng, 0.2, 0.8)
     spot = _spot(rng, drawn.top.shape, _place(drawn, rng, "edge"), radius, log_uniform(rng, 1, 3), 0.2)
     return np.minimum(drawn.top, 1 - spot)
 
@@ -134,26 +143,25 @@ def _roughness(drawn: Layout, rng: Rng) -> Plane:
 # ---- surface ----
 
 
-def change_surface(specimen: Specimen, drawn: Layout, rng: Rng, *, kind: str, strength: float) -> Specimen:
+def change_surface(specimen: Specimen, rng: Rng, *, kind: str, strength: float) -> Specimen:
     """Plant one of ``SURFACE`` on a printed specimen.
 
     Args:
         specimen: the normal one.
-        drawn: its layout, for scale.
         rng: the same state plants the same defect.
         kind: which.
         strength: of its contrast, 1 as drawn; larger where the first try could not be seen.
     """
-    return _SURFACE[kind](specimen, drawn, rng, strength)
+    return _SURFACE[kind](specimen, rng, strength)
 
 
-def _particle(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Specimen:
+def _particle(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
     """A body on the surface, smooth or faceted, alone or in pieces, often with a shadow beside it."""
     height, tone = specimen.height, specimen.tone
     shape = tone.shape
     radius = _free_radius(shape, rng, 0.004, 0.1)
     cy, cx = _anywhere(shape, rng)
-    n = int(rng.integers(2, 8)) if rng.random() < 0.25 else 1
+    n = int(rng.integers(2, 12)) if rng.random() < 0.25 else 1
     own, ragged = rng.uniform(-0.3, 1.6), rng.choice((0.05, 0.25, 0.5))
     raised, shadow = strength * log_uniform(rng, 0.2, 2.5), strength * rng.choice((0, 1)) * rng.uniform(0.1, 0.6)
     opacity = min(1.0, strength * log_uniform(rng, 0.2, 1.5))
@@ -167,15 +175,15 @@ def _particle(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> S
         if lumps:
             dome = dome * (1 + np.float32(lumps) * noise(rng, shape, max(1.5, size / 2)))
         if shadow:
-            away = np.float32([[1, 0, rng.uniform(-1, 1) * size], [0, 1, rng.uniform(-1, 1) * size]])
-            cast = cv2.warpAffine(body, away, (shape[1], shape[0]))
+            away = np.array([[1, 0, rng.uniform(-1, 1) * size], [0, 1, rng.uniform(-1, 1) * size]], np.float32)
+            cast = cv2.warpAffine(body, away, (int(shape[1]), int(shape[0])))
             tone = tone - np.float32(shadow) * cv2.GaussianBlur(cast, (0, 0), max(1.0, 0.4 * size)) * (1 - body)
         tone = tone + body * np.float32(opacity) * (np.float32(own) - tone)
         height = height * (1 - body * np.float32(min(1, opacity))) + np.float32(raised) * dome
     return replace(specimen, height=np.asarray(height, np.float32), tone=np.asarray(tone, np.float32))
 
 
-def _pit(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Specimen:
+def _pit(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
     """A hole, or several: darker, sunk, sometimes with a raised rim."""
     shape = specimen.tone.shape
     radius = _free_radius(shape, rng, 0.005, 0.08)
@@ -193,7 +201,7 @@ def _pit(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Specim
     return replace(specimen, height=np.asarray(height, np.float32), tone=np.asarray(tone, np.float32))
 
 
-def _scratch(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Specimen:
+def _scratch(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
     """A long thin groove at any angle, across whatever lies there; sometimes chattering, doubled, or with debris."""
     H, W = specimen.tone.shape
     length = min(H, W) * log_uniform(rng, 0.08, 1.3)
@@ -211,6 +219,11 @@ def _scratch(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Sp
         for i in range(len(points) - 1):
             if not (dashed and rng.random() < 0.4):
                 cv2.line(canvas, points[i].tolist(), points[i + 1].tolist(), 255, width, cv2.LINE_AA, 3)
+    if rng.random() < 0.15:  # ripples: short grooves side by side along the way
+        for middle in path[:: int(rng.integers(1, 3))]:
+            half = across * width * rng.uniform(2, 5)
+            ends = np.rint(np.stack((middle - half, middle + half)) * 8).astype(int)
+            cv2.line(canvas, ends[0].tolist(), ends[1].tolist(), 255, width, cv2.LINE_AA, 3)
     groove = canvas.astype(np.float32) / 255
     if rng.random() < 0.4:
         groove = groove * np.clip(0.7 + 0.5 * noise(rng, (H, W), max(2.0, 2.0 * width)), 0, 1)
@@ -222,7 +235,7 @@ def _scratch(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Sp
     return replace(specimen, height=np.asarray(height, np.float32), tone=np.asarray(tone, np.float32))
 
 
-def _residue(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Specimen:
+def _residue(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
     """A film: a stain of low contrast, flat or a ring, that levels what lies below it."""
     shape = specimen.tone.shape
     radius = _free_radius(shape, rng, 0.012, LARGEST_RADIUS)
@@ -246,7 +259,7 @@ def _residue(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Sp
     return replace(specimen, height=np.asarray(height, np.float32), tone=np.asarray(tone, np.float32))
 
 
-def _crack(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Specimen:
+def _crack(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
     """A line that wanders and may fork, mostly dark."""
     shape = (specimen.tone.shape[0], specimen.tone.shape[1])
     gap = pseudo_defects.crack(rng, shape)
@@ -255,7 +268,7 @@ def _crack(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Spec
     return replace(specimen, height=np.asarray(height, np.float32), tone=np.asarray(tone, np.float32))
 
 
-def _blur(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Specimen:
+def _blur(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
     """A spot where the pattern is smeared, as under a thin film or after the beam stood there."""
     shape = specimen.tone.shape
     radius = _free_radius(shape, rng, 0.03, LARGEST_RADIUS)
@@ -268,12 +281,19 @@ def _blur(specimen: Specimen, drawn: Layout, rng: Rng, strength: float) -> Speci
 
 def _radius(drawn: Layout, rng: Rng, low: float, high: float) -> float:
     most = LARGEST_RADIUS * min(drawn.top.shape)
-    return min(most, log_uniform(rng, max(1.5, low), max(2.0, low + 0.5, high)))
+    return float(min(most, log_uniform(rng, max(1.5, low), max(2.0, low + 0.5, high))))
+
+
+def _bite(drawn: Layout, rng: Rng, low: float, high: float) -> float:
+    """Radius of a protrusion or neck, px: between two shares of the width, larger than the edge is rough."""
+    most = LARGEST_BITE * min(drawn.top.shape)
+    radius = _radius(drawn, rng, min(low * drawn.width_px, most / 2), min(high * drawn.width_px, most))
+    return max(radius, ROUGH_TIMES * drawn.rough_px)
 
 
 def _free_radius(shape: tuple[int, ...], rng: Rng, low: float, high: float) -> float:
     """Draw a radius between two shares of the shorter side, px; at least 1.5."""
-    return max(1.5, min(shape) * log_uniform(rng, low, high))
+    return float(max(1.5, min(shape) * log_uniform(rng, low, high)))
 
 
 def _anywhere(shape: tuple[int, ...], rng: Rng) -> tuple[float, float]:
@@ -351,7 +371,7 @@ _PATTERN: dict[str, Callable[[Layout, Rng], Plane]] = {
     "collapse": _collapse,
     "roughness": _roughness,
 }
-_SURFACE: dict[str, Callable[[Specimen, Layout, Rng, float], Specimen]] = {
+_SURFACE: dict[str, Callable[[Specimen, Rng, float], Specimen]] = {
     "particle": _particle,
     "pit": _pit,
     "scratch": _scratch,

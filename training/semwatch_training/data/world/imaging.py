@@ -81,8 +81,8 @@ def optics(rng: Rng, size_hw: tuple[int, int], *, width_px: float, flat: bool) -
         shading = shading - rng.uniform(0, 20) * (x * x + y * y)
     grain = rng.standard_normal(size_hw, dtype=np.float32)
     if rng.random() < 0.35:
-        grain = cv2.GaussianBlur(grain, (0, 0), rng.uniform(0.4, 0.9))
-        grain = grain / (grain.std() + 1e-6)
+        smooth = cv2.GaussianBlur(grain, (0, 0), rng.uniform(0.4, 0.9))
+        grain = np.asarray(smooth / (smooth.std() + 1e-6), np.float32)
     if rng.random() < 0.08:  # traces of retouching: noise smoothed away in a patch, which is no defect
         y0, x0 = int(rng.integers(0, H)), int(rng.integers(0, W))
         patch = (slice(y0, y0 + H // int(rng.integers(4, 20))), slice(x0, x0 + W // int(rng.integers(4, 20))))
@@ -191,7 +191,7 @@ def filing(rng: Rng, size_hw: tuple[int, int]) -> Filing:
         frame[:] = 1
         frame[depths[0] : H - depths[1], depths[2] : W - depths[3]] = 0
         if rng.random() < 0.3:  # soft
-            written = cv2.GaussianBlur(written, (0, 0), 2)
+            written = np.asarray(cv2.GaussianBlur(written, (0, 0), 2), np.uint8)
     elif way < 0.17:  # turned within a frame
         written[:] = level
         frame[:] = 1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from semwatch_training.data.pseudo_defects import Plane, Rng, log_uniform, noise
 
 PITCH_PX = (3.0, 60.0)
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 Size = tuple[int, int]
 
 
@@ -33,6 +33,7 @@ class Layout:
         regular: whether every feature has its like, so that a missing one can be told.
         patterned: whether there are features that could be bridged or cut.
         printed: whether corners are still to be rounded and edges roughened.
+        rough_px: standard deviation of its edges, as drawn.
     """
 
     top: Plane
@@ -45,6 +46,7 @@ class Layout:
     regular: bool = True
     patterned: bool = True
     printed: bool = True
+    rough_px: float = 0.0
 
 
 def layout(kind: str, rng: Rng, size_hw: Size) -> Layout:
@@ -151,7 +153,7 @@ def bars(rng: Rng, size_hw: Size, left: Floats, width: Floats, *, shift: Floats 
 def _along(rng: Rng, length: int, n: int, scale: float) -> Floats:
     """Noise (n, length), smooth along its rows only."""
     coarse = rng.standard_normal((n, max(2, round(length / scale) + 1))).astype(np.float32)
-    return np.asarray(cv2.resize(coarse, (length, n), interpolation=cv2.INTER_LINEAR), np.float64)
+    return np.asarray(cv2.resize(coarse, (length, n), interpolation=cv2.INTER_CUBIC), np.float64)
 
 
 def _plan(rng: Rng, span: int, pitch: float) -> tuple[Floats, Floats, bool]:
@@ -206,18 +208,39 @@ def _lines(rng: Rng, size_hw: Size) -> Layout:
         shift = np.tile(pitch * rng.uniform(-3, 3) * steps, (len(left), 1))
     elif way < 0.14:
         shift = np.tile(rng.uniform(0.3, 2) * pitch * _along(rng, H, 1, rng.uniform(0.1, 0.5) * H), (len(left), 1))
-    top = bars(rng, size_hw, left, width, shift=shift, rough=_rough(rng, pitch))
+    rough = _rough(rng, pitch)
+    top = bars(rng, size_hw, left, width, shift=shift, rough=rough)
+    line = _line_of(left, width, W)
     if rng.random() < 0.22:  # lines end, all at one height or one by one
         end = rng.uniform(0.15, 0.85) * H + np.zeros(len(left))
         if rng.random() < 0.5:
             end = end + pitch * rng.choice((0.0, 2.0, rng.uniform(0, 4)), len(left))
-        ended = np.arange(H)[:, None] > end[_line_of(left, width, W)][None]
+        ended = np.arange(H)[:, None] > end[line][None]
         rest = 0.0
         if rng.random() < 0.25:  # in a pad
             rest = 1.0
-        top = np.where(ended, np.float32(rest), top)
+        top = np.where(ended, np.float32(rest), top).astype(np.float32)
         regular = False
-    return _layout(rng, top, pitch, float(np.median(width)) if len(width) else pitch, regular=regular)
+    drawn = _layout(rng, top, pitch, float(np.median(width)) if len(width) else pitch, regular=regular)
+    return replace(drawn, top_tone=drawn.top_tone + _tones(rng, H, len(left), line), rough_px=rough)
+
+
+def _tones(rng: Rng, height: int, n: int, line: NDArray[np.intp]) -> Plane:
+    """What each line's gray adds to that of all (height, columns): in turn, or slowly along each line; mostly nothing.
+
+    Args:
+        rng: its state says which.
+        height: of the plane, px.
+        n: how many lines.
+        line: (columns,) which one each column belongs to.
+    """
+    if n and rng.random() < 0.2:
+        in_turn = rng.normal(0, rng.uniform(0.05, 0.3), int(rng.integers(2, 5)))
+        return np.zeros((height, 1), np.float32) + in_turn[line % len(in_turn)].astype(np.float32)
+    if n and rng.random() < 0.2:
+        slow = rng.uniform(0.03, 0.15) * _along(rng, height, n, rng.uniform(0.15, 0.8) * height)
+        return np.asarray(slow.T[:, line], np.float32)
+    return np.zeros((height, len(line)), np.float32)
 
 
 def _line_of(left: Floats, width: Floats, span: int) -> NDArray[np.intp]:
@@ -386,7 +409,8 @@ def _logic(rng: Rng, size_hw: Size) -> Layout:
     n = int(fill * rows * columns / longest) + 2
     starts = np.stack((rng.integers(0, rows, n), rng.integers(0, columns, n)), axis=1).tolist()
     lengths, odds = rng.integers(0, longest + 1, n).tolist(), rng.random((n, longest + 2)).tolist()
-    for (row, column), length, odd in zip(starts, lengths, odds, strict=True):
+    for (row0, column0), length, odd in zip(starts, lengths, odds, strict=True):
+        row, column = row0, column0
         if taken[row, column]:
             continue
         taken[row, column] = True
@@ -405,7 +429,7 @@ def _logic(rng: Rng, size_hw: Size) -> Layout:
             low = (np.array((min(x0, x1), min(y0, y1))) * pitch - shift - width / 2) * 2
             high = (np.array((max(x0, x1), max(y0, y1))) * pitch - shift + width / 2) * 2
             cv2.rectangle(canvas, np.rint(low).astype(int).tolist(), (np.rint(high).astype(int) - 1).tolist(), 255, -1)
-    top = cv2.resize(canvas, (W, H), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    top = np.asarray(cv2.resize(canvas, (W, H), interpolation=cv2.INTER_AREA) / np.float32(255), np.float32)
     return _layout(rng, top, pitch, width, regular=False)
 
 
@@ -427,7 +451,7 @@ def _sparse(rng: Rng, size_hw: Size) -> Layout:
                 low = 2 * (np.array((x, y)) + step * (i, j))
                 high = low + 2 * np.array((width, height))
                 cv2.rectangle(canvas, np.rint(low).astype(int).tolist(), np.rint(high).astype(int).tolist(), value, -1)
-    top = cv2.resize(canvas, (W, H), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    top = np.asarray(cv2.resize(canvas, (W, H), interpolation=cv2.INTER_AREA) / np.float32(255), np.float32)
     return _layout(rng, top, 2 * smallest, max(3.0, smallest), regular=False)
 
 
@@ -458,7 +482,7 @@ def _fibres(rng: Rng, size_hw: Size) -> Layout:
     spread = rng.choice((0.25, np.pi, np.pi))
     main = rng.uniform(0, np.pi)
     t = np.linspace(-1, 1, 13)
-    ranks = np.linspace(0.15, 1, n)
+    ranks = np.linspace(0.15, 1, n) ** rng.uniform(0.15, 1)
     middles, angles = rng.uniform(0, 1, (n, 2)) * (W, H), main + rng.uniform(-spread, spread, n) / 2
     bends, widths = rng.normal(0, bend, n), np.maximum(1, np.rint(width * np.exp(rng.normal(0, 0.3, n)))).astype(int)
     grays = 255 * np.clip(ranks * rng.uniform(0.75, 1.1, n), 0.05, 1)
@@ -470,16 +494,15 @@ def _fibres(rng: Rng, size_hw: Size) -> Layout:
             canvas, [np.rint(path * 8).astype(np.int32)], False, float(grays[i]), int(widths[i]), cv2.LINE_AA, 3
         )
         if i == n // 3:
-            canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.6, 3))
-    drawn = canvas.astype(np.float32) / 255
-    return Layout(
-        drawn * 0, drawn, drawn * 0, drawn, drawn * rng.uniform(0.5, 2), 4 * width, width, False, False, False
-    )
+            canvas = np.asarray(cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.6, 3)), np.uint8)
+    drawn = np.asarray(canvas.astype(np.float32) / 255, np.float32)
+    flat = np.zeros(size_hw, np.float32)
+    height = np.asarray(drawn * rng.uniform(0.5, 2), np.float32)
+    return Layout(flat, drawn, flat, drawn, height, 4 * width, width, False, False, False)
 
 
 def _pores(rng: Rng, size_hw: Size) -> Layout:
     """Islands, pores, or a labyrinth of bent stripes: band noise cut at a level."""
-    H, W = size_hw
     pitch = _pitch(rng, size_hw, 7)
     stretch = rng.choice((1.0, 1.0, 2.5))
     white = rng.standard_normal(size_hw).astype(np.float32)
@@ -549,7 +572,10 @@ def _blocks(rng: Rng, size_hw: Size) -> Layout:
             whole[y0 + seam : y1 - seam, x0 + seam : x1 - seam] = own[inner]
         pitch, width = min(pitch, part.pitch_px), min(width, part.width_px)
     patterned = bool(planes[0].any())
-    return Layout(*planes, pitch_px=min(pitch, 60.0), width_px=min(width, 40.0), regular=False, patterned=patterned)
+    top, top_tone, top_height, ground_tone, ground_height = planes
+    return Layout(
+        top, top_tone, top_height, ground_tone, ground_height, min(pitch, 60.0), min(width, 40.0), False, patterned
+    )
 
 
 _LAYOUTS: dict[str, Callable[[Rng, Size], Layout]] = {

@@ -1,13 +1,14 @@
 """One scene, normal or defective, with the mask of what differs visibly from its normal twin."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch_training.data.pseudo_defects import Image, Plane, Rng, noise
+from semwatch_training.data.pseudo_defects import Image, Plane, Rng, log_uniform, noise
 from semwatch_training.data.world.defects import PATTERN, Specimen, change_pattern, change_surface, kinds_for
 from semwatch_training.data.world.imaging import (
     Optics,
@@ -26,11 +27,13 @@ SHARES = (0.24, 0.12, 0.11, 0.07, 0.1, 0.08, 0.05, 0.07, 0.03, 0.04, 0.04, 0.05)
 """Of ``LAYOUTS``, in their order."""
 PATTERN_SHARE = 0.6
 """Of defects, where a layout has a pattern."""
-ENLARGED_SHARE, ENLARGED = 0.4, (1.3, 4.0)
+ENLARGED_SHARE, ENLARGED = 0.45, (1.3, 6.0)
 SMALLEST_DRAWN_PX = 64
 LEAST_LEVELS, LEAST_OF_PEAK, LEAST_OF_NOISE = 3.0, 0.15, 0.5
 """A pixel belongs to the mask where it changed by more gray levels, share of the largest change, share of the noise."""
-LEAST_PEAK_LEVELS, LEAST_SNR = 8.0, 8.0
+LEAST_PEAK_LEVELS, LEAST_PEAK_SPANS, LEAST_PEAK_NOISE, LEAST_SNR = 7.0, 0.1, 0.8, 10.0
+"""What a defect must reach at its most visible pixel: gray levels, share of the picture's own span, share of the noise;
+and over its mask, signal to noise."""
 LEAST_AREA_PX, LARGEST_SHARE = 9, 0.2
 TRIES = 8
 
@@ -83,7 +86,7 @@ def scene(
         np.random.default_rng(state) for state in rng.integers(0, 2**63, 5)
     )
     chosen = kind or str(of_size.choice(LAYOUTS, p=SHARES))
-    enlarged = of_size.uniform(*ENLARGED) if of_size.random() < ENLARGED_SHARE else 1.0
+    enlarged = log_uniform(of_size, *ENLARGED) if of_size.random() < ENLARGED_SHARE else 1.0
     enlarged = max(1.0, min(float(enlarged), min(H, W) / SMALLEST_DRAWN_PX))
     drawn_hw = (round(H / enlarged), round(W / enlarged))
     cubic = cv2.INTER_CUBIC if of_size.random() < 0.5 else cv2.INTER_LINEAR
@@ -98,7 +101,7 @@ def scene(
     gray = levels(found, beam, exposed)
     mask, planted = np.zeros(drawn_hw, bool), ""
     if defective:
-        kept = filing_frame(of_filing.bit_generator.state, size_hw, drawn_hw)
+        kept = _seen(of_filing.bit_generator.state, size_hw, drawn_hw)
         for turn in range(TRIES):
             planted = defect or _choice(drawn, of_defect)
             changed = _defective(drawn, specimen, process, of_defect, planted, strength=1.0 + 0.5 * turn)
@@ -117,7 +120,7 @@ def scene(
     return Scene(filed(image, filing(of_filing, size_hw)), mask, chosen, planted)
 
 
-def filing_frame(state: object, size_hw: tuple[int, int], drawn_hw: tuple[int, int]) -> NDArray[np.bool_]:
+def _seen(state: Mapping[str, Any], size_hw: tuple[int, int], drawn_hw: tuple[int, int]) -> NDArray[np.bool_]:
     """Where a picture is seen (h, w) at the size it is drawn at, given the state that its frame will be drawn from."""
     rng = np.random.default_rng()
     rng.bit_generator.state = state
@@ -135,7 +138,7 @@ def _choice(drawn: Layout, rng: Rng) -> str:
 def _defective(drawn: Layout, specimen: Specimen, process: int, rng: Rng, defect: str, *, strength: float) -> Specimen:
     if defect in PATTERN:
         return _printed(change_pattern(drawn, rng, kind=defect), np.random.default_rng(process))
-    return change_surface(specimen, drawn, rng, kind=defect, strength=strength)
+    return change_surface(specimen, rng, kind=defect, strength=strength)
 
 
 def _printed(drawn: Layout, rng: Rng) -> Specimen:
@@ -145,19 +148,14 @@ def _printed(drawn: Layout, rng: Rng) -> Specimen:
     if drawn.printed and drawn.width_px >= 3:
         rounding = min(drawn.width_px * rng.uniform(0.03, 0.25), 12.0)
         if rounding > 0.4:
-            top = cv2.GaussianBlur(top, (0, 0), rounding)
-            top = np.clip((top - 0.5) * np.float32(1 + 2.0 * rounding) + 0.5, 0, 1)
+            soft = cv2.GaussianBlur(top, (0, 0), rounding)
+            top = np.asarray(np.clip((soft - 0.5) * np.float32(1 + 2.0 * rounding) + 0.5, 0, 1), np.float32)
     if drawn.patterned and drawn.printed and rng.random() < 0.5:
         y, x = np.mgrid[:H, :W].astype(np.float32)
         reach = np.float32(min(2.5, drawn.width_px * rng.uniform(0, 0.06)))
         cell = max(2.0, drawn.width_px * rng.uniform(0.3, 2))
-        top = cv2.remap(
-            top,
-            x + reach * noise(rng, (H, W), cell),
-            y + reach * noise(rng, (H, W), cell),
-            cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
+        maps = (x + reach * noise(rng, (H, W), cell), y + reach * noise(rng, (H, W), cell))
+        top = np.asarray(cv2.remap(top, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.float32)
     tone = drawn.ground_tone + top * (drawn.top_tone - drawn.ground_tone)
     height = drawn.ground_height + top * (drawn.top_height - drawn.ground_height)
     if rng.random() < 0.4:
@@ -172,9 +170,10 @@ def visible(gray: Plane, changed: Plane, beam: Optics) -> NDArray[np.bool_]:
     difference = cv2.GaussianBlur(cv2.absdiff(changed, gray), (0, 0), 0.7)
     peak = float(difference.max())
     nothing = np.zeros(gray.shape, bool)
-    if peak < LEAST_PEAK_LEVELS:
-        return nothing
     spread = deviation(gray, beam)
+    noisy = LEAST_PEAK_NOISE * float(np.median(spread))
+    if peak < max(LEAST_PEAK_LEVELS, LEAST_PEAK_SPANS * beam.levels[1], noisy):
+        return nothing
     seen = difference > np.maximum(max(LEAST_LEVELS, LEAST_OF_PEAK * peak), LEAST_OF_NOISE * spread)
     snr = float(np.sqrt(np.square(difference[seen] / np.maximum(spread[seen], 0.5)).sum()))
     if snr < LEAST_SNR:
