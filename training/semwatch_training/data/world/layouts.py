@@ -511,7 +511,8 @@ def _pores(rng: Rng, size_hw: Size) -> Layout:
     band = band - cv2.GaussianBlur(band, (0, 0), 1.3 * sigma * stretch, sigmaY=1.3 * sigma)
     band = band / (band.std() + 1e-6)
     top = np.clip((band - rng.uniform(-0.8, 1.6)) * sigma + 0.5, 0, 1).astype(np.float32)
-    drawn = _layout(rng, top, pitch, pitch / 2, regular=False)
+    # Among shapes as random as these, a bridge or a cut has no meaning.
+    drawn = replace(_layout(rng, top, pitch, pitch / 2, regular=False), patterned=False)
     if rng.random() < 0.4:  # brighter toward the rim of each island
         drawn = replace(drawn, top_tone=(drawn.top_tone - np.float32(0.12) * np.maximum(band, 0)).astype(np.float32))
     return drawn

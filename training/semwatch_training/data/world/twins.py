@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from semwatch_training.data import pattern_defects
 from semwatch_training.data.pseudo_defects import Image, Plane, Rng, log_uniform, noise
 from semwatch_training.data.world.defects import PATTERN, Specimen, change_pattern, change_surface, kinds_for
 from semwatch_training.data.world.imaging import (
@@ -34,6 +35,10 @@ LEAST_LEVELS, LEAST_OF_PEAK, LEAST_OF_NOISE = 3.0, 0.15, 0.5
 LEAST_PEAK_LEVELS, LEAST_PEAK_SPANS, LEAST_PEAK_NOISE, LEAST_SNR = 7.0, 0.1, 0.8, 10.0
 """What a defect must reach at its most visible pixel: gray levels, share of the picture's own span, share of the noise;
 and over its mask, signal to noise."""
+LEAST_CONTRAST = 0.2
+"""The least mean change over the mask, in standard deviations of the normal picture: less is lost among its pattern."""
+PLANTED_SHARE = 0.12
+"""Of defective scenes, those whose defect is one of ``pattern_defects``, planted in the normal picture's gray."""
 LEAST_AREA_PX, LARGEST_SHARE = 9, 0.2
 TRIES = 8
 
@@ -42,7 +47,8 @@ TRIES = 8
 class Scene:
     """A micrograph: image (H, W) uint8, mask (H, W) bool, its layout, and its defect.
 
-    The defect is one of ``DEFECTS``, ``spot`` where none of them could be seen, or the empty string.
+    The defect is one of ``DEFECTS``; ``planted`` if one of ``pattern_defects``; ``spot`` where none could be seen; or
+    the empty string.
     """
 
     image: Image
@@ -100,13 +106,14 @@ def scene(
     exposed = exposure(found, beam, flat=flat)
     gray = levels(found, beam, exposed)
     mask, planted = np.zeros(drawn_hw, bool), ""
-    if defective:
+    planting = defective and defect is None and of_defect.random() < PLANTED_SHARE
+    if defective and not planting:
         kept = _seen(of_filing.bit_generator.state, size_hw, drawn_hw)
         for turn in range(TRIES):
             planted = defect or _choice(drawn, of_defect)
             changed = _defective(drawn, specimen, process, of_defect, planted, strength=1.0 + 0.5 * turn)
             changed_gray = levels(signal(changed, beam), beam, exposed)
-            mask = visible(gray, changed_gray, beam) & kept
+            mask = visible(gray, changed_gray, beam, pitch_px=drawn.pitch_px) & kept
             if LEAST_AREA_PX <= mask.sum() <= LARGEST_SHARE * mask.size:
                 gray = changed_gray
                 break
@@ -117,7 +124,11 @@ def scene(
     if enlarged > 1:
         image = np.asarray(cv2.resize(image, (W, H), interpolation=cubic), np.uint8)
         mask = cv2.resize(mask.astype(np.float32), (W, H), interpolation=cv2.INTER_LINEAR) > 0.5
-    return Scene(filed(image, filing(of_filing, size_hw)), mask, chosen, planted)
+    kept_as = filing(of_filing, size_hw)
+    if planting:
+        pseudo = pattern_defects.plant(image, of_defect)
+        image, mask, planted = pseudo.pixels, pseudo.mask & ~kept_as.frame, "planted"
+    return Scene(filed(image, kept_as), mask, chosen, planted)
 
 
 def _seen(state: Mapping[str, Any], size_hw: tuple[int, int], drawn_hw: tuple[int, int]) -> NDArray[np.bool_]:
@@ -165,8 +176,15 @@ def _printed(drawn: Layout, rng: Rng) -> Specimen:
     return Specimen(np.asarray(height, np.float32), np.asarray(tone, np.float32))
 
 
-def visible(gray: Plane, changed: Plane, beam: Optics) -> NDArray[np.bool_]:
-    """Where two pictures without noise, each (H, W), differ by what can be seen through the noise; else nothing."""
+def visible(gray: Plane, changed: Plane, beam: Optics, *, pitch_px: float) -> NDArray[np.bool_]:
+    """Where two pictures differ by what can be seen through the noise and beside the pattern (H, W); else nothing.
+
+    Args:
+        gray: (H, W) levels of the normal one, without noise.
+        changed: (H, W) of the defective one.
+        beam: what both were imaged with.
+        pitch_px: gaps in the mask much narrower than this are closed.
+    """
     difference = cv2.GaussianBlur(cv2.absdiff(changed, gray), (0, 0), 0.7)
     peak = float(difference.max())
     nothing = np.zeros(gray.shape, bool)
@@ -176,10 +194,13 @@ def visible(gray: Plane, changed: Plane, beam: Optics) -> NDArray[np.bool_]:
         return nothing
     seen = difference > np.maximum(max(LEAST_LEVELS, LEAST_OF_PEAK * peak), LEAST_OF_NOISE * spread)
     snr = float(np.sqrt(np.square(difference[seen] / np.maximum(spread[seen], 0.5)).sum()))
-    if snr < LEAST_SNR:
+    contrast = float(difference[seen].mean()) / (float(gray[::2, ::2].std()) + LEAST_LEVELS) if seen.any() else 0.0
+    if snr < LEAST_SNR or contrast < LEAST_CONTRAST:
         return nothing
     # A particle of a line's own gray differs beside the line only; closing keeps the defect one piece.
-    return np.asarray(cv2.morphologyEx(seen.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)).astype(bool))
+    side = 2 * int(np.clip(0.25 * pitch_px, 2, 6)) + 1
+    whole = cv2.morphologyEx(seen.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((side, side), np.uint8))
+    return np.asarray(whole.astype(bool))
 
 
 def _last_resort(gray: Plane, rng: Rng, kept: NDArray[np.bool_]) -> tuple[Plane, NDArray[np.bool_]]:
