@@ -165,7 +165,7 @@ def _particle(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
     own, ragged = rng.uniform(-0.3, 1.6), rng.choice((0.05, 0.25, 0.5))
     raised, shadow = strength * log_uniform(rng, 0.2, 2.5), strength * rng.choice((0, 1)) * rng.uniform(0.1, 0.6)
     opacity = min(1.0, strength * log_uniform(rng, 0.2, 1.5))
-    lumps = rng.choice((0.0, 0.3, 0.8))
+    lumps, crumb = rng.choice((0.0, 0.3, 0.8, 1.5)), rng.uniform(0.12, 0.6)
     for _ in range(n):
         at = (cy + rng.normal(0, 1.3 * radius * (n > 1)), cx + rng.normal(0, 1.3 * radius * (n > 1)))
         size = radius * (log_uniform(rng, 0.3, 1) if n > 1 else 1)
@@ -173,7 +173,7 @@ def _particle(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
         body = _spot(rng, shape, at, size, stretch, float(ragged))
         dome = cv2.GaussianBlur(body, (0, 0), max(0.7, size * rng.uniform(0.1, 0.5))) * body
         if lumps:
-            dome = dome * (1 + np.float32(lumps) * noise(rng, shape, max(1.5, size / 2)))
+            dome = dome * (1 + np.float32(lumps) * noise(rng, shape, max(1.5, float(size * crumb))))
         if shadow:
             away = np.array([[1, 0, rng.uniform(-1, 1) * size], [0, 1, rng.uniform(-1, 1) * size]], np.float32)
             cast = cv2.warpAffine(body, away, (int(shape[1]), int(shape[0])))
@@ -225,7 +225,10 @@ def _scratch(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
             ends = np.rint(np.stack((middle - half, middle + half)) * 8).astype(int)
             cv2.line(canvas, ends[0].tolist(), ends[1].tolist(), 255, width, cv2.LINE_AA, 3)
     groove = canvas.astype(np.float32) / 255
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:  # rubble thrown up along the way
+        wide = cv2.GaussianBlur(groove, (0, 0), width * rng.uniform(0.6, 2.5))
+        groove = (wide > 0.15 * wide.max()) * noise(rng, (H, W), max(1.5, width * rng.uniform(0.5, 1.5)))
+    elif rng.random() < 0.4:
         groove = groove * np.clip(0.7 + 0.5 * noise(rng, (H, W), max(2.0, 2.0 * width)), 0, 1)
     height = (
         specimen.height

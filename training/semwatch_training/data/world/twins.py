@@ -28,7 +28,7 @@ SHARES = (0.24, 0.12, 0.11, 0.07, 0.1, 0.08, 0.05, 0.07, 0.03, 0.04, 0.04, 0.05)
 """Of ``LAYOUTS``, in their order."""
 PATTERN_SHARE = 0.6
 """Of defects, where a layout has a pattern."""
-ENLARGED_SHARE, ENLARGED = 0.45, (1.3, 6.0)
+ENLARGED_SHARE, ENLARGED = 0.5, (1.3, 6.0)
 SMALLEST_DRAWN_PX = 64
 LEAST_LEVELS, LEAST_OF_PEAK, LEAST_OF_NOISE = 3.0, 0.15, 0.5
 """A pixel belongs to the mask where it changed by more gray levels, share of the largest change, share of the noise."""
