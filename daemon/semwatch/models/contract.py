@@ -9,9 +9,23 @@ of the inputs are in ``line.inputs``.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from semwatch.errors import ModelMismatch
-from semwatch.models.model_repository import DType, Meta, Tensor
+from semwatch.models.model_repository import OPEN, DType, Meta, Tensor
+
+
+class FieldSides(NamedTuple):
+    """What the sides of a field may be that is given to a detector whose image is open."""
+
+    multiple: int = 16
+    smallest: int = 64
+    typical: int = 1024
+    largest: int = 1536
+
+
+FIELD_SIDES_PX = FieldSides()
+"""Engines are compiled for this range, and tuned for the typical size; a larger field is given in tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +38,8 @@ class Input:
     what: str
     """For people."""
     is_square: bool = False
+    may_be_open: bool = False
+    """Whether a model may take it at any size."""
 
 
 _GRAY: tuple[DType, ...] = ("uint8", "float32")
@@ -31,7 +47,9 @@ _GRAY: tuple[DType, ...] = ("uint8", "float32")
 
 INPUTS: Mapping[str, Mapping[str, Input]] = MappingProxyType(
     {
-        "detector": MappingProxyType({"image": Input((None, None), _GRAY, "the field of view, resized")}),
+        "detector": MappingProxyType({"image": Input(
+                    (None, None), _GRAY, "the field of view, resized or at its own scale", may_be_open=True
+                )}),
         "encoder": MappingProxyType(
             {
                 "crop": Input((None, None), _GRAY, "the square window around a defect, resized", is_square=True),
@@ -93,7 +111,8 @@ def check_contract(meta: Meta) -> None:
 def _fault(asked: Tensor, offered: Input) -> str | None:
     """What is wrong with the shape or dtype of an input, None where it can be given."""
     fits = len(asked.shape) == len(offered.shape) and all(
-        size == offer or (offer is None and size > 0) for size, offer in zip(asked.shape, offered.shape, strict=True)
+        size == offer or (offer is None and (size > 0 or (size == OPEN and offered.may_be_open)))
+        for size, offer in zip(asked.shape, offered.shape, strict=True)
     )
     is_right = not offered.is_square or len(set(asked.shape)) == 1
     if fits and is_right and asked.dtype in offered.dtypes:
@@ -104,7 +123,8 @@ def _fault(asked: Tensor, offered: Input) -> str | None:
 
 
 def _in_words(tensor: Tensor) -> str:
-    return f"{' x '.join(map(str, tensor.shape)) or 'one value'} of {tensor.dtype}"
+    sides = " x ".join("any" if side == OPEN else str(side) for side in tensor.shape)
+    return f"{sides or 'one value'} of {tensor.dtype}"
 
 
 def _listed(names: "list[str] | Mapping[str, object]") -> str:

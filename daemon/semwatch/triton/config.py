@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from semwatch.models.contract import FIELD_SIDES_PX
 from semwatch.models.model_repository import Meta, Tensor
 from semwatch.triton.plans import Plan
 
@@ -157,7 +158,7 @@ def _warmup(inputs: Mapping[str, Tensor], batches: Sequence[int]) -> str:
     """A version is ready once it has answered these."""
     tensors = "\n".join(
         f"    inputs {{ key: {_quoted(name)} value {{ data_type: {_TYPES[tensor.dtype]} "
-        f"dims: [ {', '.join(map(str, tensor.shape or (1,)))} ] random_data: true }} }}"
+        f"dims: [ {', '.join(map(str, tensor.sized(FIELD_SIDES_PX.typical) or (1,)))} ] random_data: true }} }}"
         for name, tensor in inputs.items()
     )
     rows = [f'  {{\n    name: "batch of {n}" batch_size: {n}\n{tensors}\n  }}' for n in batches]
