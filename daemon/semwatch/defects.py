@@ -113,7 +113,7 @@ class PageReview:
     gate_threshold: float
     """The page is searched for defects only if ``score_map.raw_score`` lies above it."""
     mask: NDArray[np.bool_]
-    """(g, g) defect mask over the field at the working grid; all False where the gate stayed shut."""
+    """(g, q) defect mask over the field at the working grid; all False where the gate stayed shut."""
     defects: tuple[Defect, ...]
 
 

@@ -11,8 +11,8 @@ import toy_family
 from semwatch.defects import Review
 from semwatch.errors import ModelMismatch
 from semwatch.line import inputs
-from semwatch.line.detection import resize
 from semwatch.line.pipeline import review
+from semwatch.line.scaling import resize
 from semwatch.models import contract, model_repository
 from semwatch.models.contract import check_contract
 from semwatch.models.crop_store import KeptCrop

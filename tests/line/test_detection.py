@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 
 from semwatch.defects import Micrograph
-from semwatch.line.detection import detect, resize
+from semwatch.line.detection import detect
 from semwatch.line.inputs import for_detector
 from semwatch.line.pipeline import search
+from semwatch.line.scaling import resize
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 

@@ -26,7 +26,7 @@ from semwatch.cli.options import (
 )
 from semwatch.errors import ConfigError, ImageError
 from semwatch.intake import decoding
-from semwatch.line import binarization, detection, inputs
+from semwatch.line import binarization, detection
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe, load_recipe
 
@@ -88,9 +88,7 @@ def calibrate(
 
 def _raw_scores(file: Path, models: Embedded) -> list[float]:
     try:
-        detector = models.meta("detector")
-        asked = (inputs.for_detector(detector, page.field) for page in decoding.read(file))
-        return [detection.detect(one, models)[0].raw_score for one in asked]
+        return [detection.detect(page.field, models)[0].raw_score for page in decoding.read(file)]
     except ImageError as error:
         raise ConfigError(f"{error}; or take it out of the defect-free images") from error
 

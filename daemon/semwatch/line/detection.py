@@ -1,48 +1,125 @@
-"""Micrograph to score map and raw image score."""
+"""Micrograph to score map and raw image score, at the detector's own scale or at the field's."""
 
-import cv2
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import ScoreMap
+from semwatch.defects import Box, ScoreMap
+from semwatch.errors import ServiceUnavailable
+from semwatch.line import inputs
+from semwatch.line.scaling import resize
+from semwatch.models.contract import FIELD_SIDES_PX
 from semwatch.models.inference import ModelId, Models
-from semwatch.models.model_repository import Arrays
+
+OVERLAP_PX = 128
+"""Of neighbouring tiles, at least: half of it is farther than the trunk's features carry."""
+SHORT_SIDE_PX = 448
+"""A smaller field is enlarged until its shorter side has so many pixels: what branches are trained at."""
 
 
-def detect(inputs: Arrays, models: Models) -> tuple[ScoreMap, ModelId]:
+def detect(field: NDArray[np.uint8], models: Models, *, coarser: float = 1.0) -> tuple[ScoreMap, ModelId]:
     """Score one field of view.
 
-    The field is resized, not cropped, to the detector's input: a defect at the border counts as much as any other, and
-    the score map covers the field edge to edge (each axis with its own scale).
+    A detector that takes a field at any size is given it at its own scale, in overlapping tiles where it is large; any
+    other is given the whole field, resized. Either way the map covers the field edge to edge.
 
     Args:
-        inputs: what the detector asks for, see ``inputs.for_detector``.
+        field: (H, W) gray.
         models: where the detector answers.
+        coarser: how many pixels of the field one pixel of an open detector's input stands for; 1: as it is.
 
     Returns:
         The score map, and which detector gave it.
 
     Raises:
-        ServiceUnavailable: the models are away.
+        ServiceUnavailable: the models are away, or the detector was swapped between two tiles.
     """
-    answer = models.infer("detector", inputs)
-    values = answer.outputs["score_map"][0]
-    return ScoreMap(values=values, raw_score=float(answer.outputs["raw_score"][0])), answer.id
+    meta = models.meta("detector")
+    if not meta.inputs["image"].is_open:
+        answer = models.infer("detector", inputs.for_detector(meta, field))
+        return ScoreMap(answer.outputs["score_map"][0], float(answer.outputs["raw_score"][0])), answer.id
+    answered: set[ModelId] = set()
+
+    def ask(tile: NDArray[np.uint8]) -> ScoreMap:
+        answer = models.infer("detector", inputs.for_detector(meta, tile))
+        answered.add(answer.id)
+        return ScoreMap(answer.outputs["score_map"][0], float(answer.outputs["raw_score"][0]))
+
+    found = own_scale(field, ask, coarser=coarser)
+    if len(answered) > 1:
+        raise ServiceUnavailable("the detector was swapped between two tiles of a field")
+    return found, answered.pop()
 
 
-def resize(field: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize (H, W) uint8 gray to ``size_hw``: an axis that shrinks is averaged, so that no pixel goes unseen.
+def own_scale(
+    field: NDArray[np.uint8], ask: Callable[[NDArray[np.uint8]], ScoreMap], *, coarser: float = 1.0
+) -> ScoreMap:
+    """Score a field (H, W) at its own scale by a detector that takes tiles, sides as in ``scaled_size``, gray."""
+    shown = resize(field, scaled_size(field.shape, coarser=coarser))
+    boxes = list(tiles(shown.shape))
+    return joined([ask(shown[y0:y1, x0:x1]) for x0, y0, x1, y1 in boxes], boxes, shown.shape)
 
-    An axis that grows is interpolated. Where one shrinks and the other grows, each goes by its own rule in turn: OpenCV
-    would sample both, and pass over most of the one that shrinks.
+
+def scaled_size(size_hw: tuple[int, ...], *, coarser: float = 1.0) -> tuple[int, int]:
+    """The size (h, w) at which an open detector sees a field of ``size_hw``: both sides multiples of 16.
+
+    Both axes have the same scale, but for the rounding to 16 pixels. A field whose shorter side is under
+    ``SHORT_SIDE_PX`` is enlarged to it, unless its longer side would no longer fit into one tile.
+
+    >>> scaled_size((1024, 1024)), scaled_size((52, 52)), scaled_size((64, 4096)), scaled_size((1000, 700), coarser=2)
+    ((1024, 1024), (448, 448), (64, 4096), (640, 448))
     """
-    (H, W), (height, width) = field.shape, size_hw
-    if (H - height) * (W - width) < 0:
-        between_wh = (min(W, width), min(H, height))
-        averaged = cv2.resize(field, between_wh, interpolation=cv2.INTER_AREA)
-        resized = cv2.resize(averaged, (width, height), interpolation=cv2.INTER_LINEAR)
-    else:
-        is_shrinking = height <= H and width <= W
-        interpolation = cv2.INTER_AREA if is_shrinking else cv2.INTER_LINEAR
-        resized = cv2.resize(field, (width, height), interpolation=interpolation)
-    return np.ascontiguousarray(resized, dtype=np.uint8)
+    sides = FIELD_SIDES_PX
+    shorter, longer = min(size_hw), max(size_hw)
+    enlarged = min(SHORT_SIDE_PX / shorter, max(sides.largest / longer, 1.0))
+    scale = max(1 / coarser, enlarged)
+    height, width = (max(sides.smallest, round(n * scale / sides.multiple) * sides.multiple) for n in size_hw[:2])
+    return height, width
+
+
+def tiles(size_hw: tuple[int, ...]) -> Iterator[Box]:
+    """Cover a field of ``size_hw``, multiples of 16, with overlapping boxes that a detector takes, of one size.
+
+    >>> list(tiles((448, 1600)))
+    [(0, 0, 864, 448), (736, 0, 1600, 448)]
+    """
+    rows, columns = (_spans(n) for n in size_hw[:2])
+    yield from ((x0, y0, x1, y1) for y0, y1 in rows for x0, x1 in columns)
+
+
+def _spans(length: int) -> list[tuple[int, int]]:
+    sides = FIELD_SIDES_PX
+    if length <= sides.largest:
+        return [(0, length)]
+    n = math.ceil((length - OVERLAP_PX) / (sides.largest - OVERLAP_PX))
+    side = math.ceil((length + (n - 1) * OVERLAP_PX) / n / sides.multiple) * sides.multiple
+    starts = (round(k * (length - side) / (n - 1) / sides.multiple) * sides.multiple for k in range(n))
+    return [(start, start + side) for start in starts]
+
+
+def joined(found: list[ScoreMap], boxes: list[Box], size_hw: tuple[int, ...]) -> ScoreMap:
+    """Join the maps of tiles: where they overlap, each counts the more the farther its own border is.
+
+    The raw score is the highest of the tiles'.
+    """
+    if len(found) == 1:
+        return found[0]
+    (x0, y0, x1, y1), (h, w) = boxes[0], found[0].values.shape
+    cell = (x1 - x0) // w
+    total = np.zeros((size_hw[0] // cell, size_hw[1] // cell), np.float32)
+    weight = np.zeros_like(total)
+    inner = np.minimum.outer(_ramp(h), _ramp(w)).astype(np.float32)
+    for one, (left, top, _, _) in zip(found, boxes, strict=True):
+        part = slice(top // cell, top // cell + h), slice(left // cell, left // cell + w)
+        total[part] += inner * one.values
+        weight[part] += inner
+    highest = max(found, key=lambda one: one.raw_score)
+    return replace(highest, values=total / weight)
+
+
+def _ramp(n: int) -> NDArray[np.float64]:
+    """1, 2, ... from either end of n cells, at most half the overlap."""
+    return np.minimum(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)), OVERLAP_PX / 16)

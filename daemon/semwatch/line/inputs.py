@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models.model_repository import Arrays, Meta, Tensor
 
 CROP_PX, TOKENS = 224, 16
@@ -38,7 +38,7 @@ class View(Protocol):
 
 
 OF_FIELD: Mapping[str, Callable[[NDArray[np.uint8], Tensor], NDArray[np.uint8]]] = MappingProxyType(
-    {"image": lambda field, asked: resize(field, (asked.shape[0], asked.shape[1]))}
+    {"image": lambda field, asked: field if asked.is_open else resize(field, (asked.shape[0], asked.shape[1]))}
 )
 """How each input of a detector is made of the field."""
 
@@ -54,7 +54,7 @@ OF_VIEW: Mapping[str, Callable[[View], "NDArray[np.uint8] | NDArray[np.float32] 
 
 
 def for_detector(detector: Meta, field: NDArray[np.uint8]) -> Arrays:
-    """What a detector asks for of one field (H, W) gray: a batch of one."""
+    """What a detector asks for of one field (H, W) gray, or of one tile of it: a batch of one."""
     asked = detector.inputs
     return {name: OF_FIELD[name](field, asked[name])[np.newaxis].astype(asked[name].dtype) for name in asked}
 

@@ -115,11 +115,11 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
     timings = timings_ms if timings_ms is not None else dict.fromkeys(STAGES, 0.0)
     threshold = gate_threshold(recipe, models)
     with _timed(timings, "detect"):
-        asked = inputs.for_detector(models.meta("detector"), page.field)
-        score_map, detector = detection.detect(asked, models)
+        score_map, detector = detection.detect(page.field, models, coarser=recipe.detection.coarser)
     settings = recipe.binarization
     if not binarization.gate(score_map.raw_score, threshold=threshold):
-        return Search(score_map, detector, threshold, np.zeros((settings.grid_px, settings.grid_px), bool), ())
+        nothing = np.zeros(binarization.grid_hw(score_map.values.shape, grid_px=settings.grid_px), bool)
+        return Search(score_map, detector, threshold, nothing, ())
     size_hw = page.field.shape[0], page.field.shape[1]
     with _timed(timings, "binarize"):
         found = binarization.binarize(

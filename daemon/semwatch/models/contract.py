@@ -47,9 +47,9 @@ _GRAY: tuple[DType, ...] = ("uint8", "float32")
 
 INPUTS: Mapping[str, Mapping[str, Input]] = MappingProxyType(
     {
-        "detector": MappingProxyType({"image": Input(
-                    (None, None), _GRAY, "the field of view, resized or at its own scale", may_be_open=True
-                )}),
+        "detector": MappingProxyType(
+            {"image": Input((None, None), _GRAY, "the field of view, resized or at its own scale", may_be_open=True)}
+        ),
         "encoder": MappingProxyType(
             {
                 "crop": Input((None, None), _GRAY, "the square window around a defect, resized", is_square=True),

@@ -59,13 +59,20 @@ class Gate(Settings):
     """Raw image score above which the gate opens; null: the detector's, for the false alarm rate."""
 
 
+class Detection(Settings):
+    """The scale at which a page is searched."""
+
+    coarser: Annotated[float, Field(ge=1, le=16)] = 1.0
+    """Pixels of the page, along an edge, that the detector sees as one; 1: the page's own scale."""
+
+
 class Binarization(Settings):
     """From the score map to the defect mask."""
 
     method: Method = "plateau"
     """plateau: middle of the longest stable count; to compare with: lowest (of that run), literal, otsu, fixed."""
     grid_px: Annotated[int, Field(ge=16, le=1024)] = 112
-    """Edge of the grid that thresholds are tried on."""
+    """Shorter edge of the grid that thresholds are tried on; a finer score map is taken as it is."""
     n_thresholds: Annotated[int, Field(ge=2, le=1024)] = 64
     """Thresholds tried, evenly spaced."""
     percentiles: Percentiles = (1.0, 99.9)
@@ -150,6 +157,8 @@ class Recipe(Settings):
     """Model versions to stay with."""
     gate: Gate = Gate()
     """Which pages are searched for defects at all."""
+    detection: Detection = Detection()
+    """The scale at which a page is searched."""
     binarization: Binarization = Binarization()
     """From the score map to the defect mask."""
     crop: Crop = Crop()

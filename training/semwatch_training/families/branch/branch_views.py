@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch_training.data import pattern_defects, world
 from semwatch_training.data.backgrounds import backgrounds
-from semwatch_training.data.pseudo_defects import log_uniform
 from semwatch_training.data.datasets import MAX_SEEDS, SEED_TRAIN, first_with_room
+from semwatch_training.data.pseudo_defects import log_uniform
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
 
 Image = NDArray[np.uint8]
@@ -94,6 +94,23 @@ def _window(rng: np.random.Generator, cover: NDArray[np.float32], size_px: int) 
         corner = inside - rng.integers(size_px // 8, size_px - size_px // 8, 2)
         corner = np.clip(corner, 0, cover.shape[0] - size_px)
     return slice(corner[0], corner[0] + size_px), slice(corner[1], corner[1] + size_px)
+
+
+def cuts(images: Iterable[Image], *, seed: int, size_px: int) -> Iterator[Image]:
+    """Show each field (H, W) as the detector sees a part of it: (size_px, size_px) at a random scale, see ``CUT_SHARE``.
+
+    A field whose shorter side is smaller is enlarged.
+    """
+    rng = np.random.default_rng(seed)
+    for image in images:
+        shorter = max(size_px, min(image.shape))
+        cut = max(size_px, round(shorter * log_uniform(rng, size_px / shorter, 1.0)) if rng.random() < CUT_SHARE else 0)
+        scale = cut / min(image.shape)
+        shown = resize(
+            image, (max(size_px, round(image.shape[0] * scale)), max(size_px, round(image.shape[1] * scale)))
+        )
+        y, x = (int(rng.integers(0, n - size_px + 1)) for n in shown.shape)
+        yield np.ascontiguousarray(shown[y : y + size_px, x : x + size_px])
 
 
 def views(

@@ -129,7 +129,9 @@ def like_places(x: Tensor, *, keys: int, reach: int) -> Tensor:
     cells, others = x.flatten(2).transpose(1, 2), sought.flatten(2)
     y, x_at = at.flatten(2).unbind(1)
     key_y, key_x = sought_at.flatten(2).unbind(1)
-    near = ((y[:, :, None] - key_y[:, None, :]).abs() <= reach) & ((x_at[:, :, None] - key_x[:, None, :]).abs() <= reach)
+    near = ((y[:, :, None] - key_y[:, None, :]).abs() <= reach) & (
+        (x_at[:, :, None] - key_x[:, None, :]).abs() <= reach
+    )
     # |b|^2 - 2ab: what |a - b|^2 is without |a|^2, which no minimum over b needs.
     d = others.square().sum(dim=1, keepdim=True) - 2 * (cells @ others) + 1e5 * near.to(x.dtype)
     nearest = (d.amin(dim=2) + cells.square().sum(dim=2)).clamp_min(0) / C

@@ -1,0 +1,154 @@
+"""What is trained of the default detector: the branch, the weights of branch and statistics, and the scores for the gate."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from semwatch.defects import ScoreMap
+from semwatch.errors import ConfigError
+from semwatch.line import detection
+from semwatch_training.families.branch.branch_views import Image, Mask
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.branch.train_branch import cover_of
+from semwatch_training.families.intrinsic.intrinsic_detector import (
+    IntrinsicDetector,
+    IntrinsicForm,
+    IntrinsicGraph,
+    OwnEvidence,
+    unusualness,
+)
+from semwatch_training.system import weights_file
+from semwatch_training.system.progress_bars import Progress
+
+FAMILY = "intrinsic"
+UNSEEN_KINDS = ("fibres", "pores", "stack")
+"""Layouts of ``data.world`` that the branch is not trained on: there it stands to the statistics as on a new process."""
+N_CALIBRATION = 240
+NORMAL_CELLS = 300
+"""Of each image, drawn at random for the calibration; of the defective ones all are taken."""
+
+
+def calibrate(
+    detector: IntrinsicDetector,
+    evidence: OwnEvidence,
+    pairs: Iterable[tuple[Image, Mask]],
+    n: int,
+    *,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Fit how much the branch's logit and the image's own statistics count, in place.
+
+    A logistic regression of defective against normal cells. Cells of images that the branch was trained on would say
+    that it needs no help; so these are of kinds that it never saw.
+
+    Args:
+        detector: its branch is trained.
+        evidence: what it reads.
+        pairs: images (S, S) uint8 and masks (S, S) bool.
+        n: how many there are.
+        seed: of the normal cells that are drawn.
+        progress: called after every image.
+
+    Raises:
+        ConfigError: no cell is defective.
+    """
+    rng = np.random.default_rng(seed)
+    rows, labels, counts = [], [], []
+    for index, (image, mask) in enumerate(pairs):
+        with torch.no_grad():
+            *maps, statistics = evidence(torch.from_numpy(image[None]))
+            logits = detector.branch(*maps, statistics)
+        cells = torch.stack((logits, unusualness(statistics)), dim=-1).reshape(-1, 2).numpy()
+        cover = cover_of(mask, logits.shape[1:]).ravel()
+        normal = np.flatnonzero(cover == 0)
+        drawn = rng.choice(normal, min(NORMAL_CELLS, len(normal)), replace=False)
+        defective = np.flatnonzero(cover >= 0.5)
+        rows.append(cells[np.concatenate((drawn, defective))])
+        labels.append(np.repeat((0.0, 1.0), (len(drawn), len(defective))))
+        counts.append(np.repeat((len(normal) / max(len(drawn), 1), 1.0), (len(drawn), len(defective))))
+        progress("calibration", index + 1, n)
+    truth = np.concatenate(labels)
+    if not truth.any():
+        raise ConfigError("no image that the detector is calibrated on has a defect")
+    fitted = logistic(np.concatenate(rows), truth, np.concatenate(counts))
+    detector.calibration.copy_(torch.from_numpy(fitted))  # type: ignore[operator]  # a buffer
+
+
+def logistic(
+    cells: NDArray[np.floating], truth: NDArray[np.floating], counts: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Weights, none negative, and offset (D + 1,) of a logistic regression of cells (n, D) that count ``counts`` (n,)."""
+    x, y, w = (torch.from_numpy(np.asarray(part, np.float64)) for part in (cells, truth, counts))
+    found = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        logits = x @ functional.softplus(found[:-1]) + found[-1]
+        value = (w * functional.binary_cross_entropy_with_logits(logits, y, reduction="none")).sum() / w.sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        return torch.cat((functional.softplus(found[:-1]), found[-1:])).numpy()
+
+
+def own_scale(graph: IntrinsicGraph) -> Callable[[NDArray[np.uint8]], ScoreMap]:
+    """The detector as a function of a field (H, W) gray of any size, as the line asks it."""
+    device = next(graph.parameters()).device
+
+    def ask(tile: NDArray[np.uint8]) -> ScoreMap:
+        with torch.no_grad():
+            values, raw = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]).to(device))
+        return ScoreMap(values[0].cpu().numpy(), float(raw[0]))
+
+    return lambda field: detection.own_scale(field, ask)
+
+
+def normal_scores(graph: IntrinsicGraph, fields: Iterable[Image], n: int, *, progress: Progress) -> list[float]:
+    """Raw scores of n normal fields (H, W) at their own scale."""
+    score, scores = own_scale(graph), []
+    for index, image in enumerate(fields):
+        scores.append(score(image).raw_score)
+        progress("held-out normal scores", index + 1, n)
+    return scores
+
+
+def save(
+    detector: IntrinsicDetector, path: Path, *, normal_scores: list[float], provenance: dict[str, str | float | int]
+) -> None:
+    """Write weights as fp16 safetensors with form, held-out scores and provenance in the header."""
+    header = {
+        "family": FAMILY,
+        "form": json.dumps(asdict(detector.form)),
+        "normal_scores": json.dumps(normal_scores),
+        "provenance": json.dumps(provenance),
+    }
+    weights_file.write(path, {name: value.half() for name, value in detector.state_dict().items()}, header)
+
+
+def load(path: Path) -> tuple[IntrinsicDetector, list[float], dict[str, str | float | int]]:
+    """Read what ``save`` wrote: detector in fp32, held-out scores, provenance.
+
+    Raises:
+        ConfigError: the file is absent, not an intrinsic detector, or one of another release.
+    """
+    state, header = weights_file.read(path, what="detector")
+    try:
+        values: dict[str, Any] = json.loads(header["form"])
+        branch = {key: tuple(v) if isinstance(v, list) else v for key, v in values["branch"].items()}
+        detector = IntrinsicDetector(IntrinsicForm(**{**values, "branch": BranchForm(**branch)}))
+        detector.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
+        return detector.eval(), json.loads(header["normal_scores"]), json.loads(header["provenance"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise weights_file.not_ours(path, "detector", error) from error
