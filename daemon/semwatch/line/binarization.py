@@ -256,6 +256,7 @@ def binarize(
     max_mask_fraction: float = _RULE.max_mask_fraction,
     min_area_fraction: float = 2e-4,
     max_defects: int = BEFORE_MERGING * _RULE.max_defects,
+    hot: float = math.inf,
 ) -> Binarization:
     """Find the defect mask of a score map (h, w) whose image has passed the gate.
 
@@ -266,6 +267,9 @@ def binarize(
     The paper and MEBin take the run's lowest threshold, where the defect is about to flow into something else: on the
     shipped detector's maps its masks are twice too wide. The middle is farthest from both ends, as the most stable
     region of Matas et al. (MSER, 2002) is; ``semwatch-train experiment binarization`` measures both.
+
+    A component of the map at ``hot`` or above is a defect even where the plateau's mask leaves it out: beside a strong
+    defect a weak one lies under every threshold that is stable.
 
     Raises: ImageError where the map holds NaN or infinity.
     """
@@ -289,7 +293,7 @@ def binarize(
         case _:
             assert_never(method)
     mask = clean_mask(
-        shown >= threshold,
+        with_hot(shown >= threshold, np.asarray(score_map, np.float32) >= hot),
         min_area_px=min_area_px,
         max_hole_px=int(max_mask_fraction * shown.size),
         max_defects=max_defects,
@@ -301,6 +305,18 @@ def _otsu_threshold(saliency: NDArray[np.float32]) -> float:
     """Return Otsu's threshold on 256 levels, as a value for ``saliency >= t``."""
     level, _ = cv2.threshold(np.rint(saliency * 255).astype(np.uint8), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     return (float(level) + 0.5) / 255
+
+
+def with_hot(mask: NDArray[np.bool_], hot: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Add to a mask (g, q) those components of hot cells (h, w) of the map that it does not touch."""
+    if not hot.any():
+        return mask
+    larger = cv2.resize(hot.view(np.uint8), mask.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    n, labels = cv2.connectedComponents(larger, connectivity=8)
+    touched = np.zeros(n, np.bool_)
+    touched[np.unique(labels[mask])] = True
+    touched[0] = True
+    return mask | ~touched[labels]
 
 
 def clean_mask(mask: NDArray[np.bool_], *, min_area_px: int, max_hole_px: int, max_defects: int) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@
 Straight code without threads, folders, Redis or ledger: the daemon, ``semwatch review`` and training all call it.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,7 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
             min_length=settings.min_plateau,
             max_mask_fraction=settings.max_mask_fraction,
             max_defects=binarization.BEFORE_MERGING * settings.max_defects,
+            hot=math.inf if settings.hot is None else settings.hot * threshold,
         )
         regions = binarization.regions(
             found.mask,

@@ -82,6 +82,8 @@ class Binarization(Settings):
     """Change in the number of defects that still counts as the same: 0 or 1."""
     min_plateau: Count = 4
     """Shortest run of thresholds that is believed."""
+    hot: Annotated[float, Field(ge=1)] | None = 4.0
+    """Gate thresholds above which a place belongs to a defect whatever the plateau says; null: the plateau alone."""
     max_mask_fraction: Share = 0.5
     """Largest share of the field that a mask may cover."""
     max_defects: Count = 8

@@ -86,7 +86,7 @@ def calibrate(
 def logistic(
     cells: NDArray[np.floating], truth: NDArray[np.floating], counts: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Weights, none negative, and offset (D + 1,) of a logistic regression of cells (n, D) that count ``counts`` (n,)."""
+    """Weights, none negative, and offset (D + 1,) of a logistic regression of cells (n, D), each ``counts`` (n,) times."""
     x, y, w = (torch.from_numpy(np.asarray(part, np.float64)) for part in (cells, truth, counts))
     found = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
