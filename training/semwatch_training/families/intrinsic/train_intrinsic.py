@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from semwatch.defects import ScoreMap
 from semwatch.errors import ConfigError
@@ -87,20 +87,18 @@ def logistic(
     cells: NDArray[np.floating], truth: NDArray[np.floating], counts: NDArray[np.floating]
 ) -> NDArray[np.float64]:
     """Weights, none negative, and offset (D + 1,) of a logistic regression of cells (n, D), each ``counts`` (n,) times."""
-    x, y, w = (torch.from_numpy(np.asarray(part, np.float64)) for part in (cells, truth, counts))
-    found = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
+    counts = counts / counts.sum()
 
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        logits = x @ functional.softplus(found[:-1]) + found[-1]
-        value = (w * functional.binary_cross_entropy_with_logits(logits, y, reduction="none")).sum() / w.sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
+    def loss(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        logits = cells @ found[:-1] + found[-1]
+        excess = counts * (expit(logits) - truth)
+        value = float(np.sum(counts * (np.logaddexp(0, logits) - truth * logits)))
+        return value, np.append(cells.T @ excess, excess.sum())
 
-    optimiser.step(loss)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        return torch.cat((functional.softplus(found[:-1]), found[-1:])).numpy()
+    D = cells.shape[1]
+    bounds = [(0.0, None)] * D + [(None, None)]
+    found = minimize(loss, np.append(np.ones(D), -3.0), jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.asarray(found.x, np.float64)
 
 
 def own_scale(graph: IntrinsicGraph) -> Callable[[NDArray[np.uint8]], ScoreMap]:
