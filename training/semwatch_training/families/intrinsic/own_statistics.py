@@ -122,17 +122,18 @@ def like_places(x: Tensor, *, keys: int, reach: int) -> Tensor:
     """
     B, C = x.shape[:2]
     size = x.shape[2:]
-    ones = torch.ones_like(x[:1, :1])
-    at = torch.cat((ones.cumsum(dim=2), ones.cumsum(dim=3)), dim=1)
     sought = functional.interpolate(x, size=(keys, keys), mode="nearest")
-    sought_at = functional.interpolate(at, size=(keys, keys), mode="nearest")
     cells, others = x.flatten(2).transpose(1, 2), sought.flatten(2)
-    y, x_at = at.flatten(2).unbind(1)
-    key_y, key_x = sought_at.flatten(2).unbind(1)
-    near = ((y[:, :, None] - key_y[:, None, :]).abs() <= reach) & (
-        (x_at[:, :, None] - key_x[:, None, :]).abs() <= reach
-    )
     # |b|^2 - 2ab: what |a - b|^2 is without |a|^2, which no minimum over b needs.
-    d = others.square().sum(dim=1, keepdim=True) - 2 * (cells @ others) + 1e5 * near.to(x.dtype)
-    nearest = (d.amin(dim=2) + cells.square().sum(dim=2)).clamp_min(0) / C
-    return nearest.reshape(B, 1, size[0], size[1])
+    d = others.square().sum(dim=1, keepdim=True) - 2 * (cells @ others)
+    beside = _near(x[:1, :1, :, :1], keys, reach)[:, None, :, None], _near(x[:1, :1, :1].mT, keys, reach)[None, :, None]
+    d = d.reshape(B, *size, keys, keys) + 1e5 * (beside[0] * beside[1])
+    nearest = (d.flatten(3).amin(dim=3) + x.square().sum(dim=1)).clamp_min(0) / C
+    return nearest[:, None]
+
+
+def _near(line: Tensor, keys: int, reach: int) -> Tensor:
+    """Which of ``keys`` places, spread evenly along a line (1, 1, n, 1), lie within reach of each of the n: (n, keys)."""
+    at = torch.ones_like(line).cumsum(dim=2)
+    sought = functional.interpolate(at, size=(keys, 1), mode="nearest")
+    return ((at.flatten()[:, None] - sought.flatten()).abs() <= reach).to(line.dtype)
