@@ -27,7 +27,8 @@ def detect(inputs: Arrays, models: Models) -> tuple[ScoreMap, ModelId]:
     """
     answer = models.infer("detector", inputs)
     values = answer.outputs["score_map"][0]
-    return ScoreMap(values=values, raw_score=float(answer.outputs["raw_score"][0])), answer.id
+    domain_p = float(answer.outputs["domain_p"][0]) if "domain_p" in answer.outputs else None
+    return ScoreMap(values=values, raw_score=float(answer.outputs["raw_score"][0]), domain_p=domain_p), answer.id
 
 
 def resize(field: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:

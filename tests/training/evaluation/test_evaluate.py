@@ -7,6 +7,7 @@ import pytest
 from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
+from semwatch.settings.recipe import UnknownRule
 from semwatch_training.discovery.discovery_heads import HeadSettings
 from semwatch_training.discovery.fit_head import HeadFit
 from semwatch_training.discovery.labelled_crops import Crops, Searched
@@ -56,7 +57,7 @@ def mean(cell: Cell) -> float:
 
 
 def classified(crops: Crops, seeds: tuple[int, ...] = (0,)) -> tuple[list[Table], dict[str, object]]:
-    return classification(crops, FIT, seeds=seeds, significance=0.05, decide_confidence=0.8)
+    return classification(crops, FIT, seeds=seeds, rule=UnknownRule())
 
 
 # ---- classification ----
@@ -124,7 +125,7 @@ def test_a_defect_called_defect_free_is_an_escape() -> None:
 
 def searched_for(crops: Crops, judged: np.ndarray, *missed: str) -> tuple[list[Table], dict[str, object]]:
     outcome = Outcome(judged, missed, Rate.of(1, 20))
-    return classification(crops, FIT, seeds=(0, 1), significance=0.05, decide_confidence=0.8, outcome=outcome)
+    return classification(crops, FIT, seeds=(0, 1), rule=UnknownRule(), outcome=outcome)
 
 
 def test_defects_that_the_search_missed_are_escapes() -> None:

@@ -24,7 +24,7 @@ from semwatch.defects import Verdict
 from semwatch.errors import ConfigError
 from semwatch.line.classification import decide
 from semwatch.models.head_bank import Bank
-from semwatch.settings.recipe import Promotion, Recipe
+from semwatch.settings.recipe import Promotion, Recipe, UnknownRule
 from semwatch_training.metrics.adc_metrics import AdcFigures, adc_metrics
 
 PROOF = 2
@@ -127,8 +127,7 @@ def judge(
     golden: Bank,
     promotion: Promotion,
     *,
-    significance: float,
-    decide_confidence: float,
+    rule: UnknownRule,
     best: Mark | None = None,
 ) -> Judgement:
     """Judge a candidate head against the head in service.
@@ -141,8 +140,7 @@ def judge(
         new: answers of the candidate.
         golden: the crops of both answers, in the same order.
         promotion: what the recipe asks for.
-        significance: of the recipe's unknown rule, see ``classification.classify``.
-        decide_confidence: the same.
+        rule: the recipe's unknown rule. Golden crops count as of a known process.
         best: of the ancestors of the head in service.
 
     Raises:
@@ -150,7 +148,6 @@ def judge(
     """
     if not len(golden):
         raise ConfigError("the golden set is empty: nothing can be proven of a head; keep some crops of each class")
-    rule = {"significance": significance, "decide_confidence": decide_confidence}
     now = _verdicts(new, golden, rule, "the candidate head")
     before = None if old is None else _verdicts(old, golden, rule, "the head in service")
     figures, known = _figures(golden.labels, now), set(old.labels if old else ())
@@ -208,7 +205,7 @@ def cluster_refusals(size: int, cohesion: float, cycles_seen: int, promotion: Pr
     return refusals
 
 
-def _verdicts(answers: Answers, golden: Bank, rule: dict[str, float], source: str) -> list[Verdict]:
+def _verdicts(answers: Answers, golden: Bank, rule: UnknownRule, source: str) -> list[Verdict]:
     expected = (len(golden), len(answers.labels))
     if not answers.logits.shape == answers.p_values.shape == expected:
         raise ConfigError(
@@ -218,7 +215,7 @@ def _verdicts(answers: Answers, golden: Bank, rule: dict[str, float], source: st
     p = answers.p_values
     if not (np.isfinite(answers.logits).all() and ((p >= 0) & (p <= 1)).all()):
         raise ConfigError(f"{source} answered with logits that are not finite or p-values outside 0 to 1; fit it again")
-    return [decide(row, p, answers.labels, **rule) for row, p in zip(answers.logits, p, strict=True)]
+    return [decide(row, p, answers.labels, rule) for row, p in zip(answers.logits, p, strict=True)]
 
 
 def _figures(truth: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, Figures]:
