@@ -130,7 +130,7 @@ class Promotion(Settings):
     loss_significance: Share = 0.05
     """A loss counts where chance makes one like it at most this often (paired sign test); 1: every loss counts."""
     max_unknown_rate: Share = 0.2
-    """Largest share of the golden set that may be called unknown."""
+    """Largest share of the golden set's defects that may be called unknown."""
     min_cluster_size: Annotated[int, Field(ge=5)] = 12
     """Fewest crops of a new class."""
     min_cohesion: Annotated[float, Field(ge=-1, le=1)] = 0.05

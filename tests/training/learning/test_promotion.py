@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
@@ -206,10 +207,22 @@ def test_unknown_rate_outside_its_band_is_refused() -> None:
     old, new = ["bridge"] * 19 + [UNKNOWN], [UNKNOWN] * 5 + ["bridge"] * 15
     lenient = Promotion(max_accuracy_loss=1, max_purity_loss=1, max_unknown_rate=0.2)
     assert judged(truth, old, new, promotion=lenient).reasons == (
-        "5 of 20 golden crops would be called unknown (25.0 %, the head in service 1); the recipe allows 20.0 %",
+        "5 of 20 golden defects would be called unknown (25.0 %, the head in service 1); the recipe allows 20.0 %",
     )
     assert judged(truth, old, [UNKNOWN] * 4 + ["bridge"] * 16, promotion=lenient).promoted
     assert judged(truth, old, [UNDECIDED] * 5 + ["bridge"] * 15, promotion=lenient).promoted
+
+
+def test_a_dismissal_that_is_not_earned_is_lost_accuracy_and_no_unknown_defect() -> None:
+    truth = ["bridge"] * 10 + [DEFECT_FREE] * 10
+    earned = answers_of(truth, ["bridge", DEFECT_FREE])
+    doubtful = Answers(earned.labels, earned.logits / 10, earned.p_values)  # probabilities of .88
+    judgement = judge(earned, doubtful, golden_of(truth), STRICT, rule=RULE)
+    assert (judgement.old_unknown_rate, judgement.unknown_rate) == (0, 0)
+    assert change_of(judgement, "bridge").new.accuracy == 1
+    assert change_of(judgement, DEFECT_FREE).new.n_unknown == 10
+    (reason,) = judgement.reasons
+    assert reason.startswith("defect-free would lose 100.0 points of accuracy")
 
 
 def test_single_unknown_golden_crop_is_never_a_reason() -> None:
@@ -224,7 +237,7 @@ def test_first_head_is_asked_for_its_unknown_rate_alone() -> None:
     assert judgement.old_unknown_rate is None
     assert all(change.old is None for change in judgement.classes)
     (reason,) = judged(truth, None, [UNKNOWN] * 10 + truth[10:]).reasons
-    assert reason == "10 of 20 golden crops would be called unknown (50.0 %); the recipe allows 20.0 %"
+    assert reason == "10 of 20 golden defects would be called unknown (50.0 %); the recipe allows 20.0 %"
 
 
 def test_every_reason_is_given() -> None:

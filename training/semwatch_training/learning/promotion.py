@@ -1,8 +1,9 @@
 """The promotion gate: may a newly trained head serve, and may a found class be learned.
 
 Both heads answer on the same golden crops, and the unknown rule of the recipe turns their answers into verdicts, as the
-line does. A candidate is refused for a loss on a class that the old head knew, or for
-an unknown rate outside its band.
+line does. A candidate is refused for a loss on a class that the old head knew, or for an unknown rate outside its band.
+That rate is of the golden defects: a *defect-free* crop that is called unknown is a dismissal that the head has not
+earned, and counts as accuracy that this class loses.
 
 One crop proves nothing: of n golden crops each is worth 1 / n, so that a class of ten loses ten points by one of them.
 A loss is a reason only if it exceeds what the recipe allows *and* stems from two crops or more: of accuracy, two that
@@ -20,7 +21,7 @@ from typing import TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Verdict
+from semwatch.defects import DEFECT_FREE, Verdict
 from semwatch.errors import ConfigError
 from semwatch.line.classification import decide
 from semwatch.models.head_bank import Bank
@@ -109,6 +110,7 @@ class Judgement:
     """Classes that the old head knew and of which there is no golden crop."""
     n_golden: int
     old_unknown_rate: float | None
+    """Of the golden crops that show a defect, as the next."""
     unknown_rate: float
     reasons: tuple[str, ...]
     """Why the candidate is refused, in plain words; empty where it is promoted."""
@@ -157,7 +159,7 @@ def judge(
     )
     pairs = _pairs(golden.labels, before or now, now)
     reasons = [reason for change in classes for reason in _losses(change, pairs[change.label], promotion)]
-    reasons += _outside_band(now, before, promotion)
+    reasons += _outside_band(golden, now, before, promotion)
     mark = _mark(golden, now)
     ancestors = [m for m in (best, None if before is None else _mark(golden, before)) if m is not None]
     reasons += _eroded(mark, ancestors, golden.ids.count(""))
@@ -165,8 +167,8 @@ def judge(
         classes=classes,
         unproven=tuple(sorted(known - set(golden.labels))),
         n_golden=len(golden),
-        old_unknown_rate=None if before is None else _n_unknown(before) / len(golden),
-        unknown_rate=_n_unknown(now) / len(golden),
+        old_unknown_rate=None if before is None else _unknown_rate(golden, before),
+        unknown_rate=_unknown_rate(golden, now),
         reasons=tuple(reasons),
         best=max([mark, *ancestors], key=_accuracy) if mark is not None else None,
     )
@@ -293,13 +295,15 @@ def _reason(label: str, what: str, old: float, new: float, allowed: float, count
     )
 
 
-def _outside_band(now: Sequence[Verdict], before: Sequence[Verdict] | None, promotion: Promotion) -> list[str]:
-    n, n_unknown = len(now), _n_unknown(now)
+def _outside_band(
+    golden: Bank, now: Sequence[Verdict], before: Sequence[Verdict] | None, promotion: Promotion
+) -> list[str]:
+    n_unknown, n = _n_unknown(golden, now)
     if n_unknown < PROOF or n_unknown / n <= promotion.max_unknown_rate + ROUNDING:
         return []
-    earlier = "" if before is None else f", the head in service {_n_unknown(before)}"
+    earlier = "" if before is None else f", the head in service {_n_unknown(golden, before)[0]}"
     return [
-        f"{n_unknown} of {n} golden crops would be called unknown ({100 * n_unknown / n:.1f} %{earlier}); "
+        f"{n_unknown} of {n} golden defects would be called unknown ({100 * n_unknown / n:.1f} %{earlier}); "
         f"the recipe allows {100 * promotion.max_unknown_rate:.1f} %"
     ]
 
@@ -361,8 +365,15 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float)
 
 
-def _n_unknown(verdicts: Sequence[Verdict]) -> int:
-    return sum(verdict.kind == "unknown" for verdict in verdicts)
+def _n_unknown(golden: Bank, verdicts: Sequence[Verdict]) -> tuple[int, int]:
+    """Golden crops with a defect that are called unknown, and how many there are."""
+    kinds = [verdict.kind for label, verdict in zip(golden.labels, verdicts, strict=True) if label != DEFECT_FREE]
+    return kinds.count("unknown"), len(kinds)
+
+
+def _unknown_rate(golden: Bank, verdicts: Sequence[Verdict]) -> float:
+    n_unknown, n = _n_unknown(golden, verdicts)
+    return n_unknown / max(1, n)
 
 
 def _counted(n: int, what: str) -> str:
