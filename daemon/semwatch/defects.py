@@ -17,6 +17,10 @@ Box = tuple[int, int, int, int]
 VerdictKind = Literal["known", "novel", "unknown", "non-decidable", "defect-free"]
 """``novel``: of a class that was found among unknowns and that no person has named yet."""
 
+Domain = Literal["known process", "unknown process", "not judged"]
+"""Whether a field looks like those of the processes whose normal images the detector knows; ``not judged``: this
+detector cannot say."""
+
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""
 
@@ -55,6 +59,9 @@ class ScoreMap:
     detector's own matter; the gate compares them with those of normal images."""
     raw_score: float
     """Image score before any per-image normalisation; comparable between images."""
+    domain_p: float | None = None
+    """Conformal p-value in (0, 1] of the field among the normal fields of the processes that the detector knows; None:
+    this detector cannot say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +83,10 @@ class Verdict:
     label: str | None
     """Class name for ``known``, ``novel`` (novel-1, ...) and ``defect-free``; None otherwise."""
     confidence: float
-    """Range [0, 1]; how it is made depends on the kind, see ``classification.decide``."""
+    """Range [0, 1]: how much speaks for what the verdict claims, see ``classification.decide``."""
     nearest: tuple[Neighbour, ...]
-    """The two nearest classes, nearest first (one where the head knows only one)."""
+    """The two nearest classes, nearest first (one where the head knows only one); by what, see
+    ``classification.decide``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,6 +123,8 @@ class PageReview:
     mask: NDArray[np.bool_]
     """(g, q) defect mask over the field at the working grid; all False where the gate stayed shut."""
     defects: tuple[Defect, ...]
+    domain: Domain = "not judged"
+    """What ``score_map.domain_p`` says by the recipe's significance."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -144,6 +144,7 @@ MAPS = {"score_map": real(12, 12), "raw_score": real()}
             meta_of("detector", {"image": byte(96, 96)}, {**MAPS, "score_map": byte(9, 9)}),
             "score_map as 9 x 9 of uint8",
         ),
+        (meta_of("detector", {"image": byte(96, 96)}, {**MAPS, "domain_p": real(2)}), "domain_p as 2 of float32"),
         (meta_of("encoder", {"crop": byte(40, 41)}, {"features": real(9)}), "any x any, square, uint8 or float32"),
         (meta_of("encoder", {"size": real(3)}, {"features": real(9)}), "size as 3 of float32; the line gives log2"),
         (meta_of("encoder", {"soft_mask": byte(16, 16)}, {"features": real(9)}), "soft_mask as 16 x 16 of uint8"),

@@ -1,5 +1,6 @@
 """What leaves with a result says what stands in it, of a first review and of a revision."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -48,6 +49,28 @@ def test_summary_counts_defects_by_kind_and_label() -> None:
     assert list(found.model_versions) == sorted(found.model_versions)
     clean = notices.summary(to_record(make_review(0)))
     assert (clean.n_defects, clean.n_by_kind, clean.n_by_label) == (0, {}, {})
+
+
+def test_summary_and_records_say_whether_the_process_is_known() -> None:
+    foreign = make_review(2, n_pages=2, verdicts=[make_verdict("unknown")], domain="unknown process")
+    found = records.records(foreign)
+    assert {record.domain for record in found} == {"unknown process"}
+    messages = notices.messages(found, to_record(foreign))
+    assert records.decode(records.unpack(messages[0][2])).domain == "unknown process"
+    assert records.decode_result(records.unpack(messages[-1][2])).domains == ("unknown process",) * 2
+    assert notices.summary(RESULT).domains == ("not judged",) * 2
+
+
+@pytest.mark.parametrize(("stream", "key"), [(0, b"domain"), (-1, b"domains")])
+def test_message_of_an_older_release_says_nothing_of_it(stream: int, key: bytes) -> None:
+    fields = records.unpack(notices.messages(records.records(REVIEW), RESULT)[stream][2])
+    meta = json.loads(fields[b"meta"])
+    del meta[key.decode()]
+    fields[b"meta"] = json.dumps(meta).encode()
+    if stream == 0:
+        assert records.decode(fields).domain == "not judged"
+    else:
+        assert records.decode_result(fields).domains == ()
 
 
 def test_every_revision_has_an_id_of_its_own() -> None:

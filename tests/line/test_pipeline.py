@@ -1,6 +1,7 @@
 import hashlib
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from semwatch.defects import Box, Defect, Micrograph, PageReview, Review
+from semwatch.defects import DEFECT_FREE, Box, Defect, Micrograph, PageReview, Review
 from semwatch.errors import ConfigError, ImageError
 from semwatch.line import pipeline
 from semwatch.line.binarization import conformal_threshold
@@ -302,6 +303,67 @@ def test_image_of_one_level_gets_an_answer(models, level) -> None:
     page = review(png(np.full((128, 128), level, np.uint8)), models).pages[0]
     assert len(page.defects) >= 1
     check_frames(page)
+
+
+# ---- the page's process ----
+
+
+class OfDomain(Asked):
+    """The models, with a detector that says how ordinary the field is."""
+
+    def __init__(self, models: Embedded, domain_p: float) -> None:
+        super().__init__(models)
+        self.domain_p = domain_p
+
+    def infer(self, model: str, inputs, *, backlog: bool = False):
+        answer = super().infer(model, inputs)
+        if model != "detector":
+            return answer
+        return replace(answer, outputs={**answer.outputs, "domain_p": np.float32([self.domain_p])})
+
+
+def test_detector_that_cannot_say_leaves_the_process_unjudged(models) -> None:
+    page = review(png(field()), models).pages[0]
+    assert (page.score_map.domain_p, page.domain) == (None, "not judged")
+
+
+@pytest.mark.parametrize(("domain_p", "domain"), [(0.5, "known process"), (0.015, "known process")])
+def test_field_above_the_significance_is_judged_as_if_nothing_were_said(models, domain_p, domain) -> None:
+    data = png(field(SEVERAL, (256, 256)))
+    page, plain = (review(data, m).pages[0] for m in (OfDomain(models, domain_p), models))
+    assert page.domain == domain
+    assert page.score_map.domain_p == pytest.approx(domain_p)
+    assert [defect.verdict for defect in page.defects] == [defect.verdict for defect in plain.defects]
+
+
+def test_nothing_is_dismissed_on_a_field_of_an_unknown_process(models) -> None:
+    data = png(field(SEVERAL, (256, 256)))
+    assert {d.verdict.kind for d in review(data, SureOfNothing(models)).pages[0].defects} == {"defect-free"}
+    foreign = review(data, SureOfNothing(OfDomain(models, 0.01))).pages[0]
+    assert foreign.domain == "unknown process"
+    assert {d.verdict.kind for d in foreign.defects} == {"unknown"}
+    lax = Recipe.model_validate({"gate": {"threshold": 0.0}, "domain": {"significance": 0.005}})
+    assert review(data, SureOfNothing(OfDomain(models, 0.01)), lax).pages[0].domain == "known process"
+
+
+class SureOfNothing:
+    """The models, with a head that is sure of *defect-free* whatever it sees."""
+
+    def __init__(self, models) -> None:
+        self.models, self.meta = models, models.meta
+
+    def infer(self, model: str, inputs, *, backlog: bool = False):
+        answer = self.models.infer(model, inputs)
+        if model != "head":
+            return answer
+        sure = np.float32([[20 * (label == DEFECT_FREE) for label in answer.meta.labels]])
+        n = len(answer.outputs["logits"])
+        return replace(answer, outputs={"logits": np.repeat(sure, n, 0), "p_values": np.full((n, sure.size), 0.9)})
+
+
+def test_process_is_judged_where_the_gate_stays_shut_too(models) -> None:
+    page = review(png(field()), OfDomain(models, 0.001), SHUT).pages[0]
+    assert (page.domain, page.defects) == ("unknown process", ())
 
 
 # ---- the review as a whole ----

@@ -60,6 +60,21 @@ def test_two_daemons_in_one_process_do_not_share_counts() -> None:
     assert (value(one, "duplicates_total", source="a"), value(two, "duplicates_total", source="a")) == (1.0, 0.0)
 
 
+def test_pages_are_counted_by_their_process(metrics: Metrics) -> None:
+    metrics.observe(make_review(0, n_pages=2, domain="unknown process"))
+    metrics.observe(make_review(1, domain="known process"))
+    counts = [value(metrics, "pages_total", source="tool-a", domain=d) for d in ("known process", "unknown process")]
+    assert counts == [1.0, 2.0]
+    begun = Metrics(["tool-b"])
+    assert value(begun, "pages_total", source="tool-b", domain="unknown process") == 0.0
+
+
+def test_file_of_an_unknown_process_without_defects_counts_as_unknown() -> None:
+    assert verdict_of(make_review(0, domain="unknown process")) == "unknown"
+    named = make_review(1, domain="unknown process", verdicts=[make_verdict("known")])
+    assert verdict_of(named) == verdict_of(to_record(named)) == "known"
+
+
 def test_review_without_defects_counts_as_defect_free(metrics: Metrics) -> None:
     metrics.observe(make_review(0))
     assert value(metrics, "reviews_total", source="tool-a", verdict="defect-free") == 1.0

@@ -56,6 +56,24 @@ def test_lot_has_a_row_for_each_defect_and_for_each_clean_image_in_order(tmp_pat
     assert [row["page_verdict"] for row in rows(lot)] == ["defects"] * 3 + ["defect-free"]
 
 
+def test_row_says_whether_the_page_s_process_is_known(tmp_path: Path) -> None:
+    said = []
+    for domain in ("known process", "unknown process", "not judged"):
+        for n in (0, 1):
+            review = make_review(n, path=f"{domain}/{n}/a.tif", domain=domain)
+            written = results.write(review, results_dir=tmp_path).json
+            lot_table.write(written.parent)
+            said += [(row["domain"], row["page_verdict"], bool(row["kind"])) for row in rows(written.parent)]
+    assert said == [
+        ("known process", "defect-free", False),
+        ("known process", "defects", True),
+        ("unknown process", "unknown", False),
+        ("unknown process", "defects", True),
+        ("not judged", "defect-free", False),
+        ("not judged", "defects", True),
+    ]
+
+
 def test_every_page_has_rows_of_its_own(tmp_path: Path) -> None:
     paths = results.write(make_review(1, n_pages=3), results_dir=tmp_path)
     lot_table.write(paths.json.parent)

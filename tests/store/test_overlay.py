@@ -7,7 +7,7 @@ import pytest
 
 from factories import KINDS, make_page, make_review, make_verdict
 from paths import DATA
-from semwatch.defects import ScoreMap
+from semwatch.defects import Domain, ScoreMap
 from semwatch.store import overlay
 
 SIZES = [(1, 1), (1, 900), (900, 1), (24, 700), (64, 64), (333, 511), (512, 512), (1024, 1024), (700, 2048), (2500, 90)]
@@ -93,6 +93,15 @@ def test_every_kind_of_verdict_shows_its_colour_in_image_and_legend(kind: str) -
     assert (picture[: -overlay.STRIP_PX] == colour).all(axis=2).sum() > 500
     near = np.abs(picture[-overlay.STRIP_PX :].astype(int) - colour).max(axis=2) < 30
     assert near.sum() > 20
+
+
+def test_legend_says_that_the_process_is_unknown() -> None:
+    def yellow(domain: Domain) -> int:
+        strip = overlay.draw(make_review(0, domain=domain).pages[0])[-overlay.STRIP_PX :].astype(int)
+        return int((np.abs(strip - overlay.COLOURS["unknown"]).max(axis=2) < 30).sum())
+
+    assert yellow("unknown process") > 100
+    assert yellow("known process") == yellow("not judged") == 0
 
 
 def test_labels_say_number_verdict_and_confidence() -> None:

@@ -85,6 +85,27 @@ def test_page_whose_defects_the_head_calls_defect_free_is_defect_free() -> None:
     assert review_record.to_record(make_review(2, verdicts=mixed)).pages[0].verdict == "defects"
 
 
+def test_page_of_an_unknown_process_says_so_and_is_not_defect_free_for_want_of_a_defect() -> None:
+    record = review_record.to_record(make_review(0, domain="unknown process"))
+    assert [(p.domain, p.domain_p, p.verdict) for p in record.pages] == [("unknown process", 0.002, "unknown")]
+    found = review_record.to_record(make_review(1, domain="unknown process", verdicts=[make_verdict("unknown")]))
+    assert [(page.domain, page.verdict) for page in found.pages] == [("unknown process", "defects")]
+    known = review_record.to_record(make_review(0, domain="known process"))
+    assert [(p.domain, p.domain_p, p.verdict) for p in known.pages] == [("known process", 0.5, "defect-free")]
+
+
+def test_result_of_an_older_release_does_not_judge_its_process_and_still_reads(tmp_path: Path) -> None:
+    path = results.write(make_review(1, domain="unknown process"), results_dir=tmp_path).json
+    validator = jsonschema.Draft202012Validator(json.loads(review_record.SCHEMA_PATH.read_text()))
+    validator.validate(json.loads(path.read_text()))
+    old = json.loads(path.read_text())
+    for page in old["pages"]:
+        del page["domain"], page["domain_p"]
+    path.write_text(json.dumps(old))
+    validator.validate(old)
+    assert [(page.domain, page.domain_p) for page in results.read(path).pages] == [("not judged", None)]
+
+
 def test_class_codes_come_from_the_table_and_unlisted_labels_have_none() -> None:
     verdicts = [*(make_verdict(kind) for kind in KINDS), make_verdict("known", "bridge")]
     record = review_record.to_record(make_review(5, verdicts=verdicts), {"particle": 7, "defect-free": 0}, 99, 98)

@@ -203,6 +203,7 @@ def _summary(found: Review, file: Path, result: Path, overlays: tuple[Path, ...]
     return {
         "file": str(file),
         "image_scores": [page.score_map.raw_score for page in found.pages],
+        "domains": [page.domain for page in found.pages],
         "verdicts": [defect.verdict.label or defect.verdict.kind for defect in defects],
         "result": str(result),
         "overlays": [str(overlay) for overlay in overlays],
@@ -220,7 +221,9 @@ def _show_reviews(rows: list[dict[str, Any]], as_json: bool) -> None:
             shown.add_row(printable(row["file"]), "", printable(row["error"], "red"), "")
         else:
             scores = " ".join(f"{score:.3f}" for score in row["image_scores"])
-            verdicts = ", ".join(row["verdicts"]) or "defect-free"
+            is_foreign = "unknown process" in row["domains"]
+            verdicts = ", ".join(row["verdicts"]) or ("unknown" if is_foreign else "defect-free")
+            verdicts += " (unknown process)" if is_foreign else ""
             shown.add_row(*map(printable, (row["file"], scores, verdicts, row["result"])))
     out.print(shown)
 

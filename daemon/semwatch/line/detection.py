@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from semwatch.errors import ServiceUnavailable
 from semwatch.line import inputs
 from semwatch.line.scaling import resize
 from semwatch.models.contract import FIELD_SIDES_PX
-from semwatch.models.inference import ModelId, Models
+from semwatch.models.inference import Answer, ModelId, Models
 
 OVERLAP_PX = 128
 """Of neighbouring tiles, at least: half of it is farther than the trunk's features carry."""
@@ -40,18 +39,24 @@ def detect(field: NDArray[np.uint8], models: Models, *, coarser: float = 1.0) ->
     meta = models.meta("detector")
     if not meta.inputs["image"].is_open:
         answer = models.infer("detector", inputs.for_detector(meta, field))
-        return ScoreMap(answer.outputs["score_map"][0], float(answer.outputs["raw_score"][0])), answer.id
+        return _read(answer), answer.id
     answered: set[ModelId] = set()
 
     def ask(tile: NDArray[np.uint8]) -> ScoreMap:
         answer = models.infer("detector", inputs.for_detector(meta, tile))
         answered.add(answer.id)
-        return ScoreMap(answer.outputs["score_map"][0], float(answer.outputs["raw_score"][0]))
+        return _read(answer)
 
     found = own_scale(field, ask, coarser=coarser)
     if len(answered) > 1:
         raise ServiceUnavailable("the detector was swapped between two tiles of a field")
     return found, answered.pop()
+
+
+def _read(answer: Answer) -> ScoreMap:
+    outputs = answer.outputs
+    domain_p = float(outputs["domain_p"][0]) if "domain_p" in outputs else None
+    return ScoreMap(outputs["score_map"][0], float(outputs["raw_score"][0]), domain_p)
 
 
 def own_scale(
@@ -103,7 +108,7 @@ def _spans(length: int) -> list[tuple[int, int]]:
 def joined(found: list[ScoreMap], boxes: list[Box], size_hw: tuple[int, ...]) -> ScoreMap:
     """Join the maps of tiles: where they overlap, each counts the more the farther its own border is.
 
-    The raw score is the highest of the tiles'.
+    The raw score is the highest of the tiles'; the field is of a known process as far as its tiles are on average.
     """
     if len(found) == 1:
         return found[0]
@@ -116,8 +121,12 @@ def joined(found: list[ScoreMap], boxes: list[Box], size_hw: tuple[int, ...]) ->
         part = slice(top // cell, top // cell + h), slice(left // cell, left // cell + w)
         total[part] += inner * one.values
         weight[part] += inner
-    highest = max(found, key=lambda one: one.raw_score)
-    return replace(highest, values=total / weight)
+    known = [one.domain_p for one in found if one.domain_p is not None]
+    return ScoreMap(
+        values=total / weight,
+        raw_score=max(one.raw_score for one in found),
+        domain_p=sum(known) / len(known) if known else None,
+    )
 
 
 def _ramp(n: int) -> NDArray[np.float64]:

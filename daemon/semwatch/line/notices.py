@@ -54,6 +54,7 @@ def summary(result: ReviewRecord) -> ResultSummary:
         revision=result.revision,
         model_hashes=dict(sorted(result.model_hashes.items())),
         site=result.site,
+        domains=tuple(page.domain for page in result.pages),
     )
 
 

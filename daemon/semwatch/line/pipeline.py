@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
+from semwatch.defects import Box, Defect, Domain, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake import decoding
 from semwatch.intake.decoding import LIMITS
 from semwatch.line import binarization, detection, inputs
 from semwatch.line.binarization import Region
-from semwatch.line.classification import classify, size_feature
+from semwatch.line.classification import classify, domain_of, size_feature
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
@@ -198,22 +198,18 @@ def _review_page(
     found = search(page, recipe, models, timings_ms=timings)
     answered["detector"] = found.detector
     with _timed(timings, "classify"):
-        defects, asked = _name_defects(found, page, recipe, models)
+        domain = domain_of(found.score_map.domain_p, significance=recipe.domain.significance)
+        defects, asked = _name_defects(found, page, recipe, models, domain)
     answered.update(asked)
-    return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects)
+    return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects, domain)
 
 
 def _name_defects(
-    found: Search, page: Micrograph, recipe: Recipe, models: Models
+    found: Search, page: Micrograph, recipe: Recipe, models: Models, domain: Domain
 ) -> tuple[tuple[Defect, ...], Mapping[str, ModelId]]:
     if not found.candidates:
         return (), {}
-    features, verdicts, answered = classify(
-        found.candidates,
-        models,
-        significance=recipe.unknown.significance,
-        decide_confidence=recipe.unknown.decide_confidence,
-    )
+    features, verdicts, answered = classify(found.candidates, models, recipe.unknown, domain=domain)
     defects = []
     for index, (candidate, verdict) in enumerate(zip(found.candidates, verdicts, strict=True)):
         area_px = candidate.region.area_px

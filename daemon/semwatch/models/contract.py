@@ -72,6 +72,9 @@ OUTPUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 )
 """Number of axes of each output that the line reads, by role and name; all of them are float32."""
 
+OPTIONAL: Mapping[str, Mapping[str, int]] = MappingProxyType({"detector": MappingProxyType({"domain_p": 0})})
+"""The same of outputs that the line reads where a model gives them; see ``defects.ScoreMap``."""
+
 OF_A_CROP = ("crop", "soft_mask", "size")
 """Inputs that a kept crop still has: its field is gone."""
 
@@ -100,7 +103,8 @@ def check_contract(meta: Meta) -> None:
         raise ModelMismatch(
             f"this {meta.model} gives no {_listed(absent)}; the line reads {_listed(needed)} of a {meta.model}"
         )
-    for name, n_axes in needed.items():
+    optional = OPTIONAL.get(meta.model, {})
+    for name, n_axes in (*needed.items(), *((name, optional[name]) for name in optional if name in meta.outputs)):
         given = meta.outputs[name]
         if len(given.shape) != n_axes or given.dtype != "float32":
             raise ModelMismatch(

@@ -7,11 +7,12 @@ services from the code. An image name, a lot or an error text never becomes a la
 import threading
 from collections.abc import Iterable
 from datetime import datetime
+from typing import get_args
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from semwatch.defects import Review, VerdictKind
+from semwatch.defects import Domain, Review, VerdictKind
 from semwatch.errors import ConfigError
 from semwatch.models.model_repository import MODELS
 from semwatch.service.drift import WATCHED
@@ -54,8 +55,10 @@ class Metrics:
         self._endpoint: tuple[WSGIServer, threading.Thread] | None = None
 
     def observe(self, review: Review) -> None:
-        """Count one finished review: verdicts, defects, stage times, model versions, time of the last review."""
+        """Count one finished review: verdicts, pages, defects, stage times, model versions, time of the last review."""
         self.reviews.labels(review.source, verdict_of(review)).inc()
+        for page in review.pages:
+            self.pages.labels(review.source, page.domain).inc()
         for defect in (defect for page in review.pages for defect in page.defects):
             self.defects.labels(review.source, defect.verdict.kind, defect.verdict.label or "").inc()
         for stage, milliseconds in review.timings_ms.items():
@@ -100,6 +103,9 @@ class Metrics:
             return Counter(f"semwatch_{name}", text, labels, registry=self.registry)
 
         self.reviews = counter("reviews_total", "Files reviewed, by their severest verdict.", "source", "verdict")
+        self.pages = counter(
+            "pages_total", "Pages by whether they are of a process whose normal images are known.", "source", "domain"
+        )
         self.defects = counter(
             "defects_total", "Defects by verdict; label is empty without class.", "source", "kind", "label"
         )
@@ -132,6 +138,8 @@ class Metrics:
         for kind in SEVEREST_FIRST:
             self.reviews.labels(source, kind)
             self.revised.labels(source, kind)
+        for domain in get_args(Domain):
+            self.pages.labels(source, domain)
         self.quarantined.labels(source)
         self.duplicates.labels(source)
         for what in WATCHED:
@@ -140,6 +148,11 @@ class Metrics:
 
 
 def verdict_of(review: Review | ReviewRecord) -> VerdictKind:
-    """The severest verdict among a file's defects; a file without defects is defect-free."""
+    """The severest verdict among a file's defects; a file without defects is defect-free.
+
+    A page of an unknown process on which nothing was found counts as one that is unknown: nothing vouches for it.
+    """
     kinds = {defect.verdict.kind for page in review.pages for defect in page.defects}
+    if any(page.domain == "unknown process" and not page.defects for page in review.pages):
+        kinds.add("unknown")
     return next((kind for kind in SEVEREST_FIRST if kind in kinds), "defect-free")

@@ -107,13 +107,26 @@ class Crop(Settings):
     """Smallest edge of the window, as a share of the field."""
 
 
+class DomainRule(Settings):
+    """Which pages are of a process whose normal images the detector knows."""
+
+    significance: Open = 0.01
+    """Unknown process: the field's p-value is not above this. It is the share of known fields that are called so."""
+
+
 class UnknownRule(Settings):
-    """When a defect is called unknown, when non-decidable."""
+    """When a defect is called unknown, when non-decidable, and what a name or a dismissal must show."""
 
     significance: Open = 0.05
     """Unknown: no class has a p-value above this. It is the share of known defects that are called unknown."""
     decide_confidence: Annotated[float, Field(ge=0, le=1)] = 0.8
     """Known: the head gives a class this probability among those that fit; else non-decidable."""
+    dismiss_probability: Share = 0.9
+    """Defect-free: it is the head's first choice of all classes with this probability at least; else unknown."""
+    foreign_confidence: Share = 0.95
+    """Known on a page of an unknown process: the class has this probability among all classes; else unknown."""
+    foreign_significance: Open = 0.2
+    """And its p-value is above this; else unknown."""
 
 
 class Promotion(Settings):
@@ -126,7 +139,7 @@ class Promotion(Settings):
     loss_significance: Share = 0.05
     """A loss counts where chance makes one like it at most this often (paired sign test); 1: every loss counts."""
     max_unknown_rate: Share = 0.2
-    """Largest share of the golden set that may be called unknown."""
+    """Largest share of the golden set's defects that may be called unknown."""
     min_cluster_size: Annotated[int, Field(ge=5)] = 12
     """Fewest crops of a new class."""
     min_cohesion: Annotated[float, Field(ge=-1, le=1)] = 0.05
@@ -165,8 +178,10 @@ class Recipe(Settings):
     """From the score map to the defect mask."""
     crop: Crop = Crop()
     """The square window cut around a defect."""
+    domain: DomainRule = DomainRule()
+    """Which pages are of a process whose normal images the detector knows."""
     unknown: UnknownRule = UnknownRule()
-    """When a defect is called unknown, when non-decidable."""
+    """When a defect is called unknown, when non-decidable, and what a name or a dismissal must show."""
     # A read-only view, so that nothing changes the identity of a recipe in use.
     classes: Annotated[Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(_as_dict)] = Field(
         default_factory=dict, validate_default=True

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 LOT = "lot.csv"
 LOT_COLUMNS = (
     "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
-    "gate_threshold", "page_verdict", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
+    "gate_threshold", "page_verdict", "domain", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
     "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision",
 )  # fmt: skip
 
@@ -124,6 +124,7 @@ def _row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None) ->
     head: list[object] = [
         record.source, record.path, page.page, record.sha256, record.reviewed_utc, record.recipe.name,
         record.recipe.id, models, page.image_score, page.gate_threshold, page.verdict,
+        page.domain,
     ]  # fmt: skip
     if defect is None:
         return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 1), record.revision]

@@ -236,6 +236,8 @@ def _draw_legend(strip: Image, page: PageReview, caption: str, scale: float) -> 
     relation = ">" if score > gate else "<="
     x = 8 + GAUGE_PX + 10
     x += _write(strip, f"score {score:.3g} {relation} gate {gate:.3g}", (x, 18), WHITE) + 16
+    if page.domain == "unknown process":
+        x += _write(strip, page.domain, (x, 18), COLOURS["unknown"]) + 10
     for kind, count in _counts(page).items():
         x += _write(strip, f"{count} {kind}" if count else kind, (x, 18), COLOURS[kind]) + 10
     bar_px = _draw_scale_bar(strip, page.micrograph.pixel_nm, scale)
@@ -245,7 +247,7 @@ def _draw_legend(strip: Image, page: PageReview, caption: str, scale: float) -> 
 def _counts(page: PageReview) -> dict[VerdictKind, int]:
     kinds = [defect.verdict.kind for defect in page.defects]
     found = {kind: kinds.count(kind) for kind in COLOURS if kind in kinds}
-    return found or {"defect-free": 0}
+    return found or {"unknown" if page.domain == "unknown process" else "defect-free": 0}
 
 
 def _draw_gauge(strip: Image, score: float, gate: float, *, is_hot: bool) -> None:

@@ -253,7 +253,7 @@ def _revised_page(page: PageRecord, verdicts: Mapping[tuple[int, int], VerdictRe
         is_same = (verdict.kind, verdict.label) == (defect.verdict.kind, defect.verdict.label)
         defects.append(defect if is_same else defect.model_copy(update={"verdict": verdict}))
     kinds = [defect.verdict.kind for defect in defects]
-    return page.model_copy(update={"defects": tuple(defects), "verdict": page_verdict(kinds)})
+    return page.model_copy(update={"defects": tuple(defects), "verdict": page_verdict(kinds, page.domain)})
 
 
 def _keep_revision(path: Path, revision: int) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from semwatch.defects import Box, Defect, PageReview, Review, Verdict, VerdictKind
+from semwatch.defects import Box, Defect, Domain, PageReview, Review, Verdict, VerdictKind
 from semwatch.errors import ImageError
 from semwatch.system.faults import first_fault
 
@@ -22,6 +22,7 @@ def _six_digits(value: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_six_digits)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+PageVerdict = Literal["defect-free", "defects", "unknown"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -49,9 +50,16 @@ class VerdictRecord(_Record):
 
     kind: VerdictKind
     label: str | None = Field(description="Class name of a known, novel or defect-free verdict, else null.")
-    confidence: Share
+    confidence: Share = Field(
+        description="How much speaks for what the verdict claims. With a label: its probability among the classes that "
+        "fit, never below the recipe's decide_confidence. Non-decidable: the same of the favourite, always below. "
+        "Unknown: one minus the smaller of probability and p-value of the nearest class."
+    )
     class_code: int | None = Field(description="The fab's code, where the recipe has one.")
-    nearest: tuple[NeighbourRecord, ...] = Field(description="The nearest classes, nearest first.")
+    nearest: tuple[NeighbourRecord, ...] = Field(
+        description="The nearest classes, nearest first: those that fit by probability, then the others; of an unknown "
+        "all by the smaller of probability and p-value."
+    )
 
 
 class DefectRecord(_Record):
@@ -77,8 +85,17 @@ class PageRecord(_Record):
     vendor: str | None
     image_score: Number
     gate_threshold: Number = Field(description="The page is searched for defects only if its score lies above this.")
-    verdict: Literal["defect-free", "defects"] = Field(
-        description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it defect-free."
+    domain: Domain = Field(
+        default="not judged",
+        description="Whether the field looks like those of the processes whose normal images the detector knows; not "
+        "judged: the detector cannot say, or the result is of an older release.",
+    )
+    domain_p: Share | None = Field(
+        default=None, description="The p-value that domain was decided by, null where the detector gives none."
+    )
+    verdict: PageVerdict = Field(
+        description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it "
+        "defect-free. unknown: nothing was found, but on a page of an unknown process that is no proof."
     )
     defects: tuple[DefectRecord, ...]
 
@@ -194,14 +211,24 @@ def _page_record(page: PageReview, code_of: Callable[[Verdict], int | None]) -> 
         vendor=micrograph.vendor,
         image_score=float(page.score_map.raw_score),
         gate_threshold=float(page.gate_threshold),
-        verdict=page_verdict([defect.verdict.kind for defect in page.defects]),
+        domain=page.domain,
+        domain_p=None if page.score_map.domain_p is None else float(page.score_map.domain_p),
+        verdict=page_verdict([defect.verdict.kind for defect in page.defects], page.domain),
         defects=tuple(_defect_record(defect, code_of) for defect in page.defects),
     )
 
 
-def page_verdict(kinds: Sequence[VerdictKind]) -> Literal["defect-free", "defects"]:
-    """Say of a page what the verdicts on its defects come to."""
-    return "defect-free" if all(kind == "defect-free" for kind in kinds) else "defects"
+def page_verdict(kinds: Sequence[VerdictKind], domain: Domain) -> PageVerdict:
+    """Say of a page what the verdicts on its defects come to.
+
+    A gate means nothing on a process whose normals it does not know: that it stayed shut there proves nothing.
+
+    >>> page_verdict([], "known process"), page_verdict([], "unknown process")
+    ('defect-free', 'unknown')
+    """
+    if any(kind != "defect-free" for kind in kinds):
+        return "defects"
+    return "unknown" if domain == "unknown process" else "defect-free"
 
 
 def _defect_record(defect: Defect, code_of: Callable[[Verdict], int | None]) -> DefectRecord:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
-from semwatch.defects import Box, Defect, Neighbour, PageReview, Review
+from semwatch.defects import Box, Defect, Domain, Neighbour, PageReview, Review
 
 UNKNOWNS = "unknowns"
 RESULTS = "results"
@@ -93,6 +93,8 @@ class Record:
     """Content hash of each of ``model_versions``; empty in old records."""
     site: str = ""
     """Name of the site, unique in the fab; empty in old records."""
+    domain: Domain = "not judged"
+    """Whether the page looks like those of the processes whose normal images the detector knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,8 @@ class ResultSummary:
     """Content hash of each of ``model_versions``; empty in old summaries."""
     site: str = ""
     """Name of the site, unique in the fab; empty in old summaries."""
+    domains: tuple[Domain, ...] = ()
+    """Of each page, see ``Record.domain``; empty in old summaries."""
 
 
 def records(review: Review) -> list[Record]:
@@ -160,6 +164,7 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         field_short_px=min(x1 - x0, y1 - y0),
         model_hashes=dict(review.model_hashes),
         site=review.site,
+        domain=page.domain,
     )
 
 

@@ -282,8 +282,8 @@ def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[
         logits, p_values = (x.numpy() for x in head(torch.from_numpy(crops.features[held_out])))
     truth = labels[held_out]
     named = np.array(head.labels)[logits.argmax(axis=1)]
-    rule = UnknownRule().model_dump()
-    verdicts = [decide(row, p, head.labels, **rule) for row, p in zip(logits, p_values, strict=True)]
+    rule = UnknownRule()
+    verdicts = [decide(row, p, head.labels, rule) for row, p in zip(logits, p_values, strict=True)]
     decided = np.array([verdict.label is not None for verdict in verdicts])
     right = np.array([verdict.label == true for verdict, true in zip(verdicts, truth, strict=True)])
     return {
