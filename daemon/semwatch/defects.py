@@ -20,6 +20,12 @@ VerdictKind = Literal["known", "novel", "unknown", "non-decidable", "defect-free
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""
 
+QualityName = Literal["blank", "info-bar", "saturated", "faint", "defocus", "streaks", "drift"]
+"""What can be wrong with a page, see ``intake.quality``. Of the first two there is no image at all."""
+
+NO_IMAGE = "no-image"
+"""Verdict on a page that holds no image: no model was asked."""
+
 NOVEL = "novel-"
 """How labels of found, not yet named classes begin: novel-1, novel-2, ..."""
 
@@ -44,6 +50,26 @@ class Micrograph:
         """The field of view, a view of shape (y1 - y0, x1 - x0) on ``pixels``."""
         x0, y0, x1, y1 = self.field_xyxy
         return self.pixels[y0:y1, x0:x1]
+
+
+@dataclass(frozen=True, slots=True)
+class QualityFlag:
+    """One thing that is wrong with a page, with the figure that says so."""
+
+    name: QualityName
+    measure: float
+    """In the flag's own unit, see ``intake.quality``."""
+    limit: float
+    """The recipe's limit that ``measure`` lies beyond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What was seen of a page before any model looked at it."""
+
+    flags: tuple[QualityFlag, ...] = ()
+    is_image: bool = True
+    """False: the page is blank or nothing but an info bar, and says nothing about the wafer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,12 +135,14 @@ class PageReview:
     """Everything said of one page."""
 
     micrograph: Micrograph
-    score_map: ScoreMap
+    score_map: ScoreMap | None
+    """None where the page holds no image."""
     gate_threshold: float
     """The page is searched for defects only if ``score_map.raw_score`` lies above it."""
     mask: NDArray[np.bool_]
     """(g, g) defect mask over the field at the working grid; all False where the gate stayed shut."""
     defects: tuple[Defect, ...]
+    quality: Quality = Quality()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
