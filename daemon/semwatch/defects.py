@@ -6,7 +6,7 @@ Frames: *micrograph frame* = pixels of the page as read, origin top left. *Field
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ DEFECT_FREE = "defect-free"
 QualityName = Literal["blank", "info-bar", "saturated", "faint", "defocus", "streaks", "drift"]
 """What can be wrong with a page, see ``intake.quality``. Of the first two there is no image at all."""
 
-NO_IMAGE = "no-image"
+NO_IMAGE: Final = "no-image"
 """Verdict on a page that holds no image: no model was asked."""
 
 NOVEL = "novel-"
@@ -70,6 +70,11 @@ class Quality:
     flags: tuple[QualityFlag, ...] = ()
     is_image: bool = True
     """False: the page is blank or nothing but an info bar, and says nothing about the wafer."""
+
+    @property
+    def in_words(self) -> str:
+        """What is wrong, in a line: ``defocus 4.2 (limit 3)``; empty where nothing is."""
+        return ", ".join(f"{flag.name} {flag.measure:.3g} (limit {flag.limit:g})" for flag in self.flags)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

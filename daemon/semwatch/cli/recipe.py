@@ -25,10 +25,10 @@ from semwatch.cli.options import (
     table,
 )
 from semwatch.errors import ConfigError, ImageError
-from semwatch.intake import decoding
+from semwatch.intake import decoding, quality
 from semwatch.line import binarization, detection, inputs
 from semwatch.models.inference import Embedded
-from semwatch.settings.recipe import Recipe, load_recipe
+from semwatch.settings.recipe import QualityRule, Recipe, load_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate recipes.")
 
@@ -88,8 +88,8 @@ def calibrate(
 
 def _raw_scores(file: Path, models: Embedded) -> list[float]:
     try:
-        detector = models.meta("detector")
-        asked = (inputs.for_detector(detector, page.field) for page in decoding.read(file))
+        detector, rule = models.meta("detector"), QualityRule(no_image="quarantine")
+        asked = (inputs.for_detector(detector, page.field) for page in decoding.read(file) if quality.admit(page, rule))
         return [detection.detect(one, models)[0].raw_score for one in asked]
     except ImageError as error:
         raise ConfigError(f"{error}; or take it out of the defect-free images") from error

@@ -20,6 +20,8 @@ _FLAT_TOLERANCE = 12
 """Gray levels: JPEG ringing around text stays within."""
 _INK_CONTRAST = 100
 """Gray levels between background and text."""
+_PAGE_FLAT, _PAGE_STROKES = 0.7, 12
+"""A page of a bar alone is mostly background, and one scale with its number may be all that is written on it."""
 _WORD_STROKES = 5
 """Strokes side by side of the shortest word."""
 
@@ -52,7 +54,7 @@ def is_only_bar(field: NDArray[np.uint8]) -> bool:
         return False
     background = int(np.bincount(inner.ravel(), minlength=256).argmax())
     near = _within(inner, background)
-    if 64 < background < 192 or not _carries_text(inner, near, background):
+    if 64 < background < 192 or near.mean() < _PAGE_FLAT or not _carries_text(inner, near, background, _PAGE_STROKES):
         return False
     inked = np.flatnonzero(~near.all(axis=1))
     if len(inked) > 0.9 * len(inner):  # text leaves flat rows between its lines
@@ -111,7 +113,7 @@ def _rows_to_boundary(inner: NDArray[np.uint8], flatness: NDArray[np.float64]) -
     return height if len(beyond) > _EDGE_ROWS and margin.max() >= 0.95 else 0
 
 
-def _carries_text(bar: NDArray[np.uint8], near: NDArray[np.bool_], background: int) -> bool:
+def _carries_text(bar: NDArray[np.uint8], near: NDArray[np.bool_], background: int, min_strokes: int = 16) -> bool:
     """Tell text from texture.
 
     Text is two-toned, a line of it has many strokes at uneven distances (arrays of vias have even ones), the strokes
@@ -123,7 +125,7 @@ def _carries_text(bar: NDArray[np.uint8], near: NDArray[np.bool_], background: i
         return False
     strokes = np.count_nonzero(ink[:, 1:] & ~ink[:, :-1], axis=1)
     lines = np.flatnonzero(strokes >= 8)
-    if strokes.max() < 16 or len(lines) < 5 or lines[-1] < len(bar) / 3:
+    if strokes.max() < min_strokes or len(lines) < 5 or lines[-1] < len(bar) / 3:
         return False
     busiest = ink[np.argmax(strokes)]
     pitch = np.diff(np.flatnonzero(busiest[1:] & ~busiest[:-1]))

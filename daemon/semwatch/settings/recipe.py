@@ -62,7 +62,7 @@ class QualityRule(Settings):
     no_image: Action = "flag"
     """Pages that are blank or an info bar alone. flag: the result says so; quarantine: the whole file is refused."""
     bad_quality: Action = "flag"
-    """Pages beyond a limit below. flag: they are judged and the result says so; quarantine: the whole file is refused."""
+    """Pages beyond a limit below. flag: the result says so; quarantine: the whole file is refused."""
     blank_range: Levels = 2.0
     """Blank: the gray levels, specks aside, span this at most."""
     blank_margin: Levels = 8.0
