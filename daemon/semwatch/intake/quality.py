@@ -43,6 +43,7 @@ _MIN_WHITENESS, _MIN_FLATNESS, _MIN_ROWS = 0.75, 0.3, 0.2
 _MIN_EXPLAINED = 0.15
 _MIN_EDGE_ENERGY, _MIN_EDGE_SNR, _MIN_EDGE_COVER = 0.05, 5.0, 0.15
 _SCALES = (2.0, 4.0)
+_SHADING_PX = 16.0
 _BLOCK_PX = 32
 _ROWS_AROUND = 15
 
@@ -167,15 +168,14 @@ def _noise(tiles: Sequence[Real]) -> float:
 def _blur_px(tiles: Sequence[Real], noise: float) -> float:
     """Softness of the edges as the sigma of a Gaussian in px; 0 for sharp edges, and where there are too few to tell.
 
-    The gradient energy of a step edge of softness s, seen through a Gaussian of sigma a, goes with 1 / sqrt(s^2 + a^2).
-    The ratio of two such energies, each less what the noise has in it, so tells s, whatever contrast and number of the
-    edges. Lines and dots that are finer than the Gaussians have a smaller ratio and look sharp, which they are. Shading
-    is taken away first: it is soft in every focus. Edges must stand above the noise and be spread over the field: one
-    soft spot on a bare wafer is no sign of focus.
+    The gradient energy of edges is taken at two scales, each less what the noise has in it. Its ratio tells their
+    softness, whatever contrast and number of the edges; lines and dots that are finer than the scales look sharp.
+    Shading is taken away first: it is soft in every focus. Edges must stand above the noise and be spread over the
+    field: one soft spot on a bare wafer is no sign of focus.
 
     Source: ratio of two blurs, Zhuo and Sim 2011, Defocus map estimation from a single image, section 3.
     """
-    fine, coarse = _edge_energies(tiles, noise)
+    fine, coarse = _edge_energies(tiles)
     blocks = np.concatenate([_in_blocks(energy).ravel() for energy in coarse])
     n_fine, n_coarse = (_noise_energy(scale) * noise**2 for scale in _SCALES)
     signal_fine = float(np.mean([energy.mean() for energy in fine])) - n_fine
@@ -183,12 +183,22 @@ def _blur_px(tiles: Sequence[Real], noise: float) -> float:
     is_seen = signal_coarse >= max(_MIN_EDGE_ENERGY, _MIN_EDGE_SNR * n_coarse) and signal_fine > 0
     if not is_seen or _cover(blocks) < _MIN_EDGE_COVER:
         return 0.0
-    a, b = _SCALES
-    ratio2 = min((signal_coarse / signal_fine) ** 2, 0.999)
-    return float(np.sqrt(max(0.0, ratio2 * b**2 - a**2) / (1 - ratio2)))
+    softness = np.linspace(0, 12, 121)
+    ratio = _step_energy(softness, _SCALES[1]) / _step_energy(softness, _SCALES[0])
+    return float(np.interp(signal_coarse / signal_fine, ratio, softness))
 
 
-def _edge_energies(tiles: Sequence[Real], noise: float) -> tuple[list[Real], list[Real]]:
+def _step_energy(softness_px: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
+    """Gradient energy of a step edge of that softness at a scale, up to a factor; what is shading is taken away.
+
+    Its gradient is a Gaussian of sigma s less one of sigma S, and the integral of a product of two Gaussians is known.
+    """
+    s2 = softness_px**2 + scale**2
+    S2 = s2 + _SHADING_PX**2
+    return 1 / np.sqrt(s2) + 1 / np.sqrt(S2) - 2 * np.sqrt(2 / (s2 + S2))
+
+
+def _edge_energies(tiles: Sequence[Real]) -> tuple[list[Real], list[Real]]:
     flattened = [tile - _shading(tile) for tile in tiles if min(tile.shape) > _BLOCK_PX]
     flattened = flattened or [np.zeros((_BLOCK_PX, _BLOCK_PX), np.float32)]
     fine, coarse = ([_energy(tile, scale) for tile in flattened] for scale in _SCALES)
@@ -196,10 +206,10 @@ def _edge_energies(tiles: Sequence[Real], noise: float) -> tuple[list[Real], lis
 
 
 def _shading(tile: Real) -> Real:
-    """What a Gaussian of 16 px leaves, made at a quarter of the size."""
+    """What a Gaussian of ``_SHADING_PX`` leaves, made at a quarter of the size."""
     H, W = tile.shape
     small = cv2.resize(tile, (max(1, W // 4), max(1, H // 4)), interpolation=cv2.INTER_AREA)
-    smooth = cv2.GaussianBlur(small, (0, 0), 4)
+    smooth = cv2.GaussianBlur(small, (0, 0), _SHADING_PX / 4)
     return np.asarray(cv2.resize(smooth, (W, H), interpolation=cv2.INTER_LINEAR), np.float32)
 
 

@@ -71,7 +71,7 @@ class QualityRule(Settings):
     """Faint: the middle 99 % of the gray levels span less than this."""
     max_saturated: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Saturated: a larger share of the pixels is at 0 or 255. Dark trenches are black for good reason."""
-    max_blur_px: Positive = 3.0
+    max_blur_px: Positive = 4.0
     """Out of focus: edges are softer than this, as the sigma of a Gaussian; raise it for images that are scaled up."""
     max_streaks: Annotated[float, Field(ge=0, le=1)] = 0.08
     """Streaks: rows differ in brightness from their neighbours by more than this, as a share of the gray range."""
