@@ -6,7 +6,7 @@ Frames: *micrograph frame* = pixels of the page as read, origin top left. *Field
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,12 @@ detector cannot say."""
 
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""
+
+QualityName = Literal["blank", "info-bar", "saturated", "faint", "defocus", "streaks", "drift"]
+"""What can be wrong with a page, see ``intake.quality``. Of the first two there is no image at all."""
+
+NO_IMAGE: Final = "no-image"
+"""Verdict on a page that holds no image: no model was asked."""
 
 NOVEL = "novel-"
 """How labels of found, not yet named classes begin: novel-1, novel-2, ..."""
@@ -48,6 +54,31 @@ class Micrograph:
         """The field of view, a view of shape (y1 - y0, x1 - x0) on ``pixels``."""
         x0, y0, x1, y1 = self.field_xyxy
         return self.pixels[y0:y1, x0:x1]
+
+
+@dataclass(frozen=True, slots=True)
+class QualityFlag:
+    """One thing that is wrong with a page, with the figure that says so."""
+
+    name: QualityName
+    measure: float
+    """In the flag's own unit, see ``intake.quality``."""
+    limit: float
+    """The recipe's limit that ``measure`` lies beyond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What was seen of a page before any model looked at it."""
+
+    flags: tuple[QualityFlag, ...] = ()
+    is_image: bool = True
+    """False: the page is blank or nothing but an info bar, and says nothing about the wafer."""
+
+    @property
+    def in_words(self) -> str:
+        """What is wrong, in a line: ``defocus 4.2 (limit 3)``; empty where nothing is."""
+        return ", ".join(f"{flag.name} {flag.measure:.3g} (limit {flag.limit:g})" for flag in self.flags)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +148,8 @@ class PageReview:
     """Everything said of one page."""
 
     micrograph: Micrograph
-    score_map: ScoreMap
+    score_map: ScoreMap | None
+    """None where the page holds no image."""
     gate_threshold: float
     """The page is searched for defects only if ``score_map.raw_score`` lies above it."""
     mask: NDArray[np.bool_]
@@ -125,6 +157,7 @@ class PageReview:
     defects: tuple[Defect, ...]
     domain: Domain = "not judged"
     """What ``score_map.domain_p`` says by the recipe's significance."""
+    quality: Quality = Quality()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from factories import make_review, make_verdict
+from semwatch.defects import Quality, QualityFlag
 from semwatch.line import notices
 from semwatch.store.review_record import ReviewRecord, VerdictRecord, to_record
 from semwatch.streams import records
@@ -115,3 +117,17 @@ def test_journal_names_the_event_and_the_verdicts(result: ReviewRecord, event: s
     kinds = notices.count_kinds(result)
     assert fields["VERDICTS"] == " ".join(f"{kind}={n}" for kind, n in kinds.items())
     assert sum(kinds.values()) == len(notices.defects_of(result)) == 6
+
+
+def test_summary_and_audit_line_count_pages_without_image() -> None:
+    review = make_review(0, n_pages=2)
+    blank = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
+    result = to_record(
+        replace(review, pages=(replace(review.pages[0], score_map=None, quality=blank), review.pages[1]))
+    )
+    summary = notices.summary(result)
+    assert (summary.n_no_image, summary.n_by_quality, summary.n_defects) == (1, {"blank": 1}, 0)
+    assert len(summary.image_scores) == 1
+    assert records.decode_result(records.encode_result(summary)) == summary
+    assert notices.audit_entry(result, "a.review.json")["quality"] == {"blank": 1}
+    assert "quality" not in notices.audit_entry(to_record(review), "a.review.json")

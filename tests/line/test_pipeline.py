@@ -298,11 +298,41 @@ def test_open_gate_over_an_empty_mask_judges_the_whole_field(models, size_hw) ->
     check_frames(page)
 
 
+# ---- no image, or a bad one ----
+
+
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_image_of_one_level_gets_an_answer(models, level) -> None:
-    page = review(png(np.full((128, 128), level, np.uint8)), models).pages[0]
-    assert len(page.defects) >= 1
-    check_frames(page)
+def test_page_of_one_level_is_no_image_and_no_model_is_asked(models, level) -> None:
+    asked = Asked(models)
+    found = review(png(np.full((128, 128), level, np.uint8)), asked)
+    page = found.pages[0]
+    assert asked.names == []
+    assert not page.quality.is_image
+    assert (page.score_map, page.defects, found.model_versions) == (None, (), {})
+    assert not page.mask.any()
+
+
+def test_blank_page_does_not_hide_the_defects_of_another(models) -> None:
+    asked = Asked(models)
+    found = review(tiff(np.zeros((192, 192), np.uint8), field()), asked)
+    assert [page.quality.is_image for page in found.pages] == [False, True]
+    assert asked.names == ["detector", "encoder", "head"]
+    assert len(found.pages[1].defects) > 0
+    assert found.model_versions == {"detector": 1, "encoder": 1, "head": 1}
+
+
+def test_bad_image_is_judged_and_flagged(models) -> None:
+    streaked = np.clip(field() + np.random.default_rng(0).normal(0, 40, (192, 1)), 0, 255).astype(np.uint8)
+    page = review(png(streaked), models).pages[0]
+    assert "streaks" in [flag.name for flag in page.quality.flags]
+    assert page.quality.is_image
+    assert page.score_map is not None
+
+
+def test_recipe_may_refuse_files_with_a_blank_page(models) -> None:
+    strict = Recipe.model_validate({"quality": {"no_image": "quarantine"}})
+    with pytest.raises(ImageError, match="page 1 holds no image: blank 0"):
+        review(tiff(field(), np.zeros((192, 192), np.uint8)), models, strict)
 
 
 # ---- the page's process ----

@@ -7,13 +7,14 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from factories import make_review, make_verdict
-from semwatch.defects import Verdict, VerdictKind
+from semwatch.defects import Quality, QualityFlag, Verdict, VerdictKind
 from semwatch.errors import ConfigError
 from semwatch.service.drift import WATCHED
 from semwatch.service.metrics import SEVEREST_FIRST, STAGE_BUCKETS_S, Metrics, verdict_of
@@ -70,7 +71,7 @@ def test_pages_are_counted_by_their_process(metrics: Metrics) -> None:
 
 
 def test_file_of_an_unknown_process_without_defects_counts_as_unknown() -> None:
-    assert verdict_of(make_review(0, domain="unknown process")) == "unknown"
+    assert verdict_of(make_review(0, domain="unknown process")) == "defect-free"
     named = make_review(1, domain="unknown process", verdicts=[make_verdict("known")])
     assert verdict_of(named) == verdict_of(to_record(named)) == "known"
 
@@ -247,3 +248,24 @@ def test_counts_from_many_threads_add_up(metrics: Metrics) -> None:
     for thread in threads:
         thread.join(10)
     assert value(metrics, "reviews_total", source="tool-a", verdict="known") == 200.0
+
+
+def test_page_without_image_is_counted_and_is_not_defect_free(metrics: Metrics) -> None:
+    whole = make_review(0, n_pages=2)
+    blank = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
+    soft = Quality((QualityFlag("defocus", 6.0, 4.0), QualityFlag("drift", 1.0, 0.5)))
+    pages = (replace(whole.pages[0], score_map=None, quality=blank), replace(whole.pages[1], quality=soft))
+    review = replace(whole, pages=pages)
+    metrics.observe(review)
+    assert verdict_of(review) == verdict_of(to_record(review)) == "no-image"
+    assert value(metrics, "pages_without_image_total", source="tool-a") == 1
+    for flag in ("blank", "defocus", "drift"):
+        assert value(metrics, "pages_flagged_total", source="tool-a", flag=flag) == 1
+    assert value(metrics, "reviews_total", source="tool-a", verdict="no-image") == 1
+    assert not value(metrics, "reviews_total", source="tool-a", verdict="defect-free")
+
+
+def test_defect_is_graver_than_a_page_without_image() -> None:
+    whole = make_review(1, n_pages=2, verdicts=[make_verdict("unknown")])
+    blank = replace(whole.pages[0], score_map=None, defects=(), quality=Quality(is_image=False))
+    assert verdict_of(replace(whole, pages=(blank, whole.pages[1]))) == "unknown"

@@ -202,8 +202,10 @@ def _summary(found: Review, file: Path, result: Path, overlays: tuple[Path, ...]
     defects = [defect for page in found.pages for defect in page.defects]
     return {
         "file": str(file),
-        "image_scores": [page.score_map.raw_score for page in found.pages],
+        "image_scores": [None if page.score_map is None else page.score_map.raw_score for page in found.pages],
         "domains": [page.domain for page in found.pages],
+        "quality": [flag.name for page in found.pages for flag in page.quality.flags],
+        "pages_without_image": sum(not page.quality.is_image for page in found.pages),
         "verdicts": [defect.verdict.label or defect.verdict.kind for defect in defects],
         "result": str(result),
         "overlays": [str(overlay) for overlay in overlays],
@@ -220,10 +222,10 @@ def _show_reviews(rows: list[dict[str, Any]], as_json: bool) -> None:
         if "error" in row:
             shown.add_row(printable(row["file"]), "", printable(row["error"], "red"), "")
         else:
-            scores = " ".join(f"{score:.3f}" for score in row["image_scores"])
-            is_foreign = "unknown process" in row["domains"]
-            verdicts = ", ".join(row["verdicts"]) or ("unknown" if is_foreign else "defect-free")
-            verdicts += " (unknown process)" if is_foreign else ""
+            scores = " ".join("-" if score is None else f"{score:.3f}" for score in row["image_scores"])
+            verdicts = ", ".join(row["verdicts"]) or ("no image" if row["pages_without_image"] else "defect-free")
+            notes = [*row["quality"], *(["unknown process"] if "unknown process" in row["domains"] else [])]
+            verdicts += f" ({', '.join(notes)})" if notes else ""
             shown.add_row(*map(printable, (row["file"], scores, verdicts, row["result"])))
     out.print(shown)
 

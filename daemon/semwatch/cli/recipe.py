@@ -25,10 +25,10 @@ from semwatch.cli.options import (
     table,
 )
 from semwatch.errors import ConfigError, ImageError
-from semwatch.intake import decoding
+from semwatch.intake import decoding, quality
 from semwatch.line import binarization, detection
 from semwatch.models.inference import Embedded
-from semwatch.settings.recipe import Recipe, load_recipe
+from semwatch.settings.recipe import QualityRule, Recipe, load_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate recipes.")
 
@@ -88,7 +88,9 @@ def calibrate(
 
 def _raw_scores(file: Path, models: Embedded) -> list[float]:
     try:
-        return [detection.detect(page.field, models)[0].raw_score for page in decoding.read(file)]
+        rule = QualityRule(no_image="quarantine")
+        fields = (page.field for page in decoding.read(file) if quality.admit(page, rule))
+        return [detection.detect(field, models)[0].raw_score for field in fields]
     except ImageError as error:
         raise ConfigError(f"{error}; or take it out of the defect-free images") from error
 

@@ -1,6 +1,6 @@
 """The line, from an image file's bytes to its review: the only file that knows every stage.
 
-    bytes -> micrograph -> detection -> gate -> binarization -> crops -> classification -> Review
+    bytes -> micrograph -> quality -> detection -> gate -> binarization -> crops -> classification -> Review
 
 Straight code without threads, folders, Redis or ledger: the daemon, ``semwatch review`` and training all call it.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from semwatch.defects import Box, Defect, Domain, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.intake import decoding
+from semwatch.intake import decoding, quality
 from semwatch.intake.decoding import LIMITS
 from semwatch.line import binarization, detection, inputs
 from semwatch.line.binarization import Region
@@ -26,7 +26,7 @@ from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
 
 MAX_SWAPS = 3
-STAGES = ("decode", "detect", "binarize", "crop", "classify")
+STAGES = ("decode", "quality", "detect", "binarize", "crop", "classify")
 """Keys of ``Review.timings_ms``; detect and classify hold the networks."""
 
 
@@ -195,13 +195,18 @@ def _review_pages(
 def _review_page(
     page: Micrograph, recipe: Recipe, models: Models, timings: dict[str, float], answered: dict[str, ModelId]
 ) -> PageReview:
+    with _timed(timings, "quality"):
+        seen = quality.admit(page, recipe.quality)
+    if not seen.is_image:  # no model is asked: there is nothing to find a defect on
+        nothing = np.zeros((recipe.binarization.grid_px, recipe.binarization.grid_px), bool)
+        return PageReview(page, None, gate_threshold(recipe, models), nothing, (), quality=seen)
     found = search(page, recipe, models, timings_ms=timings)
     answered["detector"] = found.detector
     with _timed(timings, "classify"):
         domain = domain_of(found.score_map.domain_p, significance=recipe.domain.significance)
         defects, asked = _name_defects(found, page, recipe, models, domain)
     answered.update(asked)
-    return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects, domain)
+    return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects, domain=domain, quality=seen)
 
 
 def _name_defects(

@@ -18,6 +18,7 @@ from semwatch.line import pipeline
 from semwatch.models import choice
 from semwatch.models.inference import Models
 from semwatch.models.model_repository import MODELS
+from semwatch.service import drift
 from semwatch.service.delivery import connect_handoff, connect_publisher
 from semwatch.service.models_in_service import load_models, versions_of
 from semwatch.settings.recipe import Recipe, load_recipe
@@ -68,6 +69,7 @@ def status(site: Site) -> dict[str, object]:
         "models": {model: _or_none(partial(choice.choice, site.models.repository, model)) for model in MODELS},
         **_serving_figures(site, is_running),
         **_learning_figures(site),
+        "alarms": [text for _, texts in sorted(_alarms(site).items()) for text in texts],
         "disk_free_mb": _free_mb(site.results_dir),
         "redis": _or_none(partial(_depths, site)) if site.redis else "not configured",
     }
@@ -80,7 +82,7 @@ def examine(site: Site) -> list[Check]:
     checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER)]
     if site.models.runtime == "triton":
         checks.append(_try("Triton", partial(_triton_in_words, site.models.triton.url)))
-    checks += [*_model_checks(site), *_learning_checks(site)]
+    checks += [*_model_checks(site), *_learning_checks(site), *_alarm_checks(site)]
     if site.redis is not None:
         checks.append(_redis_check(site))
     return checks
@@ -128,6 +130,19 @@ def _learning_figures(site: Site) -> dict[str, object]:
         "last_cycle": cycle.model_dump(exclude={"unknowns", "sentence"}) if isinstance(cycle, Cycle) else None,
         "wishes": [wish.sentence for wish in wishes.values()] if isinstance(wishes, dict) else None,
     }
+
+
+def _alarms(site: Site) -> dict[str, list[str]]:
+    """What the daemon's drift watch has alarmed about and what has not come back, by source of the site."""
+    ours = {folder.source for folder in site.folders}
+    return {source: texts for source, texts in drift.alarmed(site.state_dir / drift.STATE).items() if source in ours}
+
+
+def _alarm_checks(site: Site) -> Iterator[Check]:
+    """Alarms of each source as advice: the line works, what it is given does not."""
+    for source, texts in sorted(_alarms(site).items()):
+        advice = "see docs/night.md, SemwatchNoImage, SemwatchBadQuality and SemwatchDrift" if texts else ""
+        yield Check(f"images of {source}", True, "; ".join(texts) or "no alarm", advice=advice)
 
 
 def _is_running(site: Site) -> bool | None:

@@ -395,10 +395,11 @@ class Service:
         )
         self.metrics.observe(review)
         self._watch_drift(review)
+        took_ms = (time.perf_counter() - start) * 1000
         stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
         log.info(
-            "%s/%s: %d defects, %.0f ms (%s), models %s",
-            claim.source, claim.path, review.n_defects, (time.perf_counter() - start) * 1000, stages,
+            "%s/%s: %d defects%s, %.0f ms (%s), models %s",
+            claim.source, claim.path, review.n_defects, _flags_in_words(review), took_ms, stages,
             dict(review.model_versions), extra=notices.journal_fields(paths.record),
         )  # fmt: skip
 
@@ -412,6 +413,8 @@ class Service:
         for alarm in self._drift.observe(review):
             self.metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
             log.warning("drift: %s", alarm.sentence, extra=self._about(alarm, "drift"))
+            if alarm.what in drift.OF_TOOL:
+                continue
             learning_side.wish_for_cycle(self.site, self.ledger, alarm, utc_now())
 
     def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
@@ -454,3 +457,8 @@ class Service:
             extra = self._about(claim, "duplicate")
             text = "%s/%s has the content of %s: not reviewed again"
             log.info(text, claim.source, claim.path, claim.original, extra=extra)
+
+
+def _flags_in_words(review: Review) -> str:
+    found = [page.quality.in_words for page in review.pages if page.quality.flags]
+    return f", quality: {'; '.join(found)}" if found else ""

@@ -12,7 +12,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from semwatch.defects import Domain, Review, VerdictKind
+from semwatch.defects import DEFECT_FREE, NO_IMAGE, Domain, QualityName, Review, VerdictKind
 from semwatch.errors import ConfigError
 from semwatch.models.model_repository import MODELS
 from semwatch.service.drift import WATCHED
@@ -22,6 +22,9 @@ STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 
 SEVEREST_FIRST: tuple[VerdictKind, ...] = ("unknown", "novel", "non-decidable", "known", "defect-free")
 """A file counts once, under the first of these that any of its defects has."""
+
+FILE_VERDICTS: tuple[str, ...] = (*SEVEREST_FIRST[:-1], NO_IMAGE, SEVEREST_FIRST[-1])
+"""What a file may count under: a page without an image is graver than a page without a defect."""
 
 SERVICES = ("line", "redis")
 """What can be away: models or disk, and the streams."""
@@ -61,6 +64,11 @@ class Metrics:
             self.pages.labels(review.source, page.domain).inc()
         for defect in (defect for page in review.pages for defect in page.defects):
             self.defects.labels(review.source, defect.verdict.kind, defect.verdict.label or "").inc()
+        for page in review.pages:
+            if not page.quality.is_image:
+                self.no_image.labels(review.source).inc()
+            for flag in page.quality.flags:
+                self.flagged.labels(review.source, flag.name).inc()
         for stage, milliseconds in review.timings_ms.items():
             self.stage_seconds.labels(stage).observe(milliseconds / 1000)
         for model, version in review.model_versions.items():
@@ -109,6 +117,8 @@ class Metrics:
         self.defects = counter(
             "defects_total", "Defects by verdict; label is empty without class.", "source", "kind", "label"
         )
+        self.no_image = counter("pages_without_image_total", "Pages that were blank or an info bar alone.", "source")
+        self.flagged = counter("pages_flagged_total", "Pages by what is wrong with them.", "source", "flag")
         self.quarantined = counter("quarantined_total", "Files that could not be reviewed.", "source")
         self.duplicates = counter("duplicates_total", "Files whose content was reviewed before.", "source")
         self.errors = counter("errors_total", "Times a service was away.", "service")
@@ -135,7 +145,10 @@ class Metrics:
         )
 
     def _start_at_zero(self, source: str) -> None:
-        for kind in SEVEREST_FIRST:
+        self.no_image.labels(source)
+        for name in get_args(QualityName):
+            self.flagged.labels(source, name)
+        for kind in FILE_VERDICTS:
             self.reviews.labels(source, kind)
             self.revised.labels(source, kind)
         for domain in get_args(Domain):
@@ -147,12 +160,9 @@ class Metrics:
             self.drift_alarms.labels(source, what)
 
 
-def verdict_of(review: Review | ReviewRecord) -> VerdictKind:
-    """The severest verdict among a file's defects; a file without defects is defect-free.
-
-    A page of an unknown process on which nothing was found counts as one that is unknown: nothing vouches for it.
-    """
-    kinds = {defect.verdict.kind for page in review.pages for defect in page.defects}
-    if any(page.domain == "unknown process" and not page.defects for page in review.pages):
-        kinds.add("unknown")
-    return next((kind for kind in SEVEREST_FIRST if kind in kinds), "defect-free")
+def verdict_of(review: Review | ReviewRecord) -> str:
+    """The severest verdict of a file; one without defects is defect-free, unless a page of it holds no image."""
+    found: set[str] = {defect.verdict.kind for page in review.pages for defect in page.defects}
+    if not all(page.quality.is_image for page in review.pages):
+        found.add(NO_IMAGE)
+    return next((kind for kind in FILE_VERDICTS if kind in found), DEFECT_FREE)

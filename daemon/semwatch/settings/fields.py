@@ -99,6 +99,8 @@ RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 Percentiles = Annotated[tuple[float, float], AfterValidator(_rising)]
 Count = Annotated[int, Field(ge=1)]
 OrZero = Annotated[int, Field(ge=0)]
+Levels = Annotated[float, Field(ge=0, le=255)]
+"""A difference of 8-bit gray levels."""
 Positive = Annotated[float, Field(gt=0)]
 Open = Annotated[float, Field(gt=0, lt=1)]
 """A share or probability that is neither 0 nor 1."""

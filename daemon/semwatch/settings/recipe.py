@@ -17,10 +17,12 @@ from semwatch.settings.fields import (
     EXAMPLES,
     Count,
     Label,
+    Levels,
     Name,
     Open,
     OrZero,
     Percentiles,
+    Positive,
     Settings,
     Share,
     refusal,
@@ -28,6 +30,10 @@ from semwatch.settings.fields import (
 
 Method = Literal["plateau", "lowest", "fixed", "otsu", "literal"]
 """How a score map becomes a mask, see ``line.binarization.binarize``."""
+
+
+Action = Literal["flag", "quarantine"]
+"""What becomes of a file with a bad page."""
 
 
 def load_recipe(path: Path) -> "Recipe":
@@ -48,6 +54,29 @@ class Pins(Settings):
     """Version of the encoder; null: the newest."""
     head: Count | None = None
     """Version of the head; null: the newest."""
+
+
+class QualityRule(Settings):
+    """Which pages hold no image or a bad one, and what becomes of their files."""
+
+    no_image: Action = "flag"
+    """Pages that are blank or an info bar alone. flag: the result says so; quarantine: the whole file is refused."""
+    bad_quality: Action = "flag"
+    """Pages beyond a limit below. flag: the result says so; quarantine: the whole file is refused."""
+    blank_range: Levels = 2.0
+    """Blank: the gray levels, specks aside, span this at most."""
+    blank_margin: Levels = 8.0
+    """Blank as well: all gray levels, specks aside, are within this of black, or of white."""
+    min_range: Levels = 8.0
+    """Faint: the middle 99 % of the gray levels span less than this."""
+    max_saturated: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """Saturated: a larger share of the pixels is at 0 or 255. Dark trenches are black for good reason."""
+    max_blur_px: Positive = 4.0
+    """Out of focus: edges are softer than this, as the sigma of a Gaussian; raise it for images that are scaled up."""
+    max_streaks: Annotated[float, Field(ge=0, le=1)] = 0.08
+    """Streaks: rows differ in brightness from their neighbours by more than this, as a share of the gray range."""
+    max_drift_px: Positive = 0.5
+    """Drift: rows are shifted sideways against their neighbours by more than this, root mean square."""
 
 
 class Gate(Settings):
@@ -170,6 +199,8 @@ class Recipe(Settings):
     """The engineer's own count; the identity is the content."""
     pins: Pins = Pins()
     """Model versions to stay with."""
+    quality: QualityRule = QualityRule()
+    """Which pages hold no image or a bad one, and what becomes of their files."""
     gate: Gate = Gate()
     """Which pages are searched for defects at all."""
     detection: Detection = Detection()

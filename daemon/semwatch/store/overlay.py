@@ -13,7 +13,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Box, Defect, PageReview, Verdict, VerdictKind
+from semwatch.defects import Box, Defect, PageReview, ScoreMap, Verdict, VerdictKind
 
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -37,6 +37,8 @@ COLOURS: dict[VerdictKind, Colour] = {
     "defect-free": (205, 205, 205),
 }
 BLACK, WHITE, GRAY, STRIP = (0, 0, 0), (255, 255, 255), (165, 165, 165), (24, 24, 24)
+FLAGGED = (120, 120, 255)
+"""Colour of what is wrong with the page itself."""
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
 TEXT_PX, PAD_PX, GAUGE_PX = 10, 3, 100
 
@@ -143,7 +145,9 @@ def _on_canvas(picture: Image) -> tuple[Image, int]:
 
 def _blend_heat(picture: Image, page: PageReview) -> None:
     """Blend the heat into a field of gray where it is hot: gray * (1 - alpha) + colour * alpha."""
-    level = _heat_level(page, picture.shape[:2])
+    if page.score_map is None:
+        return
+    level = _heat_level(page.score_map.values, page.gate_threshold, picture.shape[:2])
     x0, y0, w, h = cv2.boundingRect(level)
     if w == 0:
         return
@@ -152,10 +156,10 @@ def _blend_heat(picture: Image, page: PageReview) -> None:
     cv2.add(cv2.merge([faded, faded, faded]), cv2.applyColorMap(hot, _GLOW), dst=window)
 
 
-def _heat_level(page: PageReview, size_hw: tuple[int, ...]) -> Image:
-    """Resize the score map to ``size_hw``, 0 at ``HEAT_FROM`` gate thresholds and 255 at ``HEAT_TO``."""
-    low, high = HEAT_FROM * page.gate_threshold, HEAT_TO * page.gate_threshold
-    heat = np.clip((page.score_map.values - low) * (255 / max(high - low, 1e-9)), 0, 255)
+def _heat_level(values: NDArray[np.float32], gate: float, size_hw: tuple[int, ...]) -> Image:
+    """Resize a score map to ``size_hw``, 0 at ``HEAT_FROM`` gate thresholds and 255 at ``HEAT_TO``."""
+    low, high = HEAT_FROM * gate, HEAT_TO * gate
+    heat = np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255)
     (H, W), (h, w) = size_hw, heat.shape
     # Cubic on the coarse grid, linear from there: smooth blobs at the price of the linear step.
     heat = cv2.resize(heat, (min(4 * w, W), min(4 * h, H)), interpolation=cv2.INTER_CUBIC)
@@ -231,8 +235,19 @@ def _draw_plate(area: Image, text: str, plate: Box, colour: Colour) -> None:
 
 def _draw_legend(strip: Image, page: PageReview, caption: str, scale: float) -> None:
     W = strip.shape[1]
-    score, gate = page.score_map.raw_score, page.gate_threshold
-    _draw_gauge(strip, score, gate, is_hot=bool(page.defects) or page.score_map.values.max() > HEAT_FROM * gate)
+    x = 8 if page.score_map is None else _draw_score(strip, page.score_map, page)
+    if not page.quality.is_image:
+        x += _write(strip, "no image", (x, 18), FLAGGED) + 10
+    if page.quality.flags:
+        _write(strip, _shortened(page.quality.in_words, W - 8 - x), (x, 18), FLAGGED)
+    bar_px = _draw_scale_bar(strip, page.micrograph.pixel_nm, scale)
+    _write(strip, _shortened(caption, W - 24 - bar_px), (8, 40), GRAY)
+
+
+def _draw_score(strip: Image, score_map: ScoreMap, page: PageReview) -> int:
+    """Draw gauge, score and verdicts; return where the line goes on."""
+    score, gate = score_map.raw_score, page.gate_threshold
+    _draw_gauge(strip, score, gate, is_hot=bool(page.defects) or score_map.values.max() > HEAT_FROM * gate)
     relation = ">" if score > gate else "<="
     x = 8 + GAUGE_PX + 10
     x += _write(strip, f"score {score:.3g} {relation} gate {gate:.3g}", (x, 18), WHITE) + 16
@@ -240,14 +255,13 @@ def _draw_legend(strip: Image, page: PageReview, caption: str, scale: float) -> 
         x += _write(strip, page.domain, (x, 18), COLOURS["unknown"]) + 10
     for kind, count in _counts(page).items():
         x += _write(strip, f"{count} {kind}" if count else kind, (x, 18), COLOURS[kind]) + 10
-    bar_px = _draw_scale_bar(strip, page.micrograph.pixel_nm, scale)
-    _write(strip, _shortened(caption, W - 24 - bar_px), (8, 40), GRAY)
+    return x
 
 
 def _counts(page: PageReview) -> dict[VerdictKind, int]:
     kinds = [defect.verdict.kind for defect in page.defects]
     found = {kind: kinds.count(kind) for kind in COLOURS if kind in kinds}
-    return found or {"unknown" if page.domain == "unknown process" else "defect-free": 0}
+    return found or {"defect-free": 0}
 
 
 def _draw_gauge(strip: Image, score: float, gate: float, *, is_hot: bool) -> None:

@@ -8,7 +8,18 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from semwatch.defects import Box, Defect, Domain, PageReview, Review, Verdict, VerdictKind
+from semwatch.defects import (
+    NO_IMAGE,
+    Box,
+    Defect,
+    Domain,
+    PageReview,
+    Quality,
+    QualityName,
+    Review,
+    Verdict,
+    VerdictKind,
+)
 from semwatch.errors import ImageError
 from semwatch.system.faults import first_fault
 
@@ -22,7 +33,7 @@ def _six_digits(value: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_six_digits)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-PageVerdict = Literal["defect-free", "defects", "unknown"]
+PageVerdict = Literal["defect-free", "defects", "no-image"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -74,6 +85,21 @@ class DefectRecord(_Record):
     verdict: VerdictRecord
 
 
+class QualityFlagRecord(_Record):
+    """One thing that is wrong with a page."""
+
+    name: QualityName
+    measure: Number = Field(description="In the flag's own unit.")
+    limit: Number = Field(description="The recipe's limit that the measure lies beyond.")
+
+
+class QualityRecord(_Record):
+    """What was seen of a page before any model looked at it."""
+
+    is_image: bool = Field(default=True, description="false: blank, or an info bar alone; no model was asked.")
+    flags: tuple[QualityFlagRecord, ...] = Field(default=(), description="Empty where nothing is wrong.")
+
+
 class PageRecord(_Record):
     """One page of the image file."""
 
@@ -83,7 +109,7 @@ class PageRecord(_Record):
     field_xyxy: Box = Field(description="The page without info bars.")
     pixel_nm: Number | None
     vendor: str | None
-    image_score: Number
+    image_score: Number | None = Field(description="Raw score; null where the page holds no image.")
     gate_threshold: Number = Field(description="The page is searched for defects only if its score lies above this.")
     domain: Domain = Field(
         default="not judged",
@@ -95,9 +121,12 @@ class PageRecord(_Record):
     )
     verdict: PageVerdict = Field(
         description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it "
-        "defect-free. unknown: nothing was found, but on a page of an unknown process that is no proof."
+        "defect-free. no-image: there is nothing to judge."
     )
     defects: tuple[DefectRecord, ...]
+    quality: QualityRecord = Field(
+        default=QualityRecord(), description="Whether there is an image, and a good one; absent in older results."
+    )
 
 
 class ReviewRecord(_Record):
@@ -209,26 +238,29 @@ def _page_record(page: PageReview, code_of: Callable[[Verdict], int | None]) -> 
         field_xyxy=_box(micrograph.field_xyxy),
         pixel_nm=None if micrograph.pixel_nm is None else float(micrograph.pixel_nm),
         vendor=micrograph.vendor,
-        image_score=float(page.score_map.raw_score),
+        image_score=None if page.score_map is None else float(page.score_map.raw_score),
         gate_threshold=float(page.gate_threshold),
         domain=page.domain,
-        domain_p=None if page.score_map.domain_p is None else float(page.score_map.domain_p),
-        verdict=page_verdict([defect.verdict.kind for defect in page.defects], page.domain),
+        domain_p=None if page.score_map is None or page.score_map.domain_p is None else float(page.score_map.domain_p),
+        verdict=page_verdict([defect.verdict.kind for defect in page.defects], is_image=page.quality.is_image),
         defects=tuple(_defect_record(defect, code_of) for defect in page.defects),
+        quality=_quality_record(page.quality),
     )
 
 
-def page_verdict(kinds: Sequence[VerdictKind], domain: Domain) -> PageVerdict:
-    """Say of a page what the verdicts on its defects come to.
+def _quality_record(quality: Quality) -> QualityRecord:
+    flags = (
+        QualityFlagRecord(name=flag.name, measure=float(flag.measure), limit=float(flag.limit))
+        for flag in quality.flags
+    )
+    return QualityRecord(is_image=quality.is_image, flags=tuple(flags))
 
-    A gate means nothing on a process whose normals it does not know: that it stayed shut there proves nothing.
 
-    >>> page_verdict([], "known process"), page_verdict([], "unknown process")
-    ('defect-free', 'unknown')
-    """
-    if any(kind != "defect-free" for kind in kinds):
-        return "defects"
-    return "unknown" if domain == "unknown process" else "defect-free"
+def page_verdict(kinds: Sequence[VerdictKind], *, is_image: bool = True) -> PageVerdict:
+    """Say of a page what the verdicts on its defects come to."""
+    if not is_image:
+        return NO_IMAGE
+    return "defect-free" if all(kind == "defect-free" for kind in kinds) else "defects"
 
 
 def _defect_record(defect: Defect, code_of: Callable[[Verdict], int | None]) -> DefectRecord:

@@ -112,7 +112,7 @@ class ResultSummary:
     recipe_id: str
     model_versions: Mapping[str, int]
     image_scores: tuple[float, ...]
-    """Raw score of each page."""
+    """Raw score of each page that holds an image."""
     n_defects: int
     n_by_kind: Mapping[str, int]
     """Defects by verdict kind."""
@@ -126,6 +126,10 @@ class ResultSummary:
     """Name of the site, unique in the fab; empty in old summaries."""
     domains: tuple[Domain, ...] = ()
     """Of each page, see ``Record.domain``; empty in old summaries."""
+    n_no_image: int = 0
+    """Pages without an image: blank, or an info bar alone; no model was asked."""
+    n_by_quality: Mapping[str, int] = field(default_factory=dict)
+    """Pages by what is wrong with them; ``blank`` and ``info-bar`` are those without an image."""
 
 
 def records(review: Review) -> list[Record]:
@@ -136,6 +140,7 @@ def records(review: Review) -> list[Record]:
 
 def _record(review: Review, page: PageReview, defect: Defect) -> Record:
     assert defect.verdict.kind in ("unknown", "non-decidable")
+    assert page.score_map is not None, "a page without an image has no defects"
     page_no = page.micrograph.page
     x0, y0, x1, y1 = page.micrograph.field_xyxy
     return Record(
