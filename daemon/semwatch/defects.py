@@ -17,6 +17,9 @@ Box = tuple[int, int, int, int]
 VerdictKind = Literal["known", "novel", "unknown", "non-decidable", "defect-free"]
 """``novel``: of a class that was found among unknowns and that no person has named yet."""
 
+GateSource = Literal["recipe", "detector", "stream"]
+"""Where the gate's threshold came from: the recipe's own, the detector's normals, or the stream's own scores."""
+
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""
 
@@ -115,6 +118,8 @@ class PageReview:
     mask: NDArray[np.bool_]
     """(g, g) defect mask over the field at the working grid; all False where the gate stayed shut."""
     defects: tuple[Defect, ...]
+    gate_source: GateSource = "detector"
+    """Where ``gate_threshold`` came from."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -58,6 +58,7 @@ class Rate:
     high: float
 
     def __str__(self) -> str:
+        """In percent."""
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
@@ -219,12 +220,15 @@ def _logs(scores: Array) -> Array | str:
     low, high = np.percentile(logs, (2, 98))
     if high - low < 1e-9:
         return "the scores are all alike"
-    return np.asarray(np.clip(logs, low - (high - low) / 4, high + (high - low) / 4))
+    margin = (high - low) / 4
+    drawn_in: Array = np.clip(logs, low - margin, high + margin)
+    return drawn_in
 
 
 def _guesses(logs: Array) -> Array:
     """(B, n) first guesses: all scores above one of their quantiles are of the upper group."""
-    return 0.05 + 0.9 * (logs[np.newaxis] > np.quantile(logs, _STARTS)[:, np.newaxis])
+    is_above = logs[np.newaxis] > np.quantile(logs, _STARTS)[:, np.newaxis]
+    return np.where(is_above, 0.95, 0.05)
 
 
 def _log_density(x: Array, group: _Group) -> Array:
@@ -418,12 +422,11 @@ def alternatives(
             rows.append(Alternative(rate, None))
             continue
         found = measure(threshold, normals, defective)
-        alarms = Counted(_left_out_alarms(normals, rate), len(normals))
-        rows.append(Alternative(rate, Measured(threshold, alarms, found.misses)))
+        rows.append(Alternative(rate, Measured(threshold, left_out_alarms(normals, rate), found.misses)))
     return rows
 
 
-def _left_out_alarms(normals: NDArray[np.floating], rate: float) -> int:
+def left_out_alarms(normals: NDArray[np.floating], rate: float) -> Counted:
     """How many normal images lie above the threshold that the others give.
 
     The others may be one too few for the rate; their highest score is the threshold then.
@@ -433,7 +436,7 @@ def _left_out_alarms(normals: NDArray[np.floating], rate: float) -> int:
         others = np.delete(normals, at)
         threshold = min(conformal_threshold(others, false_alarm_rate=rate), float(others.max(initial=0.0)))
         alarms += bool(normals[at] > threshold)
-    return alarms
+    return Counted(alarms, len(normals))
 
 
 def binomial(count: int, n: int) -> Rate:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
+from semwatch.defects import Box, Defect, GateSource, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake import decoding
 from semwatch.intake.decoding import LIMITS
@@ -51,6 +51,7 @@ class Search:
     gate_threshold: float
     mask: NDArray[np.bool_]
     candidates: tuple[Candidate, ...]
+    gate_source: GateSource = "detector"
 
 
 def review(
@@ -63,6 +64,7 @@ def review(
     models: Models,
     reviewed_utc: str,
     site: str = "",
+    stream_threshold: float | None = None,
     max_pixels: int = LIMITS.max_image_px,
     max_pages: int = LIMITS.max_pages,
 ) -> Review:
@@ -77,6 +79,7 @@ def review(
         models: who answers.
         reviewed_utc: the time to write down.
         site: name of the site that reviews, if any does.
+        stream_threshold: what the stream's own scores give for the gate, see ``gate_of``.
         max_pixels: of one page.
         max_pages: of one file.
 
@@ -88,7 +91,7 @@ def review(
     timings = dict.fromkeys(STAGES, 0.0)
     with _timed(timings, "decode"):
         micrographs = decoding.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
-    pages, answered = _review_pages(micrographs, recipe, models, timings)
+    pages, answered = _review_pages(micrographs, recipe, models, timings, stream_threshold)
     return Review(
         source=source,
         path=path,
@@ -104,7 +107,14 @@ def review(
     )
 
 
-def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict[str, float] | None = None) -> Search:
+def search(
+    page: Micrograph,
+    recipe: Recipe,
+    models: Models,
+    *,
+    timings_ms: dict[str, float] | None = None,
+    stream_threshold: float | None = None,
+) -> Search:
     """Detect and binarize one page; training uses it too, so that heads see the crops that the daemon cuts.
 
     Raises:
@@ -113,13 +123,14 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
         ConfigError: see ``gate_threshold``.
     """
     timings = timings_ms if timings_ms is not None else dict.fromkeys(STAGES, 0.0)
-    threshold = gate_threshold(recipe, models)
+    threshold, gate_source = gate_of(recipe, models, stream_threshold=stream_threshold)
     with _timed(timings, "detect"):
         asked = inputs.for_detector(models.meta("detector"), page.field)
         score_map, detector = detection.detect(asked, models)
     settings = recipe.binarization
     if not binarization.gate(score_map.raw_score, threshold=threshold):
-        return Search(score_map, detector, threshold, np.zeros((settings.grid_px, settings.grid_px), bool), ())
+        shut = np.zeros((settings.grid_px, settings.grid_px), bool)
+        return Search(score_map, detector, threshold, shut, (), gate_source)
     size_hw = page.field.shape[0], page.field.shape[1]
     with _timed(timings, "binarize"):
         found = binarization.binarize(
@@ -142,7 +153,18 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
         candidates = cut_out(regions, page, found.saliency, recipe, models)
-    return Search(score_map, detector, threshold, found.mask, candidates)
+    return Search(score_map, detector, threshold, found.mask, candidates, gate_source)
+
+
+def gate_of(recipe: Recipe, models: Models, *, stream_threshold: float | None = None) -> tuple[float, GateSource]:
+    """The gate's threshold, and where it came from: the recipe's own goes first, then the stream's where there is one.
+
+    Raises:
+        ConfigError: see ``gate_threshold``.
+    """
+    if recipe.gate.threshold is None and stream_threshold is not None:
+        return stream_threshold, "stream"
+    return gate_threshold(recipe, models), "detector" if recipe.gate.threshold is None else "recipe"
 
 
 def gate_threshold(recipe: Recipe, models: Models) -> float:
@@ -175,7 +197,11 @@ def _whole_field(score_map: ScoreMap, mask: NDArray[np.bool_], size_hw: tuple[in
 
 
 def _review_pages(
-    micrographs: Sequence[Micrograph], recipe: Recipe, models: Models, timings: dict[str, float]
+    micrographs: Sequence[Micrograph],
+    recipe: Recipe,
+    models: Models,
+    timings: dict[str, float],
+    stream_threshold: float | None,
 ) -> tuple[tuple[PageReview, ...], dict[str, ModelId]]:
     """Review every page by the same versions: where a model was swapped between two pages, all are read once more."""
     for _ in range(MAX_SWAPS):
@@ -183,7 +209,8 @@ def _review_pages(
         pages = []
         for page in micrographs:
             by_page.append({})
-            pages.append(_review_page(page, recipe, models, timings, by_page[-1]))
+            found = search(page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold)
+            pages.append(_review_page(found, page, recipe, models, timings, by_page[-1]))
         answered = {model: one for of_page in by_page for model, one in of_page.items()}
         if all(answered[model] == one for of_page in by_page for model, one in of_page.items()):
             return tuple(pages), answered
@@ -191,14 +218,18 @@ def _review_pages(
 
 
 def _review_page(
-    page: Micrograph, recipe: Recipe, models: Models, timings: dict[str, float], answered: dict[str, ModelId]
+    found: Search,
+    page: Micrograph,
+    recipe: Recipe,
+    models: Models,
+    timings: dict[str, float],
+    answered: dict[str, ModelId],
 ) -> PageReview:
-    found = search(page, recipe, models, timings_ms=timings)
     answered["detector"] = found.detector
     with _timed(timings, "classify"):
         defects, asked = _name_defects(found, page, recipe, models)
     answered.update(asked)
-    return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects)
+    return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects, found.gate_source)
 
 
 def _name_defects(

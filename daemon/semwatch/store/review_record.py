@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from semwatch.defects import Box, Defect, PageReview, Review, Verdict, VerdictKind
+from semwatch.defects import Box, Defect, GateSource, PageReview, Review, Verdict, VerdictKind
 from semwatch.errors import ImageError
 from semwatch.system.faults import first_fault
 
@@ -66,6 +66,16 @@ class DefectRecord(_Record):
     verdict: VerdictRecord
 
 
+class GateRecord(_Record):
+    """The gate that a page met."""
+
+    threshold: Number
+    source: GateSource = Field(
+        description="recipe: its own gate.threshold; detector: its normal images at the recipe's false alarm rate; "
+        "stream: proposed by the scores of the recipe's own stream, where gate.self_calibration is use."
+    )
+
+
 class PageRecord(_Record):
     """One page of the image file."""
 
@@ -77,6 +87,10 @@ class PageRecord(_Record):
     vendor: str | None
     image_score: Number
     gate_threshold: Number = Field(description="The page is searched for defects only if its score lies above this.")
+    gate: GateRecord | None = Field(
+        default=None,
+        description="The same threshold, and where it came from; null in results of older releases.",
+    )
     verdict: Literal["defect-free", "defects"] = Field(
         description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it defect-free."
     )
@@ -194,6 +208,7 @@ def _page_record(page: PageReview, code_of: Callable[[Verdict], int | None]) -> 
         vendor=micrograph.vendor,
         image_score=float(page.score_map.raw_score),
         gate_threshold=float(page.gate_threshold),
+        gate=GateRecord(threshold=float(page.gate_threshold), source=page.gate_source),
         verdict=page_verdict([defect.verdict.kind for defect in page.defects]),
         defects=tuple(_defect_record(defect, code_of) for defect in page.defects),
     )
