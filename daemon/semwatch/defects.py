@@ -20,6 +20,8 @@ VerdictKind = Literal["known", "novel", "unknown", "non-decidable", "defect-free
 Domain = Literal["known process", "unknown process", "not judged"]
 """Whether a field looks like those of the processes whose normal images the detector knows; ``not judged``: this
 detector cannot say."""
+GateSource = Literal["recipe", "detector", "stream"]
+"""Where the gate's threshold came from: the recipe's own, the detector's normals, or the stream's own scores."""
 
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""
@@ -158,6 +160,8 @@ class PageReview:
     domain: Domain = "not judged"
     """What ``score_map.domain_p`` says by the recipe's significance."""
     quality: Quality = Quality()
+    gate_source: GateSource = "detector"
+    """Where ``gate_threshold`` came from."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,6 +11,7 @@ import tifffile
 
 from semwatch.defects import DEFECT_FREE, Box, Defect, Micrograph, PageReview, Review
 from semwatch.errors import ConfigError, ImageError
+from semwatch.intake import decoding
 from semwatch.line import pipeline
 from semwatch.line.binarization import conformal_threshold
 from semwatch.models.inference import Embedded
@@ -150,6 +151,16 @@ def test_rate_that_so_few_normals_cannot_promise_names_the_remedy(models) -> Non
     recipe = Recipe.model_validate({"name": "strict", "gate": {"false_alarm_rate": 0.01}})
     with pytest.raises(ConfigError, match=r"recipe strict: 60 normal images .* 0.01; .*`semwatch recipe calibrate`"):
         review(png(field()), models, recipe)
+
+
+def test_streams_threshold_goes_before_the_detectors_and_behind_the_recipes(models) -> None:
+    own = Recipe.model_validate({"gate": {"threshold": 0.3}})
+    assert pipeline.gate_of(Recipe(), models) == (pipeline.gate_threshold(Recipe(), models), "detector")
+    assert pipeline.gate_of(Recipe(), models, stream_threshold=0.0) == (0.0, "stream")
+    assert pipeline.gate_of(own, models, stream_threshold=0.1) == (0.3, "recipe")
+    page = decoding.decode(png(field()), name="a.png")[0]
+    found = pipeline.search(page, Recipe(), models, stream_threshold=9.0)
+    assert (found.gate_threshold, found.gate_source, found.candidates) == (9.0, "stream", ())
 
 
 # ---- what a defect holds ----

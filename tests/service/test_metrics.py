@@ -70,7 +70,7 @@ def test_pages_are_counted_by_their_process(metrics: Metrics) -> None:
     assert value(begun, "pages_total", source="tool-b", domain="unknown process") == 0.0
 
 
-def test_file_of_an_unknown_process_without_defects_counts_as_unknown() -> None:
+def test_file_of_an_unknown_process_counts_by_its_defects() -> None:
     assert verdict_of(make_review(0, domain="unknown process")) == "defect-free"
     named = make_review(1, domain="unknown process", verdicts=[make_verdict("known")])
     assert verdict_of(named) == verdict_of(to_record(named)) == "known"

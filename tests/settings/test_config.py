@@ -324,6 +324,8 @@ def test_long_key_and_value_are_cut(write: Write) -> None:
         "gate: {false_alarm_rate: 0}",
         "gate: {false_alarm_rate: 1}",
         "gate: {threshold: -0.1}",
+        "gate: {self_calibration: yes}",
+        "gate: {miss_cost: 0}",
         "binarization: {method: magic}",
         "binarization: {grid_px: 8}",
         "binarization: {n_thresholds: 1}",

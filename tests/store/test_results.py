@@ -121,7 +121,7 @@ def test_page_whose_defects_the_head_calls_defect_free_is_defect_free() -> None:
     assert review_record.to_record(make_review(2, verdicts=mixed)).pages[0].verdict == "defects"
 
 
-def test_page_of_an_unknown_process_says_so_and_is_not_defect_free_for_want_of_a_defect() -> None:
+def test_page_of_an_unknown_process_says_so() -> None:
     record = review_record.to_record(make_review(0, domain="unknown process"))
     assert [(p.domain, p.domain_p, p.verdict) for p in record.pages] == [("unknown process", 0.002, "defect-free")]
     found = review_record.to_record(make_review(1, domain="unknown process", verdicts=[make_verdict("unknown")]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Box, Defect, Domain, Micrograph, PageReview, Review, ScoreMap
+from semwatch.defects import Box, Defect, Domain, GateSource, Micrograph, PageReview, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake import decoding, quality
 from semwatch.intake.decoding import LIMITS
@@ -52,6 +52,7 @@ class Search:
     gate_threshold: float
     mask: NDArray[np.bool_]
     candidates: tuple[Candidate, ...]
+    gate_source: GateSource = "detector"
 
 
 def review(
@@ -64,6 +65,7 @@ def review(
     models: Models,
     reviewed_utc: str,
     site: str = "",
+    stream_threshold: float | None = None,
     max_pixels: int = LIMITS.max_image_px,
     max_pages: int = LIMITS.max_pages,
 ) -> Review:
@@ -78,6 +80,7 @@ def review(
         models: who answers.
         reviewed_utc: the time to write down.
         site: name of the site that reviews, if any does.
+        stream_threshold: what the stream's own scores give for the gate, see ``gate_of``.
         max_pixels: of one page.
         max_pages: of one file.
 
@@ -89,7 +92,7 @@ def review(
     timings = dict.fromkeys(STAGES, 0.0)
     with _timed(timings, "decode"):
         micrographs = decoding.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
-    pages, answered = _review_pages(micrographs, recipe, models, timings)
+    pages, answered = _review_pages(micrographs, recipe, models, timings, stream_threshold)
     return Review(
         source=source,
         path=path,
@@ -105,7 +108,14 @@ def review(
     )
 
 
-def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict[str, float] | None = None) -> Search:
+def search(
+    page: Micrograph,
+    recipe: Recipe,
+    models: Models,
+    *,
+    timings_ms: dict[str, float] | None = None,
+    stream_threshold: float | None = None,
+) -> Search:
     """Detect and binarize one page; training uses it too, so that heads see the crops that the daemon cuts.
 
     Raises:
@@ -114,13 +124,13 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
         ConfigError: see ``gate_threshold``.
     """
     timings = timings_ms if timings_ms is not None else dict.fromkeys(STAGES, 0.0)
-    threshold = gate_threshold(recipe, models)
+    threshold, gate_source = gate_of(recipe, models, stream_threshold=stream_threshold)
     with _timed(timings, "detect"):
         score_map, detector = detection.detect(page.field, models, coarser=recipe.detection.coarser)
     settings = recipe.binarization
     if not binarization.gate(score_map.raw_score, threshold=threshold):
         nothing = np.zeros(binarization.grid_hw(score_map.values.shape, grid_px=settings.grid_px), bool)
-        return Search(score_map, detector, threshold, nothing, ())
+        return Search(score_map, detector, threshold, nothing, (), gate_source)
     size_hw = page.field.shape[0], page.field.shape[1]
     with _timed(timings, "binarize"):
         found = binarization.binarize(
@@ -144,7 +154,18 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
         candidates = cut_out(regions, page, found.saliency, recipe, models)
-    return Search(score_map, detector, threshold, found.mask, candidates)
+    return Search(score_map, detector, threshold, found.mask, candidates, gate_source)
+
+
+def gate_of(recipe: Recipe, models: Models, *, stream_threshold: float | None = None) -> tuple[float, GateSource]:
+    """The gate's threshold, and where it came from: the recipe's own goes first, then the stream's where there is one.
+
+    Raises:
+        ConfigError: see ``gate_threshold``.
+    """
+    if recipe.gate.threshold is None and stream_threshold is not None:
+        return stream_threshold, "stream"
+    return gate_threshold(recipe, models), "detector" if recipe.gate.threshold is None else "recipe"
 
 
 def gate_threshold(recipe: Recipe, models: Models) -> float:
@@ -177,7 +198,11 @@ def _whole_field(score_map: ScoreMap, mask: NDArray[np.bool_], size_hw: tuple[in
 
 
 def _review_pages(
-    micrographs: Sequence[Micrograph], recipe: Recipe, models: Models, timings: dict[str, float]
+    micrographs: Sequence[Micrograph],
+    recipe: Recipe,
+    models: Models,
+    timings: dict[str, float],
+    stream_threshold: float | None,
 ) -> tuple[tuple[PageReview, ...], dict[str, ModelId]]:
     """Review every page by the same versions: where a model was swapped between two pages, all are read once more."""
     for _ in range(MAX_SWAPS):
@@ -185,7 +210,7 @@ def _review_pages(
         pages = []
         for page in micrographs:
             by_page.append({})
-            pages.append(_review_page(page, recipe, models, timings, by_page[-1]))
+            pages.append(_review_page(page, recipe, models, timings, by_page[-1], stream_threshold))
         answered = {model: one for of_page in by_page for model, one in of_page.items()}
         if all(answered[model] == one for of_page in by_page for model, one in of_page.items()):
             return tuple(pages), answered
@@ -193,20 +218,28 @@ def _review_pages(
 
 
 def _review_page(
-    page: Micrograph, recipe: Recipe, models: Models, timings: dict[str, float], answered: dict[str, ModelId]
+    page: Micrograph,
+    recipe: Recipe,
+    models: Models,
+    timings: dict[str, float],
+    answered: dict[str, ModelId],
+    stream_threshold: float | None,
 ) -> PageReview:
     with _timed(timings, "quality"):
         seen = quality.admit(page, recipe.quality)
     if not seen.is_image:  # no model is asked: there is nothing to find a defect on
         nothing = np.zeros((recipe.binarization.grid_px, recipe.binarization.grid_px), bool)
-        return PageReview(page, None, gate_threshold(recipe, models), nothing, (), quality=seen)
-    found = search(page, recipe, models, timings_ms=timings)
+        threshold, source = gate_of(recipe, models, stream_threshold=stream_threshold)
+        return PageReview(page, None, threshold, nothing, (), gate_source=source, quality=seen)
+    found = search(page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold)
     answered["detector"] = found.detector
     with _timed(timings, "classify"):
         domain = domain_of(found.score_map.domain_p, significance=recipe.domain.significance)
         defects, asked = _name_defects(found, page, recipe, models, domain)
     answered.update(asked)
-    return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects, domain=domain, quality=seen)
+    return PageReview(
+        page, found.score_map, found.gate_threshold, found.mask, defects, domain, seen, found.gate_source
+    )
 
 
 def _name_defects(

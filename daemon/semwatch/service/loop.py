@@ -27,10 +27,11 @@ from semwatch.intake import decoding, drop_folder
 from semwatch.intake.drop_folder import Arrival, Incoming
 from semwatch.line import notices, pipeline
 from semwatch.line.class_codes import class_codes
-from semwatch.service import drift, learning_side, migration, rereview
+from semwatch.service import drift, gate_watch, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.service.drift import Alarm, DriftWatch
 from semwatch.service.forgetting import Forgetting
+from semwatch.service.gate_watch import GateWatch
 from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
@@ -129,6 +130,8 @@ class Service:
         self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
         keep.callback(self._drift.save, site.state_dir / drift.STATE)
+        self._gates = GateWatch.load(site.state_dir / gate_watch.STATE)
+        keep.callback(self._gates.save, site.state_dir / gate_watch.STATE)
         self._next_drift = time.monotonic() + drift.SAVE_EVERY_S
         self._rereview = rereview.Rereview(
             self._models.by_pins,
@@ -296,6 +299,7 @@ class Service:
         if now >= self._next_drift:
             self._next_drift = now + drift.SAVE_EVERY_S
             self._drift.save(self.site.state_dir / drift.STATE)
+            self._gates.save(self.site.state_dir / gate_watch.STATE)
 
     def _log_pause(self, reason: str | None) -> None:
         """Say once that the line pauses and why, and once that it goes on; a service away has lines of its own."""
@@ -369,15 +373,17 @@ class Service:
 
     def _review(self, claim: Claim, data: bytes, start: float) -> None:
         recipe, limits = self.recipes[claim.source], self.site.limits
+        models = self._models.of(recipe)
         review = pipeline.review(
             data,
             source=claim.source,
             path=claim.path,
             sha256=claim.sha256,
             recipe=recipe,
-            models=self._models.of(recipe),
+            models=models,
             reviewed_utc=utc_now(),
             site=self.site.name,
+            stream_threshold=self._gates.threshold(recipe, models.hashes()["detector"]),
             max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
         )
@@ -395,6 +401,7 @@ class Service:
         )
         self.metrics.observe(review)
         self._watch_drift(review)
+        self._watch_gate(review, claim)
         took_ms = (time.perf_counter() - start) * 1000
         stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
         log.info(
@@ -416,6 +423,18 @@ class Service:
             if alarm.what in drift.OF_TOOL:
                 continue
             learning_side.wish_for_cycle(self.site, self.ledger, alarm, utc_now())
+
+    def _watch_gate(self, review: Review, claim: Claim) -> None:
+        """Say once what a stream's own scores propose; a change of the gate in use goes to the audit log too."""
+        recipe = self.recipes[claim.source]
+        change = self._gates.observe(review, recipe)
+        if change is None:
+            return
+        self._gates.save(self.site.state_dir / gate_watch.STATE)  # what opens the gate outlives a crash
+        log.info("gate of recipe %s: %s", recipe.name, change.sentence, extra=self._about(claim, "gate"))
+        if change.is_used:
+            audit = {"event": "gate", "utc": utc_now(), "source": claim.source, "recipe_id": recipe.id}
+            self.ledger.note(audit={**audit, "threshold": change.threshold, "before": change.before})
 
     def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
         now_utc = utc_now()

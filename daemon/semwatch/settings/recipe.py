@@ -31,6 +31,9 @@ from semwatch.settings.fields import (
 Method = Literal["plateau", "lowest", "fixed", "otsu", "literal"]
 """How a score map becomes a mask, see ``line.binarization.binarize``."""
 
+SelfCalibration = Literal["off", "propose", "use"]
+"""What becomes of the threshold that a stream's own scores propose, see ``line.gate_calibration``."""
+
 
 Action = Literal["flag", "quarantine"]
 """What becomes of a file with a bad page."""
@@ -86,6 +89,10 @@ class Gate(Settings):
     """Share of defect-free images that may pass the gate."""
     threshold: Annotated[float, Field(ge=0)] | None = None
     """Raw image score above which the gate opens; null: the detector's, for the false alarm rate."""
+    self_calibration: SelfCalibration = "propose"
+    """The stream's own image scores propose a threshold. propose: say it; use: open by it; off: neither."""
+    miss_cost: Positive | None = None
+    """Cost of a missed defective image, in false alarms, for the proposal; null: it meets false_alarm_rate."""
 
 
 class Detection(Settings):

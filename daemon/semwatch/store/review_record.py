@@ -13,6 +13,7 @@ from semwatch.defects import (
     Box,
     Defect,
     Domain,
+    GateSource,
     PageReview,
     Quality,
     QualityName,
@@ -100,6 +101,16 @@ class QualityRecord(_Record):
     flags: tuple[QualityFlagRecord, ...] = Field(default=(), description="Empty where nothing is wrong.")
 
 
+class GateRecord(_Record):
+    """The gate that a page met."""
+
+    threshold: Number
+    source: GateSource = Field(
+        description="recipe: its own gate.threshold; detector: its normal images at the recipe's false alarm rate; "
+        "stream: proposed by the scores of the recipe's own stream, where gate.self_calibration is use."
+    )
+
+
 class PageRecord(_Record):
     """One page of the image file."""
 
@@ -118,6 +129,10 @@ class PageRecord(_Record):
     )
     domain_p: Share | None = Field(
         default=None, description="The p-value that domain was decided by, null where the detector gives none."
+    )
+    gate: GateRecord | None = Field(
+        default=None,
+        description="The same threshold, and where it came from; null in results of older releases.",
     )
     verdict: PageVerdict = Field(
         description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it "
@@ -242,6 +257,7 @@ def _page_record(page: PageReview, code_of: Callable[[Verdict], int | None]) -> 
         gate_threshold=float(page.gate_threshold),
         domain=page.domain,
         domain_p=None if page.score_map is None or page.score_map.domain_p is None else float(page.score_map.domain_p),
+        gate=GateRecord(threshold=float(page.gate_threshold), source=page.gate_source),
         verdict=page_verdict([defect.verdict.kind for defect in page.defects], is_image=page.quality.is_image),
         defects=tuple(_defect_record(defect, code_of) for defect in page.defects),
         quality=_quality_record(page.quality),
