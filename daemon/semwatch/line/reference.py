@@ -1,0 +1,464 @@
+"""An inspected field against a reference of the same place: register, compare, score. Pure functions on plain arrays.
+
+    inspected, reference -> register -> aligned reference, overlap -> compare -> difference map -> score_map
+
+What both images show is layout; what only one of them shows is a defect. So a page with a valid reference needs no
+likeness within itself, which a logic layout does not have.
+
+Registration. The correlation of the gradient *vectors* is computed for every whole shift at once (Padfield 2012: masked
+normalised correlation by FFT), because the windowed phase correlation fades where the overlap is small; the best few
+peaks are refined by ECC (Evangelidis and Psarakis 2008) on gradient images, and rows are then moved one by one against
+each other as far as a raster scan drifts. Gradients do not see brightness and hardly see charging.
+
+Comparison. Gain and offset are fitted locally, the residual is smoothed at several scales, lowered by what a
+displacement of a pixel explains, and divided by a spread that the pair itself gives as a function of gray level and of
+edge strength. So the map is in standard deviations, with heavier noise and rougher edges already paid for.
+"""
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from semwatch.defects import ScoreMap
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+CELL_PX = 8
+"""Side of a cell of the difference map, in pixels of the field."""
+
+MAX_SHIFT = 0.2
+"""Largest shift that is looked for, as a share of each side."""
+MIN_CORRELATION = 0.35
+"""Least correlation of the gradient fields after alignment."""
+ASPECT_TOLERANCE = 0.02
+"""A reference of another size is resampled if its sides have the same ratio within this."""
+
+_COARSE_PX = 384
+"""Longer side at which shifts are searched."""
+_FINE_PX = 1024
+"""Longer side at which the shift is refined."""
+_N_PEAKS = 6
+_TIE = 0.015
+"""Correlations that differ by less are equal, as of neighbouring periods: the smaller shift is taken."""
+_MIN_TEXTURE = 6.0
+_SCALES_PX = (1.0, 2.0, 4.0, 8.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Registration:
+    """A reference laid over an inspected field, or the reason why it could not be."""
+
+    reason: str
+    """Why the reference cannot be used; empty where it can."""
+    shift_px: tuple[float, float] | None = None
+    """A point (x, y) in the middle of the inspected field lies in the reference at (x + dx, y + dy)."""
+    correlation: float | None = None
+    """Of the gradient fields in the overlap after alignment, range [-1, 1]."""
+    aligned: Floats | None = None
+    """(H, W) gray levels of the reference as the inspected field sees them; None where there is a reason."""
+    overlap: Bools | None = None
+    """(H, W) True where the inspected field has a counterpart."""
+
+
+# --- registration --------------------------------------------------------------------------------------------------
+
+
+def register(inspected: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Registration:
+    """Lay a reference over an inspected field.
+
+    Args:
+        inspected: (H, W) gray.
+        reference: (h, w) gray; of another size only if the ratio of the sides is the same.
+
+    Returns:
+        The reference as the inspected field sees it; or the reason, in plain words, why it cannot be used.
+    """
+    reference_f, reason = _same_size(inspected, reference)
+    if reason:
+        return Registration(reason)
+    inspected_f = inspected.astype(np.float32)
+    for image, name in ((inspected_f, "inspected image"), (reference_f, "reference")):
+        if texture(image) < _MIN_TEXTURE:
+            return Registration(f"no texture: the {name} shows nothing that could be registered")
+    H, W = inspected.shape
+    scale = min(1.0, _FINE_PX / max(H, W))
+    fine, fine_reference = _shrunk(inspected_f, scale), _shrunk(reference_f, scale)
+    best: tuple[float, Floats] | None = None
+    tried = []
+    for shift_xy in _shifts(fine, fine_reference):
+        warp = _refined(fine, fine_reference, shift_xy)
+        tried.append((_correlation_under(fine, fine_reference, warp), warp))
+    top = max(correlation for correlation, _ in tried)
+    best = min((one for one in tried if one[0] >= top - _TIE), key=lambda one: float(np.hypot(*one[1][:, 2])))
+    correlation, warp = best
+    shift_px = _shift_at_centre(warp, fine.shape, scale)
+    if correlation < MIN_CORRELATION:
+        return Registration(
+            f"another place: the images agree with a correlation of {correlation:.2f}, under {MIN_CORRELATION}",
+            shift_px,
+            correlation,
+        )
+    too_far = abs(shift_px[0]) > MAX_SHIFT * W + 2 or abs(shift_px[1]) > MAX_SHIFT * H + 2
+    if too_far:
+        return Registration(
+            f"too little overlap: the reference is shifted by {shift_px[0]:.0f}, {shift_px[1]:.0f} px, over "
+            f"{MAX_SHIFT:.0%} of the field",
+            shift_px,
+            correlation,
+        )
+    maps = _sampling_maps(warp, (H, W), scale)
+    maps = _follow_rows(inspected_f, reference_f, maps)
+    aligned, overlap = _sample(reference_f, maps)
+    correlation = gradient_correlation(inspected_f, aligned, overlap)
+    return Registration("", shift_px, correlation, aligned, overlap)
+
+
+def _same_size(inspected: NDArray[np.uint8], reference: NDArray[np.uint8]) -> tuple[Floats, str]:
+    (H, W), (h, w) = inspected.shape, reference.shape
+    if (h, w) == (H, W):
+        return reference.astype(np.float32), ""
+    if abs(h * W / (w * H) - 1) > ASPECT_TOLERANCE:
+        return reference.astype(np.float32), f"another size: the reference has {w} x {h} px, the image {W} x {H} px"
+    interpolation = cv2.INTER_AREA if h >= H else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(reference.astype(np.float32), (W, H), interpolation=interpolation), np.float32), ""
+
+
+def texture(image: Floats) -> float:
+    """Return how far the strongest edges of an image (H, W) stand out of its noise; 0 for a constant image.
+
+    It is the 99 % point of the smoothed gradient over the gradient that the image's white noise leaves after smoothing:
+    about 3 where there is noise alone.
+    """
+    gx, gy = _gradients(image, 2.0)
+    strength = float(np.percentile(np.hypot(gx, gy), 99))
+    # White noise of deviation s leaves s / (sqrt(8 pi) sigma^2) in each derivative of a Gaussian (Scharr widens it).
+    expected = max(noise(image), 0.25) / (math.sqrt(8 * math.pi) * 4.0)
+    return strength / expected
+
+
+def noise(image: Floats) -> float:
+    """Return the standard deviation of an image's white noise, robustly.
+
+    Source: Immerkaer 1996, with the median in place of the mean: edges are few.
+    """
+    kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+    return float(np.median(np.abs(cv2.filter2D(image, cv2.CV_32F, kernel)))) / (0.6745 * 6)
+
+
+def gradient_correlation(a: Floats, b: Floats, overlap: Bools, *, sigma_px: float = 1.5) -> float:
+    """Return the correlation of the gradient vectors of two images (H, W) inside the overlap; 0 where one is flat."""
+    (ax, ay), (bx, by) = _gradients(a, sigma_px), _gradients(b, sigma_px)
+    inside = cv2.erode(overlap.view(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).view(np.bool_)
+    both = float(np.sum((ax * bx + ay * by)[inside], dtype=np.float64))
+    energy = float(np.sum((ax * ax + ay * ay)[inside], dtype=np.float64))
+    energy *= float(np.sum((bx * bx + by * by)[inside], dtype=np.float64))
+    return both / math.sqrt(energy) if energy > 1e-6 else 0.0
+
+
+def _gradients(image: Floats, sigma_px: float) -> tuple[Floats, Floats]:
+    smooth = cv2.GaussianBlur(image, (0, 0), sigma_px)
+    gx = cv2.Scharr(smooth, cv2.CV_32F, 1, 0, scale=1 / 32)
+    gy = cv2.Scharr(smooth, cv2.CV_32F, 0, 1, scale=1 / 32)
+    return np.asarray(gx, np.float32), np.asarray(gy, np.float32)
+
+
+def _shrunk(image: Floats, scale: float) -> Floats:
+    if scale >= 1:
+        return image
+    H, W = image.shape
+    size_wh = max(1, round(W * scale)), max(1, round(H * scale))
+    return np.asarray(cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA), np.float32)
+
+
+def _shifts(inspected: Floats, reference: Floats) -> list[tuple[float, float]]:
+    """Return likely shifts (dx, dy) in pixels of these images: the peaks of the correlation, and none at all."""
+    scale = min(1.0, _COARSE_PX / max(inspected.shape))
+    a, b = _shrunk(inspected, scale), _shrunk(reference, scale)
+    surface, reach_yx = _correlations(a, b)
+    found = [(0.0, 0.0)]
+    surface = surface.copy()
+    apart = max(3, round(0.02 * max(a.shape)))
+    for _ in range(_N_PEAKS):
+        row, column = np.unravel_index(int(surface.argmax()), surface.shape)
+        dy, dx = int(row) - reach_yx[0], int(column) - reach_yx[1]
+        found.append((dx / scale, dy / scale))
+        surface[max(0, row - apart) : row + apart + 1, max(0, column - apart) : column + apart + 1] = -2
+    return found
+
+
+def _correlations(a: Floats, b: Floats) -> tuple[Floats, tuple[int, int]]:
+    """Return the correlation of gradient vectors for every whole shift within the limit, and where shift 0 lies.
+
+    Entry [reach_y + dy, reach_x + dx] compares a(x, y) with b(x + dx, y + dy) where both exist.
+    """
+    H, W = a.shape
+    reach = math.ceil(MAX_SHIFT * H) + 1, math.ceil(MAX_SHIFT * W) + 1
+    size = cv2.getOptimalDFTSize(H + reach[0]), cv2.getOptimalDFTSize(W + reach[1])
+    (ax, ay), (bx, by) = _gradients(a, 1.5), _gradients(b, 1.5)
+    fa, fb = (np.fft.fft2(gx + 1j * gy, size) for gx, gy in ((ax, ay), (bx, by)))
+    ea, eb = (np.fft.rfft2(gx * gx + gy * gy, size) for gx, gy in ((ax, ay), (bx, by)))
+    ones = np.fft.rfft2(np.ones((H, W), np.float32), size)
+    both = np.fft.ifft2(np.conj(fa) * fb).real
+    energy_a = np.fft.irfft2(np.conj(ea) * ones, size)
+    energy_b = np.fft.irfft2(np.conj(ones) * eb, size)
+    energy = np.maximum(energy_a, 0) * np.maximum(energy_b, 0)
+    least = 1e-4 * float(energy[0, 0]) + 1e-9
+    surface = both / np.sqrt(np.maximum(energy, least))
+    rows, columns = np.arange(-reach[0], reach[0] + 1), np.arange(-reach[1], reach[1] + 1)
+    return surface[np.ix_(rows, columns)].astype(np.float32), reach
+
+
+def _refined(inspected: Floats, reference: Floats, shift_xy: tuple[float, float]) -> Floats:
+    """Return the affine warp (2, 3), inspected to reference pixels, that ECC finds from a shift; the shift if none."""
+    warp = np.array([[1, 0, shift_xy[0]], [0, 1, shift_xy[1]]], np.float32)
+    a, b = (np.asarray(np.hypot(*_gradients(image, 1.5)), np.float32) for image in (inspected, reference))
+    for motion in (cv2.MOTION_TRANSLATION, cv2.MOTION_AFFINE):
+        criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
+        try:
+            _, found = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, None, 5)
+        except cv2.error:
+            return warp
+        if not _is_near(found, warp, inspected.shape):
+            return warp
+        warp = np.asarray(found, np.float32)
+    return warp
+
+
+def _is_near(found: NDArray[np.floating], before: Floats, size_hw: tuple[int, ...]) -> bool:
+    """Say whether a refined warp is one that two scans of one recipe can differ by: 3 %, and 4 % of the field."""
+    if not np.isfinite(found).all() or np.abs(found[:, :2] - np.eye(2)).max() > 0.03:
+        return False
+    H, W = size_hw
+    centre = np.array([W / 2, H / 2, 1], np.float32)
+    return bool(np.abs((found - before) @ centre).max() <= 0.02 * max(size_hw) + 3)
+
+
+def _correlation_under(inspected: Floats, reference: Floats, warp: Floats) -> float:
+    H, W = inspected.shape
+    aligned, overlap = _sample(reference, _sampling_maps(warp, (H, W), 1.0))
+    return gradient_correlation(inspected, aligned, overlap)
+
+
+def _shift_at_centre(warp: Floats, size_hw: tuple[int, ...], scale: float) -> tuple[float, float]:
+    centre = np.array([size_hw[1] / 2, size_hw[0] / 2])
+    dx, dy = (warp[:, :2] @ centre + warp[:, 2] - centre) / scale
+    return float(dx), float(dy)
+
+
+def _sampling_maps(warp: Floats, size_hw: tuple[int, int], scale: float) -> tuple[Floats, Floats]:
+    """Return x and y maps (H, W) of where each inspected pixel lies in the reference, the warp being of a shrunk one."""
+    H, W = size_hw
+    x = (np.arange(W, dtype=np.float32)[None] + 0.5) * scale - 0.5
+    y = (np.arange(H, dtype=np.float32)[:, None] + 0.5) * scale - 0.5
+    maps = [(row[0] * x + row[1] * y + row[2] + 0.5) / scale - 0.5 for row in warp]
+    return np.asarray(maps[0], np.float32), np.asarray(maps[1], np.float32)
+
+
+def _sample(image: Floats, maps: tuple[Floats, Floats]) -> tuple[Floats, Bools]:
+    H, W = image.shape
+    aligned = cv2.remap(image, maps[0], maps[1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    overlap = (maps[0] >= 0) & (maps[0] <= W - 1) & (maps[1] >= 0) & (maps[1] <= H - 1)
+    return np.asarray(aligned, np.float32), np.asarray(overlap, np.bool_)
+
+
+def _follow_rows(inspected: Floats, reference: Floats, maps: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+    """Move bands of rows by what is left of the drift: a raster scan is displaced by rows, not by pixels."""
+    H = len(inspected)
+    for _ in range(3):
+        aligned, overlap = _sample(reference, maps)
+        step_x, step_y = _row_steps(inspected, aligned, overlap)
+        if max(np.abs(step_x).max(), np.abs(step_y).max()) < 0.02:
+            break
+        maps = maps[0] + step_x[:, None], maps[1] + step_y[:, None]
+    assert len(maps[0]) == H
+    return maps
+
+
+def _row_steps(inspected: Floats, aligned: Floats, overlap: Bools) -> tuple[Floats, Floats]:
+    """Return displacements (H,) along x and y, one step of Lucas and Kanade for each row with its neighbours."""
+    a, b = _band_passed(inspected, overlap), _band_passed(aligned, overlap)
+    gx, gy = _gradients(b, 0.8)
+    weight = cv2.erode(overlap.view(np.uint8), np.ones((7, 7), np.uint8), borderValue=0).astype(np.float32)
+    spread = max(float(np.median(np.abs(a - b)[overlap])) / 0.6745, 1e-3)
+    left = a - b
+    weight = weight / (1 + (left / (3 * spread)) ** 2)  # a defect has no vote
+    parts = [np.sum(weight * p, axis=1) for p in (gx * gx, gx * gy, gy * gy, gx * left, gy * left)]
+    sigma = max(4.0, len(a) / 24)
+    xx, xy, yy, xl, yl = (cv2.GaussianBlur(p.astype(np.float64)[:, None], (0, 0), sigma)[:, 0] for p in parts)
+    ridge = 0.05 * float(np.mean(xx + yy)) + 1e-6
+    xx, yy = xx + ridge, yy + ridge
+    determinant = xx * yy - xy * xy
+    step_x, step_y = (yy * xl - xy * yl) / determinant, (xx * yl - xy * xl) / determinant
+    return np.clip(step_x, -1, 1).astype(np.float32), np.clip(step_y, -1, 1).astype(np.float32)
+
+
+def _band_passed(image: Floats, overlap: Bools) -> Floats:
+    """Fine structure in standard deviations: without brightness, charging and gain."""
+    fine = cv2.GaussianBlur(image, (0, 0), 1.2) - cv2.GaussianBlur(image, (0, 0), 12.0)
+    return np.asarray(fine / max(float(fine[overlap].std()), 1e-3), np.float32)
+
+
+# --- comparison ----------------------------------------------------------------------------------------------------
+
+
+def compare(inspected: NDArray[np.uint8], aligned: Floats, overlap: Bools) -> Floats:
+    """Return the difference of two registered images in standard deviations of the pair, (ceil(H/8), ceil(W/8)).
+
+    Args:
+        inspected: (H, W) gray.
+        aligned: (H, W) gray levels of the reference as the inspected field sees them.
+        overlap: (H, W) True where there is a counterpart.
+
+    Returns:
+        The largest difference in each cell of 8 x 8 pixels, 0 where there is no counterpart. Never NaN.
+    """
+    return cells(difference(inspected, aligned, overlap))
+
+
+def difference(
+    inspected: NDArray[np.uint8],
+    aligned: Floats,
+    overlap: Bools,
+    *,
+    slack_px: float = 0.5,
+    scales_px: tuple[float, ...] = _SCALES_PX,
+) -> Floats:
+    """Return the difference (H, W) of two registered images in standard deviations of the pair, see ``compare``."""
+    inside = cv2.erode(overlap.view(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).view(np.bool_)
+    if not inside.any():
+        return np.zeros(inspected.shape, np.float32)
+    image = inspected.astype(np.float32)
+    matched = match_gray(image, aligned, inside)
+    left = np.where(inside, image - matched, np.float32(0))
+    left -= _row_offsets(left, inside)[:, None]
+    left[~inside] = 0
+    found = np.zeros(image.shape, np.float32)
+    weight = inside.astype(np.float32)
+    for sigma in scales_px:
+        share = cv2.GaussianBlur(weight, (0, 0), sigma)
+        smooth = cv2.GaussianBlur(left, (0, 0), sigma) / np.maximum(share, 0.05)
+        edges = _edge_strength(image, matched, max(sigma, 1.5))
+        level = cv2.GaussianBlur(matched, (0, 0), max(sigma, 1.5))
+        found = np.maximum(found, _standardised(smooth, edges, level, inside & (share > 0.5), slack_px))
+    return found
+
+
+def cells(values: Floats) -> Floats:
+    """Return the largest value of each cell of 8 x 8 pixels: (H, W) to (ceil(H/8), ceil(W/8))."""
+    H, W = values.shape
+    padded = np.pad(values, ((0, -H % CELL_PX), (0, -W % CELL_PX)), mode="edge")
+    h, w = len(padded) // CELL_PX, padded.shape[1] // CELL_PX
+    return np.asarray(padded.reshape(h, CELL_PX, w, CELL_PX).max(axis=(1, 3)), np.float32)
+
+
+def match_gray(image: Floats, aligned: Floats, inside: Bools) -> Floats:
+    """Return the reference (H, W) with the local gain and offset of the inspected image.
+
+    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, twice: the second time without
+    what differed most in the first, which is defects. The gain is drawn towards that of the whole field.
+    """
+    sigma = max(16.0, min(image.shape) / 8)
+    weight = inside.astype(np.float32)
+    a, b = cv2.GaussianBlur(image, (0, 0), 1.5), cv2.GaussianBlur(aligned, (0, 0), 1.5)
+    matched = aligned
+    for _ in range(3):
+        gain, offset = _local_line(b, a, weight, sigma)
+        matched = gain * aligned + offset
+        left = np.abs(a - (gain * b + offset))
+        spread = max(float(np.median(left[inside])) / 0.6745, 0.5)
+        weight = np.where(left < 3 * spread, inside.astype(np.float32), np.float32(0.02) * inside)
+    return np.asarray(matched, np.float32)
+
+
+def _local_line(x: Floats, y: Floats, weight: Floats, sigma: float) -> tuple[Floats, Floats]:
+    """Return gain and offset (H, W) of y against x, by weighted least squares in Gaussian windows."""
+    total = float(weight.sum())
+    mean_x, mean_y = float((weight * x).sum()) / total, float((weight * y).sum()) / total
+    x, y = x - np.float32(mean_x), y - np.float32(mean_y)
+    whole = float((weight * x * x).sum()) / total
+    whole_gain = float((weight * x * y).sum()) / total / max(whole, 1e-3)
+    whole_gain = float(np.clip(whole_gain, 0.5, 2.0)) if whole > 1 else 1.0
+    w, wx, wy, wxx, wxy = (_wide_blur(p, sigma) for p in (weight, weight * x, weight * y, weight * x * x, weight * x * y))
+    w = np.maximum(w, 1e-4)
+    wx, wy, wxx, wxy = wx / w, wy / w, wxx / w, wxy / w
+    ridge = np.float32(0.5 * whole + 1.0)
+    gain = (wxy - wx * wy + ridge * whole_gain) / (np.maximum(wxx - wx * wx, 0) + ridge)
+    offset = wy - gain * wx
+    return np.asarray(gain, np.float32), np.asarray(offset + mean_y - gain * mean_x, np.float32)
+
+
+def _wide_blur(values: Floats, sigma: float) -> Floats:
+    """A wide Gaussian on a quarter of the resolution: what it leaves has no finer detail."""
+    H, W = values.shape
+    small = cv2.resize(values, (max(1, W // 4), max(1, H // 4)), interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), sigma / 4, borderType=cv2.BORDER_REFLECT)
+    return np.asarray(cv2.resize(small, (W, H), interpolation=cv2.INTER_LINEAR), np.float32)
+
+
+def _row_offsets(left: Floats, inside: Bools) -> Floats:
+    """Return the median residual (H,) of each row: rows of a scan flicker, and a defect seldom fills half of one."""
+    masked = np.where(inside, left, np.float32(np.nan))
+    counts = inside.sum(axis=1)
+    offsets = np.zeros(len(left), np.float32)
+    enough = counts >= 32
+    if enough.any():
+        offsets[enough] = np.nanmedian(masked[enough], axis=1)
+    return offsets
+
+
+def _edge_strength(image: Floats, matched: Floats, sigma_px: float) -> Floats:
+    """Return the gray levels (H, W) that a pixel of displacement can make: the gradient nearby that both images have.
+
+    What only one of them has is no edge of the layout but the defect's own.
+    """
+    reach = 2 * max(2, round(sigma_px)) + 1
+    near = np.ones((reach, reach), np.uint8)
+    of_both = [cv2.dilate(np.hypot(*_gradients(one, sigma_px)), near) for one in (image, matched)]
+    return np.asarray(np.minimum(*of_both), np.float32)
+
+
+def _standardised(smooth: Floats, edges: Floats, level: Floats, inside: Bools, slack_px: float) -> Floats:
+    """Return |residual| beyond the slack, over the spread that this pair has at such levels and edges."""
+    size = np.abs(smooth)
+    floor = float(np.percentile(edges[inside], 20))  # what noise alone leaves in a gradient is no edge
+    edges = np.maximum(edges - floor, 0)
+    beyond = np.maximum(size - slack_px * edges, 0)
+    flat = inside & (edges <= np.percentile(edges[inside], 50))
+    of_level = _spread_along(level, size, flat)
+    ratio = size / of_level
+    of_edges = np.maximum(_spread_along(edges, ratio, inside, is_rising=True), 1)
+    spread = np.maximum(of_level * of_edges, np.float32(0.05))
+    return np.where(inside, beyond / spread, np.float32(0))
+
+
+def _spread_along(key: Floats, size: Floats, chosen: Bools, *, is_rising: bool = False, n_bins: int = 12) -> Floats:
+    """Return the spread (H, W) of |residual| as a function of a key: by quantile bins, and interpolated."""
+    keys, sizes = key[chosen][:: max(1, chosen.sum() // 200_000)], size[chosen][:: max(1, chosen.sum() // 200_000)]
+    order = np.argsort(keys, kind="stable")
+    centres, spreads = [], []
+    for part in np.array_split(order, n_bins):
+        if len(part) == 0:
+            continue
+        centres.append(float(np.median(keys[part])))
+        spreads.append(max(float(np.median(sizes[part])) / 0.6745, float(np.percentile(sizes[part], 95)) / 1.96))
+    rising = np.maximum.accumulate(spreads) if is_rising else np.array(spreads)
+    return np.interp(key, centres, np.maximum(rising, 1e-3)).astype(np.float32)
+
+
+# --- score ---------------------------------------------------------------------------------------------------------
+
+
+def score_map(inspected: NDArray[np.uint8], registered: Registration) -> ScoreMap:
+    """Return the difference map of a page and its raw score, the largest value; both in standard deviations.
+
+    Raises:
+        ValueError: the registration was refused.
+    """
+    if registered.aligned is None or registered.overlap is None:
+        raise ValueError(f"not registered: {registered.reason}")
+    values = compare(inspected, registered.aligned, registered.overlap)
+    return ScoreMap(values, float(values.max()))
