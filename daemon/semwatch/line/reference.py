@@ -16,7 +16,9 @@ edge strength. So the map is in standard deviations, with heavier noise and roug
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,6 +32,9 @@ Bools = NDArray[np.bool_]
 CELL_PX = 8
 """Side of a cell of the difference map, in pixels of the field."""
 
+THRESHOLD = 7.0
+"""Differences above it are defects, in standard deviations of the pair."""
+
 MAX_SHIFT = 0.2
 """Largest shift that is looked for, as a share of each side."""
 MIN_CORRELATION = 0.35
@@ -41,11 +46,20 @@ _COARSE_PX = 384
 """Longer side at which shifts are searched."""
 _FINE_PX = 1024
 """Longer side at which the shift is refined."""
-_N_PEAKS = 6
+_N_PEAKS, _LIKELY = 4, 0.05
+"""Most shifts that are refined, and how far below the best correlation they may lie before that."""
 _TIE = 0.015
 """Correlations that differ by less are equal, as of neighbouring periods: the smaller shift is taken."""
 _MIN_TEXTURE = 6.0
-_SCALES_PX = (1.0, 2.0, 4.0, 8.0)
+_N_LEVELS, _N_LINE_LEVELS = 4, 2
+"""Levels of the pyramid, and on how many of them scratches are looked for: 8 px is a cell."""
+_LINE_SIGMA_PX, _LINE_LENGTH_PX, _N_DIRECTIONS = 1.0, 5.0, 8
+"""Standard deviations across and along of the filters for scratches, and how many directions they have."""
+_SLACK_PX = 0.5
+_N_BINS, _SAMPLE, _FEWEST = 12, 60_000, 256
+"""Bins of gray level and of edge strength, the most pixels that fill them, and the fewest that are believed."""
+_LEAST_SPREAD = 0.1
+"""Gray levels: below, rounding is all that is left of a difference."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,14 +101,7 @@ def register(inspected: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Regi
     H, W = inspected.shape
     scale = min(1.0, _FINE_PX / max(H, W))
     fine, fine_reference = _shrunk(inspected_f, scale), _shrunk(reference_f, scale)
-    best: tuple[float, Floats] | None = None
-    tried = []
-    for shift_xy in _shifts(fine, fine_reference):
-        warp = _refined(fine, fine_reference, shift_xy)
-        tried.append((_correlation_under(fine, fine_reference, warp), warp))
-    top = max(correlation for correlation, _ in tried)
-    best = min((one for one in tried if one[0] >= top - _TIE), key=lambda one: float(np.hypot(*one[1][:, 2])))
-    correlation, warp = best
+    warp, correlation = _best_warp(fine, fine_reference)
     shift_px = _shift_at_centre(warp, fine.shape, scale)
     if correlation < MIN_CORRELATION:
         return Registration(
@@ -174,18 +181,40 @@ def _shrunk(image: Floats, scale: float) -> Floats:
     return np.asarray(cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA), np.float32)
 
 
-def _shifts(inspected: Floats, reference: Floats) -> list[tuple[float, float]]:
-    """Return likely shifts (dx, dy) in pixels of these images: the peaks of the correlation, and none at all."""
+def _best_warp(inspected: Floats, reference: Floats) -> tuple[Floats, float]:
+    """Return the affine warp (2, 3) from inspected to reference pixels, and the correlation of gradients under it.
+
+    Likely shifts are compared on shrunk images; the best one is refined on these.
+    """
     scale = min(1.0, _COARSE_PX / max(inspected.shape))
-    a, b = _shrunk(inspected, scale), _shrunk(reference, scale)
-    surface, reach_yx = _correlations(a, b)
-    found = [(0.0, 0.0)]
-    surface = surface.copy()
-    apart = max(3, round(0.02 * max(a.shape)))
+    coarse, coarse_reference = _shrunk(inspected, scale), _shrunk(reference, scale)
+    tried = []
+    for shift_xy in _shifts(coarse, coarse_reference):
+        warp = _refined(coarse, coarse_reference, shift_xy)
+        tried.append((_correlation_under(coarse, coarse_reference, warp), warp))
+    top = max(correlation for correlation, _ in tried)
+    correlation, warp = min((one for one in tried if one[0] >= top - _TIE), key=lambda one: np.hypot(*one[1][:, 2]))
+    if scale == 1:
+        return warp, correlation
+    warp = warp.copy()
+    # Pixel centres: x_fine = (x_coarse + 1/2) / scale - 1/2.
+    centre = np.full(2, 0.5, np.float32)
+    warp[:, 2] = (warp[:, 2] + centre - warp[:, :2] @ centre) / scale - centre + warp[:, :2] @ centre
+    warp = _refined(inspected, reference, warp)
+    return warp, _correlation_under(inspected, reference, warp)
+
+
+def _shifts(inspected: Floats, reference: Floats) -> list[Floats]:
+    """Return likely shifts of these images as warps (2, 3): peaks of the correlation nearly as high as the highest."""
+    surface, reach_yx = _correlations(inspected, reference)
+    lowest = float(surface.max()) - _LIKELY
+    apart = max(3, round(0.02 * max(inspected.shape)))
+    found = []
     for _ in range(_N_PEAKS):
-        row, column = np.unravel_index(int(surface.argmax()), surface.shape)
-        dy, dx = int(row) - reach_yx[0], int(column) - reach_yx[1]
-        found.append((dx / scale, dy / scale))
+        row, column = (int(index) for index in np.unravel_index(int(surface.argmax()), surface.shape))
+        if surface[row, column] < lowest:
+            break
+        found.append(np.array([[1, 0, column - reach_yx[1]], [0, 1, row - reach_yx[0]]], np.float32))
         surface[max(0, row - apart) : row + apart + 1, max(0, column - apart) : column + apart + 1] = -2
     return found
 
@@ -212,9 +241,8 @@ def _correlations(a: Floats, b: Floats) -> tuple[Floats, tuple[int, int]]:
     return surface[np.ix_(rows, columns)].astype(np.float32), reach
 
 
-def _refined(inspected: Floats, reference: Floats, shift_xy: tuple[float, float]) -> Floats:
-    """Return the affine warp (2, 3), inspected to reference pixels, that ECC finds from a shift; the shift if none."""
-    warp = np.array([[1, 0, shift_xy[0]], [0, 1, shift_xy[1]]], np.float32)
+def _refined(inspected: Floats, reference: Floats, warp: Floats) -> Floats:
+    """Return the affine warp (2, 3), inspected to reference pixels, that ECC finds from another; that one if none."""
     a, b = (np.asarray(np.hypot(*_gradients(image, 1.5)), np.float32) for image in (inspected, reference))
     for motion in (cv2.MOTION_TRANSLATION, cv2.MOTION_AFFINE):
         criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
@@ -316,43 +344,89 @@ def compare(inspected: NDArray[np.uint8], aligned: Floats, overlap: Bools) -> Fl
     Returns:
         The largest difference in each cell of 8 x 8 pixels, 0 where there is no counterpart. Never NaN.
     """
-    return cells(difference(inspected, aligned, overlap))
-
-
-def difference(
-    inspected: NDArray[np.uint8],
-    aligned: Floats,
-    overlap: Bools,
-    *,
-    slack_px: float = 0.5,
-    scales_px: tuple[float, ...] = _SCALES_PX,
-) -> Floats:
-    """Return the difference (H, W) of two registered images in standard deviations of the pair, see ``compare``."""
     inside = cv2.erode(overlap.view(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).view(np.bool_)
+    inside = _padded(inside)
+    image, aligned = _padded(inspected.astype(np.float32)), _padded(aligned)
+    H, W = inspected.shape
+    inside[H:], inside[:, W:] = False, False
+    size_hw = len(image) // CELL_PX, image.shape[1] // CELL_PX
     if not inside.any():
-        return np.zeros(inspected.shape, np.float32)
-    image = inspected.astype(np.float32)
-    matched = match_gray(image, aligned, inside)
-    left = np.where(inside, image - matched, np.float32(0))
-    left -= _row_offsets(left, inside)[:, None]
-    left[~inside] = 0
-    found = np.zeros(image.shape, np.float32)
-    weight = inside.astype(np.float32)
-    for sigma in scales_px:
-        share = cv2.GaussianBlur(weight, (0, 0), sigma)
-        smooth = cv2.GaussianBlur(left, (0, 0), sigma) / np.maximum(share, 0.05)
-        edges = _edge_strength(image, matched, max(sigma, 1.5))
-        level = cv2.GaussianBlur(matched, (0, 0), max(sigma, 1.5))
-        found = np.maximum(found, _standardised(smooth, edges, level, inside & (share > 0.5), slack_px))
+        return np.zeros(size_hw, np.float32)
+    found, is_common = np.zeros(size_hw, np.float32), np.ones(size_hw, np.bool_)
+    for _ in range(2):
+        matched = match_gray(image, aligned, inside & _enlarged(is_common))
+        found = _in_spreads(image, matched, inside, is_common)
+        differs = cv2.dilate((found > THRESHOLD).view(np.uint8), np.ones((3, 3), np.uint8)).view(np.bool_)
+        if not differs.any() or differs.mean() > 0.5:
+            break
+        is_common = ~differs  # the spread is that of what agrees, and a large defect would add to it
     return found
 
 
-def cells(values: Floats) -> Floats:
-    """Return the largest value of each cell of 8 x 8 pixels: (H, W) to (ceil(H/8), ceil(W/8))."""
+def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools) -> Floats:
+    """Return the difference in each cell (h, w), the largest over a pyramid of halved images.
+
+    Args:
+        image: (8h, 8w) gray levels of the inspected field.
+        matched: (8h, 8w) of the reference, after ``match_gray``.
+        inside: (8h, 8w) True where there is a counterpart.
+        is_common: (h, w) cells that say how far two images without a defect differ.
+    """
+    left = np.where(inside, image - matched, np.float32(0))
+    left -= _row_offsets(left, inside)[:, None]
+    left[~inside] = 0
+    found = np.zeros(is_common.shape, np.float32)
+    weight = inside.astype(np.float32)
+    for level in range(_N_LEVELS):
+        if level:
+            image, matched, left, weight = (_halved(one) for one in (image, matched, left, weight))
+        share = cv2.GaussianBlur(weight, (0, 0), 1.0)
+        judged = share > 0.6
+        filtered = [[np.asarray(cv2.GaussianBlur(left, (0, 0), 1.0) / np.maximum(share, 0.5), np.float32)]]
+        if level < _N_LINE_LEVELS:
+            filtered += [[np.asarray(cv2.filter2D(left, cv2.CV_32F, kernel), np.float32) for kernel in _line_kernels()]]
+        learns = judged & np.kron(is_common, np.ones((CELL_PX >> level, CELL_PX >> level), np.bool_))
+        if np.count_nonzero(learns) < _FEWEST:
+            break
+        edges = _edge_strength(image, matched)
+        gray = np.asarray(cv2.GaussianBlur(matched, (0, 0), 1.5), np.float32)
+        for smooth in filtered:
+            values = _standardised(smooth, edges, gray, judged, learns)
+            found = np.maximum(found, _cells(values, CELL_PX >> level))
+    return found
+
+
+def _padded(values: NDArray[Any]) -> NDArray[Any]:
+    """Repeat the last row and column of (H, W) until both sides are whole cells."""
     H, W = values.shape
-    padded = np.pad(values, ((0, -H % CELL_PX), (0, -W % CELL_PX)), mode="edge")
-    h, w = len(padded) // CELL_PX, padded.shape[1] // CELL_PX
-    return np.asarray(padded.reshape(h, CELL_PX, w, CELL_PX).max(axis=(1, 3)), np.float32)
+    return np.pad(values, ((0, -H % CELL_PX), (0, -W % CELL_PX)), mode="edge")
+
+
+def _enlarged(cells: Bools) -> Bools:
+    return np.asarray(np.kron(cells, np.ones((CELL_PX, CELL_PX), np.bool_)), np.bool_)
+
+
+def _halved(values: Floats) -> Floats:
+    H, W = values.shape
+    return np.asarray(values.reshape(H // 2, 2, W // 2, 2).mean(axis=(1, 3)), np.float32)
+
+
+def _cells(values: Floats, side_px: int) -> Floats:
+    """Return the largest value of each cell of (h * side, w * side): (h, w)."""
+    H, W = values.shape
+    return np.asarray(values.reshape(H // side_px, side_px, W // side_px, side_px).max(axis=(1, 3)), np.float32)
+
+
+def _line_kernels() -> list[Floats]:
+    """Return smoothing kernels along eight directions, for scratches: a thin line is noise across and signal along."""
+    reach = round(2 * _LINE_LENGTH_PX)
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
+    kernels = []
+    for angle in np.arange(_N_DIRECTIONS) * math.pi / _N_DIRECTIONS:
+        along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+        kernel = np.exp(-0.5 * ((along / _LINE_LENGTH_PX) ** 2 + (across / _LINE_SIGMA_PX) ** 2))
+        kernels.append(np.asarray(kernel / kernel.sum(), np.float32))
+    return kernels
 
 
 def match_gray(image: Floats, aligned: Floats, inside: Bools) -> Floats:
@@ -410,43 +484,67 @@ def _row_offsets(left: Floats, inside: Bools) -> Floats:
     return offsets
 
 
-def _edge_strength(image: Floats, matched: Floats, sigma_px: float) -> Floats:
+def _edge_strength(image: Floats, matched: Floats) -> Floats:
     """Return the gray levels (H, W) that a pixel of displacement can make: the gradient nearby that both images have.
 
-    What only one of them has is no edge of the layout but the defect's own.
+    What only one of them has is no edge of the layout but the defect's own. What noise leaves is taken off.
     """
-    reach = 2 * max(2, round(sigma_px)) + 1
-    near = np.ones((reach, reach), np.uint8)
-    of_both = [cv2.dilate(np.hypot(*_gradients(one, sigma_px)), near) for one in (image, matched)]
-    return np.asarray(np.minimum(*of_both), np.float32)
+    near = np.ones((5, 5), np.uint8)
+    of_both = [cv2.dilate(np.hypot(*_gradients(one, 1.5)), near) for one in (image, matched)]
+    strength = np.minimum(*of_both)
+    return np.asarray(np.maximum(strength - np.percentile(strength, 20), 0), np.float32)
 
 
-def _standardised(smooth: Floats, edges: Floats, level: Floats, inside: Bools, slack_px: float) -> Floats:
-    """Return |residual| beyond the slack, over the spread that this pair has at such levels and edges."""
-    size = np.abs(smooth)
-    floor = float(np.percentile(edges[inside], 20))  # what noise alone leaves in a gradient is no edge
-    edges = np.maximum(edges - floor, 0)
-    beyond = np.maximum(size - slack_px * edges, 0)
-    flat = inside & (edges <= np.percentile(edges[inside], 50))
-    of_level = _spread_along(level, size, flat)
-    ratio = size / of_level
-    of_edges = np.maximum(_spread_along(edges, ratio, inside, is_rising=True), 1)
-    spread = np.maximum(of_level * of_edges, np.float32(0.05))
-    return np.where(inside, beyond / spread, np.float32(0))
+def _standardised(smooth: Sequence[Floats], edges: Floats, level: Floats, judged: Bools, learns: Bools) -> Floats:
+    """Return the largest |residual| (H, W) beyond the slack, over the spread at such gray levels and edges.
+
+    Args:
+        smooth: residuals (H, W), smoothed by filters that differ in direction only.
+        edges: see ``_edge_strength``.
+        level: gray levels.
+        judged: where there is an answer; 0 elsewhere.
+        learns: pixels that say how far the two differ without a defect.
+    """
+    largest = np.abs(smooth[0])
+    for one in smooth[1:]:
+        np.maximum(largest, np.abs(one), out=largest)
+    chosen = np.flatnonzero(learns)[:: max(1, np.count_nonzero(learns) // _SAMPLE)]
+    sizes = np.stack([np.abs(one.ravel()[chosen]) for one in smooth])
+    levels, strengths = level.ravel()[chosen], edges.ravel()[chosen]
+    flat = strengths <= np.median(strengths)
+    of_level = _spreads(levels[flat], sizes[:, flat])
+    ratios = sizes / _looked_up(levels, of_level)
+    centres, spreads = _spreads(strengths, ratios)
+    of_edges = centres, np.maximum(np.maximum.accumulate(spreads), 1)
+    spread = _looked_up(level, of_level) * _looked_up(edges, of_edges)
+    beyond = np.maximum(largest - _SLACK_PX * edges, 0)
+    return np.where(judged, beyond / spread, np.float32(0))
 
 
-def _spread_along(key: Floats, size: Floats, chosen: Bools, *, is_rising: bool = False, n_bins: int = 12) -> Floats:
-    """Return the spread (H, W) of |residual| as a function of a key: by quantile bins, and interpolated."""
-    keys, sizes = key[chosen][:: max(1, chosen.sum() // 200_000)], size[chosen][:: max(1, chosen.sum() // 200_000)]
-    order = np.argsort(keys, kind="stable")
-    centres, spreads = [], []
-    for part in np.array_split(order, n_bins):
-        if len(part) == 0:
-            continue
-        centres.append(float(np.median(keys[part])))
-        spreads.append(max(float(np.median(sizes[part])) / 0.6745, float(np.percentile(sizes[part], 95)) / 1.96))
-    rising = np.maximum.accumulate(spreads) if is_rising else np.array(spreads)
-    return np.interp(key, centres, np.maximum(rising, 1e-3)).astype(np.float32)
+def _spreads(keys: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+    """Return the standard deviation of residuals in bins of a key, as centres and values (n,): robust, and of the tail.
+
+    Args:
+        keys: (n,) gray level or edge strength.
+        sizes: (filters, n) |residual|.
+    """
+    parts = [part for part in np.array_split(np.argsort(keys, kind="stable"), _N_BINS) if len(part)]
+    centres = [float(np.median(keys[part])) for part in parts]
+    spreads = []
+    for part in parts:
+        middle, tail = np.percentile(sizes[:, part], [50, 95])
+        spreads.append(max(float(middle) / 0.6745, float(tail) / 1.96, _LEAST_SPREAD))
+    return np.array(centres, np.float32), np.array(spreads, np.float32)
+
+
+def _looked_up(keys: Floats, table: tuple[Floats, Floats]) -> Floats:
+    """Interpolate a table at every key, through 256 steps: a field has a million keys."""
+    centres, values = table
+    low, high = float(centres[0]), float(centres[-1])
+    if high - low < 1e-6:
+        return np.full(keys.shape, values[-1], np.float32)
+    steps = np.interp(np.linspace(low, high, 256), centres, values).astype(np.float32)
+    return steps[np.clip((keys - low) * (255 / (high - low)), 0, 255).astype(np.uint8)]
 
 
 # --- score ---------------------------------------------------------------------------------------------------------
