@@ -380,11 +380,13 @@ def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools)
     for level in range(_N_LEVELS):
         if level:
             image, matched, left, weight = (_halved(one) for one in (image, matched, left, weight))
-        share = cv2.GaussianBlur(weight, (0, 0), 1.0)
-        judged = share > 0.6
-        filtered = [[np.asarray(cv2.GaussianBlur(left, (0, 0), 1.0) / np.maximum(share, 0.5), np.float32)]]
+        # Beyond a border there is nothing: the noise of what is left is that of half a kernel, whose square has 1/sqrt(2).
+        share = cv2.GaussianBlur(weight, (0, 0), math.sqrt(0.5), borderType=cv2.BORDER_CONSTANT)
+        judged = weight > 0.5
+        even = cv2.GaussianBlur(left, (0, 0), 1.0, borderType=cv2.BORDER_CONSTANT) / np.sqrt(np.maximum(share, 0.2))
+        filtered = [[np.asarray(even, np.float32)]]
         if level < _N_LINE_LEVELS:
-            filtered += [[np.asarray(cv2.filter2D(left, cv2.CV_32F, kernel), np.float32) for kernel in _line_kernels()]]
+            filtered.append([_filtered(left, kernel) for kernel in _line_kernels()])
         learns = judged & np.kron(is_common, np.ones((CELL_PX >> level, CELL_PX >> level), np.bool_))
         if np.count_nonzero(learns) < _FEWEST:
             break
@@ -394,6 +396,10 @@ def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools)
             values = _standardised(smooth, edges, gray, judged, learns)
             found = np.maximum(found, _cells(values, CELL_PX >> level))
     return found
+
+
+def _filtered(left: Floats, kernel: Floats) -> Floats:
+    return np.asarray(cv2.filter2D(left, cv2.CV_32F, kernel, borderType=cv2.BORDER_CONSTANT), np.float32)
 
 
 def _padded(values: NDArray[Any]) -> NDArray[Any]:
