@@ -57,6 +57,29 @@ class ScoreMap:
     """Image score before any per-image normalisation; comparable between images."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """What became of the reference of one page."""
+
+    name: str
+    """File name of the reference, or ``"page 1"`` of the same file."""
+    reason: str
+    """Why the page was judged without it, in plain words; empty where it was used."""
+    shift_px: tuple[float, float] | None = None
+    """A point (x, y) in the middle of the field lies in the reference's field at (x + dx, y + dy)."""
+    correlation: float | None = None
+    """Of the gradients of both after alignment, range [-1, 1]."""
+    aligned: NDArray[np.uint8] | None = None
+    """(H, W) the reference as the field sees it, with the field's gain and offset; None where it was not used."""
+    overlap: NDArray[np.bool_] | None = None
+    """(H, W) True where the field has a counterpart; the rest was not judged."""
+
+    @property
+    def used(self) -> bool:
+        """The page was judged by its difference from the reference."""
+        return not self.reason
+
+
 @dataclass(frozen=True, slots=True)
 class Neighbour:
     """One class as seen from a defect."""
@@ -115,6 +138,8 @@ class PageReview:
     mask: NDArray[np.bool_]
     """(g, g) defect mask over the field at the working grid; all False where the gate stayed shut."""
     defects: tuple[Defect, ...]
+    reference: Reference | None = None
+    """None where the recipe names no reference. Where it was used, score map and gate are of the difference."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

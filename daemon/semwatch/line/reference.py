@@ -24,21 +24,26 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import ScoreMap
+from semwatch.defects import Micrograph, Reference, ScoreMap
+from semwatch.settings.recipe import Recipe
+from semwatch.settings.recipe import Reference as Rule
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
+Compared = tuple[ScoreMap | None, Reference | None]
+"""What ``compared`` returns."""
+
 CELL_PX = 8
 """Side of a cell of the difference map, in pixels of the field."""
 
-THRESHOLD = 7.0
-"""Differences above it are defects, in standard deviations of the pair."""
+_RULE = Recipe().reference
+"""Where nothing is said, the default recipe holds."""
 
-MAX_SHIFT = 0.2
-"""Largest shift that is looked for, as a share of each side."""
-MIN_CORRELATION = 0.35
-"""Least correlation of the gradient fields after alignment."""
+GOES_ON = 0.7
+"""Share of the threshold above which a defect goes on."""
+MAX_PLACES = 24
+"""A reference that differs in more places shows another place; ``register`` cannot see it where a layout repeats."""
 ASPECT_TOLERANCE = 0.02
 """A reference of another size is resampled if its sides have the same ratio within this."""
 
@@ -51,6 +56,8 @@ _N_PEAKS, _LIKELY = 4, 0.05
 _TIE = 0.015
 """Correlations that differ by less are equal, as of neighbouring periods: the smaller shift is taken."""
 _MIN_TEXTURE = 6.0
+_NOISE_IN_GRADIENT = 1 / (8 * math.pi)
+"""Variance of one derivative of white noise after a Gaussian of sigma, times sigma^4 (Scharr widens it a little)."""
 _N_LEVELS, _N_LINE_LEVELS = 4, 2
 """Levels of the pyramid, and on how many of them scratches are looked for: 8 px is a cell."""
 _LINE_SIGMA_PX, _LINE_LENGTH_PX, _N_DIRECTIONS = 1.0, 5.0, 8
@@ -81,12 +88,20 @@ class Registration:
 # --- registration --------------------------------------------------------------------------------------------------
 
 
-def register(inspected: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Registration:
+def register(
+    inspected: NDArray[np.uint8],
+    reference: NDArray[np.uint8],
+    *,
+    max_shift: float = _RULE.max_shift,
+    min_correlation: float = _RULE.min_correlation,
+) -> Registration:
     """Lay a reference over an inspected field.
 
     Args:
         inspected: (H, W) gray.
         reference: (h, w) gray; of another size only if the ratio of the sides is the same.
+        max_shift: as a share of each side.
+        min_correlation: see ``gradient_correlation``.
 
     Returns:
         The reference as the inspected field sees it; or the reason, in plain words, why it cannot be used.
@@ -101,19 +116,19 @@ def register(inspected: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Regi
     H, W = inspected.shape
     scale = min(1.0, _FINE_PX / max(H, W))
     fine, fine_reference = _shrunk(inspected_f, scale), _shrunk(reference_f, scale)
-    warp, correlation = _best_warp(fine, fine_reference)
+    warp, correlation = _best_warp(fine, fine_reference, max_shift)
     shift_px = _shift_at_centre(warp, fine.shape, scale)
-    if correlation < MIN_CORRELATION:
+    if correlation < min_correlation:
         return Registration(
-            f"another place: the images agree with a correlation of {correlation:.2f}, under {MIN_CORRELATION}",
+            f"another place: the images agree with a correlation of {correlation:.2f}, under {min_correlation}",
             shift_px,
             correlation,
         )
-    too_far = abs(shift_px[0]) > MAX_SHIFT * W + 2 or abs(shift_px[1]) > MAX_SHIFT * H + 2
+    too_far = abs(shift_px[0]) > max_shift * W + 2 or abs(shift_px[1]) > max_shift * H + 2
     if too_far:
         return Registration(
             f"too little overlap: the reference is shifted by {shift_px[0]:.0f}, {shift_px[1]:.0f} px, over "
-            f"{MAX_SHIFT:.0%} of the field",
+            f"{max_shift:.0%} of the field",
             shift_px,
             correlation,
         )
@@ -142,8 +157,7 @@ def texture(image: Floats) -> float:
     """
     gx, gy = _gradients(image, 2.0)
     strength = float(np.percentile(np.hypot(gx, gy), 99))
-    # White noise of deviation s leaves s / (sqrt(8 pi) sigma^2) in each derivative of a Gaussian (Scharr widens it).
-    expected = max(noise(image), 0.25) / (math.sqrt(8 * math.pi) * 4.0)
+    expected = max(noise(image), 0.25) * math.sqrt(_NOISE_IN_GRADIENT) / 4.0
     return strength / expected
 
 
@@ -156,14 +170,25 @@ def noise(image: Floats) -> float:
     return float(np.median(np.abs(cv2.filter2D(image, cv2.CV_32F, kernel)))) / (0.6745 * 6)
 
 
-def gradient_correlation(a: Floats, b: Floats, overlap: Bools, *, sigma_px: float = 1.5) -> float:
-    """Return the correlation of the gradient vectors of two images (H, W) inside the overlap; 0 where one is flat."""
-    (ax, ay), (bx, by) = _gradients(a, sigma_px), _gradients(b, sigma_px)
+def gradient_correlation(a: Floats, b: Floats, overlap: Bools) -> float:
+    """Return the correlation of the gradient vectors of two images (H, W) inside the overlap, range [-1, 1].
+
+    What white noise adds to the energy of the gradients is taken off, so that two noisy scans of one place come near to
+    1 as well, as far as there is something beside noise; 0 where one is flat.
+    """
+    sigma = 1.5
+    (ax, ay), (bx, by) = _gradients(a, sigma), _gradients(b, sigma)
     inside = cv2.erode(overlap.view(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).view(np.bool_)
-    both = float(np.sum((ax * bx + ay * by)[inside], dtype=np.float64))
-    energy = float(np.sum((ax * ax + ay * ay)[inside], dtype=np.float64))
-    energy *= float(np.sum((bx * bx + by * by)[inside], dtype=np.float64))
-    return both / math.sqrt(energy) if energy > 1e-6 else 0.0
+    if not inside.any():
+        return 0.0
+    both = float(np.mean((ax * bx + ay * by)[inside]))
+    energies = []
+    for image, gx, gy in ((a, ax, ay), (b, bx, by)):
+        energy = float(np.mean((gx * gx + gy * gy)[inside]))
+        of_noise = 2 * noise(image) ** 2 * _NOISE_IN_GRADIENT / sigma**4
+        energies.append(max(energy - of_noise, 0.25 * energy))
+    product = energies[0] * energies[1]
+    return float(np.clip(both / math.sqrt(product), -1, 1)) if product > 1e-9 else 0.0
 
 
 def _gradients(image: Floats, sigma_px: float) -> tuple[Floats, Floats]:
@@ -181,7 +206,7 @@ def _shrunk(image: Floats, scale: float) -> Floats:
     return np.asarray(cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA), np.float32)
 
 
-def _best_warp(inspected: Floats, reference: Floats) -> tuple[Floats, float]:
+def _best_warp(inspected: Floats, reference: Floats, max_shift: float) -> tuple[Floats, float]:
     """Return the affine warp (2, 3) from inspected to reference pixels, and the correlation of gradients under it.
 
     Likely shifts are compared on shrunk images; the best one is refined on these.
@@ -189,7 +214,7 @@ def _best_warp(inspected: Floats, reference: Floats) -> tuple[Floats, float]:
     scale = min(1.0, _COARSE_PX / max(inspected.shape))
     coarse, coarse_reference = _shrunk(inspected, scale), _shrunk(reference, scale)
     tried = []
-    for shift_xy in _shifts(coarse, coarse_reference):
+    for shift_xy in _shifts(coarse, coarse_reference, max_shift):
         warp = _refined(coarse, coarse_reference, shift_xy)
         tried.append((_correlation_under(coarse, coarse_reference, warp), warp))
     top = max(correlation for correlation, _ in tried)
@@ -204,9 +229,9 @@ def _best_warp(inspected: Floats, reference: Floats) -> tuple[Floats, float]:
     return warp, _correlation_under(inspected, reference, warp)
 
 
-def _shifts(inspected: Floats, reference: Floats) -> list[Floats]:
+def _shifts(inspected: Floats, reference: Floats, max_shift: float) -> list[Floats]:
     """Return likely shifts of these images as warps (2, 3): peaks of the correlation nearly as high as the highest."""
-    surface, reach_yx = _correlations(inspected, reference)
+    surface, reach_yx = _correlations(inspected, reference, max_shift)
     lowest = float(surface.max()) - _LIKELY
     apart = max(3, round(0.02 * max(inspected.shape)))
     found = []
@@ -219,13 +244,13 @@ def _shifts(inspected: Floats, reference: Floats) -> list[Floats]:
     return found
 
 
-def _correlations(a: Floats, b: Floats) -> tuple[Floats, tuple[int, int]]:
+def _correlations(a: Floats, b: Floats, max_shift: float) -> tuple[Floats, tuple[int, int]]:
     """Return the correlation of gradient vectors for every whole shift within the limit, and where shift 0 lies.
 
     Entry [reach_y + dy, reach_x + dx] compares a(x, y) with b(x + dx, y + dy) where both exist.
     """
     H, W = a.shape
-    reach = math.ceil(MAX_SHIFT * H) + 1, math.ceil(MAX_SHIFT * W) + 1
+    reach = math.ceil(max_shift * H) + 1, math.ceil(max_shift * W) + 1
     size = cv2.getOptimalDFTSize(H + reach[0]), cv2.getOptimalDFTSize(W + reach[1])
     (ax, ay), (bx, by) = _gradients(a, 1.5), _gradients(b, 1.5)
     fa, fb = (np.fft.fft2(gx + 1j * gy, size) for gx, gy in ((ax, ay), (bx, by)))
@@ -333,13 +358,16 @@ def _band_passed(image: Floats, overlap: Bools) -> Floats:
 # --- comparison ----------------------------------------------------------------------------------------------------
 
 
-def compare(inspected: NDArray[np.uint8], aligned: Floats, overlap: Bools) -> Floats:
+def compare(
+    inspected: NDArray[np.uint8], aligned: Floats, overlap: Bools, *, threshold: float = _RULE.threshold
+) -> Floats:
     """Return the difference of two registered images in standard deviations of the pair, (ceil(H/8), ceil(W/8)).
 
     Args:
         inspected: (H, W) gray.
         aligned: (H, W) gray levels of the reference as the inspected field sees them.
         overlap: (H, W) True where there is a counterpart.
+        threshold: what lies above it has no part in the spread.
 
     Returns:
         The largest difference in each cell of 8 x 8 pixels, 0 where there is no counterpart. Never NaN.
@@ -356,7 +384,7 @@ def compare(inspected: NDArray[np.uint8], aligned: Floats, overlap: Bools) -> Fl
     for _ in range(2):
         matched = match_gray(image, aligned, inside & _enlarged(is_common))
         found = _in_spreads(image, matched, inside, is_common)
-        differs = cv2.dilate((found > THRESHOLD).view(np.uint8), np.ones((3, 3), np.uint8)).view(np.bool_)
+        differs = cv2.dilate((found > threshold).view(np.uint8), np.ones((3, 3), np.uint8)).view(np.bool_)
         if not differs.any() or differs.mean() > 0.5:
             break
         is_common = ~differs  # the spread is that of what agrees, and a large defect would add to it
@@ -553,16 +581,78 @@ def _looked_up(keys: Floats, table: tuple[Floats, Floats]) -> Floats:
     return steps[np.clip((keys - low) * (255 / (high - low)), 0, 255).astype(np.uint8)]
 
 
-# --- score ---------------------------------------------------------------------------------------------------------
+# --- the line ------------------------------------------------------------------------------------------------------
 
 
-def score_map(inspected: NDArray[np.uint8], registered: Registration) -> ScoreMap:
-    """Return the difference map of a page and its raw score, the largest value; both in standard deviations.
+@dataclass(frozen=True, slots=True, eq=False)
+class Differing:
+    """What differs, on the working grid."""
 
-    Raises:
-        ValueError: the registration was refused.
+    mask: Bools
+    """(g, g) True on defects."""
+    values: Floats
+    """(g, g) the difference map, no maximum of it lost."""
+    saliency: Floats
+    """(g, g) in [0, 1]."""
+
+
+def compared(
+    page: Micrograph, given: tuple[str, Micrograph | None, str] | None, rule: Rule = _RULE
+) -> Compared:
+    """Compare a page with its reference.
+
+    Args:
+        page: the inspected page.
+        given: name of the reference, the reference, and why there is none; None where none is asked for.
+        rule: the recipe's.
+
+    Returns:
+        The difference as a score map, None where the page must be judged alone; and what became of the reference, None
+        where none was asked for.
     """
-    if registered.aligned is None or registered.overlap is None:
-        raise ValueError(f"not registered: {registered.reason}")
-    values = compare(inspected, registered.aligned, registered.overlap)
-    return ScoreMap(values, float(values.max()))
+    if given is None:
+        return None, None
+    name, other, reason = given
+    if other is None:
+        return None, Reference(name, reason)
+    met = register(page.field, other.field, max_shift=rule.max_shift, min_correlation=rule.min_correlation)
+    if met.aligned is None or met.overlap is None:
+        return None, Reference(name, met.reason, met.shift_px, met.correlation)
+    values = compare(page.field, met.aligned, met.overlap, threshold=rule.threshold)
+    n_places = _count(values > rule.threshold)
+    if n_places > MAX_PLACES:
+        reason = f"another place: the images differ in {n_places} places, over {MAX_PLACES}"
+        return None, Reference(name, reason, met.shift_px, met.correlation)
+    matched = match_gray(page.field.astype(np.float32), met.aligned, met.overlap)
+    shown = np.clip(np.rint(matched), 0, 255).astype(np.uint8)
+    difference = ScoreMap(values, float(values.max()))
+    return difference, Reference(name, "", met.shift_px, met.correlation, shown, met.overlap)
+
+
+def binarize(values: Floats, *, threshold: float, grid_px: int) -> Differing:
+    """Return what differs on the working grid (g, g): places above the threshold, with what hangs on to them.
+
+    A place goes on as far as the difference stays above ``GOES_ON`` thresholds (hysteresis, Canny 1986).
+    """
+    shown = _on_grid(values, grid_px)
+    low = GOES_ON * threshold
+    _, labels = cv2.connectedComponents((shown > low).view(np.uint8), connectivity=8)
+    is_defect = np.zeros(int(labels.max()) + 1, np.bool_)
+    is_defect[labels[shown > threshold]] = True
+    is_defect[0] = False
+    saliency = np.clip((shown - low) / (2 * threshold - low), 0, 1)
+    return Differing(is_defect[labels], shown, np.asarray(saliency, np.float32))
+
+
+def _on_grid(values: Floats, grid_px: int) -> Floats:
+    """Return a map (h, w) on a grid (g, g): a grid cell has the largest value of the cells that it touches."""
+    h, w = values.shape
+    rows, columns = (
+        (np.arange(grid_px) * n // grid_px, -(-(np.arange(grid_px) + 1) * n // grid_px)) for n in (h, w)
+    )
+    by_row = np.stack([values[first:last].max(axis=0) for first, last in zip(*rows, strict=True)])
+    return np.stack([by_row[:, first:last].max(axis=1) for first, last in zip(*columns, strict=True)], axis=1)
+
+
+def _count(mask: Bools) -> int:
+    return int(cv2.connectedComponents(mask.view(np.uint8), connectivity=8)[0]) - 1

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from semwatch.defects import Box, Defect, PageReview, Review, Verdict, VerdictKind
+from semwatch.defects import Box, Defect, PageReview, Reference, Review, Verdict, VerdictKind
 from semwatch.errors import ImageError
 from semwatch.system.faults import first_fault
 
@@ -66,6 +66,20 @@ class DefectRecord(_Record):
     verdict: VerdictRecord
 
 
+class ReferenceRecord(_Record):
+    """The picture of the same place of another die that a page was compared with, or why it was not."""
+
+    name: str = Field(description="File name of the reference, or the page of the same file.")
+    used: bool = Field(description="True: image_score, gate_threshold and peak_score are of the difference.")
+    reason: str = Field(description="Why the page was judged without it; empty where it was used.")
+    shift_px: tuple[Number, Number] | None = Field(
+        description="A point (x, y) in the middle of the field lies in the reference at (x + dx, y + dy)."
+    )
+    correlation: Annotated[Number, Field(ge=-1, le=1)] | None = Field(
+        description="Of the gradients of both after alignment."
+    )
+
+
 class PageRecord(_Record):
     """One page of the image file."""
 
@@ -81,6 +95,9 @@ class PageRecord(_Record):
         description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it defect-free."
     )
     defects: tuple[DefectRecord, ...]
+    reference: ReferenceRecord | None = Field(
+        default=None, description="Null where the recipe names no reference, and in results of older releases."
+    )
 
 
 class ReviewRecord(_Record):
@@ -196,6 +213,17 @@ def _page_record(page: PageReview, code_of: Callable[[Verdict], int | None]) -> 
         gate_threshold=float(page.gate_threshold),
         verdict=page_verdict([defect.verdict.kind for defect in page.defects]),
         defects=tuple(_defect_record(defect, code_of) for defect in page.defects),
+        reference=None if page.reference is None else _reference_record(page.reference),
+    )
+
+
+def _reference_record(reference: Reference) -> ReferenceRecord:
+    return ReferenceRecord(
+        name=printable(reference.name),
+        used=reference.used,
+        reason=printable(reference.reason),
+        shift_px=reference.shift_px,
+        correlation=reference.correlation,
     )
 
 
