@@ -40,9 +40,11 @@ CELL_PX = 8
 _RULE = Recipe().reference
 """Where nothing is said, the default recipe holds."""
 
+LIKELY = 0.6
+"""Share of the threshold above which a cell says no more how far the two differ without a defect."""
 GOES_ON = 0.7
 """Share of the threshold above which a defect goes on."""
-MAX_PLACES = 24
+MAX_PLACES = 16
 """A reference that differs in more places shows another place; ``register`` cannot see it where a layout repeats."""
 ASPECT_TOLERANCE = 0.02
 """A reference of another size is resampled if its sides have the same ratio within this."""
@@ -62,6 +64,8 @@ _N_LEVELS, _N_LINE_LEVELS = 4, 2
 """Levels of the pyramid, and on how many of them scratches are looked for: 8 px is a cell."""
 _LINE_SIGMA_PX, _LINE_LENGTH_PX, _N_DIRECTIONS = 1.0, 5.0, 8
 """Standard deviations across and along of the filters for scratches, and how many directions they have."""
+_N_PASSES = 2
+"""How often what differs is looked for, without scratches, to leave it out of gain, offset and spread."""
 _SLACK_PX = 0.5
 _N_BINS, _SAMPLE, _FEWEST = 12, 60_000, 256
 """Bins of gray level and of edge strength, the most pixels that fill them, and the fewest that are believed."""
@@ -367,7 +371,7 @@ def compare(
         inspected: (H, W) gray.
         aligned: (H, W) gray levels of the reference as the inspected field sees them.
         overlap: (H, W) True where there is a counterpart.
-        threshold: what lies above it has no part in the spread.
+        threshold: the recipe's; what comes near it has no part in the spread.
 
     Returns:
         The largest difference in each cell of 8 x 8 pixels, 0 where there is no counterpart. Never NaN.
@@ -380,18 +384,19 @@ def compare(
     size_hw = len(image) // CELL_PX, image.shape[1] // CELL_PX
     if not inside.any():
         return np.zeros(size_hw, np.float32)
-    found, is_common = np.zeros(size_hw, np.float32), np.ones(size_hw, np.bool_)
-    for _ in range(2):
+    is_common = np.ones(size_hw, np.bool_)
+    for _ in range(_N_PASSES):
         matched = match_gray(image, aligned, inside & _enlarged(is_common))
-        found = _in_spreads(image, matched, inside, is_common)
-        differs = cv2.dilate((found > threshold).view(np.uint8), np.ones((3, 3), np.uint8)).view(np.bool_)
-        if not differs.any() or differs.mean() > 0.5:
+        found = _in_spreads(image, matched, inside, is_common, n_line_levels=0)
+        differs = cv2.dilate((found > LIKELY * threshold).view(np.uint8), np.ones((3, 3), np.uint8)).view(np.bool_)
+        if differs.mean() > 0.5:
             break
-        is_common = ~differs  # the spread is that of what agrees, and a large defect would add to it
-    return found
+        is_common = ~differs  # gain, offset and spread are those of what agrees: a large defect would add to them
+    matched = match_gray(image, aligned, inside & _enlarged(is_common))
+    return _in_spreads(image, matched, inside, is_common, n_line_levels=_N_LINE_LEVELS)
 
 
-def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools) -> Floats:
+def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools, *, n_line_levels: int) -> Floats:
     """Return the difference in each cell (h, w), the largest over a pyramid of halved images.
 
     Args:
@@ -399,6 +404,7 @@ def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools)
         matched: (8h, 8w) of the reference, after ``match_gray``.
         inside: (8h, 8w) True where there is a counterpart.
         is_common: (h, w) cells that say how far two images without a defect differ.
+        n_line_levels: on how many levels scratches are looked for.
     """
     left = np.where(inside, image - matched, np.float32(0))
     left -= _row_offsets(left, inside)[:, None]
@@ -413,7 +419,7 @@ def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools)
         judged = weight > 0.5
         even = cv2.GaussianBlur(left, (0, 0), 1.0, borderType=cv2.BORDER_CONSTANT) / np.sqrt(np.maximum(share, 0.2))
         filtered = [[np.asarray(even, np.float32)]]
-        if level < _N_LINE_LEVELS:
+        if level < n_line_levels:
             filtered.append([_filtered(left, kernel) for kernel in _line_kernels()])
         learns = judged & np.kron(is_common, np.ones((CELL_PX >> level, CELL_PX >> level), np.bool_))
         if np.count_nonzero(learns) < _FEWEST:
