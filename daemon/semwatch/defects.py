@@ -20,8 +20,9 @@ VerdictKind = Literal["known", "novel", "unknown", "non-decidable", "defect-free
 Domain = Literal["known process", "unknown process", "not judged"]
 """Whether a field looks like those of the processes whose normal images the detector knows; ``not judged``: this
 detector cannot say."""
-GateSource = Literal["recipe", "detector", "stream"]
-"""Where the gate's threshold came from: the recipe's own, the detector's normals, or the stream's own scores."""
+GateSource = Literal["recipe", "detector", "stream", "reference"]
+"""Where the gate's threshold came from: the recipe's own, the detector's normals, the stream's own scores, or the recipe's
+limit of the difference from a reference."""
 
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""
@@ -97,6 +98,29 @@ class ScoreMap:
     this detector cannot say."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """What became of the reference of one page."""
+
+    name: str
+    """File name of the reference, or ``"page 1"`` of the same file."""
+    reason: str
+    """Why the page was judged without it, in plain words; empty where it was used."""
+    shift_px: tuple[float, float] | None = None
+    """A point (x, y) in the middle of the field lies in the reference's field at (x + dx, y + dy)."""
+    correlation: float | None = None
+    """Of the gradients of both after alignment, range [-1, 1]."""
+    aligned: NDArray[np.uint8] | None = None
+    """(H, W) the reference as the field sees it, with the field's gain and offset; None where it was not used."""
+    overlap: NDArray[np.bool_] | None = None
+    """(H, W) True where the field has a counterpart; the rest was not judged."""
+
+    @property
+    def used(self) -> bool:
+        """The page was judged by its difference from the reference."""
+        return not self.reason
+
+
 @dataclass(frozen=True, slots=True)
 class Neighbour:
     """One class as seen from a defect."""
@@ -162,6 +186,8 @@ class PageReview:
     quality: Quality = Quality()
     gate_source: GateSource = "detector"
     """Where ``gate_threshold`` came from."""
+    reference: Reference | None = None
+    """None where the recipe names no reference. Where it was used, score map and gate are of the difference."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

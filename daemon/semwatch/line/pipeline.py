@@ -2,6 +2,8 @@
 
     bytes -> micrograph -> quality -> detection -> gate -> binarization -> crops -> classification -> Review
 
+Where there is a reference of the same place, its difference stands in for detection, see ``reference``.
+
 Straight code without threads, folders, Redis or ledger: the daemon, ``semwatch review`` and training all call it.
 """
 
@@ -14,13 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Box, Defect, Domain, GateSource, Micrograph, PageReview, Review, ScoreMap
+from semwatch.defects import Box, Defect, Domain, GateSource, Micrograph, PageReview, Reference, Review, ScoreMap
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake import decoding, quality
 from semwatch.intake.decoding import LIMITS
-from semwatch.line import binarization, detection, inputs
+from semwatch.line import binarization, detection, inputs, reference
 from semwatch.line.binarization import Region
 from semwatch.line.classification import classify, domain_of, size_feature
+from semwatch.line.reference import Compared
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
@@ -48,11 +51,22 @@ class Search:
     """What detection and binarization found on one page."""
 
     score_map: ScoreMap
-    detector: ModelId
+    detector: ModelId | None
+    """None where the page was compared with its reference, and no detector asked."""
     gate_threshold: float
     mask: NDArray[np.bool_]
     candidates: tuple[Candidate, ...]
     gate_source: GateSource = "detector"
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFile:
+    """The file of a reference, read; or why there is none."""
+
+    name: str
+    data: bytes | None
+    reason: str = ""
+    """Where ``data`` is None."""
 
 
 def review(
@@ -68,6 +82,7 @@ def review(
     stream_threshold: float | None = None,
     max_pixels: int = LIMITS.max_image_px,
     max_pages: int = LIMITS.max_pages,
+    reference_file: ReferenceFile | None = None,
 ) -> Review:
     """Review one image file.
 
@@ -83,6 +98,8 @@ def review(
         stream_threshold: what the stream's own scores give for the gate, see ``gate_of``.
         max_pixels: of one page.
         max_pages: of one file.
+        reference_file: picture of the same place to compare with; None where the recipe names none. A file with as many
+            pages gives each its own, another file its first page.
 
     Raises:
         ImageError: the file cannot be reviewed, now or later.
@@ -92,7 +109,11 @@ def review(
     timings = dict.fromkeys(STAGES, 0.0)
     with _timed(timings, "decode"):
         micrographs = decoding.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
-    pages, answered = _review_pages(micrographs, recipe, models, timings, stream_threshold)
+        micrographs, references = _with_references(micrographs, reference_file, recipe, max_pixels, max_pages)
+    with _timed(timings, "detect"):
+        compared = [reference.compared(*pair, recipe.reference) for pair in zip(micrographs, references, strict=True)]
+    pairs = list(zip(micrographs, compared, strict=True))
+    pages, answered = _review_pages(pairs, recipe, models, timings, stream_threshold)
     return Review(
         source=source,
         path=path,
@@ -115,8 +136,11 @@ def search(
     *,
     timings_ms: dict[str, float] | None = None,
     stream_threshold: float | None = None,
+    difference: ScoreMap | None = None,
 ) -> Search:
     """Detect and binarize one page; training uses it too, so that heads see the crops that the daemon cuts.
+
+    With a ``difference`` from a reference no detector is asked: what both images show is no defect.
 
     Raises:
         ServiceUnavailable: the models are away.
@@ -124,6 +148,8 @@ def search(
         ConfigError: see ``gate_threshold``.
     """
     timings = timings_ms if timings_ms is not None else dict.fromkeys(STAGES, 0.0)
+    if difference is not None:
+        return _search_difference(page, difference, recipe, models, timings)
     threshold, gate_source = gate_of(recipe, models, stream_threshold=stream_threshold)
     with _timed(timings, "detect"):
         score_map, detector = detection.detect(page.field, models, coarser=recipe.detection.coarser)
@@ -168,6 +194,54 @@ def gate_of(recipe: Recipe, models: Models, *, stream_threshold: float | None = 
     return gate_threshold(recipe, models), "detector" if recipe.gate.threshold is None else "recipe"
 
 
+def _search_difference(
+    page: Micrograph, difference: ScoreMap, recipe: Recipe, models: Models, timings: dict[str, float]
+) -> Search:
+    """Cut out what differs from the reference by more than the threshold."""
+    settings, threshold = recipe.binarization, recipe.reference.threshold
+    with _timed(timings, "binarize"):
+        found = reference.binarize(difference.values, threshold=threshold, grid_px=settings.grid_px)
+        regions = binarization.regions(
+            found.mask,
+            found.values,
+            size_hw=(page.field.shape[0], page.field.shape[1]),
+            merge_fraction=settings.merge_fraction,
+            max_regions=settings.max_defects,
+        )
+    with _timed(timings, "crop"):
+        candidates = cut_out(regions, page, found.saliency, recipe, models) if regions else ()
+    return Search(difference, None, threshold, found.mask, candidates, "reference")
+
+
+def _with_references(
+    micrographs: tuple[Micrograph, ...],
+    given: ReferenceFile | None,
+    recipe: Recipe,
+    max_pixels: int,
+    max_pages: int,
+) -> tuple[tuple[Micrograph, ...], list[tuple[str, Micrograph | None, str] | None]]:
+    """Return the pages to review, and for each the name of its reference, the reference, and why there is none."""
+    n_reference = recipe.reference.page
+    if given is not None:
+        if given.data is None:
+            return micrographs, [(given.name, None, given.reason)] * len(micrographs)
+        try:
+            pages = decoding.decode(given.data, name=given.name, max_pixels=max_pixels, max_pages=max_pages)
+        except ImageError as error:
+            return micrographs, [(given.name, None, f"the reference cannot be read: {error}")] * len(micrographs)
+        is_page_by_page = len(pages) == len(micrographs)
+        return micrographs, [(given.name, pages[i if is_page_by_page else 0], "") for i in range(len(micrographs))]
+    if n_reference is None:
+        return micrographs, [None] * len(micrographs)
+    name = f"page {n_reference}"
+    own = [page for page in micrographs if page.page == n_reference]
+    others = tuple(page for page in micrographs if page.page != n_reference)
+    if not own or not others:
+        reason = f"the file has no page {n_reference}" if not own else "the file has no page beside the reference"
+        return micrographs, [(name, None, reason)] * len(micrographs)
+    return others, [(name, own[0], "")] * len(others)
+
+
 def gate_threshold(recipe: Recipe, models: Models) -> float:
     """The raw score above which a page is searched: the recipe's own, or the conformal one of the detector's normals.
 
@@ -198,7 +272,7 @@ def _whole_field(score_map: ScoreMap, mask: NDArray[np.bool_], size_hw: tuple[in
 
 
 def _review_pages(
-    micrographs: Sequence[Micrograph],
+    compared: Sequence[tuple[Micrograph, Compared]],
     recipe: Recipe,
     models: Models,
     timings: dict[str, float],
@@ -208,9 +282,9 @@ def _review_pages(
     for _ in range(MAX_SWAPS):
         by_page: list[dict[str, ModelId]] = []
         pages = []
-        for page in micrographs:
+        for page, (difference, met) in compared:
             by_page.append({})
-            pages.append(_review_page(page, recipe, models, timings, by_page[-1], stream_threshold))
+            pages.append(_review_page(page, difference, met, recipe, models, timings, by_page[-1], stream_threshold))
         answered = {model: one for of_page in by_page for model, one in of_page.items()}
         if all(answered[model] == one for of_page in by_page for model, one in of_page.items()):
             return tuple(pages), answered
@@ -219,6 +293,8 @@ def _review_pages(
 
 def _review_page(
     page: Micrograph,
+    difference: ScoreMap | None,
+    met: Reference | None,
     recipe: Recipe,
     models: Models,
     timings: dict[str, float],
@@ -230,15 +306,18 @@ def _review_page(
     if not seen.is_image:  # no model is asked: there is nothing to find a defect on
         nothing = np.zeros((recipe.binarization.grid_px, recipe.binarization.grid_px), bool)
         threshold, source = gate_of(recipe, models, stream_threshold=stream_threshold)
-        return PageReview(page, None, threshold, nothing, (), gate_source=source, quality=seen)
-    found = search(page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold)
-    answered["detector"] = found.detector
+        return PageReview(page, None, threshold, nothing, (), gate_source=source, quality=seen, reference=met)
+    found = search(
+        page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold, difference=difference
+    )
+    if found.detector is not None:
+        answered["detector"] = found.detector
     with _timed(timings, "classify"):
         domain = domain_of(found.score_map.domain_p, significance=recipe.domain.significance)
         defects, asked = _name_defects(found, page, recipe, models, domain)
     answered.update(asked)
     return PageReview(
-        page, found.score_map, found.gate_threshold, found.mask, defects, domain, seen, found.gate_source
+        page, found.score_map, found.gate_threshold, found.mask, defects, domain, seen, found.gate_source, met
     )
 
 

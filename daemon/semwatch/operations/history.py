@@ -92,7 +92,7 @@ def ledger_events(ledger: Ledger, work: Work) -> Iterator[Event]:
             yield Event(seen.seen_utc, "ledger", f"{name} was taken once more")
     yield Event(work.first_seen_utc, "ledger", f"{printable(work.path)} was seen and taken for review")
     if work.state == "DONE":
-        yield Event(work.finished_utc or "", "ledger", "the review was finished")
+        yield Event(work.finished_utc or "", "ledger", work.reason or "the review was finished")
     if work.state == "QUARANTINED":
         yield Event(work.finished_utc or "", "ledger", f"was put into quarantine: {work.reason}")
 

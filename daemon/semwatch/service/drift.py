@@ -405,7 +405,8 @@ class _Watch(_State):
     def add(self, page: PageReview) -> Iterator[Alarm]:
         """Take one page; yield what alarms by it."""
         self.pages.add(page.quality)
-        if page.score_map is not None and math.isfinite(page.score_map.raw_score):
+        is_difference = page.reference is not None and page.reference.used  # another scale than the detector's
+        if page.score_map is not None and math.isfinite(page.score_map.raw_score) and not is_difference:
             self.scores.add(float(page.score_map.raw_score))
         if page.defects:
             self.classes.add([defect.verdict.label or defect.verdict.kind for defect in page.defects])

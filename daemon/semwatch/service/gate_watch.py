@@ -130,8 +130,11 @@ class GateWatch:
         """Take one finished review; return a change where its scores made one."""
         if recipe.gate.self_calibration == "off" or not review.pages:
             return None
-        scores = [float(page.score_map.raw_score) for page in review.pages]
-        finite = [score for score in scores if math.isfinite(score)]
+        finite = [
+            float(page.score_map.raw_score)
+            for page in review.pages
+            if page.score_map is not None and page.gate_source != "reference" and math.isfinite(page.score_map.raw_score)
+        ]
         detector = _detector_of(review)
         with self._lock:
             stream = self._streams.pop(recipe.id, None)

@@ -27,6 +27,7 @@ from semwatch.intake import decoding, drop_folder
 from semwatch.intake.drop_folder import Arrival, Incoming
 from semwatch.line import notices, pipeline
 from semwatch.line.class_codes import class_codes
+from semwatch.line.pipeline import ReferenceFile
 from semwatch.service import drift, gate_watch, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.service.drift import Alarm, DriftWatch
@@ -35,6 +36,7 @@ from semwatch.service.gate_watch import GateWatch
 from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
+from semwatch.service.references import References
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site
 from semwatch.store import results
@@ -123,6 +125,7 @@ class Service:
         self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
+        self._references = References({folder.source: folder for folder in site.folders}, self.recipes)
         self._next_beat = 0.0
         self._pause, self._log_again = "", 0.0
         self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
@@ -336,6 +339,8 @@ class Service:
 
     def _process(self, arrival: Arrival) -> None:
         start = time.perf_counter()
+        if self._references.waits(arrival):
+            return  # it comes again
         try:
             data = decoding.read_file(arrival.file)
         except ImageError as error:
@@ -344,6 +349,10 @@ class Service:
             return
         if len(data) != arrival.size:
             return  # still growing; it comes again
+        partner = self._references.partner_of(arrival)
+        if partner is not None:
+            self._note_reference(arrival, data, partner)
+            return
         claim = self._claim(arrival, hashlib.sha256(data).hexdigest())
         if not claim.is_mine:
             self._note_not_mine(claim)
@@ -354,7 +363,7 @@ class Service:
             )
             return
         try:
-            self._review(claim, data, start)
+            self._review(claim, data, self._references.read(arrival), start)
         except ImageError as error:
             self._quarantine(claim, str(error), len(data))
         except ServiceUnavailable as error:
@@ -371,7 +380,28 @@ class Service:
             now_utc=utc_now(),
         )
 
-    def _review(self, claim: Claim, data: bytes, start: float) -> None:
+    def _note_reference(self, arrival: Arrival, data: bytes, partner: str) -> None:
+        """Settle a reference: it is read when its image is reviewed, and is no work of its own.
+
+        Its identity is not that of its content alone: an image of the same content is still reviewed.
+        """
+        claim = self._claim(arrival, hashlib.sha256(b"reference\0" + data).hexdigest())
+        if not claim.is_mine:
+            return
+        now_utc, reason = utc_now(), f"a reference of {printable(partner)}, not reviewed by itself"
+        audit = {
+            "event": "reference",
+            "utc": now_utc,
+            "source": claim.source,
+            "path": printable(claim.path),
+            "sha256": claim.sha256,
+            "content_sha256": hashlib.sha256(data).hexdigest(),
+            "of": printable(partner),
+        }
+        self.ledger.finish(claim, outbox=(), audit=audit, now_utc=now_utc, reason=reason)
+        log.info("%s/%s: %s", claim.source, claim.path, reason, extra=self._about(claim, "reference"))
+
+    def _review(self, claim: Claim, data: bytes, reference: ReferenceFile | None, start: float) -> None:
         recipe, limits = self.recipes[claim.source], self.site.limits
         models = self._models.of(recipe)
         review = pipeline.review(
@@ -386,6 +416,7 @@ class Service:
             stream_threshold=self._gates.threshold(recipe, models.hashes()["detector"]),
             max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
+            reference_file=reference,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
         paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))

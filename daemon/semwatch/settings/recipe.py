@@ -19,8 +19,10 @@ from semwatch.settings.fields import (
     Label,
     Levels,
     Name,
+    NamePattern,
     Open,
     OrZero,
+    OrZeroSeconds,
     Percentiles,
     Positive,
     Settings,
@@ -134,6 +136,31 @@ class Binarization(Settings):
         return self
 
 
+class Reference(Settings):
+    """A picture of the same place of another die, to compare with; off where neither pattern nor page is given."""
+
+    pattern: NamePattern | None = None
+    """Names of reference files without their extension, such as "*_ref"; null: no file is a reference."""
+    inspected: NamePattern = "*"
+    """Names of the files that they belong to, in the same folder; the * stands for the same text in both."""
+    page: OrZero | None = None
+    """Page of a file that is the reference of its other pages, counted from 0; null: every page is reviewed."""
+    wait_s: OrZeroSeconds = 10.0
+    """Seconds that an image waits for its reference before it is judged alone."""
+    max_shift: Annotated[float, Field(gt=0, le=0.4)] = 0.2
+    """Largest shift between the two, as a share of each side."""
+    min_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Least correlation of the two after alignment; below, the reference shows another place."""
+    threshold: Annotated[float, Field(gt=0)] = 7.0
+    """Difference, in standard deviations of the pair, above which there is a defect."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Reference":
+        if self.pattern is not None and self.pattern == self.inspected:
+            raise refusal("pattern and inspected are the same: no file could be told from its reference")
+        return self
+
+
 class Crop(Settings):
     """The square window cut around a defect."""
 
@@ -214,6 +241,8 @@ class Recipe(Settings):
     """The scale at which a page is searched."""
     binarization: Binarization = Binarization()
     """From the score map to the defect mask."""
+    reference: Reference = Reference()
+    """A picture of the same place of another die, to compare with."""
     crop: Crop = Crop()
     """The square window cut around a defect."""
     domain: DomainRule = DomainRule()
@@ -236,7 +265,9 @@ class Recipe(Settings):
     def id(self) -> str:
         """Identity of the recipe: 16 hexadecimal digits over every value, defaults included.
 
-        Comments, order and spacing do not change it, nor does writing out a default; any other value does.
+        Comments, order and spacing do not change it, nor does writing out a default; any other value does. A section
+        ``reference`` of defaults alone is left out, so that recipes written before there was one keep their identity.
         """
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        values = self.model_dump(mode="json", exclude={"reference"} if self.reference == Reference() else None)
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -17,6 +17,7 @@ from semwatch.defects import (
     PageReview,
     Quality,
     QualityName,
+    Reference,
     Review,
     Verdict,
     VerdictKind,
@@ -107,7 +108,22 @@ class GateRecord(_Record):
     threshold: Number
     source: GateSource = Field(
         description="recipe: its own gate.threshold; detector: its normal images at the recipe's false alarm rate; "
-        "stream: proposed by the scores of the recipe's own stream, where gate.self_calibration is use."
+        "stream: proposed by the scores of the recipe's own stream, where gate.self_calibration is use; reference: the "
+        "recipe's limit of the difference from it."
+    )
+
+
+class ReferenceRecord(_Record):
+    """The picture of the same place of another die that a page was compared with, or why it was not."""
+
+    name: str = Field(description="File name of the reference, or the page of the same file.")
+    used: bool = Field(description="True: image_score, gate_threshold and peak_score are of the difference.")
+    reason: str = Field(description="Why the page was judged without it; empty where it was used.")
+    shift_px: tuple[Number, Number] | None = Field(
+        description="A point (x, y) in the middle of the field lies in the reference at (x + dx, y + dy)."
+    )
+    correlation: Annotated[Number, Field(ge=-1, le=1)] | None = Field(
+        description="Of the gradients of both after alignment."
     )
 
 
@@ -141,6 +157,9 @@ class PageRecord(_Record):
     defects: tuple[DefectRecord, ...]
     quality: QualityRecord = Field(
         default=QualityRecord(), description="Whether there is an image, and a good one; absent in older results."
+    )
+    reference: ReferenceRecord | None = Field(
+        default=None, description="Null where the recipe names no reference, and in results of older releases."
     )
 
 
@@ -261,6 +280,17 @@ def _page_record(page: PageReview, code_of: Callable[[Verdict], int | None]) -> 
         verdict=page_verdict([defect.verdict.kind for defect in page.defects], is_image=page.quality.is_image),
         defects=tuple(_defect_record(defect, code_of) for defect in page.defects),
         quality=_quality_record(page.quality),
+        reference=None if page.reference is None else _reference_record(page.reference),
+    )
+
+
+def _reference_record(reference: Reference) -> ReferenceRecord:
+    return ReferenceRecord(
+        name=printable(reference.name),
+        used=reference.used,
+        reason=printable(reference.reason),
+        shift_px=reference.shift_px,
+        correlation=reference.correlation,
     )
 
 
