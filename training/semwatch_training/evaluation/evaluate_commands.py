@@ -182,6 +182,7 @@ def real(
         Path | None, typer.Option(help="Another folder of the same layout: labels learnt here are judged there.")
     ] = None,
     baselines: Annotated[bool, typer.Option(help="Run the training-free detectors beside the served one.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one network; all there are.")] = None,
     seeds: SeedsOption = 3,
     cache: CacheOption = CACHE,
     as_json: JsonOption = False,
@@ -195,6 +196,7 @@ def real(
             before=before,
             held=held,
             baselines=baselines,
+            threads=threads,
             cache=cache,
             progress=progress,
         )

@@ -45,6 +45,7 @@ def real(
     before: Path | None = None,
     held: Path | None = None,
     baselines: bool = True,
+    threads: int | None = None,
     cache: Path,
     progress: Progress,
 ) -> Result:
@@ -57,6 +58,7 @@ def real(
         before: detector of another time, see ``real_baselines.before_scores``.
         held: another folder of the same layout, on which labels learnt on ``top`` are judged.
         baselines: whether the training-free detectors run.
+        threads: processor threads of one network; None for all the machine has.
         cache: where answers, maps and trunks are kept.
         progress: called after every image.
 
@@ -64,7 +66,7 @@ def real(
         ConfigError: no image, or what the models refuse.
     """
     recipe, data = Recipe(), real_data.read(top)
-    with KeptAnswers(repository, cache / "real") as models:
+    with KeptAnswers(repository, cache / "real", threads=threads) as models:
         looked = real_line.look(data.images, recipe, models, encode=_is_labelled, progress=progress)
         constant = real_line.look(
             real_line.constant_images(), recipe, models, encode=lambda _: False, progress=progress

@@ -21,6 +21,7 @@ from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
 
 FOLDS = 5
+SAVED_EVERY = 50
 MIN_NORMALS = 5
 """Clean images of a process from which a bank is made."""
 
@@ -77,6 +78,8 @@ def training_free_scores(seen: Sequence[Seen], cache: Path, kept: KeptMaps, *, p
             made = kept.get(_key(name, one.field), lambda engine=engine, one=one: engine(features.of(one)))  # type: ignore[misc]
             found[name][one.image.name] = Scored(float(made.max()), made)
         features.forget()
+        if done % SAVED_EVERY == 0:
+            kept.save()
         progress("training-free", done, len(seen))
     kept.save()
     return found
@@ -85,7 +88,7 @@ def training_free_scores(seen: Sequence[Seen], cache: Path, kept: KeptMaps, *, p
 def nearest_patch_scores(
     seen: Sequence[Seen], folds: NDArray[np.intp], cache: Path, kept: KeptMaps, *, progress: Progress
 ) -> Scores:
-    """Scores of the images of one process by the nearest patch of its clean ones, those of the image's own fold left out.
+    """Scores of the images of one process by the nearest patch of its clean ones, save those of its own fold.
 
     Args:
         seen: of one process.

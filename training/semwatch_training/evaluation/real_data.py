@@ -1,6 +1,6 @@
 """Real SEM as it was collected: folder by folder, what is clean, what is defective, and where the defect lies.
 
-    bare-wafer-52px/<class>              defect-free is clean; images of 52 px, enlarged four times before they are judged
+    bare-wafer-52px/<class>              defect-free is clean; images of 52 px, enlarged four times first
     line-space-and-more/<CLASS>          CLEAN_... is clean, OTHERS is neither
     clean-defect-pairs/{clean,defect,mask}   one pattern without and with its defect, files of the same name
     inspected-and-reference              <case>_inspected_image, <case>_reference_image, and a text of positions

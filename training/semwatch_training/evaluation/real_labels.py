@@ -72,22 +72,22 @@ def label_table(of: Labelled, *, seeds: Sequence[int], progress: Progress) -> Ta
     counts = ", ".join(f"{name} {int((of.labels == name).sum())}" for name in sorted(set(of.labels.tolist())))
     sizes = np.bincount(of.groups)
     note = (
-        f"{len(of.labels)} images ({counts}) in {len(sizes)} groups of near duplicates, the largest of {sizes.max()}; no "
-        f"group is on both sides. {_HEAD} Spread over seeds {list(seeds)}; few-shot also over {DRAWS} draws each. CRACK "
-        f"and VIA are the two classes of the eight that the design paper does not name: it speaks of cross sections."
+        f"{len(of.labels)} images ({counts}) in {len(sizes)} groups of near duplicates, the largest of {sizes.max()}; "
+        f"no group is on both sides. {_HEAD} Spread over seeds {list(seeds)}; few-shot also over {DRAWS} draws. "
+        f"CRACK and VIA are the two classes of the eight that the design paper does not name: it speaks of cross sections."
     )
     columns = ("features of", "width", f"{FOLDS}-fold accuracy", f"{SHOTS}-shot accuracy")
     return Table(f"Labels, {len(set(of.labels.tolist()))} classes", columns, tuple(rows), note)
 
 
 _HEAD = (
-    f"Logistic head as the product fits it: standardised features, C = {HeadFit(frozen_width=1).regularisation}, classes "
-    f"weighted alike."
+    f"Logistic head as the product fits it: standardised features, C = {HeadFit(frozen_width=1).regularisation}, "
+    f"classes weighted alike."
 )
 
 
 def held_table(of: Labelled, held: Labelled, *, seeds: Sequence[int], progress: Progress) -> Table:
-    """Accuracy of a logistic head learnt on one set and judged on another; near duplicates of the first are left out."""
+    """Accuracy of a logistic head learnt on one set and judged on another, without its near duplicates in the first."""
     near = near_duplicates.near(held.fields, of.fields).any(axis=1)
     if near.all():
         raise ConfigError("every held-out image is a near duplicate of one to learn from; give another --held folder")
@@ -117,8 +117,8 @@ def held_table(of: Labelled, held: Labelled, *, seeds: Sequence[int], progress: 
 def predicted(features: NDArray[np.float32], labels: NDArray[np.str_], judged: NDArray[np.float32]) -> NDArray[np.str_]:
     """Name judged features (m, D) by a logistic head on features (n, D).
 
-    The head is fitted in the span of its n samples, where the penalty on the weights leaves it anyway: the answer is the
-    same, and fewer than n numbers stand for D.
+    The head is fitted in the span of its n samples, where the penalty on the weights leaves it anyway: the answer is
+    the same, and fewer than n numbers stand for D.
     """
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-3
     samples, others = (features - mean) / std, (judged - mean) / std
@@ -209,7 +209,7 @@ def discovery_table(of: Labelled, width: int, *, seeds: Sequence[int], progress:
             progress("discovery", done, len(classes) * len(seeds))
     rows = tuple((name, *(Spread.of(column) for column in zip(*some, strict=True))) for name, some in scores.items())
     note = (
-        f"{len(of.labels)} images, each of {len(classes)} classes novel in turn, half of the others' labelled; over the "
-        f"unlabelled images; spread over {len(classes)} x {len(seeds)} problems; crops of the best region."
+        f"{len(of.labels)} images, each of {len(classes)} classes novel in turn, half of the others' labelled; over "
+        f"the unlabelled images; spread over {len(classes)} x {len(seeds)} problems; crops of the best region."
     )
     return Table("Discovery, one class unknown in turn", ("method", "NMI", "ARI", "accuracy"), rows, note)

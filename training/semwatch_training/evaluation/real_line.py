@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -34,7 +34,7 @@ OPEN_GATE = -1e30
 TIMED = 3
 """Answers that a time is the median of."""
 
-SAVED_EVERY = 100
+SAVED_EVERY = 50
 """Images after which new answers are written, so that a run that is stopped goes on where it was."""
 
 Passer = Literal["gate", "mask", "head"]
@@ -46,10 +46,11 @@ class KeptAnswers(Embedded):
     Args:
         repository: folder with detector, encoder and head.
         kept: folder of answers, a file for each content of detector and encoder; None keeps them in memory alone.
+        threads: processor threads of one network; None for all the machine has.
     """
 
-    def __init__(self, repository: Path, kept: Path | None) -> None:
-        super().__init__(repository)
+    def __init__(self, repository: Path, kept: Path | None, *, threads: int | None = None) -> None:
+        super().__init__(repository, threads=threads)
         self._answers: dict[str, dict[str, dict[str, NDArray[np.float32]]]] = {}
         self._paths = {}
         for model in ("detector", "encoder"):
@@ -202,19 +203,21 @@ def _look(image: RealImage, recipe: Recipe, models: KeptAnswers, *, encode: bool
         return Seen(image, None, str(error))
 
 
-def _review(image: RealImage, recipe: Recipe, models: KeptAnswers) -> PageReview:
+def _review(image: RealImage, recipe: Recipe, models: KeptAnswers, **more: Any) -> PageReview:
     return pipeline.review(
-        image.content, source="real", path=image.name, sha256="", recipe=recipe, models=models, reviewed_utc=""
+        image.content, source="real", path=image.name, sha256="", recipe=recipe, models=models, reviewed_utc="", **more
     ).pages[0]
 
 
-def _review_with_reference(image: RealImage, recipe: Recipe, models: KeptAnswers) -> PageReview | None:  # noqa: ARG001
-    """Review an image with its reference image at hand.
+def _review_with_reference(image: RealImage, recipe: Recipe, models: KeptAnswers) -> PageReview | None:
+    """Review an image with its reference image at hand: the one place where the reference is handed over.
 
-    The one place where the reference is handed over. The line takes none yet: the answer is None, and the table of
-    inspected and reference images has its row without reference alone.
+    None where there is no reference, or where this version's line takes none.
     """
-    return None
+    made_of = getattr(pipeline, "ReferenceFile", None)
+    if image.reference is None or made_of is None:
+        return None
+    return _review(image, recipe, models, reference_file=made_of(f"{image.name} reference", image.reference))
 
 
 def _best_region(page: PageReview, recipe: Recipe, models: KeptAnswers) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Splits of few images: folds that hold classes evenly and near duplicates together, and gates calibrated across them."""
+"""Splits of few images: folds that hold classes evenly and near duplicates together, and gates across them."""
 
 from collections.abc import Sequence
 from dataclasses import replace

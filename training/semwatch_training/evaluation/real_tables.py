@@ -81,7 +81,7 @@ def groups_of(seen: Sequence[Seen]) -> NDArray[np.intp]:
 def detection_table(
     seen: Sequence[Seen], engines: Mapping[str, Scores], groups: Mapping[tuple[str, str], NDArray[np.intp]]
 ) -> Table:
-    """Image AUROC of every engine, clean images of a process against each of its defects; the first engine is served."""
+    """Image AUROC of every engine, clean images of a process against each of its defects; the first is served."""
     rows: list[tuple[Cell, ...]] = []
     for process in processes(seen):
         some, of_group = of_process(seen, process), groups[process.folder, process.clean]
@@ -109,9 +109,9 @@ def detection_table(
             )
     first, *others = engines
     note = (
-        f"Raw image score of {first}; of the training-free ones the largest value of the map. ±: standard deviation over "
-        f"{real_splits.N_RESAMPLED} resamples of groups of near duplicates, of {first} alone. The nearest patch has the "
-        f"clean images of the other folds as normals."
+        f"Raw image score of {first}; of the training-free ones the largest value of the map. ±: standard deviation "
+        f"over {real_splits.N_RESAMPLED} resamples of groups of near duplicates, of {first} alone. The nearest "
+        f"patch has the clean images of the other folds as normals."
     )
     return Table(
         "Detection, image AUROC",
@@ -209,9 +209,10 @@ def gate_table(
     threshold = seen[0].reviewed.gate_threshold
     note = (
         f"Of clean images an opened gate is a false alarm, of defective ones it is recall. Shipped: threshold "
-        f"{threshold:.4g}, for {false_alarm_rate:.0%} by the detector's own normals. Calibrated: the conformal threshold for "
-        f"{false_alarm_rate:.0%}, the recipe's rate, from the clean images of the same process in the other four of five "
-        f"folds that keep near duplicates together; mean over seeds {list(seeds)}; – where clean images are too few."
+        f"{threshold:.4g}, for {false_alarm_rate:.0%} by the detector's own normals. Calibrated: the conformal "
+        f"threshold for {false_alarm_rate:.0%}, the recipe's rate, from the clean images of the process in the other "
+        f"four of five folds that keep near duplicates together; mean over seeds {list(seeds)}; – where clean images "
+        f"are too few."
     )
     columns = ("folder", "class", "is", "gate opens, shipped", "gate opens, calibrated", "median raw score")
     return Table("Gate", columns, tuple(rows), note)
@@ -258,9 +259,10 @@ def escape_table(seen: Sequence[Seen]) -> Table:
             )
         )
     note = (
-        "An escape is a defective image of which no region is called anything but defect-free. Let pass by the gate: it "
-        "stayed shut; the mask: it was empty, or no region lies on the defect where that is drawn; the head: it called "
-        "every region defect-free. Beside: not an escape, but no region on the drawn defect is called a defect."
+        "An escape is a defective image of which no region is called anything but defect-free. Let pass by the "
+        "gate: it stayed shut; the mask: it was empty, or no region lies on the defect where that is drawn; the head: "
+        "it called every region defect-free. Beside: not an escape, but no region on the drawn defect is called a "
+        "defect."
     )
     columns = ("folder", "class", "escapes", *(f"by the {passer}" for passer in get_args(Passer)), "beside the defect")
     return Table("Escapes", columns, tuple(rows), note)
@@ -324,10 +326,11 @@ def reference_table(seen: Sequence[Seen]) -> Table | None:
             left, top = page.micrograph.field_xyxy[:2]
             for (x0, y0, x1, y1), _ in boxes:
                 covered[max(0, y0 - top) : max(0, y1 - top), max(0, x0 - left) : max(0, x1 - left)] = True
+            unused = getattr(getattr(page, "reference", None), "reason", "")
             rows.append(
                 (
                     one.image.name,
-                    how,
+                    f"{how}, not used: {unused}" if unused else how,
                     Rate.of(n_boxed, len(positions)),
                     Rate.of(n_named, len(positions)),
                     n_false,
@@ -337,11 +340,11 @@ def reference_table(seen: Sequence[Seen]) -> Table | None:
     if not rows:
         return None
     note = (
-        f"A position is boxed where a region's box holds it, up to {POSITION_SLACK_PX} px beside; with a defect verdict "
-        f"where such a region is not called defect-free. False regions hold no position. Only "
-        f"{sum('with reference' in row for row in rows)} rows with reference: "
-        f"{'the line takes none' if not any('with reference' in row for row in rows) else 'where there is one'}."
+        f"A position is boxed where a region's box holds it, up to {POSITION_SLACK_PX} px beside; with a defect "
+        f"verdict where such a region is not called defect-free. False regions hold no position."
     )
+    if not any(one.reference_page for one in seen):
+        note += " Without reference alone: this version's line takes none, or there is none."
     columns = ("image", "how", "positions boxed", "with a defect verdict", "false regions", "share of field boxed")
     return Table("Inspected images", columns, tuple(rows), note)
 
