@@ -73,8 +73,8 @@ def label_table(of: Labelled, *, seeds: Sequence[int], progress: Progress) -> Ta
     sizes = np.bincount(of.groups)
     note = (
         f"{len(of.labels)} images ({counts}) in {len(sizes)} groups of near duplicates, the largest of {sizes.max()}; "
-        f"no group is on both sides. {_HEAD} Spread over seeds {list(seeds)}; few-shot also over {DRAWS} draws. "
-        f"CRACK and VIA are the two classes of the eight that the design paper does not name: it speaks of cross sections."
+        f"no group is on both sides. {_HEAD} Spread over seeds {list(seeds)}; few-shot also over {DRAWS} draws. CRACK "
+        f"and VIA are the two of the eight classes that the design paper does not name: it speaks of cross sections."
     )
     columns = ("features of", "width", f"{FOLDS}-fold accuracy", f"{SHOTS}-shot accuracy")
     return Table(f"Labels, {len(set(of.labels.tolist()))} classes", columns, tuple(rows), note)
