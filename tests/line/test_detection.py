@@ -88,7 +88,7 @@ def test_tiles_cover_the_field_and_fit_the_detector(size_hw: tuple[int, int]) ->
     boxes = list(tiles(size_hw))
     for x0, y0, x1, y1 in boxes:
         assert {side % 16 for side in (x0, y0, x1, y1)} == {0}
-        assert 64 <= min(x1 - x0, y1 - y0)
+        assert min(x1 - x0, y1 - y0) >= 64
         assert max(x1 - x0, y1 - y0) <= 1536
         covered[y0 // CELL : y1 // CELL, x0 // CELL : x1 // CELL] = True
     assert covered.all()

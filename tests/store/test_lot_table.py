@@ -73,6 +73,8 @@ def test_row_says_whether_the_page_s_process_is_known(tmp_path: Path) -> None:
         ("not judged", "defect-free", False),
         ("not judged", "defects", True),
     ]
+
+
 def test_page_without_image_has_a_row_that_says_so(tmp_path: Path, lot: Path) -> None:
     blank = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
     soft = Quality((QualityFlag("defocus", 6.0, 4.0), QualityFlag("drift", 1.0, 0.5)))

@@ -307,9 +307,7 @@ def _review_page(
         nothing = np.zeros((recipe.binarization.grid_px, recipe.binarization.grid_px), bool)
         threshold, source = gate_of(recipe, models, stream_threshold=stream_threshold)
         return PageReview(page, None, threshold, nothing, (), gate_source=source, quality=seen, reference=met)
-    found = search(
-        page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold, difference=difference
-    )
+    found = search(page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold, difference=difference)
     if found.detector is not None:
         answered["detector"] = found.detector
     with _timed(timings, "classify"):

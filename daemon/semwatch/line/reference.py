@@ -496,7 +496,9 @@ def _local_line(x: Floats, y: Floats, weight: Floats, sigma: float) -> tuple[Flo
     whole = float((weight * x * x).sum()) / total
     whole_gain = float((weight * x * y).sum()) / total / max(whole, 1e-3)
     whole_gain = float(np.clip(whole_gain, 0.5, 2.0)) if whole > 1 else 1.0
-    w, wx, wy, wxx, wxy = (_wide_blur(p, sigma) for p in (weight, weight * x, weight * y, weight * x * x, weight * x * y))
+    w, wx, wy, wxx, wxy = (
+        _wide_blur(p, sigma) for p in (weight, weight * x, weight * y, weight * x * x, weight * x * y)
+    )
     w = np.maximum(w, 1e-4)
     wx, wy, wxx, wxy = wx / w, wy / w, wxx / w, wxy / w
     ridge = np.float32(0.5 * whole + 1.0)
@@ -602,9 +604,7 @@ class Differing:
     """(g, g) in [0, 1]."""
 
 
-def compared(
-    page: Micrograph, given: tuple[str, Micrograph | None, str] | None, rule: Rule = _RULE
-) -> Compared:
+def compared(page: Micrograph, given: tuple[str, Micrograph | None, str] | None, rule: Rule = _RULE) -> Compared:
     """Compare a page with its reference.
 
     Args:
@@ -653,9 +653,7 @@ def binarize(values: Floats, *, threshold: float, grid_px: int) -> Differing:
 def _on_grid(values: Floats, grid_px: int) -> Floats:
     """Return a map (h, w) on a grid (g, g): a grid cell has the largest value of the cells that it touches."""
     h, w = values.shape
-    rows, columns = (
-        (np.arange(grid_px) * n // grid_px, -(-(np.arange(grid_px) + 1) * n // grid_px)) for n in (h, w)
-    )
+    rows, columns = ((np.arange(grid_px) * n // grid_px, -(-(np.arange(grid_px) + 1) * n // grid_px)) for n in (h, w))
     by_row = np.stack([values[first:last].max(axis=0) for first, last in zip(*rows, strict=True)])
     return np.stack([by_row[:, first:last].max(axis=1) for first, last in zip(*columns, strict=True)], axis=1)
 

@@ -133,7 +133,9 @@ class GateWatch:
         finite = [
             float(page.score_map.raw_score)
             for page in review.pages
-            if page.score_map is not None and page.gate_source != "reference" and math.isfinite(page.score_map.raw_score)
+            if page.score_map is not None
+            and page.gate_source != "reference"
+            and math.isfinite(page.score_map.raw_score)
         ]
         detector = _detector_of(review)
         with self._lock:

@@ -50,7 +50,9 @@ def test_distance_is_that_of_the_trimmed_gaussian() -> None:
         mean = rows[kept].mean(axis=0)
         covariance = np.cov(rows[kept].T, bias=True)
         scale = np.trace(covariance) / len(covariance)
-        shrunk = (1 - own_statistics.SHRINKAGE) * covariance + own_statistics.SHRINKAGE * scale * np.eye(len(covariance))
+        shrunk = (1 - own_statistics.SHRINKAGE) * covariance + own_statistics.SHRINKAGE * scale * np.eye(
+            len(covariance)
+        )
         squared = np.einsum("ni,ij,nj->n", rows - mean, np.linalg.inv(shrunk), rows - mean)
         if turn < own_statistics.REFITS:
             kept = squared <= np.sort(squared)[int(np.ceil(own_statistics.TYPICAL * len(rows))) - 1]

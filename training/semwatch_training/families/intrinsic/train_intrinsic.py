@@ -1,4 +1,4 @@
-"""What is trained of the default detector: the branch, the weights of branch and statistics, and the scores for the gate."""
+"""What is trained of the default detector: its branch, what branch and statistics count, and the scores for the gate."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ from semwatch_training.system.progress_bars import Progress
 
 FAMILY = "intrinsic"
 UNSEEN_KINDS = ("fibres", "pores", "stack")
-"""Layouts of ``data.world`` that the branch is not trained on: there it stands to the statistics as on a new process."""
+"""Layouts of ``data.world`` that the branch is not trained on, so that it meets them as it meets a new process."""
 N_CALIBRATION = 240
 NORMAL_CELLS = 300
 """Of each image, drawn at random for the calibration; of the defective ones all are taken."""
@@ -86,7 +86,7 @@ def calibrate(
 def logistic(
     cells: NDArray[np.floating], truth: NDArray[np.floating], counts: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Weights, none negative, and offset (D + 1,) of a logistic regression of cells (n, D), each ``counts`` (n,) times."""
+    """Weights, none negative, and offset (D + 1,) of a logistic regression of cells (n, D) that count ``counts`` (n,)."""
     counts = counts / counts.sum()
 
     def loss(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
