@@ -21,8 +21,8 @@ Domain = Literal["known process", "unknown process", "not judged"]
 """Whether a field looks like those of the processes whose normal images the detector knows; ``not judged``: this
 detector cannot say."""
 GateSource = Literal["recipe", "detector", "stream", "reference"]
-"""Where the gate's threshold came from: the recipe's own, the detector's normals, the stream's own scores, or the recipe's
-limit of the difference from a reference."""
+"""Where the gate's threshold came from: the recipe's own, the detector's normals, the stream's own scores, or the
+recipe's limit of the difference from a reference."""
 
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""

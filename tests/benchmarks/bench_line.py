@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from semwatch.intake import decoding
-from semwatch.line import notices, pipeline
+from semwatch.line import notices, pipeline, scaling
 from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import Arrays
 from semwatch.service.delivery import deliver_audit

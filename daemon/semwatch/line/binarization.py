@@ -101,7 +101,7 @@ def gate(raw_score: float, *, threshold: float) -> bool:
 
 
 def grid_hw(map_hw: tuple[int, ...], *, grid_px: int = _RULE.grid_px) -> tuple[int, int]:
-    """The working grid (g, q) of a map (h, w): its shorter side has ``grid_px`` cells, or the map's where these are more.
+    """The working grid (g, q) of a map (h, w): its shorter side has ``grid_px`` cells, or the map's own if more.
 
     >>> grid_hw((56, 56)), grid_hw((96, 128)), grid_hw((128, 256))
     ((112, 112), (112, 149), (128, 256))

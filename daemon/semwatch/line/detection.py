@@ -112,8 +112,8 @@ def joined(found: list[ScoreMap], boxes: list[Box], size_hw: tuple[int, ...]) ->
     """
     if len(found) == 1:
         return found[0]
-    (x0, y0, x1, y1), (h, w) = boxes[0], found[0].values.shape
-    cell = (x1 - x0) // w
+    h, w = found[0].values.shape
+    cell = (boxes[0][2] - boxes[0][0]) // w
     total = np.zeros((size_hw[0] // cell, size_hw[1] // cell), np.float32)
     weight = np.zeros_like(total)
     inner = np.minimum.outer(_ramp(h), _ramp(w)).astype(np.float32)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import Box, Defect, Domain, GateSource, Micrograph, PageReview, Reference, Review, ScoreMap
-from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.intake import decoding, quality
 from semwatch.intake.decoding import LIMITS
 from semwatch.line import binarization, detection, inputs, reference

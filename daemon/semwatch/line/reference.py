@@ -307,7 +307,7 @@ def _shift_at_centre(warp: Floats, size_hw: tuple[int, ...], scale: float) -> tu
 
 
 def _sampling_maps(warp: Floats, size_hw: tuple[int, int], scale: float) -> tuple[Floats, Floats]:
-    """Return x and y maps (H, W) of where each inspected pixel lies in the reference, the warp being of a shrunk one."""
+    """Return x and y maps (H, W) of where inspected pixels lie in the reference, the warp being of a shrunk one."""
     H, W = size_hw
     x = (np.arange(W, dtype=np.float32)[None] + 0.5) * scale - 0.5
     y = (np.arange(H, dtype=np.float32)[:, None] + 0.5) * scale - 0.5
@@ -414,7 +414,7 @@ def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools,
     for level in range(_N_LEVELS):
         if level:
             image, matched, left, weight = (_halved(one) for one in (image, matched, left, weight))
-        # Beyond a border there is nothing: the noise of what is left is that of half a kernel, whose square has 1/sqrt(2).
+        # Beyond a border there is nothing: what is left has the noise of half a kernel, whose square has 1/sqrt(2).
         share = cv2.GaussianBlur(weight, (0, 0), math.sqrt(0.5), borderType=cv2.BORDER_CONSTANT)
         judged = weight > 0.5
         even = cv2.GaussianBlur(left, (0, 0), 1.0, borderType=cv2.BORDER_CONSTANT) / np.sqrt(np.maximum(share, 0.2))
@@ -472,8 +472,8 @@ def _line_kernels() -> list[Floats]:
 def match_gray(image: Floats, aligned: Floats, inside: Bools) -> Floats:
     """Return the reference (H, W) with the local gain and offset of the inspected image.
 
-    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, twice: the second time without
-    what differed most in the first, which is defects. The gain is drawn towards that of the whole field.
+    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, twice: the second time
+    without what differed most in the first, which is defects. The gain is drawn towards that of the whole field.
     """
     sigma = max(16.0, min(image.shape) / 8)
     weight = inside.astype(np.float32)

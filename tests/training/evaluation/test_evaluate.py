@@ -25,6 +25,7 @@ from semwatch_training.evaluation.searched_crops import Outcome
 from semwatch_training.metrics.uncertainty import Rate, Spread
 
 D = 10
+RULE = UnknownRule()
 FIT = HeadFit(frozen_width=D, components=8, directions=4, folds=4)
 QUICK = HeadSettings(n_heads=2, epochs=8)
 
@@ -57,7 +58,7 @@ def mean(cell: Cell) -> float:
 
 
 def classified(
-    crops: Crops, seeds: tuple[int, ...] = (0,), rule: UnknownRule = UnknownRule()
+    crops: Crops, seeds: tuple[int, ...] = (0,), rule: UnknownRule = RULE
 ) -> tuple[list[Table], dict[str, object]]:
     return classification(crops, FIT, seeds=seeds, rule=rule)
 

@@ -71,7 +71,7 @@ def test_strange_place_is_farthest_and_normal_images_lend_their_places() -> None
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_constant_image_has_a_finite_even_map(level: int) -> None:
-    values, raw = graph()(torch.full((1, 96, 128), level, dtype=torch.uint8))
+    values, raw, _ = graph()(torch.full((1, 96, 128), level, dtype=torch.uint8))
     assert torch.isfinite(values).all()
     assert torch.isfinite(raw).all()
 
@@ -97,10 +97,10 @@ def test_like_places_are_sought_outside_the_neighbourhood() -> None:
 @pytest.mark.parametrize("size_hw", [(64, 64), (64, 256), (160, 96)])
 def test_map_has_a_cell_for_eight_pixels(size_hw: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (2, *size_hw), dtype=torch.uint8)
-    values, raw = graph()(image)
+    values, raw, domain_p = graph()(image)
     assert values.shape == (2, size_hw[0] // 8, size_hw[1] // 8)
-    assert raw.shape == (2,)
-    alone, _ = graph()(image[1:])
+    assert raw.shape == domain_p.shape == (2,)
+    alone, _, _ = graph()(image[1:])
     assert torch.allclose(values[1:], alone, atol=1e-4), "an image is judged by itself"
 
 
@@ -142,9 +142,26 @@ def test_calibration_takes_what_tells_defects_from_normal_places() -> None:
     _, own_weight, offset = detector.calibration.tolist()
     assert own_weight > 0.2
     assert offset < 0
+    nothing = [(image, np.zeros_like(mask)) for image, mask in pairs]
     with pytest.raises(ConfigError, match="has a defect"):
-        nothing = [(image, np.zeros_like(mask)) for image, mask in pairs]
         train_intrinsic.calibrate(detector, evidence, nothing, len(pairs), seed=0, progress=lambda *_: None)
+
+
+def test_process_is_known_by_its_normal_fields() -> None:
+    rng = np.random.default_rng(0)
+
+    def stripes(period: int) -> np.ndarray:
+        level = 100 + 60 * (np.arange(128) // period % 2)[None] + rng.normal(0, 8, (128, 128))
+        return np.clip(level, 0, 255).astype(np.uint8)
+
+    judge = IntrinsicGraph(convolutional(), IntrinsicDetector(replace(FORM, domain_fields=40))).eval()
+    image = torch.from_numpy(stripes(8)[None])
+    assert judge(image)[2].item() == 1, "without normal fields every process counts as known"
+    train_intrinsic.learn_domain(judge, [stripes(8) for _ in range(40)], progress=lambda *_: None)
+    same = [train_intrinsic.own_scale(judge)(stripes(8)).domain_p for _ in range(20)]
+    other = [train_intrinsic.own_scale(judge)(stripes(13)).domain_p for _ in range(5)]
+    assert np.mean(same) > 0.25
+    assert other == [pytest.approx(1 / 41)] * 5
 
 
 def test_logistic_weights_are_never_negative() -> None:

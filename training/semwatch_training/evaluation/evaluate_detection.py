@@ -103,11 +103,11 @@ def judge(
 
 
 def look(graph: nn.Module, image: NDArray[np.uint8], input_px: int | None) -> ScoreMap:
-    """What a network says of an image (H, W), resized to ``input_px`` a side or at its own scale, as the line asks it."""
+    """What a network says of an image (H, W), resized to ``input_px`` a side or at its own scale."""
 
     def ask(tile: NDArray[np.uint8]) -> ScoreMap:
         with torch.no_grad():
-            score_map, score = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]))
+            score_map, score, *_ = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]))
         return ScoreMap(score_map[0].numpy(), float(score[0]))
 
     return own_scale(image, ask) if input_px is None else ask(resize(image, (input_px, input_px)))

@@ -106,6 +106,8 @@ def train_default(
     graph.eval()
     unseen = world.scenes(N_CALIBRATION, seed=datasets.SEED_HELD_OUT, size_px=size_px, kinds=UNSEEN_KINDS)
     train_intrinsic.calibrate(fitted, graph.evidence, unseen, N_CALIBRATION, seed=schedule.seed, progress=progress)
+    known = _known_fields(images, form.domain_fields, schedule.seed)
+    train_intrinsic.learn_domain(graph, known, progress=progress)
     scores = train_intrinsic.normal_scores(graph, kept, images.held_out, progress=progress)
     named = (
         f"synthetic {', '.join(images.stages)}" if images.normals is None else f"{images.n_normals} images of a folder"
@@ -232,6 +234,18 @@ def _pairs(
     )
     found = replace(images, n_normals=len(learnt), n_labelled=0, n_scenes=0, held_out=held_out)
     return views(chain(*shown), (), seed=seed), kept, found
+
+
+def _known_fields(images: BranchImages, n: int, seed: int) -> Iterator[Image]:
+    """Normal fields (H, W) of the processes that are learnt, n at most."""
+    if images.normals is not None:
+        yield from map(datasets.read_gray, _split_normals(images.normals, images.held_out, seed)[0][:n])
+        return
+    rng = np.random.default_rng(datasets.SEED_TRAIN)
+    for index in range(n):
+        side = int(rng.choice(SIDES_PX, p=SIDE_SHARES))
+        stage = images.stages[index % len(images.stages)]
+        yield render(stage, seed=datasets.SEED_TRAIN + index, size_hw=(side, side)).pixels
 
 
 def held_out_fields(n: int, stages: Sequence[str]) -> Iterator[Image]:

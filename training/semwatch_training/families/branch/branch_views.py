@@ -97,7 +97,7 @@ def _window(rng: np.random.Generator, cover: NDArray[np.float32], size_px: int) 
 
 
 def cuts(images: Iterable[Image], *, seed: int, size_px: int) -> Iterator[Image]:
-    """Show each field (H, W) as the detector sees a part of it: (size_px, size_px) at a random scale, see ``CUT_SHARE``.
+    """Show each field (H, W) as the detector sees a part of it: (size_px, size_px), at a random scale.
 
     A field whose shorter side is smaller is enlarged.
     """

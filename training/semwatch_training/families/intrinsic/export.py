@@ -27,6 +27,7 @@ def exported(
         outputs={
             "score_map": Tensor(dtype="float32", shape=(OPEN, OPEN)),
             "raw_score": Tensor(dtype="float32", shape=()),
+            "domain_p": Tensor(dtype="float32", shape=()),
         },
         normal_scores=tuple(sorted(round(score, 7) for score in normal_scores)),
         provenance={"family": FAMILY, **flat(asdict(graph.detector.form)), **provenance},

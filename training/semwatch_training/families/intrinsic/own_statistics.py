@@ -72,7 +72,7 @@ def mahalanobis(x: Tensor, *, bank: Tensor | None = None) -> Tensor:
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
-    """The value (B, 1, 1) that ``share`` of values (B, N, 1), 0 or more, do not exceed; by bisection, to 1e-4 of the range."""
+    """The value (B, 1, 1) that ``share`` of values (B, N, 1), 0 or more, do not exceed, by bisection."""
     high = values.amax(dim=1, keepdim=True)
     low = torch.zeros_like(high)
     for _ in range(BISECTIONS):
@@ -133,7 +133,7 @@ def like_places(x: Tensor, *, keys: int, reach: int) -> Tensor:
 
 
 def _near(line: Tensor, keys: int, reach: int) -> Tensor:
-    """Which of ``keys`` places, spread evenly along a line (1, 1, n, 1), lie within reach of each of the n: (n, keys)."""
+    """Which of ``keys`` places, spread along a line (1, 1, n, 1), lie within reach of each of the n: (n, keys)."""
     at = torch.ones_like(line).cumsum(dim=2)
     sought = functional.interpolate(at, size=(keys, 1), mode="nearest")
     return ((at.flatten()[:, None] - sought.flatten()).abs() <= reach).to(line.dtype)

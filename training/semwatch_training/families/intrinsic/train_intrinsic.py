@@ -1,4 +1,4 @@
-"""What is trained of the default detector: its branch, what branch and statistics count, and the scores for the gate."""
+"""What is trained of the default detector: its branch, its calibration, and the scores for the gate."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ from scipy.special import expit
 from semwatch.defects import ScoreMap
 from semwatch.errors import ConfigError
 from semwatch.line import detection
+from semwatch.line.scaling import resize
 from semwatch_training.families.branch.branch_views import Image, Mask
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.branch.train_branch import cover_of
@@ -23,6 +24,7 @@ from semwatch_training.families.intrinsic.intrinsic_detector import (
     IntrinsicForm,
     IntrinsicGraph,
     OwnEvidence,
+    described,
     unusualness,
 )
 from semwatch_training.system import weights_file
@@ -86,7 +88,7 @@ def calibrate(
 def logistic(
     cells: NDArray[np.floating], truth: NDArray[np.floating], counts: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Weights, none negative, and offset (D + 1,) of a logistic regression of cells (n, D) that count ``counts`` (n,)."""
+    """Weights, none negative, and offset (D + 1,) of a logistic regression of weighted cells (n, D)."""
     counts = counts / counts.sum()
 
     def loss(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -101,14 +103,40 @@ def logistic(
     return np.asarray(found.x, np.float64)
 
 
+def learn_domain(graph: IntrinsicGraph, fields: Iterable[Image], *, progress: Progress) -> None:
+    """Remember what normal fields (H, W) of the known processes look like, in place; ``form.domain_fields`` of them.
+
+    Fewer are repeated, which leaves the p-values of others as they are.
+    """
+    detector, rows = graph.detector, []
+    n = detector.form.domain_fields
+    for index, image in enumerate(fields):
+        tile = next(detection.tiles(detection.scaled_size(image.shape)))
+        shown = resize(image, detection.scaled_size(image.shape))[tile[1] : tile[3], tile[0] : tile[2]]
+        with torch.no_grad():
+            _, middle, coarse = graph.evidence.trunk(
+                torch.from_numpy(np.ascontiguousarray(shown)[None]), detector.form.branch.stages
+            )
+            rows.append(described((middle, coarse))[0])
+        progress("fields of known processes", index + 1, n)
+    seen = torch.stack(rows)
+    mean, spread = seen.mean(dim=0), seen.std(dim=0).clamp_min(1e-6)
+    away = (seen - mean) / spread
+    distances = torch.cdist(away, away).fill_diagonal_(torch.inf).amin(dim=1)
+    again = torch.arange(n) % len(away)
+    values = {"mean": mean, "spread": spread, "fields": away[again], "distances": distances[again]}
+    for name, value in values.items():
+        getattr(detector, f"domain_{name}").copy_(value)
+
+
 def own_scale(graph: IntrinsicGraph) -> Callable[[NDArray[np.uint8]], ScoreMap]:
     """The detector as a function of a field (H, W) gray of any size, as the line asks it."""
     device = next(graph.parameters()).device
 
     def ask(tile: NDArray[np.uint8]) -> ScoreMap:
         with torch.no_grad():
-            values, raw = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]).to(device))
-        return ScoreMap(values[0].cpu().numpy(), float(raw[0]))
+            values, raw, domain_p = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]).to(device))
+        return ScoreMap(values[0].cpu().numpy(), float(raw[0]), float(domain_p[0]))
 
     return lambda field: detection.own_scale(field, ask)
 
@@ -132,7 +160,10 @@ def save(
         "normal_scores": json.dumps(normal_scores),
         "provenance": json.dumps(provenance),
     }
-    weights_file.write(path, {name: value.half() for name, value in detector.state_dict().items()}, header)
+    state = {
+        name: value if name.startswith("domain_") else value.half() for name, value in detector.state_dict().items()
+    }
+    weights_file.write(path, state, header)
 
 
 def load(path: Path) -> tuple[IntrinsicDetector, list[float], dict[str, str | float | int]]:
