@@ -82,6 +82,6 @@ def test_a_calibrated_gate_keeps_its_rate_and_finds_what_lies_above_all_clean_im
 
 def test_deviation_of_an_auroc_is_none_where_all_is_in_order_and_undefined_for_one_group() -> None:
     raw, defective = np.arange(20.0), np.arange(20) >= 10
-    assert auroc_deviation(raw, defective, np.arange(20)) == 0
+    assert auroc_deviation(raw, defective, np.arange(20)) < 1e-9
     assert auroc_deviation(raw[::-1].copy() + np.tile([0, 9], 10), defective, np.arange(20)) > 0
     assert np.isnan(auroc_deviation(raw, defective & False, np.arange(20)))
