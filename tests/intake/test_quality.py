@@ -140,7 +140,7 @@ DEGRADED: dict[str, Callable[[Gray], Gray]] = {
     "defocus": lambda f: gray(cv2.GaussianBlur(f.astype(np.float32), (0, 0), 6) + rng(4).normal(0, 3, f.shape)),
     "streaks": lambda f: gray(f + rng(5).normal(0, 18, (len(f), 1))),
     "drift": lambda f: jittered(f, 1.5),
-    "saturated": lambda f: gray((f.astype(float) - 60) * 9),
+    "saturated": lambda f: gray((f.astype(float) - 100) * 20),
     "faint": lambda f: gray(100 + (f.astype(float) - 100) * 0.03),
 }
 
@@ -162,7 +162,7 @@ def test_blur_is_told_in_pixels(sigma: float) -> None:
     step[:, 300:] = 60
     soft = gray(40 + cv2.GaussianBlur(step, (0, 0), sigma) + rng().normal(0, 2, step.shape))
     tiles = quality._tiles(soft)
-    assert quality._blur_px(tiles, quality._noise(tiles)) == pytest.approx(sigma, rel=0.1)
+    assert quality._blur_px(tiles, quality._noise(tiles)) == pytest.approx(sigma, abs=0.2)
 
 
 def test_partial_streaks_beside_bright_features_are_flagged() -> None:

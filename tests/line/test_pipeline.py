@@ -438,7 +438,7 @@ def test_review_carries_what_it_was_given(models) -> None:
 
 def test_every_stage_is_timed_in_the_order_of_the_line(models) -> None:
     opened, shut = review(png(field()), models).timings_ms, review(png(field()), models, SHUT).timings_ms
-    assert list(opened) == list(shut) == ["decode", "detect", "binarize", "crop", "classify"]
+    assert list(opened) == list(shut) == ["decode", "quality", "detect", "binarize", "crop", "classify"]
     assert min(opened.values()) > 0
     assert shut["binarize"] == shut["crop"] == 0
 

@@ -122,7 +122,7 @@ def test_lot_shows_the_latest_revision_alone(tmp_path: Path, lot: Path) -> None:
         ("lot/a.tif", "novel-1", "2"),
         ("lot/b.tif", "", "1"),
     ]
-    assert list(rows(lot)[0])[-1] == "revision"
+    assert list(rows(lot)[0])[-2:] == ["revision", "quality"]
 
 
 # --- appended --------------------------------------------------------------------------------------------------------
