@@ -149,7 +149,7 @@ class Reference(Settings):
     """Seconds that an image waits for its reference before it is judged alone."""
     max_shift: Annotated[float, Field(gt=0, le=0.4)] = 0.2
     """Largest shift between the two, as a share of each side."""
-    min_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    min_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.88
     """Least correlation of the two after alignment; below, the reference shows another place."""
     threshold: Annotated[float, Field(gt=0)] = 7.0
     """Difference, in standard deviations of the pair, above which there is a defect."""
