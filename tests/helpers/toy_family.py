@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from semwatch.models import model_repository
-from semwatch.models.model_repository import Meta, Tensor
+from semwatch.models.model_repository import OPEN, Meta, Tensor
 
 DETECTOR_PX, CROP_PX, FIELD_HW = 96, 40, (32, 48)
 LABELS = ("blob", "defect-free")
@@ -43,7 +43,12 @@ def publish(
     """Publish one graph as it stands."""
 
     def values(tensors: Tensors) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(n, _TYPES[t.dtype], ["batch", *t.shape]) for n, t in tensors.items()]
+        return [
+            helper.make_tensor_value_info(
+                name, _TYPES[t.dtype], ["batch", *(f"{name}_{k}" if n == OPEN else n for k, n in enumerate(t.shape))]
+            )
+            for name, t in tensors.items()
+        ]
 
     kept = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     graph = helper.make_graph(list(nodes), model, values(inputs), values(outputs), kept)
@@ -80,6 +85,12 @@ def publish_detector(repository: Path, inputs: Tensors | None = None, outputs: T
     return publish(
         repository, "detector", inputs, given, nodes, constants, normal_scores=tuple(i / 100 for i in range(100))
     )
+
+
+def publish_open_detector(repository: Path) -> int:
+    """The same of fields of any size."""
+    outputs = {"score_map": real(OPEN, OPEN), "raw_score": real()}
+    return publish_detector(repository, {"image": byte(OPEN, OPEN)}, outputs)
 
 
 def publish_encoder(repository: Path, **more: Tensor) -> int:

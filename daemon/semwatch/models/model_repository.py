@@ -93,6 +93,11 @@ class Meta(BaseModel):
     and applied, and the best golden marks of its lineage: the next cycle reads these."""
 
     @property
+    def is_open(self) -> bool:
+        """Whether it takes an input at any size."""
+        return any(tensor.is_open for tensor in self.inputs.values())
+
+    @property
     def content_sha256(self) -> str:
         """Identity of the version: hash of all that shapes its answers and what is made of them, on any machine alike.
 

@@ -64,15 +64,16 @@ def read(result: InferResult, meta: Meta, version: int, n: int) -> dict[str, NDA
                 f"Triton's {meta.model} {version} gave an empty {name}: its Python environment holds numpy 2, with "
                 f"which every output arrives empty; install 'numpy<2' there, or run `semwatch triton setup`"
             )
-        if tensor.is_open and values.shape[:1] == (n,) and tensor.holds(values.shape[1:]):
-            outputs[name] = values
-            continue
-        if tensor.is_open or values.size != n * int(np.prod(tensor.shape)):
+        if tensor.is_open:
+            fits, shape = values.shape[:1] == (n,) and tensor.holds(values.shape[1:]), values.shape
+        else:
+            fits, shape = values.size == n * int(np.prod(tensor.shape)), (n, *tensor.shape)
+        if not fits:
             raise ModelMismatch(
                 f"Triton's {meta.model} {version} gave a {name} of shape {values.shape} for {n} items of "
                 f"{tensor.shape}; let the server serve this model repository"
             )
-        outputs[name] = values.reshape(n, *tensor.shape)
+        outputs[name] = values.reshape(shape)
     return outputs
 
 
