@@ -56,8 +56,11 @@ def mean(cell: Cell) -> float:
     return cell.mean
 
 
+RULE = UnknownRule()
+
+
 def classified(
-    crops: Crops, seeds: tuple[int, ...] = (0,), rule: UnknownRule = UnknownRule()
+    crops: Crops, seeds: tuple[int, ...] = (0,), rule: UnknownRule = RULE
 ) -> tuple[list[Table], dict[str, object]]:
     return classification(crops, FIT, seeds=seeds, rule=rule)
 
