@@ -12,6 +12,7 @@ from semwatch.line import inputs
 from semwatch.line.scaling import resize
 from semwatch.models.contract import FIELD_SIDES_PX
 from semwatch.models.inference import Answer, ModelId, Models
+from semwatch.models.model_repository import Arrays, Meta
 
 OVERLAP_PX = 128
 """Of neighbouring tiles, at least: half of it is farther than the trunk's features carry."""
@@ -51,6 +52,14 @@ def detect(field: NDArray[np.uint8], models: Models, *, coarser: float = 1.0) ->
     if len(answered) > 1:
         raise ServiceUnavailable("the detector was swapped between two tiles of a field")
     return found, answered.pop()
+
+
+def asked(detector: Meta, field: NDArray[np.uint8]) -> list[Arrays]:
+    """What a detector is given of a field (H, W), one after another: the whole of it, or its tiles."""
+    if not detector.inputs["image"].is_open:
+        return [inputs.for_detector(detector, field)]
+    shown = resize(field, scaled_size(field.shape))
+    return [inputs.for_detector(detector, shown[y0:y1, x0:x1]) for x0, y0, x1, y1 in tiles(shown.shape)]
 
 
 def _read(answer: Answer) -> ScoreMap:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from semwatch.defects import Defect, PageReview, VerdictKind
 from semwatch.errors import ImageError
-from semwatch.line import inputs, pipeline
+from semwatch.line import detection, inputs, pipeline
 from semwatch.line.pipeline import Candidate
 from semwatch.models.inference import Answer, Embedded
 from semwatch.models.model_repository import Arrays
@@ -242,7 +242,8 @@ def times_ms(seen: Sequence[Seen], models: KeptAnswers) -> tuple[list[tuple[tupl
         by_size.setdefault((height, width), one)
     rows = []
     for size, one in sorted(by_size.items(), key=lambda item: item[0][0] * item[0][1]):
-        rows.append((size, models.timed_ms("detector", inputs.for_detector(models.meta("detector"), one.field))))
+        given = detection.asked(models.meta("detector"), one.field)
+        rows.append((size, sum(models.timed_ms("detector", tile) for tile in given)))
     crop = _whole_field(seen[0].reviewed, Recipe(), models)
     return rows, models.timed_ms("encoder", inputs.for_encoder(models.meta("encoder"), [crop]))
 
