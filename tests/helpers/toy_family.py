@@ -78,6 +78,7 @@ def publish_detector(repository: Path, inputs: Tensors | None = None, outputs: T
         helper.make_node("Sub", ["patches", "mean"], ["away"]),
         helper.make_node("Abs", ["away"], ["score_map"]),
         helper.make_node("ReduceMax", ["score_map", "axes"], ["raw_score"], keepdims=0),
+        helper.make_node("Sigmoid", ["raw_score"], ["domain_p"]),
     ]
     constants = {"one": np.array([1], np.int64), "axes": np.array([1, 2], np.int64)}
     default = {"score_map": real(side, side), "raw_score": real(), "patches": real(side, side)}
@@ -88,8 +89,8 @@ def publish_detector(repository: Path, inputs: Tensors | None = None, outputs: T
 
 
 def publish_open_detector(repository: Path) -> int:
-    """The same of fields of any size."""
-    outputs = {"score_map": real(OPEN, OPEN), "raw_score": real()}
+    """The same of fields of any size, all of them of processes that it knows."""
+    outputs = {"score_map": real(OPEN, OPEN), "raw_score": real(), "domain_p": real()}
     return publish_detector(repository, {"image": byte(OPEN, OPEN)}, outputs)
 
 

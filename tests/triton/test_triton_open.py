@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import toy_family
 from semwatch.errors import ModelMismatch
@@ -15,11 +14,9 @@ from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import Arrays
 from semwatch.triton.client import Triton
 from semwatch.triton.config import max_batch
-from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.intrinsic.export import exported
-from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicDetector, IntrinsicForm, IntrinsicGraph
 from semwatch_training.publishing.export import publish
-from tiny_models import convolutional
+from tiny_models import intrinsic_graph
 from triton_server import running
 
 INTRINSIC, MEANS = {"detector": 1}, {"detector": 2}
@@ -29,10 +26,7 @@ INTRINSIC, MEANS = {"detector": 1}, {"detector": 2}
 def served(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A server that holds two of them: the intrinsic one with random weights, and patch means."""
     repository = tmp_path_factory.mktemp("open") / "models"
-    torch.manual_seed(0)
-    form = IntrinsicForm(branch=BranchForm(input_px=64, projection=4, width=8, dilations=(1,)), keys=5)
-    graph = IntrinsicGraph(convolutional(), IntrinsicDetector(form)).eval()
-    assert publish(exported(graph, normal_scores=[0.1]), repository) == 1
+    assert publish(exported(intrinsic_graph(), normal_scores=[0.1]), repository) == 1
     assert toy_family.publish_open_detector(repository) == 2
     with running(installed, repository) as server:
         yield server.url, repository
@@ -54,6 +48,7 @@ def test_fields_of_two_sizes_are_answered_as_embedded(served: tuple[str, Path]) 
             assert ours.id == theirs.id
             assert ours.outputs["score_map"].shape == (n, height // 8, width // 8)
             assert ours.outputs["raw_score"].shape == (n,)
+            assert ours.outputs.keys() == theirs.outputs.keys()
             for name, values in theirs.outputs.items():
                 np.testing.assert_allclose(ours.outputs[name], values, rtol=1e-4, atol=1e-4)
 

@@ -23,7 +23,9 @@ from semwatch.triton import plans
 from semwatch.triton.plans import Batches, Difference, batches_of
 from semwatch_training.engines import build, commands, onnx_precision, parity, tensorrt_compiler
 from semwatch_training.engines.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit, parse_capabilities
-from semwatch_training.publishing.export import random_inputs
+from semwatch_training.families.intrinsic.export import exported
+from semwatch_training.publishing.export import publish, random_inputs
+from tiny_models import intrinsic_graph
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
@@ -258,6 +260,56 @@ def test_our_networks_convert_and_stay_close_on_noise(tiny_repository, model, pr
     assert of(converted, "MatMul") == {products[precision]}
 
 
+@pytest.fixture(scope="module")
+def intrinsic(tmp_path_factory) -> Path:
+    """A repository with a detector of fields of any size, which computes statistics of their own."""
+    repository = tmp_path_factory.mktemp("intrinsic")
+    publish(exported(intrinsic_graph(), normal_scores=[0.1]), repository)
+    return repository
+
+
+def test_marks_of_an_export_name_the_operations_of_a_module_and_not_those_within(intrinsic) -> None:
+    source = onnx.load(intrinsic / "detector/1/model.onnx")
+    marked = onnx_precision.in_fp32(source)
+    found = {op: [not marked.isdisjoint(n.output) for n in source.graph.node if n.op_type == op] for op in WHERE}
+    assert {op: (any(each), all(each)) for op, each in found.items()} == WHERE
+    assert b"/training/" not in (intrinsic / "detector/1/model.onnx").read_bytes()
+    assert not onnx_precision.in_fp32(linear(np.eye(2, dtype=np.float32)))
+
+
+WHERE = {"MatMul": (True, True), "CumSum": (True, True), "Conv": (False, False), "Resize": (True, False)}
+"""Whether any, and whether all, are operations of the statistics rather than of trunk and branch."""
+
+
+@pytest.mark.parametrize(("low", "kind"), [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])
+def test_what_a_network_marks_stays_in_fp32(intrinsic, low, kind) -> None:
+    source = onnx_precision.float_inputs(onnx.load(intrinsic / "detector/1/model.onnx"))
+    assert onnx_precision.has_exact_products(source)
+    converted = onnx_precision.lower(source, low)
+    assert of(converted, "MatMul") == {TensorProto.FLOAT}
+    assert of(converted, "Conv") == {kind}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_detector_of_any_size_converts_and_stays_close(intrinsic, precision) -> None:
+    meta = model_repository.read_meta(intrinsic, "detector", 1)
+    source = onnx.load(intrinsic / "detector/1/model.onnx")
+    _, judged = build.convert(source, precision)
+    fields = [random_inputs(meta, batch=n, seed=n, open_px=side) for n, side in ((2, 64), (1, 160))]
+    found = parity.judge(source, judged, {"noise": fields})
+    assert {row.samples for row in found} == {3}
+    build.check_parity("detector", precision, found)
+
+
+@RTX
+def test_gpu_without_fp32_products_is_refused_for_a_network_that_wants_some(intrinsic, tmp_path) -> None:
+    making = build.export(
+        intrinsic, tmp_path, target="tensorrt-rtx", capabilities=(89, 75), models=("detector",), progress=quiet
+    )
+    with pytest.raises(ConfigError, match=r"the detector computes statistics in fp32, and tensorrt_rtx .* for SM75"):
+        next(making)
+
+
 def test_empty_batch_is_not_judged() -> None:
     source = linear(np.eye(2, dtype=np.float32))
     assert parity.judge(source, {"rounded": source}, {"images": [{"x": np.zeros((0, 2), np.float32)}]}) == []
@@ -371,7 +423,7 @@ def command():  # type: ignore[no-untyped-def]
 
 def test_help_says_what_a_capability_is(command) -> None:
     said = " ".join(command("--help").output.split())
-    for words in ("75,86,89,120", "89 Ada", "nvidia-smi", "int8 is refused", "manifest.json"):
+    for words in ("86,89,120", "89 Ada", "nvidia-smi", "int8 is refused", "manifest.json"):
         assert words in said
 
 
@@ -409,6 +461,17 @@ def test_models_compile_for_ada_without_a_gpu(tiny_repository, tmp_path) -> None
     assert len({manifest.engine_id for manifest, _ in made}) == 3
     again = build.export(tiny_repository, tmp_path, target="tensorrt-rtx", capabilities=(89,), progress=quiet)
     assert [each.is_new for each in again] == [False] * 3
+
+
+@RTX
+def test_detector_of_any_size_compiles_with_its_statistics(intrinsic) -> None:
+    trt, kit = load_toolkit("tensorrt-rtx", (89,)), TOOLKITS["tensorrt-rtx"]
+    batches = batches_of(model_repository.read_meta(intrinsic, "detector", 1))
+    for precision in ("fp32", "fp16"):
+        network, _ = build.convert(onnx.load(intrinsic / "detector/1/model.onnx"), precision)
+        made = compile_plan(trt, kit, network.SerializeToString(), 89, batches)
+        assert len(made.plan) > 10_000
+        assert not [line for line in made.log if "ERROR" in line]
 
 
 @RTX

@@ -39,7 +39,7 @@ from semwatch_training.engines.tensorrt_compiler import TOOLKITS, compile_plan, 
 from semwatch_training.publishing.export import random_inputs
 from semwatch_training.system.progress_bars import Progress
 
-CONVERTER = 1
+CONVERTER = 2
 """Raised when a conversion changes, so that old plans are compiled again."""
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}
 """Largest difference to fp32 that a converted network may show, relative to the output's largest value."""
@@ -93,6 +93,8 @@ def export(
         if model in models
         for capability in (capabilities or (None,))
     ]
+    for manifest in wanted:
+        _check_exact(repository, manifest)
     inputs: dict[str, Batched] = {}
     ready: dict[str, _Prepared] = {}
     for k, manifest in enumerate(wanted):
@@ -134,7 +136,7 @@ def check_order(target: str, precision: str, capabilities: Sequence[int], models
             raise ConfigError("an ONNX file belongs to no GPU; leave --compute-capability out")
         return cast(EngineTarget, target), cast(Precision, precision)
     if not capabilities:
-        raise ConfigError("a plan belongs to one kind of GPU; name them, such as --compute-capability 75,86,89,120")
+        raise ConfigError("a plan belongs to one kind of GPU; name them, such as --compute-capability 86,89,120")
     for capability in capabilities:
         tensorrt_compiler.check_gpu(TOOLKITS[target], precision, capability)
     return cast(EngineTarget, target), cast(Precision, precision)
@@ -196,6 +198,25 @@ def _wanted(
         batches=batches_of(meta),
         tolerance=TOLERANCE[precision],
     )
+
+
+def _check_exact(repository: Path, wanted: Manifest) -> None:
+    """Refuse a GPU for which the package compiles no fp32 products where the network asks for some.
+
+    Raises:
+        ConfigError: it does.
+    """
+    kit = TOOLKITS.get(wanted.target)
+    if kit is None or wanted.compute_capability is None or wanted.compute_capability >= kit.fp32_since:
+        return
+    meta = model_repository.read_meta(repository, wanted.model, wanted.version)
+    source = onnx.load(model_repository.weights_path(repository, wanted.model, wanted.version, meta))
+    if onnx_precision.has_exact_products(source):
+        raise ConfigError(
+            f"the {wanted.model} computes statistics in fp32, and {kit.module} compiles no fp32 matrix products for "
+            f"SM{wanted.compute_capability}; leave that GPU out and serve there with --target onnx-python, or with "
+            f"plans of --target tensorrt"
+        )
 
 
 class _Prepared(NamedTuple):

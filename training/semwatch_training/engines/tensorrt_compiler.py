@@ -118,6 +118,8 @@ def compile_plan(
     if not trt.OnnxParser(definition, log).parse(network):
         raise PublishError(f"TensorRT cannot read the network: {_errors(log.lines)}")
     config = builder.create_builder_config()
+    # Set unless one asks otherwise, it takes fp32 factors of products with no more digits than fp16 has.
+    config.clear_flag(trt.BuilderFlag.TF32)
     for sizes in profiles(kit, batches):
         config.add_optimization_profile(_profile(builder, definition, sizes))
     if kit.ahead_of_time:

@@ -1,10 +1,11 @@
 """Torch to the model repository: ONNX with normalisation inside, parity checked before anything is published."""
 
+import ast
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,9 @@ OPSET = 20
 MAX_RELATIVE_DIFFERENCE = 1e-3
 OPEN_PX = 256
 """Open sides of a field in probes and in what an export is traced with."""
+PRECISION, IN_FP32 = "semwatch.precision", "fp32"
+"""What nodes carry that no conversion may compute in a lower precision: the own operations of every module whose
+``in_fp32`` is true, not those of the modules within."""
 N_PROBE = 16
 """Crops whose answers travel with a head, to be asked again at every load."""
 
@@ -122,7 +126,8 @@ def to_onnx(graph: nn.Module, meta: Meta, path: Path) -> None:
         )
     if program is None:
         raise PublishError(f"torch gave no ONNX program for the {meta.model}")
-    path.write_bytes(_bare(program.model_proto).SerializeToString(deterministic=True))
+    exact = {name for name, module in graph.named_modules() if getattr(module, "in_fp32", False)}
+    path.write_bytes(bare(program.model_proto, exact).SerializeToString(deterministic=True))
 
 
 def _open_axes(tensor: Tensor) -> dict[int, Any]:
@@ -136,18 +141,31 @@ def _open_axes(tensor: Tensor) -> dict[int, Any]:
     return axes
 
 
-def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+def bare(model: onnx.ModelProto, exact: Collection[str] = ()) -> onnx.ModelProto:
     """Take out what the exporter notes of its own making, folders of this machine among it.
 
     So the same weights exported anywhere by the same release are the same file, with the same content hash.
+
+    Args:
+        model: as exported.
+        exact: names of modules whose own operations are marked as ``IN_FP32``.
     """
     graph = model.graph
     tensors = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
     nodes = (*graph.node, *(node for function in model.functions for node in function.node))
+    marked = [node for node in nodes if _module_of(node) in exact]
     for part in (model, graph, *model.functions, *tensors, *nodes):
         del part.metadata_props[:]
         part.doc_string = ""
+    for node in marked:
+        node.metadata_props.add(key=PRECISION, value=IN_FP32)
     return model
+
+
+def _module_of(node: onnx.NodeProto) -> str | None:
+    """Name of the module that a node is an operation of, as the exporter notes it: the last scope but the node's."""
+    found = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
+    return None if found is None else str(ast.literal_eval(found)[-2])
 
 
 def parity(graph: nn.Module, meta: Meta, path: Path, batches: Sequence[Arrays]) -> Parity:

@@ -52,6 +52,9 @@ class IntrinsicForm:
 class OwnEvidence(nn.Module):
     """What the branch reads of an image: the trunk's maps, and what the image's own statistics say. Frozen."""
 
+    in_fp32 = True
+    """The statistics are, in engines of a lower precision too, the trunk's maps are not; see ``publishing.export``."""
+
     def __init__(self, trunk: EfficientNet, form: IntrinsicForm) -> None:
         super().__init__()
         self.trunk, self.form, self.own = trunk, form.branch, form
@@ -74,6 +77,9 @@ class OwnEvidence(nn.Module):
 
 class IntrinsicDetector(nn.Module):
     """The trained part: the branch, and how much branch and statistics count."""
+
+    in_fp32 = True
+    """Calibration and distances to known fields, not the branch."""
 
     def __init__(self, form: IntrinsicForm) -> None:
         super().__init__()
