@@ -316,7 +316,7 @@ def with_hot(mask: NDArray[np.bool_], hot: NDArray[np.bool_]) -> NDArray[np.bool
     touched = np.zeros(n, np.bool_)
     touched[np.unique(labels[mask])] = True
     touched[0] = True
-    return mask | ~touched[labels]
+    return np.asarray(mask | ~touched[labels], np.bool_)
 
 
 def clean_mask(mask: NDArray[np.bool_], *, min_area_px: int, max_hole_px: int, max_defects: int) -> NDArray[np.bool_]:

@@ -132,7 +132,7 @@ def joined(found: list[ScoreMap], boxes: list[Box], size_hw: tuple[int, ...]) ->
         weight[part] += inner
     known = [one.domain_p for one in found if one.domain_p is not None]
     return ScoreMap(
-        values=total / weight,
+        values=np.asarray(total / weight, np.float32),
         raw_score=max(one.raw_score for one in found),
         domain_p=sum(known) / len(known) if known else None,
     )

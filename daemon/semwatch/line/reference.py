@@ -282,7 +282,7 @@ def _refined(inspected: Floats, reference: Floats, warp: Floats) -> Floats:
     for motion in (cv2.MOTION_TRANSLATION, cv2.MOTION_AFFINE):
         criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
         try:
-            _, found = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, None, 5)
+            _, found = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, None, 5)  # type: ignore[call-overload]  # a mask may be None
         except cv2.error:
             return warp
         if not _is_near(found, warp, inspected.shape):
@@ -483,7 +483,7 @@ def match_gray(image: Floats, aligned: Floats, inside: Bools) -> Floats:
     """
     sigma = max(16.0, min(image.shape) / 8)
     weight = inside.astype(np.float32)
-    a, b = cv2.GaussianBlur(image, (0, 0), 1.5), cv2.GaussianBlur(aligned, (0, 0), 1.5)
+    a, b = (np.asarray(cv2.GaussianBlur(one, (0, 0), 1.5), np.float32) for one in (image, aligned))
     matched = aligned
     for _ in range(3):
         gain, offset = _local_line(b, a, weight, sigma)
@@ -561,7 +561,7 @@ def _standardised(smooth: Sequence[Floats], edges: Floats, level: Floats, judged
     levels, strengths = level.ravel()[chosen], edges.ravel()[chosen]
     flat = strengths <= np.median(strengths)
     of_level = _spreads(levels[flat], sizes[:, flat])
-    ratios = sizes / _looked_up(levels, of_level)
+    ratios = np.asarray(sizes / _looked_up(levels, of_level), np.float32)
     centres, spreads = _spreads(strengths, ratios)
     of_edges = centres, np.maximum(np.maximum.accumulate(spreads), 1)
     spread = _looked_up(level, of_level) * _looked_up(edges, of_edges)
@@ -592,7 +592,7 @@ def _looked_up(keys: Floats, table: tuple[Floats, Floats]) -> Floats:
     if high - low < 1e-6:
         return np.full(keys.shape, values[-1], np.float32)
     steps = np.interp(np.linspace(low, high, 256), centres, values).astype(np.float32)
-    return steps[np.clip((keys - low) * (255 / (high - low)), 0, 255).astype(np.uint8)]
+    return np.asarray(steps[np.clip((keys - low) * (255 / (high - low)), 0, 255).astype(np.uint8)], np.float32)
 
 
 # --- the line ------------------------------------------------------------------------------------------------------

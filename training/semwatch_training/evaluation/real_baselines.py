@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.system import files
 from semwatch_training.evaluation import detectors, training_free
 from semwatch_training.evaluation.real_line import Seen
@@ -119,7 +119,7 @@ def nearest_patch_scores(
             return training_free.nearest_patch(features.of(one), bank[0])
 
         for index in np.flatnonzero(folds == fold):
-            one = seen[index]
+            one = seen[int(index)]
             made = kept.get(_key(f"{training_free.NEAREST} {names}", one.field), lambda one=one: make(one))  # type: ignore[misc]
             found[one.image.name] = Scored(float(made.max()), made)
             done += 1

@@ -158,7 +158,19 @@ class Seen:
     @property
     def is_opened(self) -> bool:
         """Whether the gate let the page through."""
-        return self.reviewed.score_map.raw_score > self.reviewed.gate_threshold
+        return self.raw_score > self.reviewed.gate_threshold
+
+    @property
+    def raw_score(self) -> float:
+        """Of the page; 0 where it holds no image and no detector was asked."""
+        score_map = self.reviewed.score_map
+        return 0.0 if score_map is None else score_map.raw_score
+
+    @property
+    def score_map(self) -> NDArray[np.float32]:
+        """(h, w) of the page; one cell of 0 where it holds no image."""
+        score_map = self.reviewed.score_map
+        return np.zeros((1, 1), np.float32) if score_map is None else score_map.values
 
     @property
     def kinds(self) -> tuple[VerdictKind, ...]:

@@ -99,7 +99,8 @@ def logistic(
 
     D = cells.shape[1]
     bounds = [(0.0, None)] * D + [(None, None)]
-    found = minimize(loss, np.append(np.ones(D), -3.0), jac=True, method="L-BFGS-B", bounds=bounds)
+    start = np.append(np.ones(D), -3.0)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)  # type: ignore[no-untyped-call]
     return np.asarray(found.x, np.float64)
 
 
@@ -175,7 +176,7 @@ def load(path: Path) -> tuple[IntrinsicDetector, list[float], dict[str, str | fl
     state, header = weights_file.read(path, what="detector")
     try:
         values: dict[str, Any] = json.loads(header["form"])
-        branch = {key: tuple(v) if isinstance(v, list) else v for key, v in values["branch"].items()}
+        branch: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values["branch"].items()}
         detector = IntrinsicDetector(IntrinsicForm(**{**values, "branch": BranchForm(**branch)}))
         detector.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
         return detector.eval(), json.loads(header["normal_scores"]), json.loads(header["provenance"])
