@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import VerdictKind
+from semwatch.defects import DEFECT_FREE, VerdictKind
 from semwatch_training.evaluation import near_duplicates, real_data, real_splits
 from semwatch_training.evaluation.real_baselines import Scores
 from semwatch_training.evaluation.real_line import Passer, Seen, at_defect, page_verdict, passed_by
