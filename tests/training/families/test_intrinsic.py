@@ -114,11 +114,12 @@ def test_export_takes_any_size(tmp_path: Path) -> None:
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "detector.safetensors"
     detector = IntrinsicDetector(FORM)
-    detector.calibration.copy_(torch.tensor([0.5, 0.25, -1.0]))
+    values = [[0.5, 0.25, -1.0], [2.0, 0.0, 1.5]]
+    detector.calibration.copy_(torch.tensor(values))
     train_intrinsic.save(detector, path, normal_scores=[0.1, 0.2], provenance={"seed": 1})
     loaded, scores, provenance = train_intrinsic.load(path)
     assert loaded.form == FORM
-    assert loaded.calibration.tolist() == [0.5, 0.25, -1.0]
+    assert loaded.calibration.tolist() == values
     assert (scores, provenance) == ([0.1, 0.2], {"seed": 1})
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ConfigError):
@@ -136,14 +137,15 @@ def test_calibration_takes_what_tells_defects_from_normal_places() -> None:
         mask[y : y + 16, x : x + 16] = True
         image[mask] = 250
         pairs.append((image, mask))
+        pairs.append((rng.integers(90, 110, (320, 320), dtype=np.uint8), np.zeros((320, 320), bool)))
     detector = IntrinsicDetector(replace(FORM)).eval()
     evidence = OwnEvidence(convolutional(), FORM).eval()
     train_intrinsic.calibrate(detector, evidence, pairs, len(pairs), seed=0, progress=lambda *_: None)
-    _, own_weight, offset = detector.calibration.tolist()
+    (_, own_weight, offset), _ = detector.calibration.tolist()
     assert own_weight > 0.2
     assert offset < 0
     nothing = [(image, np.zeros_like(mask)) for image, mask in pairs]
-    with pytest.raises(ConfigError, match="has a defect"):
+    with pytest.raises(ConfigError, match="none of one kind"):
         train_intrinsic.calibrate(detector, evidence, nothing, len(pairs), seed=0, progress=lambda *_: None)
 
 
@@ -169,6 +171,6 @@ def test_logistic_weights_are_never_negative() -> None:
     cells, truth = rng.normal(size=(500, 2)), rng.random(500) < 0.3
     cells[truth, 0] += 2
     cells[truth, 1] -= 2
-    weight, other, _ = train_intrinsic.logistic(cells, truth.astype(float), np.ones(500))
+    weight, other, _ = train_intrinsic.logistic(cells, truth.astype(float))
     assert weight > 1
     assert 0 <= other < 0.01

@@ -121,7 +121,7 @@ def train_default(
         "n_backgrounds": images.n_backgrounds,
         "n_scenes": images.n_scenes,
         "unseen_kinds": ", ".join(UNSEEN_KINDS),
-        "calibration": ", ".join(f"{value:.4g}" for value in cast(torch.Tensor, fitted.calibration).tolist()),
+        "calibration": str(cast(torch.Tensor, fitted.calibration).tolist()),
         "steps": schedule.steps,
         "seed": schedule.seed,
         "final_loss": curve[-1]["loss"],
