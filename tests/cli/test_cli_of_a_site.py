@@ -53,7 +53,10 @@ def test_doctor_is_content_with_a_site_that_can_work(semwatch, tmp_path, tiny_re
     assert code == 0
     assert all(check["ok"] for check in checks.values())
     assert checks["models"]["detail"] == "detector 1, encoder 1, head 1"
-    assert checks[f"gate of {SOURCE}"]["detail"] == "opens above 0"
+    gate = (
+        "opens above 0, which is the recipe's; the stream proposes no threshold: 0 images so far, a proposal needs 100"
+    )
+    assert checks[f"gate of {SOURCE}"]["detail"] == gate
     assert checks["Redis"]["detail"] == "answers; unknowns 0, results 0"
     said = semwatch("doctor", "--site", site.file)
     assert said.code == 0
