@@ -55,6 +55,8 @@ class ScoreMap:
     detector's own matter; the gate compares them with those of normal images."""
     raw_score: float
     """Image score before any per-image normalisation; comparable between images."""
+    field_features: NDArray[np.float32] | None = None
+    """(D,) what the detector says of the whole field, for an encoder that asks; None where it says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class Defect:
     features: NDArray[np.float32]
     """(D,) what the encoder says of crop and soft mask."""
     verdict: Verdict
+    field_features: NDArray[np.float32] | None = None
+    """What the encoder was told of the whole field, see ``ScoreMap``; None where it did not ask."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import ScoreMap
+from semwatch.models.contract import FIELD_FEATURES
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Arrays
 
@@ -27,7 +28,8 @@ def detect(inputs: Arrays, models: Models) -> tuple[ScoreMap, ModelId]:
     """
     answer = models.infer("detector", inputs)
     values = answer.outputs["score_map"][0]
-    return ScoreMap(values=values, raw_score=float(answer.outputs["raw_score"][0])), answer.id
+    of_field = answer.outputs[FIELD_FEATURES][0] if FIELD_FEATURES in answer.outputs else None
+    return ScoreMap(values, float(answer.outputs["raw_score"][0]), of_field), answer.id
 
 
 def resize(field: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ Straight code without threads, folders, Redis or ledger: the daemon, ``semwatch 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ class Candidate:
     size: NDArray[np.float32]
     field: NDArray[np.uint8] | None = None
     """The whole field at the size that the encoder asks for; None where it does not ask."""
+    field_features: NDArray[np.float32] | None = None
+    """What the detector says of the whole field; None where the encoder does not ask."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +143,7 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
             max_regions=settings.max_defects,
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
-        candidates = cut_out(regions, page, found.saliency, recipe, models)
+        candidates = cut_out(regions, page, found.saliency, recipe, models, score_map)
     return Search(score_map, detector, threshold, found.mask, candidates)
 
 
@@ -227,18 +229,29 @@ def _name_defects(
                 soft_mask=candidate.soft_mask,
                 features=features[index],
                 verdict=verdict,
+                field_features=candidate.field_features,
             )
         )
     return tuple(defects), answered
 
 
 def cut_out(
-    regions: Sequence[Region], page: Micrograph, saliency: NDArray[np.float32], recipe: Recipe, models: Models
+    regions: Sequence[Region],
+    page: Micrograph,
+    saliency: NDArray[np.float32],
+    recipe: Recipe,
+    models: Models,
+    score_map: ScoreMap | None = None,
 ) -> tuple[Candidate, ...]:
-    """Cut regions of a page out, as large and as sharp as the encoder wants them."""
+    """Cut regions of a page out, as large and as sharp as the encoder wants them.
+
+    ``score_map`` is the detector's answer, for an encoder that asks what it says of the field.
+    """
     encoder = models.meta("encoder")
     field = inputs.whole_field(encoder, page.field)
-    return tuple(_cut_out(region, page, saliency, field, recipe, encoder) for region in regions)
+    said = None if score_map is None else inputs.field_features(encoder, score_map)
+    cut = (_cut_out(region, page, saliency, field, recipe, encoder) for region in regions)
+    return tuple(replace(candidate, field_features=said) for candidate in cut)
 
 
 def _cut_out(

@@ -93,6 +93,8 @@ class Record:
     """Content hash of each of ``model_versions``; empty in old records."""
     site: str = ""
     """Name of the site, unique in the fab; empty in old records."""
+    field_features: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(D,) what the encoder was told of the whole field; None where it did not ask, and in old records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,7 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         field_short_px=min(x1 - x0, y1 - y0),
         model_hashes=dict(review.model_hashes),
         site=review.site,
+        field_features=defect.field_features,
     )
 
 
@@ -172,7 +175,8 @@ def is_by(record: Record, model: str, version: int, content_hash: str) -> bool:
 def encode(record: Record) -> Fields:
     """Write a record as stream fields."""
     _, png = cv2.imencode(".png", record.crop)
-    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop"})
+    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop", "field_features"})
+    of_field = record.field_features
     return {
         b"id": record.id.encode(),
         b"schema": b"%d" % SCHEMA,
@@ -180,6 +184,7 @@ def encode(record: Record) -> Fields:
         b"features": record.features.astype("<f4").tobytes(),
         b"soft_mask": record.soft_mask.astype("<f4").tobytes(),
         b"crop_png": png.tobytes(),
+        **({} if of_field is None else {b"field_features": of_field.astype("<f4").tobytes()}),
     }
 
 
@@ -194,6 +199,8 @@ def decode(fields: Mapping[bytes, bytes]) -> Record:
         "soft_mask": _square(_floats(fields, b"soft_mask")),
         "crop": _crop(_field(fields, b"crop_png")),
     }
+    if b"field_features" in fields:
+        arrays["field_features"] = _floats(fields, b"field_features")
     return _validated(_record_type(), fields, arrays)
 
 
