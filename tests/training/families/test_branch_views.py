@@ -99,6 +99,13 @@ def test_each_background_is_shown_twice_like_a_normal_field(asked) -> None:
     assert found[-1][1].any()
 
 
+def test_scenes_of_no_process_come_after_the_labelled_fields(asked) -> None:
+    found = list(synthetic_views(0, 0, 1, seed=0, size_px=64, stages=("DEP",), n_scenes=12))
+    assert len(found) == 1 + 12
+    assert {image.shape for image, _ in found} == {(64, 64)}
+    assert 2 <= sum(bool(mask.any()) for _, mask in found[1:]) <= 10
+
+
 def test_foreign_texture_comes_from_the_last_few_normals_and_never_from_the_image_itself(monkeypatch) -> None:
     given: list[tuple[int, list[int]]] = []
     normals = [noise(seed) for seed in range(5)]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
 from semwatch.line.detection import resize
-from semwatch_training.data import pattern_defects
+from semwatch_training.data import pattern_defects, world
 from semwatch_training.data.backgrounds import backgrounds
 from semwatch_training.data.datasets import MAX_SEEDS, SEED_TRAIN, first_with_room
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
@@ -30,8 +30,11 @@ def synthetic_views(
     size_px: int,
     first_seed: int = SEED_TRAIN,
     stages: Sequence[str] = STAGES,
+    n_scenes: int = 0,
 ) -> Iterator[tuple[Image, Mask]]:
     """Yield what the shipped branch is trained on: 2 * (n_normals + n_backgrounds) + n_labelled pairs, see ``views``.
+
+    After these come ``n_scenes`` scenes of no process, see ``data.world``, normal and defective ones mixed.
 
     Args:
         n_normals: normal fields of the stages, seeds from ``first_seed``.
@@ -41,12 +44,14 @@ def synthetic_views(
         size_px: the branch's input size.
         first_seed: of the generator.
         stages: which to show; leave some out to test on processes never seen.
+        n_scenes: of many layouts and microscopes, half of them with a true defect.
     """
     fields = synthetic_fields(n_normals, first_seed=first_seed, size_px=size_px, stages=stages, defective=False)
     labelled = synthetic_fields(
         n_labelled, first_seed=first_seed + LABELLED_OFFSET, size_px=size_px, stages=stages, defective=True
     )
     normals = (image for image, _ in fields)
+    labelled = chain(labelled, world.scenes(n_scenes, seed=seed, size_px=size_px))
     return views(chain(normals, backgrounds(n_backgrounds, seed=seed, size_px=size_px)), labelled, seed=seed)
 
 

@@ -1,0 +1,10 @@
+"""Scenes of no process in particular: many layouts, imaged by many microscopes, normal or with one true defect.
+
+May import: the noise and shapes of ``pseudo_defects``. Start reading: ``twins.scene``.
+"""
+
+from semwatch_training.data.world.defects import DEFECTS
+from semwatch_training.data.world.layouts import LAYOUTS
+from semwatch_training.data.world.twins import Scene, scene, scenes
+
+__all__ = ["DEFECTS", "LAYOUTS", "Scene", "scene", "scenes"]
