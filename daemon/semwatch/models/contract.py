@@ -65,8 +65,10 @@ MAY_GIVE: Mapping[str, Mapping[str, int]] = MappingProxyType(
 """Outputs that the line reads where a model has them, as ``OUTPUTS`` otherwise."""
 
 FIELD_FEATURES = "field_features"
-"""What a detector may say of a whole field, and an encoder may ask for. In the provenance of both stands, under the same
-name, how they are made: an encoder takes no others than those that it was made for."""
+"""What a detector may say of a whole field, and an encoder may ask for.
+
+In the provenance of both stands under this name how they are made: an encoder takes no others than it was made for.
+"""
 
 OF_A_CROP = ("crop", "soft_mask", "size", "field_features")
 """Inputs that a kept crop may still have: its field is gone."""
