@@ -93,6 +93,62 @@ def test_pixels_come_as_floating_point_where_a_model_says_so() -> None:
     assert (image.dtype, image.shape, image.max()) == (np.float32, (1, 20, 30), 220)
 
 
+# ---- what the detector says of the whole field ----
+
+ROWS = DETECTOR_PX // 8
+SAYS = {"score_map": real(ROWS, ROWS), "raw_score": real(), "field_features": real(ROWS), "patches": real(ROWS, ROWS)}
+
+
+def test_what_the_detector_says_of_the_field_reaches_encoder_and_record(tmp_path) -> None:
+    toy_family.publish_detector(tmp_path, outputs=SAYS)
+    toy_family.publish_encoder_of_fields(tmp_path)
+    toy_family.publish_head(tmp_path)
+    with Embedded(tmp_path, threads=1) as models:
+        said = reviewed(models)
+        (defect,) = said.pages[0].defects
+        patches = models.infer("detector", inputs.for_detector(models.meta("detector"), page())).outputs["patches"]
+    assert defect.field_features is not None
+    np.testing.assert_allclose(defect.field_features, patches[0].mean(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(defect.features[-ROWS:], defect.field_features)
+    for record in records.records(said):
+        back = records.decode(records.encode(record)).field_features
+        assert back is not None
+        np.testing.assert_array_equal(back, defect.field_features)
+
+
+def test_what_no_encoder_asks_of_the_field_is_not_carried(toys, tmp_path) -> None:
+    toy_family.publish_all(tmp_path)
+    toy_family.publish_detector(tmp_path, outputs=SAYS)
+    with Embedded(tmp_path, threads=1) as models:
+        assert models.versions()["detector"] == 2
+        said = reviewed(models)
+    assert [defect.field_features for defect in said.pages[0].defects] == [None]
+    for record in records.records(said):
+        assert b"field_features" not in records.encode(record)
+
+
+@pytest.mark.parametrize(
+    ("of_detector", "of_encoder", "words"),
+    [
+        ({}, {}, "this detector says nothing of it: build detector and encoder of one release"),
+        ({"outputs": SAYS}, {"width": 9}, "as 9 of float32, and this detector gives 12 of float32"),
+        (
+            {"outputs": SAYS, "provenance": {"field_features": "means"}},
+            {"provenance": {"field_features": "Gram matrices"}},
+            r"of another kind \(Gram matrices\) than this detector gives \(means\)",
+        ),
+    ],
+)
+def test_encoder_that_hears_other_things_of_the_field_than_it_was_made_for_is_refused(
+    tmp_path, of_detector, of_encoder, words
+) -> None:
+    toy_family.publish_detector(tmp_path, **of_detector)
+    toy_family.publish_encoder_of_fields(tmp_path, **of_encoder)
+    with pytest.raises(ModelMismatch, match=words):
+        Embedded(tmp_path, threads=1, models=("detector", "encoder"))
+    Embedded(tmp_path, threads=1, models=("encoder",)).close()  # alone it hurts nobody
+
+
 # ---- what is refused, and when ----
 
 
@@ -102,7 +158,7 @@ def test_encoder_that_asks_for_the_phase_of_the_moon_is_refused_in_words(tmp_pat
     with pytest.raises(
         ModelMismatch,
         match=r"^this encoder asks for `phase_of_the_moon`, which the line cannot give; what it can give: "
-        r"`crop`, `soft_mask`, `size`, `field`$",
+        r"`crop`, `soft_mask`, `size`, `field`, `field_features`$",
     ):
         Embedded(tmp_path, threads=1, models=("detector", "encoder"))
 
@@ -149,6 +205,10 @@ MAPS = {"score_map": real(12, 12), "raw_score": real()}
         (meta_of("encoder", {"size": real(3)}, {"features": real(9)}), "size as 3 of float32; the line gives log2"),
         (meta_of("encoder", {"soft_mask": byte(16, 16)}, {"features": real(9)}), "soft_mask as 16 x 16 of uint8"),
         (meta_of("encoder", {"image": byte(40, 40)}, {"features": real(9)}), "asks for `image`, which the line cannot"),
+        (
+            meta_of("detector", {"image": byte(96, 96)}, {**MAPS, "field_features": real(3, 3)}),
+            "field_features as 3 x 3 of float32",
+        ),
         (meta_of("head", {"features": real(9)}, {"logits": real(2)}), "gives no `p_values`"),
     ],
 )

@@ -10,7 +10,7 @@ from semwatch.defects import Box, ScoreMap
 from semwatch.errors import ServiceUnavailable
 from semwatch.line import inputs
 from semwatch.line.scaling import resize
-from semwatch.models.contract import FIELD_SIDES_PX
+from semwatch.models.contract import FIELD_FEATURES, FIELD_SIDES_PX
 from semwatch.models.inference import Answer, ModelId, Models
 from semwatch.models.model_repository import Arrays, Meta
 
@@ -65,7 +65,8 @@ def asked(detector: Meta, field: NDArray[np.uint8]) -> list[Arrays]:
 def _read(answer: Answer) -> ScoreMap:
     outputs = answer.outputs
     domain_p = float(outputs["domain_p"][0]) if "domain_p" in outputs else None
-    return ScoreMap(outputs["score_map"][0], float(outputs["raw_score"][0]), domain_p)
+    of_field = outputs[FIELD_FEATURES][0] if FIELD_FEATURES in outputs else None
+    return ScoreMap(outputs["score_map"][0], float(outputs["raw_score"][0]), domain_p, of_field)
 
 
 def own_scale(
@@ -117,7 +118,7 @@ def _spans(length: int) -> list[tuple[int, int]]:
 def joined(found: list[ScoreMap], boxes: list[Box], size_hw: tuple[int, ...]) -> ScoreMap:
     """Join the maps of tiles: where they overlap, each counts the more the farther its own border is.
 
-    The raw score is the highest of the tiles'; the field is of a known process as far as its tiles are on average.
+    The raw score is the highest of the tiles'; what is said of the whole field is the mean of what is said of them.
     """
     if len(found) == 1:
         return found[0]
@@ -131,10 +132,12 @@ def joined(found: list[ScoreMap], boxes: list[Box], size_hw: tuple[int, ...]) ->
         total[part] += inner * one.values
         weight[part] += inner
     known = [one.domain_p for one in found if one.domain_p is not None]
+    said = [one.field_features for one in found if one.field_features is not None]
     return ScoreMap(
         values=np.asarray(total / weight, np.float32),
         raw_score=max(one.raw_score for one in found),
         domain_p=sum(known) / len(known) if known else None,
+        field_features=np.mean(said, axis=0, dtype=np.float32) if said else None,
     )
 
 

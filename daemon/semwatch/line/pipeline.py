@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,8 @@ class Candidate:
     size: NDArray[np.float32]
     field: NDArray[np.uint8] | None = None
     """The whole field at the size that the encoder asks for; None where it does not ask."""
+    field_features: NDArray[np.float32] | None = None
+    """What the detector says of the whole field; None where the encoder does not ask."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +53,7 @@ class Search:
     """What detection and binarization found on one page."""
 
     score_map: ScoreMap
-    detector: ModelId | None
+    detector: ModelId
     """None where the page was compared with its reference, and no detector asked."""
     gate_threshold: float
     mask: NDArray[np.bool_]
@@ -179,7 +181,7 @@ def search(
             max_regions=settings.max_defects,
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
-        candidates = cut_out(regions, page, found.saliency, recipe, models)
+        candidates = cut_out(regions, page, found.saliency, recipe, models, score_map)
     return Search(score_map, detector, threshold, found.mask, candidates, gate_source)
 
 
@@ -197,8 +199,14 @@ def gate_of(recipe: Recipe, models: Models, *, stream_threshold: float | None = 
 def _search_difference(
     page: Micrograph, difference: ScoreMap, recipe: Recipe, models: Models, timings: dict[str, float]
 ) -> Search:
-    """Cut out what differs from the reference by more than the threshold."""
+    """Cut out what differs from the reference by more than the threshold.
+
+    The detector still says what the whole field is like: of which process, and what the encoder may ask.
+    """
     settings, threshold = recipe.binarization, recipe.reference.threshold
+    with _timed(timings, "detect"):
+        own, detector = detection.detect(page.field, models, coarser=recipe.detection.coarser)
+    difference = replace(difference, domain_p=own.domain_p, field_features=own.field_features)
     with _timed(timings, "binarize"):
         found = reference.binarize(difference.values, threshold=threshold, grid_px=settings.grid_px)
         regions = binarization.regions(
@@ -209,8 +217,8 @@ def _search_difference(
             max_regions=settings.max_defects,
         )
     with _timed(timings, "crop"):
-        candidates = cut_out(regions, page, found.saliency, recipe, models) if regions else ()
-    return Search(difference, None, threshold, found.mask, candidates, "reference")
+        candidates = cut_out(regions, page, found.saliency, recipe, models, difference) if regions else ()
+    return Search(difference, detector, threshold, found.mask, candidates, "reference")
 
 
 def _with_references(
@@ -308,8 +316,7 @@ def _review_page(
         threshold, source = gate_of(recipe, models, stream_threshold=stream_threshold)
         return PageReview(page, None, threshold, nothing, (), gate_source=source, quality=seen, reference=met)
     found = search(page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold, difference=difference)
-    if found.detector is not None:
-        answered["detector"] = found.detector
+    answered["detector"] = found.detector
     with _timed(timings, "classify"):
         domain = domain_of(found.score_map.domain_p, significance=recipe.domain.significance)
         defects, asked = _name_defects(found, page, recipe, models, domain)
@@ -340,18 +347,29 @@ def _name_defects(
                 soft_mask=candidate.soft_mask,
                 features=features[index],
                 verdict=verdict,
+                field_features=candidate.field_features,
             )
         )
     return tuple(defects), answered
 
 
 def cut_out(
-    regions: Sequence[Region], page: Micrograph, saliency: NDArray[np.float32], recipe: Recipe, models: Models
+    regions: Sequence[Region],
+    page: Micrograph,
+    saliency: NDArray[np.float32],
+    recipe: Recipe,
+    models: Models,
+    score_map: ScoreMap | None = None,
 ) -> tuple[Candidate, ...]:
-    """Cut regions of a page out, as large and as sharp as the encoder wants them."""
+    """Cut regions of a page out, as large and as sharp as the encoder wants them.
+
+    ``score_map`` is the detector's answer, for an encoder that asks what it says of the field.
+    """
     encoder = models.meta("encoder")
     field = inputs.whole_field(encoder, page.field)
-    return tuple(_cut_out(region, page, saliency, field, recipe, encoder) for region in regions)
+    said = None if score_map is None else inputs.field_features(encoder, score_map)
+    cut = (_cut_out(region, page, saliency, field, recipe, encoder) for region in regions)
+    return tuple(replace(candidate, field_features=said) for candidate in cut)
 
 
 def _cut_out(

@@ -56,6 +56,7 @@ INPUTS: Mapping[str, Mapping[str, Input]] = MappingProxyType(
                 "soft_mask": Input((None, None), ("float32",), "the defect's heat in that window", is_square=True),
                 "size": Input((2,), ("float32",), "log2 of window side and root mask area over the field's short side"),
                 "field": Input((None, None), _GRAY, "the whole field of view that the defect lies in, resized"),
+                "field_features": Input((None,), ("float32",), "what the detector says of that whole field"),
             }
         ),
         "head": MappingProxyType({"features": Input((None,), ("float32",), "the encoder's features of a defect")}),
@@ -72,11 +73,23 @@ OUTPUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 )
 """Number of axes of each output that the line reads, by role and name; all of them are float32."""
 
-OPTIONAL: Mapping[str, Mapping[str, int]] = MappingProxyType({"detector": MappingProxyType({"domain_p": 0})})
-"""The same of outputs that the line reads where a model gives them; see ``defects.ScoreMap``."""
+MAY_GIVE: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "detector": MappingProxyType({"domain_p": 0, "field_features": 1}),
+        "encoder": MappingProxyType({}),
+        "head": MappingProxyType({}),
+    }
+)
+"""Outputs that the line reads where a model has them, as ``OUTPUTS`` otherwise."""
 
-OF_A_CROP = ("crop", "soft_mask", "size")
-"""Inputs that a kept crop still has: its field is gone."""
+FIELD_FEATURES = "field_features"
+"""What a detector may say of a whole field, and an encoder may ask for.
+
+In the provenance of both stands under this name how they are made: an encoder takes no others than it was made for.
+"""
+
+OF_A_CROP = ("crop", "soft_mask", "size", "field_features")
+"""Inputs that a kept crop may still have: its field is gone."""
 
 
 def check_contract(meta: Meta) -> None:
@@ -103,13 +116,41 @@ def check_contract(meta: Meta) -> None:
         raise ModelMismatch(
             f"this {meta.model} gives no {_listed(absent)}; the line reads {_listed(needed)} of a {meta.model}"
         )
-    optional = OPTIONAL.get(meta.model, {})
-    for name, n_axes in (*needed.items(), *((name, optional[name]) for name in optional if name in meta.outputs)):
+    may_give = {name: n_axes for name, n_axes in MAY_GIVE[meta.model].items() if name in meta.outputs}
+    for name, n_axes in {**needed, **may_give}.items():
         given = meta.outputs[name]
         if len(given.shape) != n_axes or given.dtype != "float32":
             raise ModelMismatch(
                 f"this {meta.model} gives {name} as {_in_words(given)}; the line reads {n_axes} axes of float32 an item"
             )
+
+
+def check_pair(detector: Meta, encoder: Meta) -> None:
+    """Refuse an encoder that asks for features of the field that this detector does not give.
+
+    Raises:
+        ModelMismatch: none, others, or of another width.
+    """
+    asked, given = encoder.inputs.get(FIELD_FEATURES), detector.outputs.get(FIELD_FEATURES)
+    if asked is None:
+        return
+    remedy = "build detector and encoder of one release, or pin an encoder that does not ask for them"
+    if given is None:
+        raise ModelMismatch(
+            f"this encoder asks for `{FIELD_FEATURES}`, what the detector says of the whole field, and this detector "
+            f"says nothing of it: {remedy}"
+        )
+    if given.shape != asked.shape:
+        raise ModelMismatch(
+            f"this encoder asks for `{FIELD_FEATURES}` as {_in_words(asked)}, and this detector gives "
+            f"{_in_words(given)}: {remedy}"
+        )
+    theirs, ours = (meta.provenance.get(FIELD_FEATURES) for meta in (detector, encoder))
+    if theirs is not None and ours is not None and theirs != ours:
+        raise ModelMismatch(
+            f"this encoder was made for `{FIELD_FEATURES}` of another kind ({ours}) than this detector gives "
+            f"({theirs}): {remedy}"
+        )
 
 
 def _fault(asked: Tensor, offered: Input) -> str | None:

@@ -95,6 +95,8 @@ class Record:
     """Name of the site, unique in the fab; empty in old records."""
     domain: Domain = "not judged"
     """Whether the page looks like those of the processes whose normal images the detector knows."""
+    field_features: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(D,) what the encoder was told of the whole field; None where it did not ask, and in old records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,7 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         model_hashes=dict(review.model_hashes),
         site=review.site,
         domain=page.domain,
+        field_features=defect.field_features,
     )
 
 
@@ -182,7 +185,8 @@ def is_by(record: Record, model: str, version: int, content_hash: str) -> bool:
 def encode(record: Record) -> Fields:
     """Write a record as stream fields."""
     _, png = cv2.imencode(".png", record.crop)
-    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop"})
+    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop", "field_features"})
+    of_field = record.field_features
     return {
         b"id": record.id.encode(),
         b"schema": b"%d" % SCHEMA,
@@ -190,6 +194,7 @@ def encode(record: Record) -> Fields:
         b"features": record.features.astype("<f4").tobytes(),
         b"soft_mask": record.soft_mask.astype("<f4").tobytes(),
         b"crop_png": png.tobytes(),
+        **({} if of_field is None else {b"field_features": of_field.astype("<f4").tobytes()}),
     }
 
 
@@ -204,6 +209,8 @@ def decode(fields: Mapping[bytes, bytes]) -> Record:
         "soft_mask": _square(_floats(fields, b"soft_mask")),
         "crop": _crop(_field(fields, b"crop_png")),
     }
+    if b"field_features" in fields:
+        arrays["field_features"] = _floats(fields, b"field_features")
     return _validated(_record_type(), fields, arrays)
 
 

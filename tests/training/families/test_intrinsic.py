@@ -18,6 +18,7 @@ from semwatch_training.families.intrinsic.intrinsic_detector import (
     OwnEvidence,
 )
 from semwatch_training.publishing.export import parity, random_inputs, to_onnx
+from semwatch_training.trunks.efficientnet import FIELD_WIDTH
 from tiny_models import convolutional
 
 FORM = IntrinsicForm(branch=BranchForm(input_px=64, projection=4, width=8, dilations=(1,)), keys=5)
@@ -71,7 +72,7 @@ def test_strange_place_is_farthest_and_normal_images_lend_their_places() -> None
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_constant_image_has_a_finite_even_map(level: int) -> None:
-    values, raw, _ = graph()(torch.full((1, 96, 128), level, dtype=torch.uint8))
+    values, raw, *_ = graph()(torch.full((1, 96, 128), level, dtype=torch.uint8))
     assert torch.isfinite(values).all()
     assert torch.isfinite(raw).all()
 
@@ -97,10 +98,11 @@ def test_like_places_are_sought_outside_the_neighbourhood() -> None:
 @pytest.mark.parametrize("size_hw", [(64, 64), (64, 256), (160, 96)])
 def test_map_has_a_cell_for_eight_pixels(size_hw: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (2, *size_hw), dtype=torch.uint8)
-    values, raw, domain_p = graph()(image)
+    values, raw, domain_p, of_field = graph()(image)
     assert values.shape == (2, size_hw[0] // 8, size_hw[1] // 8)
     assert raw.shape == domain_p.shape == (2,)
-    alone, _, _ = graph()(image[1:])
+    assert of_field.shape == (2, FIELD_WIDTH)
+    alone, *_ = graph()(image[1:])
     assert torch.allclose(values[1:], alone, atol=1e-4), "an image is judged by itself"
 
 

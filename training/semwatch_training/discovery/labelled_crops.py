@@ -23,8 +23,10 @@ from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
 from semwatch.line import binarization, detection, inputs
 from semwatch.line.classification import decide
+from semwatch.line.detection import detect
 from semwatch.line.pipeline import Candidate, cut_out, gate_threshold, search
 from semwatch.models import crop_store
+from semwatch.models.contract import FIELD_FEATURES
 from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe, UnknownRule
@@ -84,7 +86,8 @@ def collect(
             labels.append(label)
             image_idx.append(index)
             area_px.append(candidate.region.area_px)
-            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size))
+            of_field = candidate.field_features
+            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size, field_features=of_field))
         progress("crops", index + 1, n_images)
     return Crops(
         np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), planted, found, tuple(views)
@@ -219,7 +222,10 @@ def shown_defect(candidate: Candidate, masks: NDArray[np.bool_]) -> int:
 
 
 def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Embedded) -> Candidate:
-    """Cut out a defect along its true mask (H, W), with the mask's own blur at the working grid as its heat."""
+    """Cut out a defect along its true mask (H, W), with the mask's own blur at the working grid as its heat.
+
+    The detector is asked only where the encoder wants to hear what it says of the whole field.
+    """
     map_hw = detection.scaled_size(truth.shape)
     grid = binarization.grid_hw((map_hw[0] // CELL_PX, map_hw[1] // CELL_PX), grid_px=recipe.binarization.grid_px)
     heat: NDArray[np.float32] = np.asarray(
@@ -227,7 +233,10 @@ def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Em
     )
     height, width = truth.shape
     (region,) = binarization.regions(heat > 0, heat, size_hw=(height, width), merge_fraction=1.0, max_regions=1)
-    return cut_out((region,), page, heat / heat.max(), recipe, models)[0]
+    score_map = None
+    if FIELD_FEATURES in models.meta("encoder").inputs:
+        score_map, _ = detect(inputs.for_detector(models.meta("detector"), page.field), models)
+    return cut_out((region,), page, heat / heat.max(), recipe, models, score_map)[0]
 
 
 def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:
