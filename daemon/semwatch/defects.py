@@ -6,7 +6,7 @@ Frames: *micrograph frame* = pixels of the page as read, origin top left. *Field
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,21 @@ Box = tuple[int, int, int, int]
 VerdictKind = Literal["known", "novel", "unknown", "non-decidable", "defect-free"]
 """``novel``: of a class that was found among unknowns and that no person has named yet."""
 
+Domain = Literal["known process", "unknown process", "not judged"]
+"""Whether a field looks like those of the processes whose normal images the detector knows; ``not judged``: this
+detector cannot say."""
+GateSource = Literal["recipe", "detector", "stream", "reference"]
+"""Where the gate's threshold came from: the recipe's own, the detector's normals, the stream's own scores, or the
+recipe's limit of the difference from a reference."""
+
 DEFECT_FREE = "defect-free"
 """Label of the class that every head carries beside its defect classes."""
+
+QualityName = Literal["blank", "info-bar", "saturated", "faint", "defocus", "streaks", "drift"]
+"""What can be wrong with a page, see ``intake.quality``. Of the first two there is no image at all."""
+
+NO_IMAGE: Final = "no-image"
+"""Verdict on a page that holds no image: no model was asked."""
 
 NOVEL = "novel-"
 """How labels of found, not yet named classes begin: novel-1, novel-2, ..."""
@@ -46,6 +59,31 @@ class Micrograph:
         return self.pixels[y0:y1, x0:x1]
 
 
+@dataclass(frozen=True, slots=True)
+class QualityFlag:
+    """One thing that is wrong with a page, with the figure that says so."""
+
+    name: QualityName
+    measure: float
+    """In the flag's own unit, see ``intake.quality``."""
+    limit: float
+    """The recipe's limit that ``measure`` lies beyond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What was seen of a page before any model looked at it."""
+
+    flags: tuple[QualityFlag, ...] = ()
+    is_image: bool = True
+    """False: the page is blank or nothing but an info bar, and says nothing about the wafer."""
+
+    @property
+    def in_words(self) -> str:
+        """What is wrong, in a line: ``defocus 4.2 (limit 3)``; empty where nothing is."""
+        return ", ".join(f"{flag.name} {flag.measure:.3g} (limit {flag.limit:g})" for flag in self.flags)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreMap:
     """The detector's answer for one field."""
@@ -55,8 +93,36 @@ class ScoreMap:
     detector's own matter; the gate compares them with those of normal images."""
     raw_score: float
     """Image score before any per-image normalisation; comparable between images."""
+    domain_p: float | None = None
+    """Conformal p-value in (0, 1] of the field among the normal fields of the processes that the detector knows; None:
+    this detector cannot say."""
     field_features: NDArray[np.float32] | None = None
     """(D,) what the detector says of the whole field, for an encoder that asks; None where it says nothing of it."""
+    patch_features: NDArray[np.float32] | None = None
+    """(C, h, w) what it says of each place, at a grid of its own; as above."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """What became of the reference of one page."""
+
+    name: str
+    """File name of the reference, or ``"page 1"`` of the same file."""
+    reason: str
+    """Why the page was judged without it, in plain words; empty where it was used."""
+    shift_px: tuple[float, float] | None = None
+    """A point (x, y) in the middle of the field lies in the reference's field at (x + dx, y + dy)."""
+    correlation: float | None = None
+    """Of the gradients of both after alignment, range [-1, 1]."""
+    aligned: NDArray[np.uint8] | None = None
+    """(H, W) the reference as the field sees it, with the field's gain and offset; None where it was not used."""
+    overlap: NDArray[np.bool_] | None = None
+    """(H, W) True where the field has a counterpart; the rest was not judged."""
+
+    @property
+    def used(self) -> bool:
+        """The page was judged by its difference from the reference."""
+        return not self.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +144,10 @@ class Verdict:
     label: str | None
     """Class name for ``known``, ``novel`` (novel-1, ...) and ``defect-free``; None otherwise."""
     confidence: float
-    """Range [0, 1]; how it is made depends on the kind, see ``classification.decide``."""
+    """Range [0, 1]: how much speaks for what the verdict claims, see ``classification.decide``."""
     nearest: tuple[Neighbour, ...]
-    """The two nearest classes, nearest first (one where the head knows only one)."""
+    """The two nearest classes, nearest first (one where the head knows only one); by what, see
+    ``classification.decide``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +173,8 @@ class Defect:
     verdict: Verdict
     field_features: NDArray[np.float32] | None = None
     """What the encoder was told of the whole field, see ``ScoreMap``; None where it did not ask."""
+    region_features: NDArray[np.float32] | None = None
+    """(C,) what it was told of the defect's places: their ``ScoreMap.patch_features``, averaged; as above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,12 +182,20 @@ class PageReview:
     """Everything said of one page."""
 
     micrograph: Micrograph
-    score_map: ScoreMap
+    score_map: ScoreMap | None
+    """None where the page holds no image."""
     gate_threshold: float
     """The page is searched for defects only if ``score_map.raw_score`` lies above it."""
     mask: NDArray[np.bool_]
-    """(g, g) defect mask over the field at the working grid; all False where the gate stayed shut."""
+    """(g, q) defect mask over the field at the working grid; all False where the gate stayed shut."""
     defects: tuple[Defect, ...]
+    domain: Domain = "not judged"
+    """What ``score_map.domain_p`` says by the recipe's significance."""
+    quality: Quality = Quality()
+    gate_source: GateSource = "detector"
+    """Where ``gate_threshold`` came from."""
+    reference: Reference | None = None
+    """None where the recipe names no reference. Where it was used, score map and gate are of the difference."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,7 +25,7 @@ from rich.table import Table
 from semwatch.defects import Review
 from semwatch.intake.decoding import decode
 from semwatch.line import pipeline
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models import model_repository
 from semwatch.models.inference import Answer, Embedded, ModelId
 from semwatch.models.model_repository import Arrays

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from semwatch_training.engines import build
 
-CAPABILITIES = (75, 86, 89, 120)
+CAPABILITIES = (86, 89, 120)
 MODELS = ("detector", "encoder")
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from semwatch.intake import decoding
-from semwatch.line import detection, notices, pipeline
+from semwatch.line import notices, pipeline, scaling
 from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import Arrays
 from semwatch.service.delivery import deliver_audit
@@ -95,7 +95,7 @@ def _review_one(
     networks = models.seconds * 1000
     page = review.pages[0].micrograph
     start = time.perf_counter()
-    detection.resize(page.field, (448, 448))
+    scaling.resize(page.field, (448, 448))
     resize_ms = (time.perf_counter() - start) * 1000
     timings = review.timings_ms
     laps["decode and info bar"] = timings["decode"]

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from semwatch.intake import decoding
-from semwatch.line.detection import resize
 from semwatch.line.pipeline import search
+from semwatch.line.scaling import resize
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import folder_images

@@ -20,7 +20,7 @@ from paths import DATA
 from semwatch.defects import PageReview, Review
 from semwatch.intake import decoding
 from semwatch.line import pipeline
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models.inference import Embedded, Models
 from semwatch.models.model_repository import Arrays
 from semwatch.settings.recipe import Recipe

@@ -271,21 +271,83 @@ def test_recipe_show_as_json_is_a_recipe_again(semwatch, tmp_path) -> None:
     assert "particle" in semwatch("recipe", "show", recipe).words
 
 
-@pytest.mark.parametrize(("n", "rate", "needed"), [(0, 0.05, 19), (3, 0.05, 19), (1, 0.3, 3)])
-def test_calibrate_with_too_few_normals_says_how_many_it_takes(
-    semwatch, tmp_path, tiny_repository, n, rate, needed
-) -> None:
+def calibrated(semwatch, tmp_path, repository, *argv: object, n: int = 19, n_defects: int = 0, **gate: float):
+    """Run `recipe calibrate` on n images that are called normal, and on some that are called defective."""
     (tmp_path / "normals").mkdir()
     for seed in range(n):
         put(tmp_path / f"normals/{seed}.png", png(seed))
-    recipe = write_recipe(tmp_path / "r.yaml", gate={"false_alarm_rate": rate})
-    fixed = ("--recipe", recipe, "--repository", tiny_repository)
-    said = semwatch("recipe", "calibrate", tmp_path / "normals", *fixed)
+    for seed in range(n_defects):
+        put(tmp_path / f"defects/d{seed}.png", png(100 + seed))
+    given = ("--defects", tmp_path / "defects") if n_defects else ()
+    recipe = write_recipe(tmp_path / "own.yaml", gate=gate)
+    folders = (tmp_path / "normals", *given, "--recipe", recipe, "--repository", repository)
+    return semwatch("recipe", "calibrate", *folders, *argv)
+
+
+def test_calibrate_without_images_is_refused(semwatch, tmp_path, tiny_repository) -> None:
+    said = calibrated(semwatch, tmp_path, tiny_repository, n=0)
     assert (said.code, said.out) == (2, "")
-    assert f"{n} normal images cannot promise a false alarm rate of {rate}; give at least {needed}," in said.err
-    for seed in range(n, needed):
-        put(tmp_path / f"normals/{seed}.png", png(seed))
-    assert semwatch("recipe", "calibrate", tmp_path / "normals", *fixed).code == 0
+    assert "there is no image in it" in said.err
+
+
+@pytest.mark.parametrize(("n", "rate", "needed"), [(5, 0.05, 19), (1, 0.3, 3)])
+def test_calibrate_with_few_normals_says_what_they_promise_and_how_many_it_takes(
+    semwatch, tmp_path, tiny_repository, n, rate, needed
+) -> None:
+    said = calibrated(semwatch, tmp_path, tiny_repository, n=n, false_alarm_rate=rate)
+    assert said.code == 0
+    assert f"at most {1 / (n + 1):.3%} of normal images like these {n} pass" in said.out
+    assert f"cannot promise less, give\n# {needed} for it" in said.out
+    assert yaml.safe_load(said.out)["gate"]["threshold"] > 0
+
+
+def test_calibrate_without_defects_says_that_misses_are_not_known(semwatch, tmp_path, tiny_repository) -> None:
+    said = calibrated(semwatch, tmp_path, tiny_repository)
+    assert said.code == 0
+    assert "what it would miss is not known: give images with defects" in said.out
+    assert "now 0.057: false alarms 19 of 19, 100.0% (85.4% to 100.0%); misses not known" in said.out
+    assert ": false alarms 0 of 19, 0.0% (0.0% to 14.6%)" in said.out
+
+
+def test_calibrate_that_misses_more_than_now_prints_no_threshold_without_yes(
+    semwatch, tmp_path, tiny_repository
+) -> None:
+    said = calibrated(semwatch, tmp_path, tiny_repository, n_defects=6, threshold=0.0)
+    assert said.code == 1
+    assert yaml.safe_load(said.out) is None  # comments alone
+    sentence = re.search(r"makes recall worse: the proposed threshold \S+ finds (\d) of 6 .*one 0 finds 6", said.err)
+    assert sentence
+    assert int(sentence[1]) < 6
+    assert "take a threshold of the table, or give --yes" in said.err
+    assert re.search(r"^# missed at the proposed threshold, lowest score first: d\d\.png ", said.out, re.MULTILINE)
+    rows = re.findall(r"^# (0\.\d+) +(?:needs (\d+) normal|[\d.]+ +\d+ of 19, )", said.out, re.MULTILINE)
+    assert rows == [("0.01", "99"), ("0.02", "49"), *((rate, "") for rate in ("0.05", "0.1", "0.2", "0.3"))]
+
+
+def test_calibrate_that_misses_more_than_now_goes_through_with_yes(semwatch, tmp_path, tiny_repository) -> None:
+    said = calibrated(semwatch, tmp_path, tiny_repository, "--yes", n_defects=6, threshold=0.0)
+    assert said.code == 0
+    assert "this makes recall worse" in said.out
+    assert yaml.safe_load(said.out)["gate"]["threshold"] > 0
+
+
+def test_calibrate_that_misses_no_more_than_now_prints_the_threshold(semwatch, tmp_path, tiny_repository) -> None:
+    said = calibrated(semwatch, tmp_path, tiny_repository, n_defects=6, threshold=1e6)
+    assert said.code == 0
+    assert "recall does not fall" in said.out
+    assert yaml.safe_load(said.out)["gate"]["threshold"] > 0
+
+
+def test_calibrate_as_json_says_the_same(semwatch, tmp_path, tiny_repository) -> None:
+    said = calibrated(semwatch, tmp_path, tiny_repository, "--json", n_defects=6, threshold=0.0)
+    assert said.code == 1
+    found = said.json
+    assert found["is_worse"]
+    assert found["present"]["misses"]["count"] == 0
+    assert found["proposed"]["misses"]["count"] == len(found["worst_missed"]) > 0
+    assert found["proposed"]["threshold"] == found["threshold"]
+    assert [row["false_alarm_rate"] for row in found["alternatives"]] == [0.01, 0.02, 0.05, 0.1, 0.2, 0.3]
+    assert "threshold" not in found["alternatives"][0]
 
 
 def test_line_that_calibrate_prints_makes_a_recipe_that_keeps_normals_out(semwatch, tmp_path, tiny_repository) -> None:

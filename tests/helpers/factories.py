@@ -12,6 +12,7 @@ from semwatch.defects import (
     DEFECT_FREE,
     Box,
     Defect,
+    Domain,
     Micrograph,
     Neighbour,
     PageReview,
@@ -27,6 +28,7 @@ from semwatch.streams.records import Fields, Message, Record, encode_result, rec
 CLASSES = ("particle", "bridge", "scratch", "residue", "open", DEFECT_FREE)
 KINDS: tuple[VerdictKind, ...] = ("known", "unknown", "non-decidable", "defect-free")
 GATE_THRESHOLD = 0.25
+DOMAIN_P: dict[Domain, float | None] = {"known process": 0.5, "unknown process": 0.002, "not judged": None}
 TOKENS = 32
 """Edge of the detector's token grid: 448 px by patches of 14."""
 GRID = 256
@@ -59,6 +61,7 @@ def make_review(
     model_versions: dict[str, int] | None = None,
     site: str = "site-1",
     reviewed_utc: str = "2025-03-01T12:00:00Z",
+    domain: Domain = "not judged",
     seed: int = 0,
 ) -> Review:
     """Build a whole review: ``n_defects`` discs on each of ``n_pages`` pages, defect i judged ``verdicts[i % len]``."""
@@ -74,6 +77,7 @@ def make_review(
                 verdicts=verdicts,
                 pixel_nm=pixel_nm,
                 vendor=vendor,
+                domain=domain,
                 seed=seed + page,
             )
         )
@@ -102,6 +106,7 @@ def make_page(
     pixel_nm: float | None = 2.5,
     vendor: str | None = "FEI",
     gate_threshold: float = GATE_THRESHOLD,
+    domain: Domain = "not judged",
     seed: int = 0,
 ) -> PageReview:
     """Build a page review from (H, W) pixels and a (H, W) truth mask: one defect for each 8-connected component."""
@@ -109,7 +114,7 @@ def make_page(
     field = (0, 0, W, H - info_bar_px)
     micrograph = Micrograph(np.ascontiguousarray(pixels), field, page, pixel_nm, vendor)
     field_truth = truth[: H - info_bar_px].astype(np.uint8)
-    score_map = make_score_map(field_truth, seed=seed)
+    score_map = replace(make_score_map(field_truth, seed=seed), domain_p=DOMAIN_P[domain])
     mask = cv2.resize(field_truth, (GRID, GRID), interpolation=cv2.INTER_AREA) > 0
     said = verdicts or [make_verdict("known", label) for label in CLASSES[:-1]]
     _, _, stats, _ = cv2.connectedComponentsWithStats(field_truth, connectivity=8)
@@ -117,7 +122,7 @@ def make_page(
         _defect(micrograph, score_map, defect_id=i, stats=stats[i], verdict=said[(i - 1) % len(said)], seed=seed)
         for i in range(1, len(stats))
     )
-    return PageReview(micrograph, score_map, gate_threshold, mask if defects else np.zeros_like(mask), defects)
+    return PageReview(micrograph, score_map, gate_threshold, mask if defects else np.zeros_like(mask), defects, domain)
 
 
 def make_score_map(truth: NDArray[np.uint8], *, seed: int = 0) -> ScoreMap:

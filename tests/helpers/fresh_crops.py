@@ -74,7 +74,7 @@ def fresh(crops: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.fl
 def verdicts(answer: Answer) -> list[Verdict]:
     """The unknown rule of the default recipe, applied to what a head answered."""
     return [
-        decide(logits, p, answer.meta.labels, significance=RULE.significance, decide_confidence=RULE.decide_confidence)
+        decide(logits, p, answer.meta.labels, RULE)
         for logits, p in zip(answer.outputs["logits"], answer.outputs["p_values"], strict=True)
     ]
 

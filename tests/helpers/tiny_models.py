@@ -22,6 +22,8 @@ from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicDetector, IntrinsicForm, IntrinsicGraph
 from semwatch_training.families.ni import export as ni_export
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.families.smg_vit import export as smg_vit_export
@@ -33,6 +35,7 @@ from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
 
 SHAPE = TrunkShape(width=24, depth=4, heads=2, patch=14, position_grid=8)
 DETECTOR = DetectorForm(trunk="tiny", width=24, heads=2, layers=(0, 1, 2, 3), n_normal_tokens=2, input_px=112)
+INTRINSIC = IntrinsicForm(branch=BranchForm(input_px=64, projection=4, width=8, dilations=(1,)), keys=5)
 ENCODER = EncoderForm(trunk="tiny", input_px=56, pooled_layers=(0, 1), guided_layers=2, second_trunk="", field=False)
 LABELS = ("bridge", "defect-free", "particle")
 TO_ONNX = export.to_onnx
@@ -68,6 +71,12 @@ def convolutional() -> EfficientNet:
 def detector_graph() -> DetectorGraph:
     """A detector of random weights."""
     return DetectorGraph(trunk(), NIDetector(DETECTOR)).eval()
+
+
+def intrinsic_graph() -> IntrinsicGraph:
+    """A detector of fields of any size, of random weights."""
+    torch.manual_seed(0)
+    return IntrinsicGraph(convolutional(), IntrinsicDetector(INTRINSIC)).eval()
 
 
 def encoder_graph() -> EncoderGraph:

@@ -2,10 +2,11 @@ import cv2
 import numpy as np
 import pytest
 
-from semwatch.defects import Micrograph
-from semwatch.line.detection import detect, resize
-from semwatch.line.inputs import for_detector
+from semwatch.defects import Micrograph, ScoreMap
+from semwatch.line import binarization
+from semwatch.line.detection import detect, own_scale, scaled_size, tiles
 from semwatch.line.pipeline import search
+from semwatch.line.scaling import resize
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 
@@ -14,7 +15,7 @@ from semwatch.settings.recipe import Recipe
 def test_any_field_gives_the_token_grid(tiny_repository, size_hw) -> None:
     field = np.random.default_rng(0).integers(0, 256, size_hw, dtype=np.uint8)
     with Embedded(tiny_repository) as models:
-        score_map, detector = detect(for_detector(models.meta("detector"), field), models)
+        score_map, detector = detect(field, models)
     assert score_map.values.shape == (8, 8)
     assert np.isfinite(score_map.raw_score)
     assert detector.version == 1
@@ -69,3 +70,63 @@ def test_shrinking_averages_so_that_no_pixel_goes_unseen() -> None:
     field = np.zeros((1024, 1024), np.uint8)
     field[500, 500] = 255
     assert resize(field, (448, 448)).max() > 0
+
+
+CELL = 8
+
+
+def largest_of_each_cell(tile: np.ndarray) -> ScoreMap:
+    """A detector of any size of field that sees bright pixels."""
+    h, w = tile.shape[0] // CELL, tile.shape[1] // CELL
+    values = tile.reshape(h, CELL, w, CELL).max(axis=(1, 3)).astype(np.float32)
+    return ScoreMap(values, float(values.max()))
+
+
+@pytest.mark.parametrize("size_hw", [(1024, 1024), (64, 4096), (8192, 8192), (2168, 2048), (448, 1552), (1536, 64)])
+def test_tiles_cover_the_field_and_fit_the_detector(size_hw: tuple[int, int]) -> None:
+    covered = np.zeros((size_hw[0] // CELL, size_hw[1] // CELL), bool)
+    boxes = list(tiles(size_hw))
+    for x0, y0, x1, y1 in boxes:
+        assert {side % 16 for side in (x0, y0, x1, y1)} == {0}
+        assert min(x1 - x0, y1 - y0) >= 64
+        assert max(x1 - x0, y1 - y0) <= 1536
+        covered[y0 // CELL : y1 // CELL, x0 // CELL : x1 // CELL] = True
+    assert covered.all()
+    assert len({(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes}) == 1
+
+
+@pytest.mark.parametrize("size_hw", [(52, 52), (64, 4096), (369, 480), (1000, 700), (8192, 8192), (755, 1024)])
+def test_both_axes_have_one_scale(size_hw: tuple[int, int]) -> None:
+    scaled = scaled_size(size_hw)
+    scales = [after / before for after, before in zip(scaled, size_hw, strict=True)]
+    assert max(scales) / min(scales) < 1 + 16 / min(scaled)
+    assert min(scaled) >= min(448, *size_hw)
+    assert max(scales) >= 0.99
+
+
+def test_tiles_join_to_what_one_look_gives() -> None:
+    field = np.random.default_rng(1).integers(0, 256, (2176, 3200), dtype=np.uint8)
+    assert len(list(tiles(field.shape))) > 4
+    joined = own_scale(field, largest_of_each_cell)
+    whole = largest_of_each_cell(field)
+    assert np.allclose(joined.values, whole.values)
+    assert joined.raw_score == whole.raw_score
+
+
+def test_defect_of_five_pixels_in_a_field_of_4096_is_boxed() -> None:
+    rng = np.random.default_rng(2)
+    for y, x in rng.integers(8, 4080, (6, 2)):
+        field = rng.integers(0, 20, (4096, 4096), dtype=np.uint8)
+        field[y : y + 5, x : x + 5] = 255
+        values = own_scale(field, largest_of_each_cell).values
+        mask = binarization.binarize(values, hot=100.0).mask
+        (found,) = binarization.regions(mask, values, size_hw=field.shape)
+        x0, y0, x1, y1 = found.box_xyxy
+        assert x0 <= x < x + 5 <= x1
+        assert y0 <= y < y + 5 <= y1
+        assert x1 - x0 <= 5 * CELL
+
+
+def test_coarser_scale_halves_the_map() -> None:
+    field = np.zeros((1024, 2048), np.uint8)
+    assert own_scale(field, largest_of_each_cell, coarser=2).values.shape == (64, 128)

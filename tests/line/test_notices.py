@@ -1,10 +1,13 @@
 """What leaves with a result says what stands in it, of a first review and of a revision."""
 
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from factories import make_review, make_verdict
+from semwatch.defects import Quality, QualityFlag
 from semwatch.line import notices
 from semwatch.store.review_record import ReviewRecord, VerdictRecord, to_record
 from semwatch.streams import records
@@ -50,6 +53,28 @@ def test_summary_counts_defects_by_kind_and_label() -> None:
     assert (clean.n_defects, clean.n_by_kind, clean.n_by_label) == (0, {}, {})
 
 
+def test_summary_and_records_say_whether_the_process_is_known() -> None:
+    foreign = make_review(2, n_pages=2, verdicts=[make_verdict("unknown")], domain="unknown process")
+    found = records.records(foreign)
+    assert {record.domain for record in found} == {"unknown process"}
+    messages = notices.messages(found, to_record(foreign))
+    assert records.decode(records.unpack(messages[0][2])).domain == "unknown process"
+    assert records.decode_result(records.unpack(messages[-1][2])).domains == ("unknown process",) * 2
+    assert notices.summary(RESULT).domains == ("not judged",) * 2
+
+
+@pytest.mark.parametrize(("stream", "key"), [(0, b"domain"), (-1, b"domains")])
+def test_message_of_an_older_release_says_nothing_of_it(stream: int, key: bytes) -> None:
+    fields = records.unpack(notices.messages(records.records(REVIEW), RESULT)[stream][2])
+    meta = json.loads(fields[b"meta"])
+    del meta[key.decode()]
+    fields[b"meta"] = json.dumps(meta).encode()
+    if stream == 0:
+        assert records.decode(fields).domain == "not judged"
+    else:
+        assert records.decode_result(fields).domains == ()
+
+
 def test_every_revision_has_an_id_of_its_own() -> None:
     assert notices.summary(RESULT).id == notices.summary(RESULT).id
     assert notices.summary(RESULT).id != notices.summary(RESULT.model_copy(update={"revision": 2})).id
@@ -92,3 +117,17 @@ def test_journal_names_the_event_and_the_verdicts(result: ReviewRecord, event: s
     kinds = notices.count_kinds(result)
     assert fields["VERDICTS"] == " ".join(f"{kind}={n}" for kind, n in kinds.items())
     assert sum(kinds.values()) == len(notices.defects_of(result)) == 6
+
+
+def test_summary_and_audit_line_count_pages_without_image() -> None:
+    review = make_review(0, n_pages=2)
+    blank = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
+    result = to_record(
+        replace(review, pages=(replace(review.pages[0], score_map=None, quality=blank), review.pages[1]))
+    )
+    summary = notices.summary(result)
+    assert (summary.n_no_image, summary.n_by_quality, summary.n_defects) == (1, {"blank": 1}, 0)
+    assert len(summary.image_scores) == 1
+    assert records.decode_result(records.encode_result(summary)) == summary
+    assert notices.audit_entry(result, "a.review.json")["quality"] == {"blank": 1}
+    assert "quality" not in notices.audit_entry(to_record(review), "a.review.json")

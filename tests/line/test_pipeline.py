@@ -1,6 +1,7 @@
 import hashlib
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from semwatch.defects import Box, Defect, Micrograph, PageReview, Review
+from semwatch.defects import DEFECT_FREE, Box, Defect, Micrograph, PageReview, Review
 from semwatch.errors import ConfigError, ImageError
+from semwatch.intake import decoding
 from semwatch.line import pipeline
 from semwatch.line.binarization import conformal_threshold
 from semwatch.models.inference import Embedded
@@ -149,6 +151,16 @@ def test_rate_that_so_few_normals_cannot_promise_names_the_remedy(models) -> Non
     recipe = Recipe.model_validate({"name": "strict", "gate": {"false_alarm_rate": 0.01}})
     with pytest.raises(ConfigError, match=r"recipe strict: 60 normal images .* 0.01; .*`semwatch recipe calibrate`"):
         review(png(field()), models, recipe)
+
+
+def test_streams_threshold_goes_before_the_detectors_and_behind_the_recipes(models) -> None:
+    own = Recipe.model_validate({"gate": {"threshold": 0.3}})
+    assert pipeline.gate_of(Recipe(), models) == (pipeline.gate_threshold(Recipe(), models), "detector")
+    assert pipeline.gate_of(Recipe(), models, stream_threshold=0.0) == (0.0, "stream")
+    assert pipeline.gate_of(own, models, stream_threshold=0.1) == (0.3, "recipe")
+    page = decoding.decode(png(field()), name="a.png")[0]
+    found = pipeline.search(page, Recipe(), models, stream_threshold=9.0)
+    assert (found.gate_threshold, found.gate_source, found.candidates) == (9.0, "stream", ())
 
 
 # ---- what a defect holds ----
@@ -297,11 +309,102 @@ def test_open_gate_over_an_empty_mask_judges_the_whole_field(models, size_hw) ->
     check_frames(page)
 
 
+# ---- no image, or a bad one ----
+
+
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_image_of_one_level_gets_an_answer(models, level) -> None:
-    page = review(png(np.full((128, 128), level, np.uint8)), models).pages[0]
-    assert len(page.defects) >= 1
-    check_frames(page)
+def test_page_of_one_level_is_no_image_and_no_model_is_asked(models, level) -> None:
+    asked = Asked(models)
+    found = review(png(np.full((128, 128), level, np.uint8)), asked)
+    page = found.pages[0]
+    assert asked.names == []
+    assert not page.quality.is_image
+    assert (page.score_map, page.defects, found.model_versions) == (None, (), {})
+    assert not page.mask.any()
+
+
+def test_blank_page_does_not_hide_the_defects_of_another(models) -> None:
+    asked = Asked(models)
+    found = review(tiff(np.zeros((192, 192), np.uint8), field()), asked)
+    assert [page.quality.is_image for page in found.pages] == [False, True]
+    assert asked.names == ["detector", "encoder", "head"]
+    assert len(found.pages[1].defects) > 0
+    assert found.model_versions == {"detector": 1, "encoder": 1, "head": 1}
+
+
+def test_bad_image_is_judged_and_flagged(models) -> None:
+    streaked = np.clip(field() + np.random.default_rng(0).normal(0, 40, (192, 1)), 0, 255).astype(np.uint8)
+    page = review(png(streaked), models).pages[0]
+    assert "streaks" in [flag.name for flag in page.quality.flags]
+    assert page.quality.is_image
+    assert page.score_map is not None
+
+
+def test_recipe_may_refuse_files_with_a_blank_page(models) -> None:
+    strict = Recipe.model_validate({"quality": {"no_image": "quarantine"}})
+    with pytest.raises(ImageError, match="page 1 holds no image: blank 0"):
+        review(tiff(field(), np.zeros((192, 192), np.uint8)), models, strict)
+
+
+# ---- the page's process ----
+
+
+class OfDomain(Asked):
+    """The models, with a detector that says how ordinary the field is."""
+
+    def __init__(self, models: Embedded, domain_p: float) -> None:
+        super().__init__(models)
+        self.domain_p = domain_p
+
+    def infer(self, model: str, inputs, *, backlog: bool = False):
+        answer = super().infer(model, inputs)
+        if model != "detector":
+            return answer
+        return replace(answer, outputs={**answer.outputs, "domain_p": np.float32([self.domain_p])})
+
+
+def test_detector_that_cannot_say_leaves_the_process_unjudged(models) -> None:
+    page = review(png(field()), models).pages[0]
+    assert (page.score_map.domain_p, page.domain) == (None, "not judged")
+
+
+@pytest.mark.parametrize(("domain_p", "domain"), [(0.5, "known process"), (0.015, "known process")])
+def test_field_above_the_significance_is_judged_as_if_nothing_were_said(models, domain_p, domain) -> None:
+    data = png(field(SEVERAL, (256, 256)))
+    page, plain = (review(data, m).pages[0] for m in (OfDomain(models, domain_p), models))
+    assert page.domain == domain
+    assert page.score_map.domain_p == pytest.approx(domain_p)
+    assert [defect.verdict for defect in page.defects] == [defect.verdict for defect in plain.defects]
+
+
+def test_nothing_is_dismissed_on_a_field_of_an_unknown_process(models) -> None:
+    data = png(field(SEVERAL, (256, 256)))
+    assert {d.verdict.kind for d in review(data, SureOfNothing(models)).pages[0].defects} == {"defect-free"}
+    foreign = review(data, SureOfNothing(OfDomain(models, 0.01))).pages[0]
+    assert foreign.domain == "unknown process"
+    assert {d.verdict.kind for d in foreign.defects} == {"unknown"}
+    lax = Recipe.model_validate({"gate": {"threshold": 0.0}, "domain": {"significance": 0.005}})
+    assert review(data, SureOfNothing(OfDomain(models, 0.01)), lax).pages[0].domain == "known process"
+
+
+class SureOfNothing:
+    """The models, with a head that is sure of *defect-free* whatever it sees."""
+
+    def __init__(self, models) -> None:
+        self.models, self.meta = models, models.meta
+
+    def infer(self, model: str, inputs, *, backlog: bool = False):
+        answer = self.models.infer(model, inputs)
+        if model != "head":
+            return answer
+        sure = np.float32([[20 * (label == DEFECT_FREE) for label in answer.meta.labels]])
+        n = len(answer.outputs["logits"])
+        return replace(answer, outputs={"logits": np.repeat(sure, n, 0), "p_values": np.full((n, sure.size), 0.9)})
+
+
+def test_process_is_judged_where_the_gate_stays_shut_too(models) -> None:
+    page = review(png(field()), OfDomain(models, 0.001), SHUT).pages[0]
+    assert (page.domain, page.defects) == ("unknown process", ())
 
 
 # ---- the review as a whole ----
@@ -335,7 +438,7 @@ def test_review_carries_what_it_was_given(models) -> None:
 
 def test_every_stage_is_timed_in_the_order_of_the_line(models) -> None:
     opened, shut = review(png(field()), models).timings_ms, review(png(field()), models, SHUT).timings_ms
-    assert list(opened) == list(shut) == ["decode", "detect", "binarize", "crop", "classify"]
+    assert list(opened) == list(shut) == ["decode", "quality", "detect", "binarize", "crop", "classify"]
     assert min(opened.values()) > 0
     assert shut["binarize"] == shut["crop"] == 0
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from scipy.stats import chi2
 
 from factories import make_review
-from semwatch.defects import PageReview, Review, Verdict
+from semwatch.defects import PageReview, Quality, QualityFlag, Review, Verdict
 from semwatch.service import drift
 from semwatch.service.drift import (
     FEWEST,
@@ -490,3 +490,77 @@ def test_watching_costs_little() -> None:
     feed(watch, reviews)
     cost_us = (time.thread_time() - start) / len(reviews) * 1e6
     assert cost_us < 150, "50 is what is asked for; a busy machine may take three times that"
+
+
+# --- image quality -------------------------------------------------------------------------------------------------
+
+BLANK = replace(PAGE, score_map=None, defects=(), quality=Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False))
+SOFT = replace(PAGE, quality=Quality((QualityFlag("defocus", 6.0, 4.0),)))
+
+
+def test_fifth_blank_page_alarms_once_and_not_the_fourth() -> None:
+    watch = DriftWatch()
+    for _ in range(4):
+        assert watch.observe(file_of(BLANK)) == []
+    (alarm,) = watch.observe(file_of(BLANK))
+    assert (alarm.what, alarm.value, alarm.n) == ("no image", 0.05, 5)
+    assert (
+        alarm.sentence
+        == "tool-a, recipe metal2-adi: 5 of the last 5 pages hold no image; look at the beam and the tool"
+    )
+    assert watch.observe(file_of(BLANK)) == []
+    assert watch.values()["tool-a", "no image"] >= 1
+
+
+def test_rare_blank_pages_do_not_alarm() -> None:
+    watch = DriftWatch()
+    for _ in range(10):
+        assert watch.observe(file_of(BLANK, *[make_page(0.1)] * 29)) == []
+
+
+def test_alarm_of_blank_pages_comes_back_once_they_are_gone() -> None:
+    watch = DriftWatch()
+    assert [alarm.what for alarm in watch.observe(file_of(*[BLANK] * 6))] == ["no image"]
+    assert watch.observe(file_of(*[make_page(0.1)] * drift.PAGES)) == []
+    assert watch.values()["tool-a", "no image"] == 0
+    assert [alarm.what for alarm in watch.observe(file_of(*[BLANK] * 6))] == ["no image"]
+
+
+def test_bad_images_alarm_at_a_fifth_of_the_pages() -> None:
+    watch = DriftWatch()
+    assert watch.observe(file_of(*[SOFT] * 19)) == []
+    (alarm,) = watch.observe(file_of(SOFT))
+    assert alarm.what == "bad quality"
+    assert "20 of the last 20 pages are bad images" in alarm.sentence
+
+
+def test_blank_pages_do_not_count_in_scores_or_classes() -> None:
+    watch = DriftWatch()
+    watch.observe(file_of(*[BLANK] * 60))
+    (state,) = watch.state()["watches"]
+    assert (state["scores"]["first"], state["classes"]["n_reference"]) == ([], 0)
+
+
+def test_standing_alarms_are_read_from_the_file_without_touching_it(tmp_path: Path) -> None:
+    path = tmp_path / STATE
+    assert drift.alarmed(path) == {}
+    watch = DriftWatch()
+    watch.observe(file_of(*[BLANK] * 7))
+    watch.observe(file_of(make_page(0.1), source="tool-b"))
+    watch.save(path)
+    before = path.read_bytes()
+    (sentence,) = drift.alarmed(path)["tool-a"]
+    assert "7 of the last 7 pages hold no image" in sentence
+    assert drift.alarmed(path)["tool-b"] == []
+    assert path.read_bytes() == before
+    path.write_text("{")
+    assert drift.alarmed(path) == {}
+    assert path.read_text() == "{"
+
+
+def test_state_of_a_release_that_knew_no_quality_goes_on() -> None:
+    watch = DriftWatch()
+    watch.observe(file_of(make_page(0.1)))
+    state = watch.state()
+    del state["watches"][0]["pages"]
+    assert DriftWatch.from_state(state).values()["tool-a", "no image"] == 0

@@ -7,13 +7,14 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from factories import make_review, make_verdict
-from semwatch.defects import Verdict, VerdictKind
+from semwatch.defects import Quality, QualityFlag, Verdict, VerdictKind
 from semwatch.errors import ConfigError
 from semwatch.service.drift import WATCHED
 from semwatch.service.metrics import SEVEREST_FIRST, STAGE_BUCKETS_S, Metrics, verdict_of
@@ -51,13 +52,28 @@ def test_sources_start_at_zero_so_that_the_first_event_is_a_rise() -> None:
         assert value(metrics, name, source="tool-a") == 0.0
     assert [value(metrics, "reviews_total", source="tool-a", verdict=kind) for kind in SEVEREST_FIRST] == [0.0] * 5
     for name in ("drift", "drift_alarms_total"):
-        assert [value(metrics, name, source="tool-a", what=what) for what in WATCHED] == [0.0] * 3
+        assert [value(metrics, name, source="tool-a", what=what) for what in WATCHED] == [0.0] * len(WATCHED)
 
 
 def test_two_daemons_in_one_process_do_not_share_counts() -> None:
     one, two = Metrics(["a"]), Metrics(["a"])
     one.duplicates.labels("a").inc()
     assert (value(one, "duplicates_total", source="a"), value(two, "duplicates_total", source="a")) == (1.0, 0.0)
+
+
+def test_pages_are_counted_by_their_process(metrics: Metrics) -> None:
+    metrics.observe(make_review(0, n_pages=2, domain="unknown process"))
+    metrics.observe(make_review(1, domain="known process"))
+    counts = [value(metrics, "pages_total", source="tool-a", domain=d) for d in ("known process", "unknown process")]
+    assert counts == [1.0, 2.0]
+    begun = Metrics(["tool-b"])
+    assert value(begun, "pages_total", source="tool-b", domain="unknown process") == 0.0
+
+
+def test_file_of_an_unknown_process_counts_by_its_defects() -> None:
+    assert verdict_of(make_review(0, domain="unknown process")) == "defect-free"
+    named = make_review(1, domain="unknown process", verdicts=[make_verdict("known")])
+    assert verdict_of(named) == verdict_of(to_record(named)) == "known"
 
 
 def test_review_without_defects_counts_as_defect_free(metrics: Metrics) -> None:
@@ -232,3 +248,24 @@ def test_counts_from_many_threads_add_up(metrics: Metrics) -> None:
     for thread in threads:
         thread.join(10)
     assert value(metrics, "reviews_total", source="tool-a", verdict="known") == 200.0
+
+
+def test_page_without_image_is_counted_and_is_not_defect_free(metrics: Metrics) -> None:
+    whole = make_review(0, n_pages=2)
+    blank = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
+    soft = Quality((QualityFlag("defocus", 6.0, 4.0), QualityFlag("drift", 1.0, 0.5)))
+    pages = (replace(whole.pages[0], score_map=None, quality=blank), replace(whole.pages[1], quality=soft))
+    review = replace(whole, pages=pages)
+    metrics.observe(review)
+    assert verdict_of(review) == verdict_of(to_record(review)) == "no-image"
+    assert value(metrics, "pages_without_image_total", source="tool-a") == 1
+    for flag in ("blank", "defocus", "drift"):
+        assert value(metrics, "pages_flagged_total", source="tool-a", flag=flag) == 1
+    assert value(metrics, "reviews_total", source="tool-a", verdict="no-image") == 1
+    assert not value(metrics, "reviews_total", source="tool-a", verdict="defect-free")
+
+
+def test_defect_is_graver_than_a_page_without_image() -> None:
+    whole = make_review(1, n_pages=2, verdicts=[make_verdict("unknown")])
+    blank = replace(whole.pages[0], score_map=None, defects=(), quality=Quality(is_image=False))
+    assert verdict_of(replace(whole, pages=(blank, whole.pages[1]))) == "unknown"

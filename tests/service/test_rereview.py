@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from factories import make_review, make_verdict
-from semwatch.defects import Verdict
+from semwatch.defects import Domain, Verdict
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.line import notices
 from semwatch.line.class_codes import class_codes
@@ -26,7 +26,7 @@ from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
 from semwatch.service import rereview
 from semwatch.service.rereview import Rereview
-from semwatch.settings.recipe import KnownClass, Pins, Recipe
+from semwatch.settings.recipe import KnownClass, Pins, Recipe, UnknownRule
 from semwatch.store import results
 from semwatch.store.ledger import Ledger
 from semwatch.store.review_record import class_code, to_record
@@ -34,7 +34,9 @@ from semwatch.streams import records
 from semwatch.system import clock
 
 UNKNOWN = make_verdict("unknown")
-RECIPE = Recipe(classes={"bridge": KnownClass(code=11)}, unknown_code=99)
+# The tiny head is never as sure as the default asks for a dismissal.
+RULE = UnknownRule(dismiss_probability=0.5)
+RECIPE = Recipe(classes={"bridge": KnownClass(code=11)}, unknown=RULE, unknown_code=99)
 NOW = datetime.now(UTC)
 
 
@@ -70,12 +72,13 @@ class Line:
         source: str = "tool-a",
         versions: dict[str, int] | None = None,
         hashes: dict[str, str] | None = None,
+        domain: Domain = "not judged",
     ) -> Path:
         """Write a result of unknowns, and put their records, with these features, into the ledger."""
         utc = clock.utc_of(NOW - timedelta(days=age_days))
         review = make_review(
             len(features), path=path, source=source, verdicts=[UNKNOWN], reviewed_utc=utc,
-            model_versions=versions or {"detector": 1, "encoder": 1, "head": 1},
+            model_versions=versions or {"detector": 1, "encoder": 1, "head": 1}, domain=domain,
         )  # fmt: skip
         review = replace(
             review, model_hashes=hashes or {}, recipe_id=recipe_id, sha256=hashlib.sha256(path.encode()).hexdigest()
@@ -228,6 +231,14 @@ def test_page_whose_defects_all_turn_out_harmless_is_defect_free(line: Line, of_
     line.publish(("bridge", "defect-free", "novel-1"))
     run(line)
     assert results.read(path).pages[0].verdict == "defect-free"
+
+
+def test_page_of_an_unknown_process_keeps_what_a_later_head_would_dismiss(line: Line, of_label: Any) -> None:
+    path = line.review(features=[of_label("defect-free")], domain="unknown process")
+    line.publish(("bridge", "defect-free", "novel-1"))
+    counts = run(line)
+    assert (counts.records, counts.revised) == (1, 0)
+    assert results.read(path).pages[0].defects[0].verdict.kind == "unknown"
 
 
 @pytest.mark.parametrize(

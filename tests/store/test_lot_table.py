@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from factories import make_review, make_verdict
+from semwatch.defects import Quality, QualityFlag
 from semwatch.errors import ServiceUnavailable
 from semwatch.store import lot_table, results
 from semwatch.store.lot_table import LOT, LOT_COLUMNS
@@ -56,6 +57,35 @@ def test_lot_has_a_row_for_each_defect_and_for_each_clean_image_in_order(tmp_pat
     assert [row["page_verdict"] for row in rows(lot)] == ["defects"] * 3 + ["defect-free"]
 
 
+def test_row_says_whether_the_page_s_process_is_known(tmp_path: Path) -> None:
+    said = []
+    for domain in ("known process", "unknown process", "not judged"):
+        for n in (0, 1):
+            review = make_review(n, path=f"{domain}/{n}/a.tif", domain=domain)
+            written = results.write(review, results_dir=tmp_path).json
+            lot_table.write(written.parent)
+            said += [(row["domain"], row["page_verdict"], bool(row["kind"])) for row in rows(written.parent)]
+    assert said == [
+        ("known process", "defect-free", False),
+        ("known process", "defects", True),
+        ("unknown process", "defect-free", False),
+        ("unknown process", "defects", True),
+        ("not judged", "defect-free", False),
+        ("not judged", "defects", True),
+    ]
+
+
+def test_page_without_image_has_a_row_that_says_so(tmp_path: Path, lot: Path) -> None:
+    blank = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
+    soft = Quality((QualityFlag("defocus", 6.0, 4.0), QualityFlag("drift", 1.0, 0.5)))
+    pages = make_review(0, n_pages=2).pages
+    changed = (replace(pages[0], score_map=None, quality=blank), replace(pages[1], quality=soft))
+    put(tmp_path, "a.tif", 0, pages=changed)
+    lot_table.write(lot)
+    said = [(row["page_verdict"], row["image_score"] == "", row["quality"]) for row in rows(lot)]
+    assert said == [("no-image", True, "blank"), ("defect-free", False, "defocus drift")]
+
+
 def test_every_page_has_rows_of_its_own(tmp_path: Path) -> None:
     paths = results.write(make_review(1, n_pages=3), results_dir=tmp_path)
     lot_table.write(paths.json.parent)
@@ -92,7 +122,7 @@ def test_lot_shows_the_latest_revision_alone(tmp_path: Path, lot: Path) -> None:
         ("lot/a.tif", "novel-1", "2"),
         ("lot/b.tif", "", "1"),
     ]
-    assert list(rows(lot)[0])[-1] == "revision"
+    assert list(rows(lot)[0])[-2:] == ["revision", "quality"]
 
 
 # --- appended --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import dataclasses
+from dataclasses import replace
 
 import cv2
 import imagecodecs
@@ -7,7 +8,7 @@ import pytest
 
 from factories import KINDS, make_page, make_review, make_verdict
 from paths import DATA
-from semwatch.defects import ScoreMap
+from semwatch.defects import Domain, Quality, QualityFlag, ScoreMap
 from semwatch.store import overlay
 
 SIZES = [(1, 1), (1, 900), (900, 1), (24, 700), (64, 64), (333, 511), (512, 512), (1024, 1024), (700, 2048), (2500, 90)]
@@ -93,6 +94,15 @@ def test_every_kind_of_verdict_shows_its_colour_in_image_and_legend(kind: str) -
     assert (picture[: -overlay.STRIP_PX] == colour).all(axis=2).sum() > 500
     near = np.abs(picture[-overlay.STRIP_PX :].astype(int) - colour).max(axis=2) < 30
     assert near.sum() > 20
+
+
+def test_legend_says_that_the_process_is_unknown() -> None:
+    def yellow(domain: Domain) -> int:
+        strip = overlay.draw(make_review(0, domain=domain).pages[0])[-overlay.STRIP_PX :].astype(int)
+        return int((np.abs(strip - overlay.COLOURS["unknown"]).max(axis=2) < 30).sum())
+
+    assert yellow("unknown process") > 100
+    assert yellow("known process") == yellow("not judged") == 0
 
 
 def test_labels_say_number_verdict_and_confidence() -> None:
@@ -187,3 +197,20 @@ def test_real_picture_stays_itself_away_from_its_defect() -> None:
     assert truth is not None
     picture = overlay.draw(make_page(pixels.astype(np.uint8), truth > 127))[: -overlay.STRIP_PX]
     assert 0.001 < (colourfulness(picture) > 8).mean() < 0.5
+
+
+def test_page_without_image_says_so_and_has_no_heat() -> None:
+    page = make_review(0).pages[0]
+    blank = replace(page, score_map=None, quality=Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False))
+    picture = overlay.draw(blank)
+    red = (picture[..., 2].astype(int) - picture[..., 1] > 60) & (picture[..., 2].astype(int) - picture[..., 0] > 60)
+    assert not red[: -overlay.STRIP_PX].any()
+    assert red[-overlay.STRIP_PX :].any()
+
+
+def test_flag_of_a_bad_image_stands_in_the_legend() -> None:
+    page = make_review(1).pages[0]
+    flagged = replace(page, quality=Quality((QualityFlag("defocus", 6.0, 4.0),)))
+    plain, said = overlay.draw(page), overlay.draw(flagged)
+    assert np.array_equal(plain[: -overlay.STRIP_PX], said[: -overlay.STRIP_PX])
+    assert not np.array_equal(plain, said)

@@ -18,7 +18,7 @@ import pytest
 
 from factories import KINDS, make_review, make_verdict
 from paths import ROOT
-from semwatch.defects import Review, Verdict, VerdictKind
+from semwatch.defects import Quality, QualityFlag, Review, Verdict, VerdictKind
 from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.store import lot_table, results, review_record
 
@@ -78,11 +78,68 @@ def test_result_of_an_older_release_has_no_hashes_and_still_reads(tmp_path: Path
     assert results.read(path).model_hashes == {}
 
 
+def without_image(review: Review) -> Review:
+    """The same review with a blank first page."""
+    quality = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
+    blank = replace(review.pages[0], score_map=None, defects=(), quality=quality)
+    return replace(review, pages=(blank, *review.pages[1:]))
+
+
+def test_page_without_image_has_no_score_and_is_not_defect_free(tmp_path: Path) -> None:
+    paths = results.write(without_image(make_review(1, n_pages=2)), results_dir=tmp_path)
+    blank, other = results.read(paths.json).pages
+    assert (blank.verdict, blank.image_score, blank.defects) == ("no-image", None, ())
+    assert blank.quality.model_dump() == {
+        "is_image": False, "flags": ({"name": "blank", "measure": 0.0, "limit": 2.0},)
+    }  # fmt: skip
+    assert other.verdict == "defects"
+    assert other.quality.is_image
+
+
+def test_revision_of_another_page_leaves_a_page_without_image_as_it_is(tmp_path: Path) -> None:
+    path = results.write(without_image(make_review(1, n_pages=2)), results_dir=tmp_path).json
+    verdict = review_record.verdict_record(make_verdict("known", "scratch"), None)
+    revised = results.revise(path, {(1, 1): verdict}, head_version=9, utc="2025-03-02T00:00:00Z")
+    assert revised is not None
+    assert [page.verdict for page in revised.pages] == ["no-image", "defects"]
+
+
+def test_result_of_a_release_that_knew_no_quality_still_reads(tmp_path: Path) -> None:
+    path = results.write(make_review(1), results_dir=tmp_path).json
+    old = json.loads(path.read_text())
+    del old["pages"][0]["quality"]
+    path.write_text(json.dumps(old))
+    page = results.read(path).pages[0]
+    assert page.quality == review_record.QualityRecord()
+    assert page.verdict == "defects"
+
+
 def test_page_whose_defects_the_head_calls_defect_free_is_defect_free() -> None:
     verdicts = [make_verdict("defect-free"), make_verdict("defect-free")]
     assert review_record.to_record(make_review(2, verdicts=verdicts)).pages[0].verdict == "defect-free"
     mixed = [make_verdict("defect-free"), make_verdict("unknown")]
     assert review_record.to_record(make_review(2, verdicts=mixed)).pages[0].verdict == "defects"
+
+
+def test_page_of_an_unknown_process_says_so() -> None:
+    record = review_record.to_record(make_review(0, domain="unknown process"))
+    assert [(p.domain, p.domain_p, p.verdict) for p in record.pages] == [("unknown process", 0.002, "defect-free")]
+    found = review_record.to_record(make_review(1, domain="unknown process", verdicts=[make_verdict("unknown")]))
+    assert [(page.domain, page.verdict) for page in found.pages] == [("unknown process", "defects")]
+    known = review_record.to_record(make_review(0, domain="known process"))
+    assert [(p.domain, p.domain_p, p.verdict) for p in known.pages] == [("known process", 0.5, "defect-free")]
+
+
+def test_result_of_an_older_release_does_not_judge_its_process_and_still_reads(tmp_path: Path) -> None:
+    path = results.write(make_review(1, domain="unknown process"), results_dir=tmp_path).json
+    validator = jsonschema.Draft202012Validator(json.loads(review_record.SCHEMA_PATH.read_text()))
+    validator.validate(json.loads(path.read_text()))
+    old = json.loads(path.read_text())
+    for page in old["pages"]:
+        del page["domain"], page["domain_p"]
+    path.write_text(json.dumps(old))
+    validator.validate(old)
+    assert [(page.domain, page.domain_p) for page in results.read(path).pages] == [("not judged", None)]
 
 
 def test_class_codes_come_from_the_table_and_unlisted_labels_have_none() -> None:

@@ -7,7 +7,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from semwatch.models.model_repository import Meta, Tensor
+from semwatch.models.contract import FIELD_SIDES_PX
+from semwatch.models.model_repository import OPEN, Meta, Tensor
 from semwatch.triton import config as triton_config
 from semwatch.triton.plans import Batches, Manifest, Plan
 
@@ -44,6 +45,15 @@ def meta(model: Any = "encoder", *, n_classes: int = 3, sha256: str = "ab") -> M
         "head": {"logits": Tensor(dtype="float32", shape=(n_classes,))},
     }[model]
     return Meta(model=model, created_utc="now", inputs=inputs, outputs=outputs, weights_sha256=sha256)
+
+
+OPEN_SHAPES = {
+    "inputs": {"image": Tensor(dtype="uint8", shape=(OPEN, OPEN))},
+    "outputs": {
+        "score_map": Tensor(dtype="float32", shape=(OPEN, OPEN)),
+        "raw_score": Tensor(dtype="float32", shape=()),
+    },
+}
 
 
 def read(metas: dict[int, Meta], target: triton_config.Target, **options: Any) -> Any:
@@ -132,6 +142,23 @@ def test_warm_up_asks_for_every_input_in_every_tuned_batch(target: triton_config
     assert [warmup.batch_size for warmup in config.model_warmup] == sizes
     for warmup in config.model_warmup:
         assert {name: tuple(i.dims) for name, i in warmup.inputs.items()} == {"crop": (56, 56), "size": (2,)}
+
+
+@pytest.mark.parametrize(
+    ("target", "warmed", "preferred", "profiles"),
+    [("onnx-python", [1], [1], []), ("tensorrt-rtx", [1, 4], [4], []), ("tensorrt", [1, 4], [4], ["0", "1"])],
+)
+def test_detector_of_any_size_leaves_its_sides_open_and_warms_up_at_the_typical_one(
+    target: triton_config.Target, warmed: list[int], preferred: list[int], profiles: list[str]
+) -> None:
+    config = read({1: meta("detector").model_copy(update=OPEN_SHAPES)}, target, plans=PLANS)
+    assert [list(tensor.dims) for tensor in (*config.input, *config.output)] == [[-1, -1], [-1, -1], [1]]
+    assert not any(tensor.allow_ragged_batch for tensor in config.input)  # so those alone of one size run together
+    assert config.max_batch_size == 4
+    assert [warmup.batch_size for warmup in config.model_warmup] == warmed
+    assert {tuple(warmup.inputs["image"].dims) for warmup in config.model_warmup} == {(FIELD_SIDES_PX.typical,) * 2}
+    assert list(config.dynamic_batching.preferred_batch_size) == preferred
+    assert list(config.instance_group[0].profile) == profiles
 
 
 def test_several_versions_serve_together_each_with_its_content_hash() -> None:

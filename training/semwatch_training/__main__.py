@@ -17,8 +17,8 @@ from semwatch_training.families import detector_run
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.branch.train_branch import BranchSchedule
 from semwatch_training.families.detector_run import MIN_NORMALS, BranchImages
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicForm
 from semwatch_training.families.memory import fit_memory, memory_detector
-from semwatch_training.families.ni.ni_detector import DetectorForm
 from semwatch_training.families.ni.train_detector import Schedule
 from semwatch_training.families.smg_vit import self_supervision
 from semwatch_training.families.smg_vit.encoder_run import CropSource, train_encoder
@@ -60,6 +60,9 @@ def detector(
     n_backgrounds: Annotated[int, typer.Option(min=0, help="Procedural backgrounds of no process.")] = (
         IMAGES.n_backgrounds
     ),
+    n_scenes: Annotated[
+        int, typer.Option(min=0, help="Scenes of no process, normal and defective; none with --normals.")
+    ] = IMAGES.n_scenes,
     held_out: Annotated[int, typer.Option(min=20, help="Normal images kept for the gate's threshold.")] = (
         IMAGES.held_out
     ),
@@ -69,12 +72,12 @@ def detector(
     seed: int = 1,
     cache: CacheOption = Path(".cache"),
 ) -> None:
-    """Train the default detector, a segmentation branch on frozen features. Resumes where it was stopped.
+    """Train the default detector, the branch that reads an image's own statistics. Resumes where it was stopped.
 
     With --normals it learns from pseudo-defects planted in your images and in procedural backgrounds.
     """
-    form = DetectorForm(evidence="branch", branch=BranchForm(width=width))
-    images = BranchImages(normals, n_normals, n_labelled, n_backgrounds, held_out, tuple(stage or STAGES))
+    form = IntrinsicForm(branch=BranchForm(width=width))
+    images = BranchImages(normals, n_normals, n_labelled, n_backgrounds, n_scenes, held_out, tuple(stage or STAGES))
     schedule = BranchSchedule(steps=steps, seed=seed)
     with Bars() as progress:
         scores = detector_run.train_default(out, form, images, schedule, cache=cache, progress=progress)

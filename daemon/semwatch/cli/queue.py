@@ -220,6 +220,8 @@ def _result_line(summary: ResultSummary) -> str:
     scores = " ".join(f"{score:.3f}" for score in summary.image_scores)
     found = {**summary.n_by_kind, **summary.n_by_label}
     counts = ", ".join(f"{n} {name}" for name, n in found.items()) or "no defects"
+    if summary.n_by_quality:
+        counts += "; quality: " + ", ".join(f"{n} {name}" for name, n in summary.n_by_quality.items())
     return f"{summary.reviewed_utc}  {summary.source}/{summary.path}  score {scores}  {counts}"
 
 

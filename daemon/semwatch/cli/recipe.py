@@ -1,12 +1,10 @@
 """`semwatch recipe`: check, show and calibrate recipes."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.progress import track
 
@@ -24,10 +22,10 @@ from semwatch.cli.options import (
     say,
     table,
 )
-from semwatch.errors import ConfigError, ImageError
-from semwatch.intake import decoding
-from semwatch.line import binarization, detection, inputs
+from semwatch.line.gate_calibration import Counted, Measured
 from semwatch.models.inference import Embedded
+from semwatch.operations import calibrate
+from semwatch.operations.calibrate import Calibration, Scored
 from semwatch.settings.recipe import Recipe, load_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate recipes.")
@@ -57,42 +55,104 @@ def show(
 
 
 @app.command("calibrate", epilog=EPILOG)
-def calibrate(
+def calibrate_command(
     normals: Annotated[Path, typer.Argument(help="Folder of defect-free images of your own process.", exists=True)],
+    defects: Annotated[Path | None, typer.Option(help="Folder of images with a defect each.", exists=True)] = None,
     recipe: RecipeOption = None,
     repository: RepositoryOption = REPOSITORY,
+    yes: Annotated[bool, typer.Option("--yes", help="Print the threshold though it misses more than now.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the gate's threshold on your own defect-free images, and print the line to put into the recipe."""
+    """Measure the gate's threshold on your own images, and print the line to put into the recipe.
+
+    Defect-free images say what passes the gate; only images with known defects say what it would miss.
+    """
     settings = load_recipe(recipe) if recipe else Recipe()
-    files = image_files([normals]).values()
-    scores: list[float] = []
     with Embedded(repository, pins=settings.pins.model_dump()) as models:
-        for file in track(files, "scoring", console=err, transient=True, disable=not err.is_terminal):
-            scores += _raw_scores(file, models)
-    rate = settings.gate.false_alarm_rate
-    threshold = binarization.conformal_threshold(np.array(scores), false_alarm_rate=rate)
-    if not np.isfinite(threshold):
-        # 1e-9 as in conformal_threshold: 1 / 0.05 - 1 is 19 images and not 20
-        n_needed = math.ceil(1 / rate - 1 - 1e-9)
-        raise ConfigError(
-            f"{normals}: {len(scores)} normal images cannot promise a false alarm rate of {rate}; give at least "
-            f"{n_needed}, or raise gate.false_alarm_rate in the recipe"
-        )
+        of_normals = _scores(normals, models)
+        of_defects = None if defects is None else _scores(defects, models)
+        found = calibrate.calibrate(of_normals, of_defects, settings, models, normals=normals, defects=defects)
+    is_refused = found.is_worse and not yes
     if as_json:
-        typer.echo(json.dumps({"threshold": threshold, "false_alarm_rate": rate, "n_normals": len(scores)}))
+        typer.echo(json.dumps(_as_json(found)))
+    else:
+        for line in _calibration_lines(found):
+            say(f"# {line}".rstrip())
+        if not is_refused:
+            # a float32 in full: rounded down, it would let its own image pass
+            say(f"gate:\n  threshold: {found.proposed.threshold:.9g}")
+    if is_refused:
+        err.print(printable(f"{found.comparison}; take a threshold of the table, or give --yes"), soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _scores(folder: Path, models: Embedded) -> list[Scored]:
+    files = image_files([folder])
+    shown = track(files.items(), f"scoring {folder}", console=err, transient=True, disable=not err.is_terminal)
+    return [Scored(name, score) for name, file in shown for score in calibrate.raw_scores(file, models)]
+
+
+def _calibration_lines(found: Calibration) -> Iterator[str]:
+    n, proposed = found.proposed.false_alarms.n, found.proposed
+    yield f"at most {found.false_alarm_rate:.3%} of normal images like these {n} pass"
+    if found.false_alarm_rate > found.asked_rate:
+        yield f"that is not the {found.asked_rate:.3%} of the recipe: so few normal images cannot promise less, give "
+        yield f"{found.n_needed} for it; but few of your own process are better than none"
+    left_out = found.left_out
+    yield f"each normal image judged by the others: {left_out} pass (in brackets: where the share lies, at 90 %)"
+    yield ""
+    for name, one in (("now", found.present), ("proposed", proposed)):
+        if one is not None:
+            missed = "misses not known" if one.misses is None else f"misses {one.misses}"
+            yield f"{name} {one.threshold:.4g}: false alarms {one.false_alarms}; {missed}"
+    if found.present is None:
+        yield "now: none, the detector's own normal images cannot promise the rate of the recipe"
+    if proposed.misses is None:
+        yield "what it would miss is not known: give images with defects, --defects FOLDER"
         return
-    say(f"# at most {rate:.3%} of normal images like these {len(scores)} pass")
-    say(f"gate:\n  threshold: {threshold:.9g}")  # a float32 in full: rounded down, it would let its own image pass
+    yield ""
+    yield f"{found.comparison}"
+    if found.worst_missed:
+        worst = ", ".join(f"{one.name} {one.score:.4g}" for one in found.worst_missed)
+        yield f"missed at the proposed threshold, lowest score first: {worst}"
+    yield ""
+    yield "rate asked   threshold   false alarms among the normals   misses"
+    for row in found.alternatives:
+        if row.measured is None:
+            yield f"{row.false_alarm_rate:<10.3g}   needs {calibrate.n_needed(row.false_alarm_rate)} normal images"
+        else:
+            threshold, alarms, misses = row.measured.threshold, str(row.measured.false_alarms), row.measured.misses
+            yield f"{row.false_alarm_rate:<10.3g}   {threshold:<9.4g}   {alarms:<30}   {misses or '?'}"
 
 
-def _raw_scores(file: Path, models: Embedded) -> list[float]:
-    try:
-        detector = models.meta("detector")
-        asked = (inputs.for_detector(detector, page.field) for page in decoding.read(file))
-        return [detection.detect(one, models)[0].raw_score for one in asked]
-    except ImageError as error:
-        raise ConfigError(f"{error}; or take it out of the defect-free images") from error
+def _as_json(found: Calibration) -> dict[str, Any]:
+    return {
+        "threshold": found.proposed.threshold,
+        "false_alarm_rate": found.false_alarm_rate,
+        "n_normals": found.proposed.false_alarms.n,
+        "asked_rate": found.asked_rate,
+        "present": found.present and _measured_json(found.present),
+        "proposed": _measured_json(found.proposed),
+        "left_out": _counted_json(found.left_out),
+        "is_worse": found.is_worse,
+        "worst_missed": [{"name": one.name, "score": one.score} for one in found.worst_missed],
+        "alternatives": [
+            {"false_alarm_rate": row.false_alarm_rate, **(_measured_json(row.measured) if row.measured else {})}
+            for row in found.alternatives
+        ],
+    }
+
+
+def _measured_json(one: Measured) -> dict[str, Any]:
+    return {
+        "threshold": one.threshold,
+        "false_alarms": _counted_json(one.false_alarms),
+        "misses": one.misses and _counted_json(one.misses),
+    }
+
+
+def _counted_json(one: Counted) -> dict[str, Any]:
+    return {"count": one.count, "n": one.n, "low": one.rate.low, "high": one.rate.high}
 
 
 def _fields(settings: Any, prefix: str = "") -> Iterator[tuple[str, object, str]]:

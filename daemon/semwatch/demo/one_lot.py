@@ -260,7 +260,14 @@ def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[st
     for image, record in reviews:
         page = record.pages[0]
         verdicts = _verdicts_in_a_line([defect.verdict for defect in page.defects])
-        cells = [image.name, f"{page.image_score:.3f}", f"{page.gate_threshold:.3f}", verdicts]
+        if flags := ", ".join(flag.name for flag in page.quality.flags):
+            verdicts = f"{verdicts} [red]{flags}[/]" if page.quality.is_image else f"[red]no image: {flags}[/]"
+        cells = [
+            image.name,
+            "-" if page.image_score is None else f"{page.image_score:.3f}",
+            f"{page.gate_threshold:.3f}",
+            verdicts,
+        ]
         if truth:
             cells.append(", ".join(label for label in truth.get(image.name, []) if label) or "[dim]defect-free[/]")
         table.add_row(*cells, f"{sum(record.timings_ms.values()):.0f}")

@@ -92,7 +92,7 @@ def decode(
     max_pixels: int = LIMITS.max_image_px,
     max_total_pixels: int = 4 * LIMITS.max_image_px,
     max_pages: int = LIMITS.max_pages,
-    min_side_px: int = 64,
+    min_side_px: int = 32,
 ) -> tuple[Micrograph, ...]:
     """Decode all pages of an image file, in file order; thumbnails of a TIFF are left out.
 

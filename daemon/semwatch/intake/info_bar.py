@@ -20,6 +20,10 @@ _FLAT_TOLERANCE = 12
 """Gray levels: JPEG ringing around text stays within."""
 _INK_CONTRAST = 100
 """Gray levels between background and text."""
+_PAGE_FLAT, _PAGE_STROKES = 0.7, 12
+"""A page of a bar alone is mostly background, and one scale with its number may be all that is written on it."""
+_WORD_STROKES = 5
+"""Strokes side by side of the shortest word."""
 
 
 def find_field(pixels: NDArray[np.uint8]) -> Box:
@@ -33,6 +37,35 @@ def find_field(pixels: NDArray[np.uint8]) -> Box:
     top = _bar_height(pixels[:rows])
     bottom = _bar_height(pixels[::-1][:rows])
     return 0, top, W, H - bottom
+
+
+def is_only_bar(field: NDArray[np.uint8]) -> bool:
+    """Say whether a field (H, W) holds nothing but flat background and lines of text: a page of an info bar alone.
+
+    A bar that ``find_field`` missed below a field without any image counts too. Every group of rows that is not flat
+    must read as text or as a thin line, so a single particle on a black field is an image.
+
+    >>> is_only_bar(np.zeros((100, 80), np.uint8))
+    False
+    """
+    margin = max(1, field.shape[1] // 100)
+    inner = field[:, margin:-margin]
+    if inner.size == 0:
+        return False
+    background = int(np.bincount(inner.ravel(), minlength=256).argmax())
+    near = _within(inner, background)
+    if 64 < background < 192 or near.mean() < _PAGE_FLAT or not _carries_text(inner, near, background, _PAGE_STROKES):
+        return False
+    inked = np.flatnonzero(~near.all(axis=1))
+    if len(inked) > 0.9 * len(inner):  # text leaves flat rows between its lines
+        return False
+    groups = np.split(inked, np.flatnonzero(np.diff(inked) > 1) + 1)
+    return all(len(rows) <= _EDGE_ROWS or _reads_as_text(~near[rows]) for rows in groups)
+
+
+def _reads_as_text(marked: NDArray[np.bool_]) -> bool:
+    """Say whether rows (h, W) have the strokes of a word: particles and lines have one or two."""
+    return int(np.count_nonzero(marked[:, 1:] & ~marked[:, :-1], axis=1).max()) >= _WORD_STROKES
 
 
 def _bar_height(band: NDArray[np.uint8]) -> int:
@@ -80,7 +113,7 @@ def _rows_to_boundary(inner: NDArray[np.uint8], flatness: NDArray[np.float64]) -
     return height if len(beyond) > _EDGE_ROWS and margin.max() >= 0.95 else 0
 
 
-def _carries_text(bar: NDArray[np.uint8], near: NDArray[np.bool_], background: int) -> bool:
+def _carries_text(bar: NDArray[np.uint8], near: NDArray[np.bool_], background: int, min_strokes: int = 16) -> bool:
     """Tell text from texture.
 
     Text is two-toned, a line of it has many strokes at uneven distances (arrays of vias have even ones), the strokes
@@ -92,7 +125,7 @@ def _carries_text(bar: NDArray[np.uint8], near: NDArray[np.bool_], background: i
         return False
     strokes = np.count_nonzero(ink[:, 1:] & ~ink[:, :-1], axis=1)
     lines = np.flatnonzero(strokes >= 8)
-    if strokes.max() < 16 or len(lines) < 5 or lines[-1] < len(bar) / 3:
+    if strokes.max() < min_strokes or len(lines) < 5 or lines[-1] < len(bar) / 3:
         return False
     busiest = ink[np.argmax(strokes)]
     pitch = np.diff(np.flatnonzero(busiest[1:] & ~busiest[:-1]))

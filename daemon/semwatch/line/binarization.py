@@ -1,10 +1,10 @@
 """From one score map to its defects: gate, saliency, sweep, plateau, mask, regions, crops and soft masks.
 
-Pure functions on plain arrays, shared by the daemon and by training. A score map (h, w) has one value per token;
-saliency and masks live on a square *working grid* (g, g). All of them cover the whole field, stretched where it is not
-square: a field of (H, W) pixels has grid cells of H/g x W/g pixels. Boxes and windows are in the field frame.
+Pure functions on plain arrays, shared by the daemon and by training. A score map (h, w) has one value per cell;
+saliency and masks live on a *working grid* (g, q) of the same proportions, see ``grid_hw``. All of them cover the whole
+field: a field of (H, W) pixels has grid cells of H/g x W/q pixels. Boxes and windows are in the field frame.
 
-The sweep runs on the working grid and not on the image: a map of 32 x 32 tokens holds no more than 32 x 32 values, and
+The sweep runs on the working grid and not on the image: a map of 32 x 32 cells holds no more than 32 x 32 values, and
 ``tests/benchmarks/bench_binarization.py`` shows which grid gives the masks of the 448 x 448 sweep and what it costs.
 """
 
@@ -27,6 +27,11 @@ _RULE, _CROP = _RECIPE.binarization, _RECIPE.crop
 BEFORE_MERGING = 2
 """Components that a mask keeps for each defect that is kept of a page: close ones become one."""
 
+LEAST_CELLS = 0.75
+"""Cells of the map that are a defect, at most: on a large map a share of the field would be many."""
+SMALL_MAP = 56 * 56
+"""Cells of the map that the percentiles and the least area were chosen on."""
+
 _SQUARE_3X3 = np.ones((3, 3), np.uint8)
 
 
@@ -35,9 +40,9 @@ class Binarization:
     """A defect mask and how it came about."""
 
     mask: NDArray[np.bool_]
-    """(g, g) True on defects, after post-processing; all False where nothing stable was found."""
+    """(g, q) True on defects, after post-processing; all False where nothing stable was found."""
     saliency: NDArray[np.float32]
-    """(g, g) in [0, 1], the map that was thresholded."""
+    """(g, q) in [0, 1], the map that was thresholded."""
     threshold: float
     """``saliency >= threshold`` was the mask before post-processing; ``inf`` where no threshold was stable."""
     counts: NDArray[np.intp]
@@ -55,7 +60,7 @@ class Region:
     peak_score: float
     """Largest score-map value inside the region."""
     mask: NDArray[np.bool_]
-    """(g, g) True on this region alone."""
+    """(g, q) True on this region alone."""
 
 
 def conformal_threshold(normal_scores: NDArray[np.floating], *, false_alarm_rate: float) -> float:
@@ -95,13 +100,26 @@ def gate(raw_score: float, *, threshold: float) -> bool:
     return raw_score > threshold
 
 
+def grid_hw(map_hw: tuple[int, ...], *, grid_px: int = _RULE.grid_px) -> tuple[int, int]:
+    """The working grid (g, q) of a map (h, w): its shorter side has ``grid_px`` cells, or the map's own if more.
+
+    >>> grid_hw((56, 56)), grid_hw((96, 128)), grid_hw((128, 256))
+    ((112, 112), (112, 149), (128, 256))
+    """
+    finer = max(1.0, grid_px / min(map_hw))
+    return round(map_hw[0] * finer), round(map_hw[1] * finer)
+
+
 def saliency(
     score_map: NDArray[np.float32],
     *,
     percentiles: tuple[float, float] = _RULE.percentiles,
     grid_px: int = _RULE.grid_px,
 ) -> NDArray[np.float32]:
-    """Upsample a score map (h, w) bilinearly to (g, g) and map its two percentiles to 0 and 1, clipped.
+    """Upsample a score map (h, w) bilinearly to (g, q) and map its two percentiles to 0 and 1, clipped.
+
+    On a map of more cells than ``SMALL_MAP`` the upper percentile leaves out as many cells as on one of these: a defect
+    of a few pixels is no larger where the field is.
 
     A constant map gives zeros. Where so little stands out that both percentiles agree, the maximum takes the place of
     the upper one: a defect smaller than 0.1 % of the field is still a defect.
@@ -112,13 +130,16 @@ def saliency(
     """
     if not np.isfinite(score_map).all():
         raise ImageError("the score map holds NaN or infinity: check the image, then the detector's numeric precision")
-    scores = cv2.resize(np.asarray(score_map, np.float32), (grid_px, grid_px), interpolation=cv2.INTER_LINEAR)
-    low, high = (float(value) for value in np.percentile(scores, percentiles))
+    grid = grid_hw(score_map.shape, grid_px=grid_px)
+    scores = cv2.resize(np.asarray(score_map, np.float32), grid[::-1], interpolation=cv2.INTER_LINEAR)
+    lower, upper = percentiles
+    upper = 100 - (100 - upper) * min(1.0, SMALL_MAP / score_map.size)
+    low, high = (float(value) for value in np.percentile(scores, (lower, upper)))
     rounding = 1e-6 * float(np.abs(scores).max())  # what bilinear weights leave on a constant map
     if high - low <= rounding:
         high = float(scores.max())
     if high - low <= rounding:
-        return np.zeros((grid_px, grid_px), np.float32)
+        return np.zeros(grid, np.float32)
     return np.asarray(np.clip((scores - low) / (high - low), 0.0, 1.0), np.float32)
 
 
@@ -235,6 +256,7 @@ def binarize(
     max_mask_fraction: float = _RULE.max_mask_fraction,
     min_area_fraction: float = 2e-4,
     max_defects: int = BEFORE_MERGING * _RULE.max_defects,
+    hot: float = math.inf,
 ) -> Binarization:
     """Find the defect mask of a score map (h, w) whose image has passed the gate.
 
@@ -246,10 +268,14 @@ def binarize(
     shipped detector's maps its masks are twice too wide. The middle is farthest from both ends, as the most stable
     region of Matas et al. (MSER, 2002) is; ``semwatch-train experiment binarization`` measures both.
 
+    A component of the map at ``hot`` or above is a defect even where the plateau's mask leaves it out: beside a strong
+    defect a weak one lies under every threshold that is stable.
+
     Raises: ImageError where the map holds NaN or infinity.
     """
     shown = saliency(score_map, percentiles=percentiles, grid_px=grid_px)
-    min_area_px = math.ceil(min_area_fraction * shown.size)
+    finer = shown.size / score_map.size
+    min_area_px = math.ceil(min(min_area_fraction * shown.size, LEAST_CELLS * finer))
     counts = np.zeros(0, np.intp)
     match method:
         case "plateau" | "lowest":
@@ -267,7 +293,7 @@ def binarize(
         case _:
             assert_never(method)
     mask = clean_mask(
-        shown >= threshold,
+        with_hot(shown >= threshold, np.asarray(score_map, np.float32) >= hot),
         min_area_px=min_area_px,
         max_hole_px=int(max_mask_fraction * shown.size),
         max_defects=max_defects,
@@ -281,8 +307,20 @@ def _otsu_threshold(saliency: NDArray[np.float32]) -> float:
     return (float(level) + 0.5) / 255
 
 
+def with_hot(mask: NDArray[np.bool_], hot: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Add to a mask (g, q) those components of hot cells (h, w) of the map that it does not touch."""
+    if not hot.any():
+        return mask
+    larger = cv2.resize(hot.view(np.uint8), mask.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    n, labels = cv2.connectedComponents(larger, connectivity=8)
+    touched = np.zeros(n, np.bool_)
+    touched[np.unique(labels[mask])] = True
+    touched[0] = True
+    return np.asarray(mask | ~touched[labels], np.bool_)
+
+
 def clean_mask(mask: NDArray[np.bool_], *, min_area_px: int, max_hole_px: int, max_defects: int) -> NDArray[np.bool_]:
-    """Close (g, g) by 3 x 3, fill holes, drop components under ``min_area_px``, keep the ``max_defects`` largest.
+    """Close (g, q) by 3 x 3, fill holes, drop components under ``min_area_px``, keep the ``max_defects`` largest.
 
     What is larger than ``max_hole_px`` and has defect all around it is the field seen through a frame, and stays open.
 
@@ -313,7 +351,7 @@ def regions(
     merge_fraction: float = _RULE.merge_fraction,
     max_regions: int = _RULE.max_defects,
 ) -> list[Region]:
-    """Return the defects of a mask (g, g) in a field of ``size_hw`` pixels, largest first, at most ``max_regions``.
+    """Return the defects of a mask (g, q) in a field of ``size_hw`` pixels, largest first, at most ``max_regions``.
 
     Components whose boxes lie closer than ``merge_fraction`` of the field's side, on both axes, are one region; so are
     their unions, until no two boxes are that close. Boxes hold every pixel that the region's grid cells touch.
@@ -325,12 +363,12 @@ def regions(
     """
     n_labels, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
     boxes = [_bounding_box(labels == label) for label in range(1, n_labels)]
-    scores = cv2.resize(score_map, mask.shape, interpolation=cv2.INTER_NEAREST_EXACT)
+    scores = cv2.resize(score_map, mask.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     found = []
-    for box, members in _merged(boxes, reach=merge_fraction * len(mask)):
+    for box, members in _merged(boxes, reach=merge_fraction * min(mask.shape)):
         own = np.isin(labels, np.array(members) + 1)
         area_px = round(np.count_nonzero(own) * size_hw[0] * size_hw[1] / mask.size)
-        found.append(Region(_field_box(box, len(mask), size_hw), max(area_px, 1), float(scores[own].max()), own))
+        found.append(Region(_field_box(box, mask.shape, size_hw), max(area_px, 1), float(scores[own].max()), own))
     return sorted(found, key=lambda region: -region.area_px)[:max_regions]
 
 
@@ -359,10 +397,10 @@ def _gap(a: Box, b: Box) -> int:
     return max(b[0] - a[2], a[0] - b[2], b[1] - a[3], a[1] - b[3])
 
 
-def _field_box(box: Box, grid_px: int, size_hw: tuple[int, int]) -> Box:
+def _field_box(box: Box, grid: tuple[int, ...], size_hw: tuple[int, int]) -> Box:
     """Return the smallest box of field pixels that holds a box of grid cells."""
-    (height, width), (x0, y0, x1, y1) = size_hw, box
-    return x0 * width // grid_px, y0 * height // grid_px, -(-x1 * width // grid_px), -(-y1 * height // grid_px)
+    (height, width), (rows, columns), (x0, y0, x1, y1) = size_hw, grid, box
+    return x0 * width // columns, y0 * height // rows, -(-x1 * width // columns), -(-y1 * height // rows)
 
 
 def crop_window(
@@ -419,7 +457,7 @@ def soft_mask(
     size_hw: tuple[int, int],
     tokens: int,
 ) -> NDArray[np.float32]:
-    """Return the saliency (g, g) of one region as seen through a crop window, (t, t) in [0, 1], 0 outside the field.
+    """Return the saliency (g, q) of one region as seen through a crop window, (t, t) in [0, 1], 0 outside the field.
 
     Saliency under the region, dilated by 3 x 3, is averaged over each token's area, which is that of the same token
     of the crop. The values stay those of the heat map and are not stretched to 1: a faint defect biases attention less.
@@ -430,9 +468,20 @@ def soft_mask(
     near = cv2.dilate(region_mask.view(np.uint8), _SQUARE_3X3).view(np.bool_)
     heat = np.where(near, saliency, np.float32(0.0))
     (height, width), (x0, y0, x1, y1) = size_hw, window
-    rows = _overlaps(y0 / height, y1 / height, tokens, len(heat))
-    cols = _overlaps(x0 / width, x1 / width, tokens, len(heat))
+    rows = _overlaps(y0 / height, y1 / height, tokens, heat.shape[0])
+    cols = _overlaps(x0 / width, x1 / width, tokens, heat.shape[1])
     return np.asarray(np.clip(rows @ heat @ cols.T, 0.0, 1.0), np.float32)
+
+
+def region_features(
+    patch_features: NDArray[np.float32], saliency: NDArray[np.float32], region_mask: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Average what a detector says of places (C, h, w), under the saliency (g, q) of one region: (C,)."""
+    near = cv2.dilate(region_mask.view(np.uint8), _SQUARE_3X3).view(np.bool_)
+    heat = np.where(near, saliency, np.float32(0.0)) + np.float32(1e-6)  # without any heat all places count alike
+    h, w = patch_features.shape[1:]
+    weights = _overlaps(0, 1, h, heat.shape[0]) @ heat @ _overlaps(0, 1, w, heat.shape[1]).T
+    return np.asarray(np.tensordot(patch_features, weights / weights.sum(), 2), np.float32)
 
 
 def _overlaps(first: float, last: float, tokens: int, grid_px: int) -> NDArray[np.float32]:

@@ -7,9 +7,15 @@ The rule, in the order it is applied to one defect:
 2. Nothing fits: *unknown*.
 3. The head gives every class that fits less than ``1 - decide_confidence``: what looks right lies outside its own
    class's range, and what lies in range looks wrong. The two witnesses contradict each other: *unknown*.
-4. The head's probability of its favourite, among the classes that fit, reaches ``decide_confidence``: that class;
-   *novel* where it was found among unknowns and no person has named it yet.
-5. Else *non-decidable*.
+4. The favourite is the class to which the head gives most probability among those that fit. That probability is below
+   ``decide_confidence``: *non-decidable*.
+5. The favourite is *defect-free*: the head may dismiss what the detector found only where it is its first choice among
+   **all** classes, with ``dismiss_probability`` at least; else *unknown*.
+6. Else the favourite; *novel* where it was found among unknowns and no person has named it yet.
+
+On a page of an unknown process 4 and 5 give way to a stronger proof, because p-values promise something only within the
+process that they were calibrated on. Nothing is dismissed there. A name stands where the head gives it
+``foreign_confidence`` among all classes and its p-value exceeds ``foreign_significance``. All else is *unknown*.
 
 Source: conformal prediction (Vovk et al. 2005), one calibration for all classes. IC-DefectNCD leaves the
 known/unknown decision to its discovery heads, which only a batch can use.
@@ -20,22 +26,23 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import DEFECT_FREE, NOVEL, Neighbour, Verdict, VerdictKind
+from semwatch.defects import DEFECT_FREE, NOVEL, Domain, Neighbour, Verdict, VerdictKind
 from semwatch.line import inputs
 from semwatch.line.inputs import View
 from semwatch.models.inference import ModelId, Models
+from semwatch.settings.recipe import UnknownRule
 
 
 def classify(
-    views: Sequence[View], models: Models, *, significance: float, decide_confidence: float
+    views: Sequence[View], models: Models, rule: UnknownRule, *, domain: Domain = "not judged"
 ) -> tuple[NDArray[np.float32], list[Verdict], dict[str, ModelId]]:
     """Name the defects of one page.
 
     Args:
         views: of n defects; the encoder is given those parts of them that it asks for.
         models: where encoder and head answer.
-        significance: a class whose p-value is not above it does not fit.
-        decide_confidence: how sure the head must be where several classes fit.
+        rule: of the recipe.
+        domain: of the page.
 
     Returns:
         Features (n, D), one verdict each, and which encoder and head answered. n = 0 asks no model.
@@ -50,54 +57,111 @@ def classify(
     answer = models.infer("head", inputs.for_head(features))
     logits, p_values = answer.outputs["logits"], answer.outputs["p_values"]
     verdicts = [
-        decide(row, p, answer.meta.labels, significance=significance, decide_confidence=decide_confidence)
-        for row, p in zip(logits, p_values, strict=True)
+        decide(row, p, answer.meta.labels, rule, domain=domain) for row, p in zip(logits, p_values, strict=True)
     ]
     return features, verdicts, {"encoder": encoded.id, "head": answer.id}
+
+
+def domain_of(domain_p: float | None, *, significance: float) -> Domain:
+    """What a field's p-value among the normal fields of the known processes says; see ``defects.ScoreMap``.
+
+    A p-value that is no number proves nothing, and is of an unknown process.
+
+    >>> [domain_of(p, significance=0.01) for p in (None, 0.5, 0.01)]
+    ['not judged', 'known process', 'unknown process']
+    """
+    if domain_p is None:
+        return "not judged"
+    return "known process" if domain_p > significance else "unknown process"
 
 
 def decide(
     logits: NDArray[np.float32],
     p_values: NDArray[np.float32],
     labels: Sequence[str],
+    rule: UnknownRule,
     *,
-    significance: float,
-    decide_confidence: float,
+    domain: Domain = "not judged",
 ) -> Verdict:
     """Apply the unknown rule to one defect.
 
-    Confidence: the head's probability of the class, or of the best one where it is *non-decidable*; of *unknown*, one
-    minus the largest p-value, or one minus that probability where the witnesses contradict each other.
+    Confidence is how much speaks for what the verdict claims. For a verdict with a label it is the head's probability
+    of that label among the classes that fit, thus never below ``decide_confidence``. For *non-decidable* it is the same
+    of the favourite, thus always below. For *unknown*, which claims that no class can be believed, it is one minus what
+    speaks for the nearest class, where both witnesses must speak: the smaller of its probability and its p-value. So it
+    is no less than the smaller of ``decide_confidence`` and ``1 - significance``, but where only the stronger proof of
+    step 5 or of an unknown process was missing.
+
+    Nearest are the classes that fit, by probability, then the others; where the verdict is *unknown*, all of them by
+    the smaller of probability and p-value.
 
     Args:
         logits: (K,).
         p_values: (K,) in (0, 1].
         labels: K class names.
-        significance: see ``classify``.
-        decide_confidence: see ``classify``.
+        rule: of the recipe.
+        domain: of the page that shows the defect; ``not judged`` counts as a known process.
 
-    >>> two = (np.array([4, 0], np.float32), ["bridge", "void"])
-    >>> rule = {"significance": 0.05, "decide_confidence": 0.8}
-    >>> decide(two[0], np.array([0.6, 0.01], np.float32), two[1], **rule).label
+    >>> rule, two = UnknownRule(), ["bridge", "defect-free"]
+    >>> bridge = np.array([4, 0], np.float32)
+    >>> decide(bridge, np.array([0.6, 0.01], np.float32), two, rule).label
     'bridge'
-    >>> decide(two[0], np.array([0.01, 0.01], np.float32), two[1], **rule).kind
+    >>> decide(bridge, np.array([0.01, 0.01], np.float32), two, rule).kind
     'unknown'
-    >>> decide(np.zeros(2, np.float32), np.array([0.6, 0.5], np.float32), two[1], **rule).kind
+    >>> decide(np.zeros(2, np.float32), np.array([0.6, 0.5], np.float32), two, rule).kind
     'non-decidable'
+    >>> [decide(-bridge / by, np.array([0.01, 0.6], np.float32), two, rule).kind for by in (1, 2)]
+    ['defect-free', 'unknown']
     """
     probability = softmax(logits)
-    fits = p_values > significance
-    nearness = probability if fits.any() else p_values
-    order = sorted(range(len(labels)), key=lambda k: (fits[k], nearness[k], probability[k]), reverse=True)
+    fits = p_values > rule.significance
+    support = np.minimum(probability, p_values)
+    nearness: NDArray[np.float64] = support
+    kind: VerdictKind = "unknown"
+    if fits.any():
+        share = softmax(np.where(fits, logits, -np.inf))
+        best = int(share.argmax())
+        kind = _kind_of_favourite(best, share[best], probability, p_values[best], labels[best], rule, domain)
+        nearness = support if kind == "unknown" else np.where(fits, 1 + share, support)
+    order = sorted(range(len(labels)), key=lambda k: (nearness[k], probability[k]), reverse=True)
     nearest = tuple(Neighbour(labels[k], float(probability[k]), float(p_values[k])) for k in order[:2])
-    best = order[0]
-    if not fits.any():
-        return Verdict("unknown", None, float(1 - p_values.max()), nearest)
-    if probability[best] < 1 - decide_confidence:
-        return Verdict("unknown", None, float(1 - probability[best]), nearest)
-    if softmax(np.where(fits, logits, -np.inf))[best] < decide_confidence:
-        return Verdict("non-decidable", None, float(probability[best]), nearest)
-    return Verdict(kind_of(labels[best]), labels[best], float(probability[best]), nearest)
+    if kind == "unknown":
+        return Verdict(kind, None, float(1 - support.max()), nearest)
+    return Verdict(kind, None if kind == "non-decidable" else labels[best], float(share[best]), nearest)
+
+
+def _kind_of_favourite(
+    best: int,
+    share: float,
+    probability: NDArray[np.float64],
+    p_value: float,
+    label: str,
+    rule: UnknownRule,
+    domain: Domain,
+) -> VerdictKind:
+    """Steps 3 to 6 of the rule.
+
+    Args:
+        best: the favourite, in (K,).
+        share: its probability among the classes that fit.
+        probability: (K,) among all classes.
+        p_value: of the favourite.
+        label: the same.
+        rule: of the recipe.
+        domain: of the page.
+    """
+    if probability[best] < 1 - rule.decide_confidence:
+        return "unknown"
+    is_sure, is_dismissal = share >= rule.decide_confidence, label == DEFECT_FREE
+    if domain == "unknown process":
+        is_strong = probability[best] >= rule.foreign_confidence and p_value > rule.foreign_significance
+        return kind_of(label) if is_sure and is_strong and not is_dismissal else "unknown"
+    if not is_sure:
+        return "non-decidable"
+    is_first = probability[best] == probability.max()
+    if is_dismissal and not (is_first and probability[best] >= rule.dismiss_probability):
+        return "unknown"
+    return kind_of(label)
 
 
 def kind_of(label: str) -> VerdictKind:

@@ -47,13 +47,16 @@ def summary(result: ReviewRecord) -> ResultSummary:
         recipe_name=result.recipe.name,
         recipe_id=result.recipe.id,
         model_versions=dict(sorted(result.model_versions.items())),
-        image_scores=tuple(page.image_score for page in result.pages),
+        image_scores=tuple(page.image_score for page in result.pages if page.image_score is not None),
         n_defects=len(verdicts),
         n_by_kind=count_kinds(result),
         n_by_label=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
         revision=result.revision,
         model_hashes=dict(sorted(result.model_hashes.items())),
         site=result.site,
+        domains=tuple(page.domain for page in result.pages),
+        n_no_image=sum(not page.quality.is_image for page in result.pages),
+        n_by_quality=count_flags(result),
     )
 
 
@@ -78,6 +81,8 @@ def audit_entry(result: ReviewRecord, name: str, *, before: ReviewRecord | None 
         "verdicts": count_kinds(result),
         "result": name,
     }
+    if flags := count_flags(result):
+        line["quality"] = flags
     if result.revised_utc is not None:
         changes = None if before is None else _differences(defects_of(before), defects_of(result))
         line |= {"revision": result.revision, "head": result.model_versions.get("head"), "changes": changes}
@@ -102,6 +107,11 @@ def count_kinds(result: ReviewRecord) -> dict[str, int]:
     """Defects of a result by verdict kind."""
     kinds = Counter(defect.verdict.kind for defect in defects_of(result).values())
     return dict(sorted(kinds.items()))
+
+
+def count_flags(result: ReviewRecord) -> dict[str, int]:
+    """Pages of a result by what is wrong with them."""
+    return dict(sorted(Counter(flag.name for page in result.pages for flag in page.quality.flags).items()))
 
 
 def defects_of(result: ReviewRecord) -> dict[Place, DefectRecord]:

@@ -1,10 +1,13 @@
 """The line, from an image file's bytes to its review: the only file that knows every stage.
 
-    bytes -> micrograph -> detection -> gate -> binarization -> crops -> classification -> Review
+    bytes -> micrograph -> quality -> detection -> gate -> binarization -> crops -> classification -> Review
+
+Where there is a reference of the same place, its difference stands in for detection, see ``reference``.
 
 Straight code without threads, folders, Redis or ledger: the daemon, ``semwatch review`` and training all call it.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,19 +16,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Box, Defect, Micrograph, PageReview, Review, ScoreMap
-from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.intake import decoding
+from semwatch.defects import Box, Defect, Domain, GateSource, Micrograph, PageReview, Reference, Review, ScoreMap
+from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
+from semwatch.intake import decoding, quality
 from semwatch.intake.decoding import LIMITS
-from semwatch.line import binarization, detection, inputs
+from semwatch.line import binarization, detection, inputs, reference
 from semwatch.line.binarization import Region
-from semwatch.line.classification import classify, size_feature
+from semwatch.line.classification import classify, domain_of, size_feature
+from semwatch.line.reference import Compared
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
 
 MAX_SWAPS = 3
-STAGES = ("decode", "detect", "binarize", "crop", "classify")
+STAGES = ("decode", "quality", "detect", "binarize", "crop", "classify")
 """Keys of ``Review.timings_ms``; detect and classify hold the networks."""
 
 
@@ -41,7 +46,9 @@ class Candidate:
     field: NDArray[np.uint8] | None = None
     """The whole field at the size that the encoder asks for; None where it does not ask."""
     field_features: NDArray[np.float32] | None = None
-    """What the detector says of the whole field; None where the encoder does not ask."""
+    """What the detector says of the whole field; as above."""
+    region_features: NDArray[np.float32] | None = None
+    """What the detector says of the region's places; as above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,10 +56,22 @@ class Search:
     """What detection and binarization found on one page."""
 
     score_map: ScoreMap
-    detector: ModelId
+    detector: ModelId | None
+    """None where no detector was asked: the page was compared with its reference, and the encoder needs none either."""
     gate_threshold: float
     mask: NDArray[np.bool_]
     candidates: tuple[Candidate, ...]
+    gate_source: GateSource = "detector"
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFile:
+    """The file of a reference, read; or why there is none."""
+
+    name: str
+    data: bytes | None
+    reason: str = ""
+    """Where ``data`` is None."""
 
 
 def review(
@@ -65,8 +84,10 @@ def review(
     models: Models,
     reviewed_utc: str,
     site: str = "",
+    stream_threshold: float | None = None,
     max_pixels: int = LIMITS.max_image_px,
     max_pages: int = LIMITS.max_pages,
+    reference_file: ReferenceFile | None = None,
 ) -> Review:
     """Review one image file.
 
@@ -79,8 +100,11 @@ def review(
         models: who answers.
         reviewed_utc: the time to write down.
         site: name of the site that reviews, if any does.
+        stream_threshold: what the stream's own scores give for the gate, see ``gate_of``.
         max_pixels: of one page.
         max_pages: of one file.
+        reference_file: picture of the same place to compare with; None where the recipe names none. A file with as many
+            pages gives each its own, another file its first page.
 
     Raises:
         ImageError: the file cannot be reviewed, now or later.
@@ -90,7 +114,11 @@ def review(
     timings = dict.fromkeys(STAGES, 0.0)
     with _timed(timings, "decode"):
         micrographs = decoding.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
-    pages, answered = _review_pages(micrographs, recipe, models, timings)
+        micrographs, references = _with_references(micrographs, reference_file, recipe, max_pixels, max_pages)
+    with _timed(timings, "detect"):
+        compared = [reference.compared(*pair, recipe.reference) for pair in zip(micrographs, references, strict=True)]
+    pairs = list(zip(micrographs, compared, strict=True))
+    pages, answered = _review_pages(pairs, recipe, models, timings, stream_threshold)
     return Review(
         source=source,
         path=path,
@@ -106,8 +134,18 @@ def review(
     )
 
 
-def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict[str, float] | None = None) -> Search:
+def search(
+    page: Micrograph,
+    recipe: Recipe,
+    models: Models,
+    *,
+    timings_ms: dict[str, float] | None = None,
+    stream_threshold: float | None = None,
+    difference: ScoreMap | None = None,
+) -> Search:
     """Detect and binarize one page; training uses it too, so that heads see the crops that the daemon cuts.
+
+    With a ``difference`` from a reference no detector says where a defect is: what both images show is none.
 
     Raises:
         ServiceUnavailable: the models are away.
@@ -115,13 +153,15 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
         ConfigError: see ``gate_threshold``.
     """
     timings = timings_ms if timings_ms is not None else dict.fromkeys(STAGES, 0.0)
-    threshold = gate_threshold(recipe, models)
+    if difference is not None:
+        return _search_difference(page, difference, recipe, models, timings)
+    threshold, gate_source = gate_of(recipe, models, stream_threshold=stream_threshold)
     with _timed(timings, "detect"):
-        asked = inputs.for_detector(models.meta("detector"), page.field)
-        score_map, detector = detection.detect(asked, models)
+        score_map, detector = detection.detect(page.field, models, coarser=recipe.detection.coarser)
     settings = recipe.binarization
     if not binarization.gate(score_map.raw_score, threshold=threshold):
-        return Search(score_map, detector, threshold, np.zeros((settings.grid_px, settings.grid_px), bool), ())
+        nothing = np.zeros(binarization.grid_hw(score_map.values.shape, grid_px=settings.grid_px), bool)
+        return Search(score_map, detector, threshold, nothing, (), gate_source)
     size_hw = page.field.shape[0], page.field.shape[1]
     with _timed(timings, "binarize"):
         found = binarization.binarize(
@@ -134,6 +174,7 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
             min_length=settings.min_plateau,
             max_mask_fraction=settings.max_mask_fraction,
             max_defects=binarization.BEFORE_MERGING * settings.max_defects,
+            hot=math.inf if settings.hot is None else settings.hot * threshold,
         )
         regions = binarization.regions(
             found.mask,
@@ -144,7 +185,70 @@ def search(page: Micrograph, recipe: Recipe, models: Models, *, timings_ms: dict
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
         candidates = cut_out(regions, page, found.saliency, recipe, models, score_map)
-    return Search(score_map, detector, threshold, found.mask, candidates)
+    return Search(score_map, detector, threshold, found.mask, candidates, gate_source)
+
+
+def gate_of(recipe: Recipe, models: Models, *, stream_threshold: float | None = None) -> tuple[float, GateSource]:
+    """The gate's threshold, and where it came from: the recipe's own goes first, then the stream's where there is one.
+
+    Raises:
+        ConfigError: see ``gate_threshold``.
+    """
+    if recipe.gate.threshold is None and stream_threshold is not None:
+        return stream_threshold, "stream"
+    return gate_threshold(recipe, models), "detector" if recipe.gate.threshold is None else "recipe"
+
+
+def _search_difference(
+    page: Micrograph, difference: ScoreMap, recipe: Recipe, models: Models, timings: dict[str, float]
+) -> Search:
+    """Cut out what differs from the reference by more than the threshold."""
+    settings, threshold = recipe.binarization, recipe.reference.threshold
+    with _timed(timings, "binarize"):
+        found = reference.binarize(difference.values, threshold=threshold, grid_px=settings.grid_px)
+        regions = binarization.regions(
+            found.mask,
+            found.values,
+            size_hw=(page.field.shape[0], page.field.shape[1]),
+            merge_fraction=settings.merge_fraction,
+            max_regions=settings.max_defects,
+        )
+    said, detector = None, None
+    if regions and inputs.listens(models.meta("encoder")):  # asked about what is seen, not where a defect is
+        with _timed(timings, "detect"):
+            said, detector = detection.detect(page.field, models, coarser=recipe.detection.coarser)
+    with _timed(timings, "crop"):
+        candidates = cut_out(regions, page, found.saliency, recipe, models, said) if regions else ()
+    return Search(difference, detector, threshold, found.mask, candidates, "reference")
+
+
+def _with_references(
+    micrographs: tuple[Micrograph, ...],
+    given: ReferenceFile | None,
+    recipe: Recipe,
+    max_pixels: int,
+    max_pages: int,
+) -> tuple[tuple[Micrograph, ...], list[tuple[str, Micrograph | None, str] | None]]:
+    """Return the pages to review, and for each the name of its reference, the reference, and why there is none."""
+    n_reference = recipe.reference.page
+    if given is not None:
+        if given.data is None:
+            return micrographs, [(given.name, None, given.reason)] * len(micrographs)
+        try:
+            pages = decoding.decode(given.data, name=given.name, max_pixels=max_pixels, max_pages=max_pages)
+        except ImageError as error:
+            return micrographs, [(given.name, None, f"the reference cannot be read: {error}")] * len(micrographs)
+        is_page_by_page = len(pages) == len(micrographs)
+        return micrographs, [(given.name, pages[i if is_page_by_page else 0], "") for i in range(len(micrographs))]
+    if n_reference is None:
+        return micrographs, [None] * len(micrographs)
+    name = f"page {n_reference}"
+    own = [page for page in micrographs if page.page == n_reference]
+    others = tuple(page for page in micrographs if page.page != n_reference)
+    if not own or not others:
+        reason = f"the file has no page {n_reference}" if not own else "the file has no page beside the reference"
+        return micrographs, [(name, None, reason)] * len(micrographs)
+    return others, [(name, own[0], "")] * len(others)
 
 
 def gate_threshold(recipe: Recipe, models: Models) -> float:
@@ -177,15 +281,19 @@ def _whole_field(score_map: ScoreMap, mask: NDArray[np.bool_], size_hw: tuple[in
 
 
 def _review_pages(
-    micrographs: Sequence[Micrograph], recipe: Recipe, models: Models, timings: dict[str, float]
+    compared: Sequence[tuple[Micrograph, Compared]],
+    recipe: Recipe,
+    models: Models,
+    timings: dict[str, float],
+    stream_threshold: float | None,
 ) -> tuple[tuple[PageReview, ...], dict[str, ModelId]]:
     """Review every page by the same versions: where a model was swapped between two pages, all are read once more."""
     for _ in range(MAX_SWAPS):
         by_page: list[dict[str, ModelId]] = []
         pages = []
-        for page in micrographs:
+        for page, (difference, met) in compared:
             by_page.append({})
-            pages.append(_review_page(page, recipe, models, timings, by_page[-1]))
+            pages.append(_review_page(page, difference, met, recipe, models, timings, by_page[-1], stream_threshold))
         answered = {model: one for of_page in by_page for model, one in of_page.items()}
         if all(answered[model] == one for of_page in by_page for model, one in of_page.items()):
             return tuple(pages), answered
@@ -193,27 +301,39 @@ def _review_pages(
 
 
 def _review_page(
-    page: Micrograph, recipe: Recipe, models: Models, timings: dict[str, float], answered: dict[str, ModelId]
+    page: Micrograph,
+    difference: ScoreMap | None,
+    met: Reference | None,
+    recipe: Recipe,
+    models: Models,
+    timings: dict[str, float],
+    answered: dict[str, ModelId],
+    stream_threshold: float | None,
 ) -> PageReview:
-    found = search(page, recipe, models, timings_ms=timings)
-    answered["detector"] = found.detector
+    with _timed(timings, "quality"):
+        seen = quality.admit(page, recipe.quality)
+    if not seen.is_image:  # no model is asked: there is nothing to find a defect on
+        nothing = np.zeros((recipe.binarization.grid_px, recipe.binarization.grid_px), bool)
+        threshold, source = gate_of(recipe, models, stream_threshold=stream_threshold)
+        return PageReview(page, None, threshold, nothing, (), gate_source=source, quality=seen, reference=met)
+    found = search(page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold, difference=difference)
+    if found.detector is not None:
+        answered["detector"] = found.detector
     with _timed(timings, "classify"):
-        defects, asked = _name_defects(found, page, recipe, models)
+        domain = domain_of(found.score_map.domain_p, significance=recipe.domain.significance)
+        defects, asked = _name_defects(found, page, recipe, models, domain)
     answered.update(asked)
-    return PageReview(page, found.score_map, found.gate_threshold, found.mask, defects)
+    return PageReview(
+        page, found.score_map, found.gate_threshold, found.mask, defects, domain, seen, found.gate_source, met
+    )
 
 
 def _name_defects(
-    found: Search, page: Micrograph, recipe: Recipe, models: Models
+    found: Search, page: Micrograph, recipe: Recipe, models: Models, domain: Domain
 ) -> tuple[tuple[Defect, ...], Mapping[str, ModelId]]:
     if not found.candidates:
         return (), {}
-    features, verdicts, answered = classify(
-        found.candidates,
-        models,
-        significance=recipe.unknown.significance,
-        decide_confidence=recipe.unknown.decide_confidence,
-    )
+    features, verdicts, answered = classify(found.candidates, models, recipe.unknown, domain=domain)
     defects = []
     for index, (candidate, verdict) in enumerate(zip(found.candidates, verdicts, strict=True)):
         area_px = candidate.region.area_px
@@ -230,6 +350,7 @@ def _name_defects(
                 features=features[index],
                 verdict=verdict,
                 field_features=candidate.field_features,
+                region_features=candidate.region_features,
             )
         )
     return tuple(defects), answered
@@ -241,17 +362,22 @@ def cut_out(
     saliency: NDArray[np.float32],
     recipe: Recipe,
     models: Models,
-    score_map: ScoreMap | None = None,
+    said: ScoreMap | None = None,
 ) -> tuple[Candidate, ...]:
     """Cut regions of a page out, as large and as sharp as the encoder wants them.
 
-    ``score_map`` is the detector's answer, for an encoder that asks what it says of the field.
+    ``said`` is the detector's answer for this page, for an encoder that listens (``inputs.listens``).
     """
     encoder = models.meta("encoder")
     field = inputs.whole_field(encoder, page.field)
-    said = None if score_map is None else inputs.field_features(encoder, score_map)
-    cut = (_cut_out(region, page, saliency, field, recipe, encoder) for region in regions)
-    return tuple(replace(candidate, field_features=said) for candidate in cut)
+    of_field = said.field_features if said is not None and FIELD_FEATURES in encoder.inputs else None
+    patches = said.patch_features if said is not None and REGION_FEATURES in encoder.inputs else None
+    candidates = []
+    for region in regions:
+        of_region = None if patches is None else binarization.region_features(patches, saliency, region.mask)
+        cut = _cut_out(region, page, saliency, field, recipe, encoder)
+        candidates.append(replace(cut, field_features=of_field, region_features=of_region))
+    return tuple(candidates)
 
 
 def _cut_out(

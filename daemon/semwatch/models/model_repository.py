@@ -18,7 +18,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -36,17 +36,36 @@ META = "meta.json"
 PROBE = "probe.npz"
 """Arrays ``input.<name>`` and ``output.<name>``: a few samples, and the answers of what the version was made from."""
 
+OPEN = -1
+"""A side of a tensor that may have any size."""
+
 DType = Literal["uint8", "float32"]
 Arrays = Mapping[str, NDArray[Any]]
 
 
 class Tensor(BaseModel):
-    """Name-less signature of one input or output; the batch axis is not in ``shape``."""
+    """Name-less signature of one input or output; the batch axis is not in ``shape``.
+
+    A side of -1 is open: any size that the contract allows, see ``contract.FIELD_SIDES_PX``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dtype: DType
     shape: tuple[int, ...]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a side of it is open."""
+        return OPEN in self.shape
+
+    def holds(self, shape: Sequence[int]) -> bool:
+        """Whether an item of this shape fits."""
+        return len(shape) == len(self.shape) and all(own in (OPEN, n) for own, n in zip(self.shape, shape, strict=True))
+
+    def sized(self, side: int) -> tuple[int, ...]:
+        """Its shape, with open sides of this size."""
+        return tuple(side if own == OPEN else own for own in self.shape)
 
 
 class Meta(BaseModel):
@@ -72,6 +91,11 @@ class Meta(BaseModel):
     provenance: Mapping[str, str | float | int] = {}
     """How it was made: form, seed, data, command, metrics; of a learned head also its cycle, parent, what it learned
     and applied, and the best golden marks of its lineage: the next cycle reads these."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes an input at any size."""
+        return any(tensor.is_open for tensor in self.inputs.values())
 
     @property
     def content_sha256(self) -> str:

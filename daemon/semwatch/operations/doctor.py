@@ -18,7 +18,9 @@ from semwatch.line import pipeline
 from semwatch.models import choice
 from semwatch.models.inference import Models
 from semwatch.models.model_repository import MODELS
+from semwatch.service import drift, gate_watch
 from semwatch.service.delivery import connect_handoff, connect_publisher
+from semwatch.service.gate_watch import GateWatch
 from semwatch.service.models_in_service import load_models, versions_of
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import DEFAULT_NAME, Folder, Site
@@ -68,6 +70,8 @@ def status(site: Site) -> dict[str, object]:
         "models": {model: _or_none(partial(choice.choice, site.models.repository, model)) for model in MODELS},
         **_serving_figures(site, is_running),
         **_learning_figures(site),
+        "alarms": [text for _, texts in sorted(_alarms(site).items()) for text in texts],
+        "gates": _gate_sentences(site),
         "disk_free_mb": _free_mb(site.results_dir),
         "redis": _or_none(partial(_depths, site)) if site.redis else "not configured",
     }
@@ -80,7 +84,7 @@ def examine(site: Site) -> list[Check]:
     checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER)]
     if site.models.runtime == "triton":
         checks.append(_try("Triton", partial(_triton_in_words, site.models.triton.url)))
-    checks += [*_model_checks(site), *_learning_checks(site)]
+    checks += [*_model_checks(site), *_learning_checks(site), *_alarm_checks(site)]
     if site.redis is not None:
         checks.append(_redis_check(site))
     return checks
@@ -128,6 +132,19 @@ def _learning_figures(site: Site) -> dict[str, object]:
         "last_cycle": cycle.model_dump(exclude={"unknowns", "sentence"}) if isinstance(cycle, Cycle) else None,
         "wishes": [wish.sentence for wish in wishes.values()] if isinstance(wishes, dict) else None,
     }
+
+
+def _alarms(site: Site) -> dict[str, list[str]]:
+    """What the daemon's drift watch has alarmed about and what has not come back, by source of the site."""
+    ours = {folder.source for folder in site.folders}
+    return {source: texts for source, texts in drift.alarmed(site.state_dir / drift.STATE).items() if source in ours}
+
+
+def _alarm_checks(site: Site) -> Iterator[Check]:
+    """Alarms of each source as advice: the line works, what it is given does not."""
+    for source, texts in sorted(_alarms(site).items()):
+        advice = "see docs/night.md, SemwatchNoImage, SemwatchBadQuality and SemwatchDrift" if texts else ""
+        yield Check(f"images of {source}", True, "; ".join(texts) or "no alarm", advice=advice)
 
 
 def _is_running(site: Site) -> bool | None:
@@ -218,7 +235,7 @@ def _model_checks(site: Site) -> Iterator[Check]:
     if _is_running(site):
         yield _service_check(versions_of(models), serving.announced(site.state_dir)[0])
     for source, recipe in recipes.items():
-        yield _try(f"gate of {source}", partial(_gate, recipe, models[recipe.pins]))
+        yield _gate_check(f"gate of {source}", recipe, models[recipe.pins], _gates(site))
 
 
 def _triton_in_words(url: str) -> str:
@@ -268,8 +285,33 @@ def _cycle_in_words(cycle: Cycle) -> str:
     return f"{cycle.outcome}{head}, {cycle.utc}" + "".join(f"; {why}" for why in cycle.reasons)
 
 
-def _gate(recipe: Recipe, models: Models) -> str:
-    return f"opens above {pipeline.gate_threshold(recipe, models):.4g}"
+def _gates(site: Site) -> GateWatch:
+    return GateWatch.load(site.state_dir / gate_watch.STATE, is_owner=False)
+
+
+def _gate_sentences(site: Site) -> dict[str, str]:
+    """What each source's own scores say of its gate; sources whose recipe cannot be read are left out."""
+    gates, sentences = _gates(site), {}
+    for folder in site.folders:
+        recipe = _or_none(partial(load_recipe, folder.recipe))
+        if isinstance(recipe, Recipe):
+            sentences[folder.source] = gates.sentence(recipe)
+    return sentences
+
+
+def _gate_check(name: str, recipe: Recipe, models: Models, gates: GateWatch) -> Check:
+    """The gate's threshold and where it came from; advice where the stream's own scores propose quite another one."""
+    detector = models.hashes()["detector"]
+    try:
+        stream = gates.threshold(recipe, detector)
+        threshold, source = pipeline.gate_of(recipe, models, stream_threshold=stream)
+    except SemwatchError as error:
+        return Check(name, False, "cannot be used", str(error))
+    detail, found = f"opens above {threshold:.4g}, which is the {source}'s", gates.proposal(recipe, detector)
+    if found is None or stream is not None or found.low <= threshold <= found.high:
+        return Check(name, True, f"{detail}; {gates.sentence(recipe, detector)}")
+    remedy = f"look at overlays of images between the two, then set gate.threshold: {found.threshold:.6g} in the recipe"
+    return Check(name, True, detail, advice=f"{gates.sentence(recipe, detector)}. To take it over: {remedy}")
 
 
 def _redis_check(site: Site) -> Check:

@@ -92,7 +92,7 @@ def ledger_events(ledger: Ledger, work: Work) -> Iterator[Event]:
             yield Event(seen.seen_utc, "ledger", f"{name} was taken once more")
     yield Event(work.first_seen_utc, "ledger", f"{printable(work.path)} was seen and taken for review")
     if work.state == "DONE":
-        yield Event(work.finished_utc or "", "ledger", "the review was finished")
+        yield Event(work.finished_utc or "", "ledger", work.reason or "the review was finished")
     if work.state == "QUARANTINED":
         yield Event(work.finished_utc or "", "ledger", f"was put into quarantine: {work.reason}")
 
@@ -214,7 +214,10 @@ def _in_words(record: ReviewRecord) -> str:
     counts = Counter(v.kind if v.label in (None, v.kind) else f"{v.kind} {v.label}" for v in verdicts)
     models = ", ".join(f"{name} {version}" for name, version in record.model_versions.items())
     again = f"revision {record.revision}: " if record.revision > 1 else ""
-    return f"{again}{_counted(counts) or 'no defect found'}; recipe {record.recipe.name}, {models}"
+    empty = "no image" if any(not page.quality.is_image for page in record.pages) else "no defect found"
+    flags: Counter[str] = Counter(flag.name for page in record.pages for flag in page.quality.flags)
+    quality = f" (quality: {_counted(flags)})" if flags else ""
+    return f"{again}{_counted(counts) or empty}{quality}; recipe {record.recipe.name}, {models}"
 
 
 def _audit_lines(log: Path, sha256: str) -> Iterator[dict[str, Any]]:
@@ -236,7 +239,8 @@ def _audit_in_words(event: Mapping[str, Any]) -> str:
     line = f"line {event['seq']}: {event.get('event')}"
     match event.get("event"):
         case "reviewed":
-            return f"{line}, {_counted(event.get('verdicts') or {}) or 'no defect found'}"
+            flags = f" (quality: {_counted(event['quality'])})" if event.get("quality") else ""
+            return f"{line}, {_counted(event.get('verdicts') or {}) or 'no defect found'}{flags}"
         case "revised":
             changes = [f"{c['from']} -> {c['to']}" for c in event.get("changes") or ()]
             return f"{line} by head {event.get('head')}: {', '.join(changes) or 'its earlier revision is gone'}"

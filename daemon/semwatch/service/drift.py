@@ -6,6 +6,11 @@ Three things are watched for each source and recipe, against a reference window:
     score          raw image score of a page   PSI over the deciles of the reference window, see ``psi``
     class mix      labels of the defects       PSI over the classes that are common in the reference window
 
+Two more have limits of their own and need no reference, because a good tool delivers next to none of either:
+
+    no image       share of the last ``PAGES`` pages that hold no image
+    bad quality    share of them that do, but with a flag: out of focus, saturated, ...
+
 A page counts once in each, however many defects it has: its defects share one vote, because defects of one page are
 alike, and to count them singly would promise more evidence than there is. The reference window is the first
 ``REFERENCE`` pages (for unknown rate and class mix: pages with defects) after a recipe began. Another detector starts
@@ -29,13 +34,20 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from semwatch.defects import PageReview, Review
+from semwatch.defects import PageReview, Quality, Review
 from semwatch.system.files import rename, write_whole
 
 log = logging.getLogger(__name__)
 
-What = Literal["unknown rate", "score", "class mix"]
+What = Literal["unknown rate", "score", "class mix", "no image", "bad quality"]
 WATCHED: tuple[What, ...] = get_args(What)
+
+OF_TOOL: tuple[What, ...] = ("no image", "bad quality")
+"""What is the tool's own matter: learning can do nothing about it."""
+PAGES = 100
+"""Pages of the window in which bad ones are counted."""
+MAX_NO_IMAGE, MAX_BAD_QUALITY = 0.05, 0.2
+"""Shares of that window that alarm: five pages without an image, wherever they are in it."""
 
 REFERENCE = 500
 """Pages of the reference window: a rate of 10 % is known to 1.3 points, a decile holds 50 pages."""
@@ -336,6 +348,32 @@ def _stepped(level: float, share: float, p0: float, p1: float) -> float:
     return min(HEIGHT, max(0.0, level + share * unknown + (1 - share) * other))
 
 
+class _Pages(_State):
+    """Quality of the last pages."""
+
+    now: Annotated[list[Annotated[int, Field(ge=0, le=2)]], Field(max_length=PAGES)] = []
+    """0: a good image, 1: a bad one, 2: none; oldest first."""
+
+    def add(self, quality: Quality) -> None:
+        """Take one page into the window."""
+        self.now.append(2 if not quality.is_image else 1 if quality.flags else 0)
+        if len(self.now) > PAGES:
+            self.now.pop(0)
+
+    def readings(self) -> Iterator[Reading]:
+        """Shares of the whole window, so that a few pages do not alarm at the beginning."""
+        yield "no image", self.now.count(2) / PAGES, MAX_NO_IMAGE
+        yield "bad quality", self.now.count(1) / PAGES, MAX_BAD_QUALITY
+
+    def no_image_sentence(self) -> str:
+        """Say how many pages hold no image."""
+        return f"{self.now.count(2)} of the last {len(self.now)} pages hold no image; look at the beam and the tool"
+
+    def bad_sentence(self) -> str:
+        """Say how many pages are bad images."""
+        return f"{self.now.count(1)} of the last {len(self.now)} pages are bad images; see `quality` in their results"
+
+
 class _Watch(_State):
     """One source under one recipe."""
 
@@ -346,6 +384,7 @@ class _Watch(_State):
     """Version by model that answered last."""
     scores: _Scores = Field(default_factory=_Scores)
     classes: _Classes = Field(default_factory=_Classes)
+    pages: _Pages = Field(default_factory=_Pages)
     alarmed: set[What] = set()
     """What has alarmed and not come back yet."""
 
@@ -365,7 +404,9 @@ class _Watch(_State):
 
     def add(self, page: PageReview) -> Iterator[Alarm]:
         """Take one page; yield what alarms by it."""
-        if math.isfinite(page.score_map.raw_score):
+        self.pages.add(page.quality)
+        is_difference = page.reference is not None and page.reference.used  # another scale than the detector's
+        if page.score_map is not None and math.isfinite(page.score_map.raw_score) and not is_difference:
             self.scores.add(float(page.score_map.raw_score))
         if page.defects:
             self.classes.add([defect.verdict.label or defect.verdict.kind for defect in page.defects])
@@ -379,16 +420,22 @@ class _Watch(_State):
     def readings(self) -> Iterator[Reading]:
         yield from self.scores.readings()
         yield from self.classes.readings()
+        yield from self.pages.readings()
 
-    def _alarm(self, what: What, value: float, threshold: float) -> Alarm:
+    def sentence(self, what: What) -> str:
+        """Say what left the usual, where, from what to what."""
         sentence_of = {
+            "no image": self.pages.no_image_sentence,
+            "bad quality": self.pages.bad_sentence,
             "unknown rate": self.classes.rate_sentence,
             "score": self.scores.sentence,
             "class mix": self.classes.mix_sentence,
         }
-        n = len(self.scores.now if what == "score" else self.classes.now)
-        sentence = f"{self.source}, recipe {self.recipe_name}: {sentence_of[what]()}"
-        return Alarm(self.source, self.recipe_name, self.recipe_id, what, value, threshold, n, sentence)
+        return f"{self.source}, recipe {self.recipe_name}: {sentence_of[what]()}"
+
+    def _alarm(self, what: What, value: float, threshold: float) -> Alarm:
+        n = len(self.scores.now if what == "score" else self.pages.now if what in OF_TOOL else self.classes.now)
+        return Alarm(self.source, self.recipe_name, self.recipe_id, what, value, threshold, n, self.sentence(what))
 
 
 class _Watches(_State):
@@ -473,6 +520,19 @@ class DriftWatch:
             log.warning("the drift watch begins anew: %s is damaged (%s), kept as %s", path, why, aside.name)
             _set_aside(path, aside)
         return cls()
+
+
+def alarmed(path: Path) -> dict[str, list[str]]:
+    """By source, what stands beyond its limit under the recipe seen last, a sentence each, as last saved.
+
+    Reads only; empty where there is no usable file.
+    """
+    try:
+        watches = _Watches.model_validate_json(path.read_bytes()).watches
+    except (OSError, ValueError, RecursionError):
+        return {}
+    last = {watch.source: watch for watch in watches}
+    return {source: [watch.sentence(what) for what in sorted(watch.alarmed)] for source, watch in last.items()}
 
 
 def _set_aside(path: Path, aside: Path) -> None:

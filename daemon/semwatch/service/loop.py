@@ -27,13 +27,16 @@ from semwatch.intake import decoding, drop_folder
 from semwatch.intake.drop_folder import Arrival, Incoming
 from semwatch.line import notices, pipeline
 from semwatch.line.class_codes import class_codes
-from semwatch.service import drift, learning_side, migration, rereview
+from semwatch.line.pipeline import ReferenceFile
+from semwatch.service import drift, gate_watch, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.service.drift import Alarm, DriftWatch
 from semwatch.service.forgetting import Forgetting
+from semwatch.service.gate_watch import GateWatch
 from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
+from semwatch.service.references import References
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site
 from semwatch.store import results
@@ -122,6 +125,7 @@ class Service:
         self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
+        self._references = References({folder.source: folder for folder in site.folders}, self.recipes)
         self._next_beat = 0.0
         self._pause, self._log_again = "", 0.0
         self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
@@ -129,6 +133,8 @@ class Service:
         self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
         keep.callback(self._drift.save, site.state_dir / drift.STATE)
+        self._gates = GateWatch.load(site.state_dir / gate_watch.STATE)
+        keep.callback(self._gates.save, site.state_dir / gate_watch.STATE)
         self._next_drift = time.monotonic() + drift.SAVE_EVERY_S
         self._rereview = rereview.Rereview(
             self._models.by_pins,
@@ -296,6 +302,7 @@ class Service:
         if now >= self._next_drift:
             self._next_drift = now + drift.SAVE_EVERY_S
             self._drift.save(self.site.state_dir / drift.STATE)
+            self._gates.save(self.site.state_dir / gate_watch.STATE)
 
     def _log_pause(self, reason: str | None) -> None:
         """Say once that the line pauses and why, and once that it goes on; a service away has lines of its own."""
@@ -332,6 +339,8 @@ class Service:
 
     def _process(self, arrival: Arrival) -> None:
         start = time.perf_counter()
+        if self._references.waits(arrival):
+            return  # it comes again
         try:
             data = decoding.read_file(arrival.file)
         except ImageError as error:
@@ -340,6 +349,10 @@ class Service:
             return
         if len(data) != arrival.size:
             return  # still growing; it comes again
+        partner = self._references.partner_of(arrival)
+        if partner is not None:
+            self._note_reference(arrival, data, partner)
+            return
         claim = self._claim(arrival, hashlib.sha256(data).hexdigest())
         if not claim.is_mine:
             self._note_not_mine(claim)
@@ -350,7 +363,7 @@ class Service:
             )
             return
         try:
-            self._review(claim, data, start)
+            self._review(claim, data, self._references.read(arrival), start)
         except ImageError as error:
             self._quarantine(claim, str(error), len(data))
         except ServiceUnavailable as error:
@@ -367,19 +380,43 @@ class Service:
             now_utc=utc_now(),
         )
 
-    def _review(self, claim: Claim, data: bytes, start: float) -> None:
+    def _note_reference(self, arrival: Arrival, data: bytes, partner: str) -> None:
+        """Settle a reference: it is read when its image is reviewed, and is no work of its own.
+
+        Its identity is not that of its content alone: an image of the same content is still reviewed.
+        """
+        claim = self._claim(arrival, hashlib.sha256(b"reference\0" + data).hexdigest())
+        if not claim.is_mine:
+            return
+        now_utc, reason = utc_now(), f"a reference of {printable(partner)}, not reviewed by itself"
+        audit = {
+            "event": "reference",
+            "utc": now_utc,
+            "source": claim.source,
+            "path": printable(claim.path),
+            "sha256": claim.sha256,
+            "content_sha256": hashlib.sha256(data).hexdigest(),
+            "of": printable(partner),
+        }
+        self.ledger.finish(claim, outbox=(), audit=audit, now_utc=now_utc, reason=reason)
+        log.info("%s/%s: %s", claim.source, claim.path, reason, extra=self._about(claim, "reference"))
+
+    def _review(self, claim: Claim, data: bytes, reference: ReferenceFile | None, start: float) -> None:
         recipe, limits = self.recipes[claim.source], self.site.limits
+        models = self._models.of(recipe)
         review = pipeline.review(
             data,
             source=claim.source,
             path=claim.path,
             sha256=claim.sha256,
             recipe=recipe,
-            models=self._models.of(recipe),
+            models=models,
             reviewed_utc=utc_now(),
             site=self.site.name,
+            stream_threshold=self._gates.threshold(recipe, models.hashes()["detector"]),
             max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
+            reference_file=reference,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
         paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
@@ -395,10 +432,12 @@ class Service:
         )
         self.metrics.observe(review)
         self._watch_drift(review)
+        self._watch_gate(review, claim)
+        took_ms = (time.perf_counter() - start) * 1000
         stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
         log.info(
-            "%s/%s: %d defects, %.0f ms (%s), models %s",
-            claim.source, claim.path, review.n_defects, (time.perf_counter() - start) * 1000, stages,
+            "%s/%s: %d defects%s, %.0f ms (%s), models %s",
+            claim.source, claim.path, review.n_defects, _flags_in_words(review), took_ms, stages,
             dict(review.model_versions), extra=notices.journal_fields(paths.record),
         )  # fmt: skip
 
@@ -412,7 +451,21 @@ class Service:
         for alarm in self._drift.observe(review):
             self.metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
             log.warning("drift: %s", alarm.sentence, extra=self._about(alarm, "drift"))
+            if alarm.what in drift.OF_TOOL:
+                continue
             learning_side.wish_for_cycle(self.site, self.ledger, alarm, utc_now())
+
+    def _watch_gate(self, review: Review, claim: Claim) -> None:
+        """Say once what a stream's own scores propose; a change of the gate in use goes to the audit log too."""
+        recipe = self.recipes[claim.source]
+        change = self._gates.observe(review, recipe)
+        if change is None:
+            return
+        self._gates.save(self.site.state_dir / gate_watch.STATE)  # what opens the gate outlives a crash
+        log.info("gate of recipe %s: %s", recipe.name, change.sentence, extra=self._about(claim, "gate"))
+        if change.is_used:
+            audit = {"event": "gate", "utc": utc_now(), "source": claim.source, "recipe_id": recipe.id}
+            self.ledger.note(audit={**audit, "threshold": change.threshold, "before": change.before})
 
     def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
         now_utc = utc_now()
@@ -454,3 +507,8 @@ class Service:
             extra = self._about(claim, "duplicate")
             text = "%s/%s has the content of %s: not reviewed again"
             log.info(text, claim.source, claim.path, claim.original, extra=extra)
+
+
+def _flags_in_words(review: Review) -> str:
+    found = [page.quality.in_words for page in review.pages if page.quality.flags]
+    return f", quality: {'; '.join(found)}" if found else ""

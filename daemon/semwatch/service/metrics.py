@@ -7,11 +7,12 @@ services from the code. An image name, a lot or an error text never becomes a la
 import threading
 from collections.abc import Iterable
 from datetime import datetime
+from typing import get_args
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from semwatch.defects import Review, VerdictKind
+from semwatch.defects import DEFECT_FREE, NO_IMAGE, Domain, QualityName, Review, VerdictKind
 from semwatch.errors import ConfigError
 from semwatch.models.model_repository import MODELS
 from semwatch.service.drift import WATCHED
@@ -21,6 +22,9 @@ STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 
 SEVEREST_FIRST: tuple[VerdictKind, ...] = ("unknown", "novel", "non-decidable", "known", "defect-free")
 """A file counts once, under the first of these that any of its defects has."""
+
+FILE_VERDICTS: tuple[str, ...] = (*SEVEREST_FIRST[:-1], NO_IMAGE, SEVEREST_FIRST[-1])
+"""What a file may count under: a page without an image is graver than a page without a defect."""
 
 SERVICES = ("line", "redis")
 """What can be away: models or disk, and the streams."""
@@ -54,10 +58,17 @@ class Metrics:
         self._endpoint: tuple[WSGIServer, threading.Thread] | None = None
 
     def observe(self, review: Review) -> None:
-        """Count one finished review: verdicts, defects, stage times, model versions, time of the last review."""
+        """Count one finished review: verdicts, pages, defects, stage times, model versions, time of the last review."""
         self.reviews.labels(review.source, verdict_of(review)).inc()
+        for page in review.pages:
+            self.pages.labels(review.source, page.domain).inc()
         for defect in (defect for page in review.pages for defect in page.defects):
             self.defects.labels(review.source, defect.verdict.kind, defect.verdict.label or "").inc()
+        for page in review.pages:
+            if not page.quality.is_image:
+                self.no_image.labels(review.source).inc()
+            for flag in page.quality.flags:
+                self.flagged.labels(review.source, flag.name).inc()
         for stage, milliseconds in review.timings_ms.items():
             self.stage_seconds.labels(stage).observe(milliseconds / 1000)
         for model, version in review.model_versions.items():
@@ -100,9 +111,14 @@ class Metrics:
             return Counter(f"semwatch_{name}", text, labels, registry=self.registry)
 
         self.reviews = counter("reviews_total", "Files reviewed, by their severest verdict.", "source", "verdict")
+        self.pages = counter(
+            "pages_total", "Pages by whether they are of a process whose normal images are known.", "source", "domain"
+        )
         self.defects = counter(
             "defects_total", "Defects by verdict; label is empty without class.", "source", "kind", "label"
         )
+        self.no_image = counter("pages_without_image_total", "Pages that were blank or an info bar alone.", "source")
+        self.flagged = counter("pages_flagged_total", "Pages by what is wrong with them.", "source", "flag")
         self.quarantined = counter("quarantined_total", "Files that could not be reviewed.", "source")
         self.duplicates = counter("duplicates_total", "Files whose content was reviewed before.", "source")
         self.errors = counter("errors_total", "Times a service was away.", "service")
@@ -129,9 +145,14 @@ class Metrics:
         )
 
     def _start_at_zero(self, source: str) -> None:
-        for kind in SEVEREST_FIRST:
+        self.no_image.labels(source)
+        for name in get_args(QualityName):
+            self.flagged.labels(source, name)
+        for kind in FILE_VERDICTS:
             self.reviews.labels(source, kind)
             self.revised.labels(source, kind)
+        for domain in get_args(Domain):
+            self.pages.labels(source, domain)
         self.quarantined.labels(source)
         self.duplicates.labels(source)
         for what in WATCHED:
@@ -139,7 +160,9 @@ class Metrics:
             self.drift_alarms.labels(source, what)
 
 
-def verdict_of(review: Review | ReviewRecord) -> VerdictKind:
-    """The severest verdict among a file's defects; a file without defects is defect-free."""
-    kinds = {defect.verdict.kind for page in review.pages for defect in page.defects}
-    return next((kind for kind in SEVEREST_FIRST if kind in kinds), "defect-free")
+def verdict_of(review: Review | ReviewRecord) -> str:
+    """The severest verdict of a file; one without defects is defect-free, unless a page of it holds no image."""
+    found: set[str] = {defect.verdict.kind for page in review.pages for defect in page.defects}
+    if not all(page.quality.is_image for page in review.pages):
+        found.add(NO_IMAGE)
+    return next((kind for kind in FILE_VERDICTS if kind in found), DEFECT_FREE)

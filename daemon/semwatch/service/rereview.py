@@ -236,15 +236,11 @@ class Rereview:
         features = np.stack([np.frombuffer(r.features, "<f4").astype(np.float32) for r in known])
         answer = self._models[recipe.pins].infer("head", {"features": features}, backlog=True)
         changes, codes = {}, class_codes(recipe, answer.meta.codes)
+        domains = {page.page: page.domain for page in result.pages}
         for record, logits, p_values in zip(known, answer.outputs["logits"], answer.outputs["p_values"], strict=True):
             place = record.page, record.defect_id
-            verdict = classification.decide(
-                logits,
-                p_values,
-                answer.meta.labels,
-                significance=recipe.unknown.significance,
-                decide_confidence=recipe.unknown.decide_confidence,
-            )
+            domain = domains[record.page]
+            verdict = classification.decide(logits, p_values, answer.meta.labels, recipe.unknown, domain=domain)
             if replaces(verdict, current[place].verdict, answer.meta):
                 changes[place] = verdict_record(verdict, class_code(verdict, **codes))
         return changes, answer.id

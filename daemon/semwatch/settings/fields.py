@@ -48,6 +48,12 @@ def _name(value: str) -> str:
     return value
 
 
+def _name_pattern(value: str) -> str:
+    if value.count("*") != 1 or "/" in value or not value.isprintable() or re.search(r"[?\[\]]", value):
+        raise refusal("must be a file name without its extension, with one * for what both names share, such as *_ref")
+    return value
+
+
 def _suffix(value: str) -> str:
     if not re.fullmatch(r"\.[^\s/\\*?]+", value):
         raise refusal("must be the end of a file name with its dot, such as .tif")
@@ -92,6 +98,8 @@ def _rising(value: tuple[float, float]) -> tuple[float, float]:
 
 SitePath = Annotated[Path, BeforeValidator(_absolute)]
 Name = Annotated[str, AfterValidator(_name)]
+NamePattern = Annotated[str, AfterValidator(_name_pattern)]
+"""A file name with one ``*``, without its extension."""
 Suffix = Annotated[str, AfterValidator(_suffix)]
 ImageSuffix = Annotated[Suffix, AfterValidator(str.lower)]
 Label = Annotated[str, AfterValidator(_label)]
@@ -99,6 +107,9 @@ RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 Percentiles = Annotated[tuple[float, float], AfterValidator(_rising)]
 Count = Annotated[int, Field(ge=1)]
 OrZero = Annotated[int, Field(ge=0)]
+Levels = Annotated[float, Field(ge=0, le=255)]
+"""A difference of 8-bit gray levels."""
+OrZeroSeconds = Annotated[float, Field(ge=0, le=3600)]
 Positive = Annotated[float, Field(gt=0)]
 Open = Annotated[float, Field(gt=0, lt=1)]
 """A share or probability that is neither 0 nor 1."""

@@ -17,10 +17,14 @@ from semwatch.settings.fields import (
     EXAMPLES,
     Count,
     Label,
+    Levels,
     Name,
+    NamePattern,
     Open,
     OrZero,
+    OrZeroSeconds,
     Percentiles,
+    Positive,
     Settings,
     Share,
     refusal,
@@ -28,6 +32,13 @@ from semwatch.settings.fields import (
 
 Method = Literal["plateau", "lowest", "fixed", "otsu", "literal"]
 """How a score map becomes a mask, see ``line.binarization.binarize``."""
+
+SelfCalibration = Literal["off", "propose", "use"]
+"""What becomes of the threshold that a stream's own scores propose, see ``line.gate_calibration``."""
+
+
+Action = Literal["flag", "quarantine"]
+"""What becomes of a file with a bad page."""
 
 
 def load_recipe(path: Path) -> "Recipe":
@@ -50,6 +61,29 @@ class Pins(Settings):
     """Version of the head; null: the newest."""
 
 
+class QualityRule(Settings):
+    """Which pages hold no image or a bad one, and what becomes of their files."""
+
+    no_image: Action = "flag"
+    """Pages that are blank or an info bar alone. flag: the result says so; quarantine: the whole file is refused."""
+    bad_quality: Action = "flag"
+    """Pages beyond a limit below. flag: the result says so; quarantine: the whole file is refused."""
+    blank_range: Levels = 2.0
+    """Blank: the gray levels, specks aside, span this at most."""
+    blank_margin: Levels = 8.0
+    """Blank as well: all gray levels, specks aside, are within this of black, or of white."""
+    min_range: Levels = 8.0
+    """Faint: the middle 99 % of the gray levels span less than this."""
+    max_saturated: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """Saturated: a larger share of the pixels is at 0 or 255. Dark trenches are black for good reason."""
+    max_blur_px: Positive = 4.0
+    """Out of focus: edges are softer than this, as the sigma of a Gaussian; raise it for images that are scaled up."""
+    max_streaks: Annotated[float, Field(ge=0, le=1)] = 0.08
+    """Streaks: rows differ in brightness from their neighbours by more than this, as a share of the gray range."""
+    max_drift_px: Positive = 0.5
+    """Drift: rows are shifted sideways against their neighbours by more than this, root mean square."""
+
+
 class Gate(Settings):
     """Which pages are searched for defects at all."""
 
@@ -57,6 +91,17 @@ class Gate(Settings):
     """Share of defect-free images that may pass the gate."""
     threshold: Annotated[float, Field(ge=0)] | None = None
     """Raw image score above which the gate opens; null: the detector's, for the false alarm rate."""
+    self_calibration: SelfCalibration = "propose"
+    """The stream's own image scores propose a threshold. propose: say it; use: open by it; off: neither."""
+    miss_cost: Positive | None = None
+    """Cost of a missed defective image, in false alarms, for the proposal; null: it meets false_alarm_rate."""
+
+
+class Detection(Settings):
+    """The scale at which a page is searched."""
+
+    coarser: Annotated[float, Field(ge=1, le=16)] = 1.0
+    """Pixels of the page, along an edge, that the detector sees as one; 1: the page's own scale."""
 
 
 class Binarization(Settings):
@@ -65,7 +110,7 @@ class Binarization(Settings):
     method: Method = "plateau"
     """plateau: middle of the longest stable count; to compare with: lowest (of that run), literal, otsu, fixed."""
     grid_px: Annotated[int, Field(ge=16, le=1024)] = 112
-    """Edge of the grid that thresholds are tried on."""
+    """Shorter edge of the grid that thresholds are tried on; a finer score map is taken as it is."""
     n_thresholds: Annotated[int, Field(ge=2, le=1024)] = 64
     """Thresholds tried, evenly spaced."""
     percentiles: Percentiles = (1.0, 99.9)
@@ -75,6 +120,8 @@ class Binarization(Settings):
     """Change in the number of defects that still counts as the same: 0 or 1."""
     min_plateau: Count = 4
     """Shortest run of thresholds that is believed."""
+    hot: Annotated[float, Field(ge=1)] | None = 4.0
+    """Gate thresholds above which a place belongs to a defect whatever the plateau says; null: the plateau alone."""
     max_mask_fraction: Share = 0.5
     """Largest share of the field that a mask may cover."""
     max_defects: Count = 8
@@ -89,6 +136,31 @@ class Binarization(Settings):
         return self
 
 
+class Reference(Settings):
+    """A picture of the same place of another die, to compare with; off where neither pattern nor page is given."""
+
+    pattern: NamePattern | None = None
+    """Names of reference files without their extension, such as "*_ref"; null: no file is a reference."""
+    inspected: NamePattern = "*"
+    """Names of the files that they belong to, in the same folder; the * stands for the same text in both."""
+    page: OrZero | None = None
+    """Page of a file that is the reference of its other pages, counted from 0; null: every page is reviewed."""
+    wait_s: OrZeroSeconds = 10.0
+    """Seconds that an image waits for its reference before it is judged alone."""
+    max_shift: Annotated[float, Field(gt=0, le=0.4)] = 0.2
+    """Largest shift between the two, as a share of each side."""
+    min_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.88
+    """Least correlation of the two after alignment; below, the reference shows another place."""
+    threshold: Annotated[float, Field(gt=0)] = 7.0
+    """Difference, in standard deviations of the pair, above which there is a defect."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Reference":
+        if self.pattern is not None and self.pattern == self.inspected:
+            raise refusal("pattern and inspected are the same: no file could be told from its reference")
+        return self
+
+
 class Crop(Settings):
     """The square window cut around a defect."""
 
@@ -98,13 +170,26 @@ class Crop(Settings):
     """Smallest edge of the window, as a share of the field."""
 
 
+class DomainRule(Settings):
+    """Which pages are of a process whose normal images the detector knows."""
+
+    significance: Open = 0.01
+    """Unknown process: the field's p-value is not above this. It is the share of known fields that are called so."""
+
+
 class UnknownRule(Settings):
-    """When a defect is called unknown, when non-decidable."""
+    """When a defect is called unknown, when non-decidable, and what a name or a dismissal must show."""
 
     significance: Open = 0.05
     """Unknown: no class has a p-value above this. It is the share of known defects that are called unknown."""
     decide_confidence: Annotated[float, Field(ge=0, le=1)] = 0.8
     """Known: the head gives a class this probability among those that fit; else non-decidable."""
+    dismiss_probability: Share = 0.9
+    """Defect-free: it is the head's first choice of all classes with this probability at least; else unknown."""
+    foreign_confidence: Share = 0.95
+    """Known on a page of an unknown process: the class has this probability among all classes; else unknown."""
+    foreign_significance: Open = 0.2
+    """And its p-value is above this; else unknown."""
 
 
 class Promotion(Settings):
@@ -117,7 +202,7 @@ class Promotion(Settings):
     loss_significance: Share = 0.05
     """A loss counts where chance makes one like it at most this often (paired sign test); 1: every loss counts."""
     max_unknown_rate: Share = 0.2
-    """Largest share of the golden set that may be called unknown."""
+    """Largest share of the golden set's defects that may be called unknown."""
     min_cluster_size: Annotated[int, Field(ge=5)] = 12
     """Fewest crops of a new class."""
     min_cohesion: Annotated[float, Field(ge=-1, le=1)] = 0.05
@@ -148,14 +233,22 @@ class Recipe(Settings):
     """The engineer's own count; the identity is the content."""
     pins: Pins = Pins()
     """Model versions to stay with."""
+    quality: QualityRule = QualityRule()
+    """Which pages hold no image or a bad one, and what becomes of their files."""
     gate: Gate = Gate()
     """Which pages are searched for defects at all."""
+    detection: Detection = Detection()
+    """The scale at which a page is searched."""
     binarization: Binarization = Binarization()
     """From the score map to the defect mask."""
+    reference: Reference = Reference()
+    """A picture of the same place of another die, to compare with."""
     crop: Crop = Crop()
     """The square window cut around a defect."""
+    domain: DomainRule = DomainRule()
+    """Which pages are of a process whose normal images the detector knows."""
     unknown: UnknownRule = UnknownRule()
-    """When a defect is called unknown, when non-decidable."""
+    """When a defect is called unknown, when non-decidable, and what a name or a dismissal must show."""
     # A read-only view, so that nothing changes the identity of a recipe in use.
     classes: Annotated[Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(_as_dict)] = Field(
         default_factory=dict, validate_default=True
@@ -172,7 +265,9 @@ class Recipe(Settings):
     def id(self) -> str:
         """Identity of the recipe: 16 hexadecimal digits over every value, defaults included.
 
-        Comments, order and spacing do not change it, nor does writing out a default; any other value does.
+        Comments, order and spacing do not change it, nor does writing out a default; any other value does. A section
+        ``reference`` of defaults alone is left out, so that recipes written before there was one keep their identity.
         """
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        values = self.model_dump(mode="json", exclude={"reference"} if self.reference == Reference() else None)
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

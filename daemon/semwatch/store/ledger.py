@@ -9,7 +9,7 @@ Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because 
              path               where the content lay when it was claimed last, relative to the drop folder
              state              SEEN (waits) | CLAIMED (in flight) | DONE | QUARANTINED
              attempts           tries that died with the process
-             reason             why it was given back or quarantined
+             reason             why it was given back or quarantined, or done without a review (a reference)
              first_seen_utc, finished_utc
     paths    source, path       primary key
              size, mtime_ns     the file as it was when it was hashed
@@ -240,10 +240,15 @@ class Ledger:
         now_utc: str,
         unknowns: Sequence[UnknownFeatures] = (),
         row: LotRow | None = None,
+        reason: str | None = None,
     ) -> None:
-        """Make the work DONE, with messages, audit line, features of unknowns and the lot's row, all or nothing."""
+        """Make the work DONE, with messages, audit line, features of unknowns and the lot's row, all or nothing.
+
+        A ``reason`` says why it was done without a review: a reference is none of its own.
+        """
         with self._file.transaction() as db:
-            _leave(db, claim, "state = 'DONE', reason = NULL, finished_utc = ?", now_utc)
+            kept = None if reason is None else _clean(reason)
+            _leave(db, claim, "state = 'DONE', reason = ?, finished_utc = ?", kept, now_utc)
             db.executemany(
                 "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
                 [(item.id, item.stream, item.payload) for item in outbox],
@@ -516,7 +521,7 @@ def _resolve(
         )
 
 
-def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values: str) -> None:
+def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values: str | None) -> None:
     """Move the work out of CLAIMED (a ``Work`` from a listing: out of SEEN)."""
     state = "CLAIMED" if isinstance(work, Claim) else "SEEN"
     changed = db.execute(

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 LOT = "lot.csv"
 LOT_COLUMNS = (
     "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
-    "gate_threshold", "page_verdict", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
-    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision",
+    "gate_threshold", "page_verdict", "domain", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
+    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision", "quality",
 )  # fmt: skip
 
 
@@ -124,14 +124,17 @@ def _row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None) ->
     head: list[object] = [
         record.source, record.path, page.page, record.sha256, record.reviewed_utc, record.recipe.name,
         record.recipe.id, models, page.image_score, page.gate_threshold, page.verdict,
+        page.domain,
     ]  # fmt: skip
+    flags = " ".join(flag.name for flag in page.quality.flags)
     if defect is None:
-        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 1), record.revision]
+        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 2), record.revision, flags]
     verdict = defect.verdict
     nearest = ([near.label for near in verdict.nearest] + [None, None])[:2]
     return [
         *head, defect.defect_id, verdict.kind, verdict.label, verdict.class_code, verdict.confidence, *nearest,
         *defect.box_xyxy, defect.area_px, defect.area_nm2, defect.peak_score, record.revision,
+        flags,
     ]  # fmt: skip
 
 

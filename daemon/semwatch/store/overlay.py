@@ -1,7 +1,8 @@
 """The picture of a review: the micrograph with heat, contours, boxes and names, and a legend strip under it.
 
 Heat is scaled around the gate threshold, never by the image's own range: a clean page looks clean. Colours are told
-apart by colour-blind eyes too, and every box says its verdict in words.
+apart by colour-blind eyes too, and every box says its verdict in words. A page that was compared with a reference has
+three panels: the micrograph, the reference laid over it, and their difference.
 """
 
 import struct
@@ -13,7 +14,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Box, Defect, PageReview, Verdict, VerdictKind
+from semwatch.defects import Box, Defect, PageReview, ScoreMap, Verdict, VerdictKind
 
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -37,6 +38,12 @@ COLOURS: dict[VerdictKind, Colour] = {
     "defect-free": (205, 205, 205),
 }
 BLACK, WHITE, GRAY, STRIP = (0, 0, 0), (255, 255, 255), (165, 165, 165), (24, 24, 24)
+FLAGGED = (120, 120, 255)
+"""Colour of what is wrong with the page itself."""
+GAP_PX = 8
+"""Between the panels of a page with a reference."""
+DIFFERENCE_GAIN = 3.0
+"""How much the difference is enlarged to be seen."""
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
 TEXT_PX, PAD_PX, GAUGE_PX = 10, 3, 100
 
@@ -49,16 +56,22 @@ def draw(page: PageReview, *, caption: str = "") -> Image:
         caption: what stands in the legend beside the scores: recipe and model versions.
 
     Returns:
-        (H + STRIP_PX, W, 3) BGR; W and H are at most ``MAX_SIDE_PX``, W at least ``MIN_WIDTH_PX``.
+        (H + STRIP_PX, W, 3) BGR; W and H are at most ``MAX_SIDE_PX``, W at least ``MIN_WIDTH_PX``. With a reference
+        there are three of W and two gaps between them.
     """
     gray, scale = _fit(page.micrograph.pixels)
     picture = np.asarray(cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR), np.uint8)
     field = _scaled(page.micrograph.field_xyxy, scale, picture)
     _blend_heat(picture[field[1] : field[3], field[0] : field[2]], page)
     _outline_mask(picture[field[1] : field[3], field[0] : field[2]], page.mask)
-    canvas, offset = _on_canvas(picture)
+    panels = _compared_panels(page, field, gray.shape)
+    H, W = gray.shape
+    canvas, offset = _on_canvas(picture if panels is None else np.hstack([picture, *panels]))
     boxes = [_scaled(defect.box_xyxy, scale, picture) for defect in page.defects]
-    _draw_defects(canvas[:-STRIP_PX], page.defects, [(x0 + offset, y0, x1 + offset, y1) for x0, y0, x1, y1 in boxes])
+    area = canvas[:H] if panels is None else canvas[:H, : offset + W]
+    _draw_defects(area, page.defects, [(x0 + offset, y0, x1 + offset, y1) for x0, y0, x1, y1 in boxes])
+    if panels is not None:
+        _label_panels(canvas[:H], page, offset, W, boxes)
     _draw_legend(canvas[-STRIP_PX:], page, caption, scale)
     return canvas
 
@@ -141,9 +154,63 @@ def _on_canvas(picture: Image) -> tuple[Image, int]:
     return canvas, offset
 
 
+# --- the reference -------------------------------------------------------------------------------------------------
+
+
+def _compared_panels(page: PageReview, field: Box, size_hw: tuple[int, ...]) -> list[Image] | None:
+    """Return the reference and the difference, each a panel of the micrograph's size after a gap; None without them.
+
+    The reference has the gain and offset of the field, the difference is enlarged about gray; what has no counterpart
+    stays dark.
+    """
+    reference = page.reference
+    if reference is None or reference.aligned is None or reference.overlap is None:
+        return None
+    smooth = [
+        cv2.GaussianBlur(one, (0, 0), 1.0).astype(np.float32) for one in (page.micrograph.field, reference.aligned)
+    ]
+    difference = np.clip(128 + DIFFERENCE_GAIN * (smooth[0] - smooth[1]), 0, 255).astype(np.uint8)
+    x0, y0, x1, y1 = field
+    panels = []
+    for shown in (reference.aligned, difference):
+        dark = np.where(reference.overlap, shown, np.uint8(STRIP[0]))
+        panel = np.full((size_hw[0], GAP_PX + size_hw[1], 3), STRIP, np.uint8)
+        small = cv2.resize(dark, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA)
+        panel[y0:y1, GAP_PX + x0 : GAP_PX + x1] = small[..., None]
+        panels.append(panel)
+    return panels
+
+
+def _label_panels(area: Image, page: PageReview, offset: int, width: int, boxes: Sequence[Box]) -> None:
+    """Name the panels, and outline the defects in the two that have no names of defects."""
+    assert page.reference is not None
+    names = ("inspected", f"reference {page.reference.name}", "difference")
+    for i, name in enumerate(names):
+        left = offset + i * (width + GAP_PX)
+        if i:
+            for defect, (x0, y0, x1, y1) in zip(page.defects, boxes, strict=True):
+                corners = (left + x0 - 3, y0 - 3), (left + x1 + 2, y1 + 2)
+                cv2.rectangle(area, *corners, COLOURS[defect.verdict.kind], 1)
+        text = _shortened(name, width - 2 * PAD_PX - 2)
+        plate = left, len(area) - TEXT_PX - 2 * PAD_PX, left + _text_width(text) + 2 * PAD_PX, len(area)
+        _draw_plate(area, text, plate, GRAY)
+
+
+def _reference_in_words(page: PageReview) -> str:
+    reference = page.reference
+    if reference is None:
+        return ""
+    if not reference.used or reference.shift_px is None or reference.correlation is None:
+        return f"judged alone: {reference.reason}"
+    dx, dy = reference.shift_px
+    return f"against {reference.name}: shift {dx:.1f}, {dy:.1f} px, correlation {reference.correlation:.2f}"
+
+
 def _blend_heat(picture: Image, page: PageReview) -> None:
     """Blend the heat into a field of gray where it is hot: gray * (1 - alpha) + colour * alpha."""
-    level = _heat_level(page, picture.shape[:2])
+    if page.score_map is None:
+        return
+    level = _heat_level(page.score_map.values, page.gate_threshold, picture.shape[:2])
     x0, y0, w, h = cv2.boundingRect(level)
     if w == 0:
         return
@@ -152,10 +219,10 @@ def _blend_heat(picture: Image, page: PageReview) -> None:
     cv2.add(cv2.merge([faded, faded, faded]), cv2.applyColorMap(hot, _GLOW), dst=window)
 
 
-def _heat_level(page: PageReview, size_hw: tuple[int, ...]) -> Image:
-    """Resize the score map to ``size_hw``, 0 at ``HEAT_FROM`` gate thresholds and 255 at ``HEAT_TO``."""
-    low, high = HEAT_FROM * page.gate_threshold, HEAT_TO * page.gate_threshold
-    heat = np.clip((page.score_map.values - low) * (255 / max(high - low, 1e-9)), 0, 255)
+def _heat_level(values: NDArray[np.float32], gate: float, size_hw: tuple[int, ...]) -> Image:
+    """Resize a score map to ``size_hw``, 0 at ``HEAT_FROM`` gate thresholds and 255 at ``HEAT_TO``."""
+    low, high = HEAT_FROM * gate, HEAT_TO * gate
+    heat = np.clip((values - low) * (255 / max(high - low, 1e-9)), 0, 255)
     (H, W), (h, w) = size_hw, heat.shape
     # Cubic on the coarse grid, linear from there: smooth blobs at the price of the linear step.
     heat = cv2.resize(heat, (min(4 * w, W), min(4 * h, H)), interpolation=cv2.INTER_CUBIC)
@@ -231,15 +298,28 @@ def _draw_plate(area: Image, text: str, plate: Box, colour: Colour) -> None:
 
 def _draw_legend(strip: Image, page: PageReview, caption: str, scale: float) -> None:
     W = strip.shape[1]
-    score, gate = page.score_map.raw_score, page.gate_threshold
-    _draw_gauge(strip, score, gate, is_hot=bool(page.defects) or page.score_map.values.max() > HEAT_FROM * gate)
+    x = 8 if page.score_map is None else _draw_score(strip, page.score_map, page)
+    if not page.quality.is_image:
+        x += _write(strip, "no image", (x, 18), FLAGGED) + 10
+    if page.quality.flags:
+        _write(strip, _shortened(page.quality.in_words, W - 8 - x), (x, 18), FLAGGED)
+    bar_px = _draw_scale_bar(strip, page.micrograph.pixel_nm, scale)
+    _write(strip, _shortened(caption, W - 24 - bar_px), (8, 40), GRAY)
+
+
+def _draw_score(strip: Image, score_map: ScoreMap, page: PageReview) -> int:
+    """Draw gauge, score and verdicts; return where the line goes on."""
+    score, gate = score_map.raw_score, page.gate_threshold
+    _draw_gauge(strip, score, gate, is_hot=bool(page.defects) or score_map.values.max() > HEAT_FROM * gate)
     relation = ">" if score > gate else "<="
     x = 8 + GAUGE_PX + 10
     x += _write(strip, f"score {score:.3g} {relation} gate {gate:.3g}", (x, 18), WHITE) + 16
+    if page.domain == "unknown process":
+        x += _write(strip, page.domain, (x, 18), COLOURS["unknown"]) + 10
     for kind, count in _counts(page).items():
         x += _write(strip, f"{count} {kind}" if count else kind, (x, 18), COLOURS[kind]) + 10
-    bar_px = _draw_scale_bar(strip, page.micrograph.pixel_nm, scale)
-    _write(strip, _shortened(caption, W - 24 - bar_px), (8, 40), GRAY)
+    _write(strip, _shortened(_reference_in_words(page), max(0, strip.shape[1] - x - 8)), (x + 6, 18), GRAY)
+    return x
 
 
 def _counts(page: PageReview) -> dict[VerdictKind, int]:

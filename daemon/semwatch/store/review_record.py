@@ -8,7 +8,20 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from semwatch.defects import Box, Defect, PageReview, Review, Verdict, VerdictKind
+from semwatch.defects import (
+    NO_IMAGE,
+    Box,
+    Defect,
+    Domain,
+    GateSource,
+    PageReview,
+    Quality,
+    QualityName,
+    Reference,
+    Review,
+    Verdict,
+    VerdictKind,
+)
 from semwatch.errors import ImageError
 from semwatch.system.faults import first_fault
 
@@ -22,6 +35,7 @@ def _six_digits(value: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_six_digits)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+PageVerdict = Literal["defect-free", "defects", "no-image"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -49,9 +63,16 @@ class VerdictRecord(_Record):
 
     kind: VerdictKind
     label: str | None = Field(description="Class name of a known, novel or defect-free verdict, else null.")
-    confidence: Share
+    confidence: Share = Field(
+        description="How much speaks for what the verdict claims. With a label: its probability among the classes that "
+        "fit, never below the recipe's decide_confidence. Non-decidable: the same of the favourite, always below. "
+        "Unknown: one minus the smaller of probability and p-value of the nearest class."
+    )
     class_code: int | None = Field(description="The fab's code, where the recipe has one.")
-    nearest: tuple[NeighbourRecord, ...] = Field(description="The nearest classes, nearest first.")
+    nearest: tuple[NeighbourRecord, ...] = Field(
+        description="The nearest classes, nearest first: those that fit by probability, then the others; of an unknown "
+        "all by the smaller of probability and p-value."
+    )
 
 
 class DefectRecord(_Record):
@@ -66,6 +87,46 @@ class DefectRecord(_Record):
     verdict: VerdictRecord
 
 
+class QualityFlagRecord(_Record):
+    """One thing that is wrong with a page."""
+
+    name: QualityName
+    measure: Number = Field(description="In the flag's own unit.")
+    limit: Number = Field(description="The recipe's limit that the measure lies beyond.")
+
+
+class QualityRecord(_Record):
+    """What was seen of a page before any model looked at it."""
+
+    is_image: bool = Field(default=True, description="false: blank, or an info bar alone; no model was asked.")
+    flags: tuple[QualityFlagRecord, ...] = Field(default=(), description="Empty where nothing is wrong.")
+
+
+class GateRecord(_Record):
+    """The gate that a page met."""
+
+    threshold: Number
+    source: GateSource = Field(
+        description="recipe: its own gate.threshold; detector: its normal images at the recipe's false alarm rate; "
+        "stream: proposed by the scores of the recipe's own stream, where gate.self_calibration is use; reference: the "
+        "recipe's limit of the difference from it."
+    )
+
+
+class ReferenceRecord(_Record):
+    """The picture of the same place of another die that a page was compared with, or why it was not."""
+
+    name: str = Field(description="File name of the reference, or the page of the same file.")
+    used: bool = Field(description="True: image_score, gate_threshold and peak_score are of the difference.")
+    reason: str = Field(description="Why the page was judged without it; empty where it was used.")
+    shift_px: tuple[Number, Number] | None = Field(
+        description="A point (x, y) in the middle of the field lies in the reference at (x + dx, y + dy)."
+    )
+    correlation: Annotated[Number, Field(ge=-1, le=1)] | None = Field(
+        description="Of the gradients of both after alignment."
+    )
+
+
 class PageRecord(_Record):
     """One page of the image file."""
 
@@ -75,12 +136,31 @@ class PageRecord(_Record):
     field_xyxy: Box = Field(description="The page without info bars.")
     pixel_nm: Number | None
     vendor: str | None
-    image_score: Number
+    image_score: Number | None = Field(description="Raw score; null where the page holds no image.")
     gate_threshold: Number = Field(description="The page is searched for defects only if its score lies above this.")
-    verdict: Literal["defect-free", "defects"] = Field(
-        description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it defect-free."
+    domain: Domain = Field(
+        default="not judged",
+        description="Whether the field looks like those of the processes whose normal images the detector knows; not "
+        "judged: the detector cannot say, or the result is of an older release.",
+    )
+    domain_p: Share | None = Field(
+        default=None, description="The p-value that domain was decided by, null where the detector gives none."
+    )
+    gate: GateRecord | None = Field(
+        default=None,
+        description="The same threshold, and where it came from; null in results of older releases.",
+    )
+    verdict: PageVerdict = Field(
+        description="defect-free: the gate stayed shut, or nothing was found, or the head called all of it "
+        "defect-free. no-image: there is nothing to judge."
     )
     defects: tuple[DefectRecord, ...]
+    quality: QualityRecord = Field(
+        default=QualityRecord(), description="Whether there is an image, and a good one; absent in older results."
+    )
+    reference: ReferenceRecord | None = Field(
+        default=None, description="Null where the recipe names no reference, and in results of older releases."
+    )
 
 
 class ReviewRecord(_Record):
@@ -192,15 +272,40 @@ def _page_record(page: PageReview, code_of: Callable[[Verdict], int | None]) -> 
         field_xyxy=_box(micrograph.field_xyxy),
         pixel_nm=None if micrograph.pixel_nm is None else float(micrograph.pixel_nm),
         vendor=micrograph.vendor,
-        image_score=float(page.score_map.raw_score),
+        image_score=None if page.score_map is None else float(page.score_map.raw_score),
         gate_threshold=float(page.gate_threshold),
-        verdict=page_verdict([defect.verdict.kind for defect in page.defects]),
+        domain=page.domain,
+        domain_p=None if page.score_map is None or page.score_map.domain_p is None else float(page.score_map.domain_p),
+        gate=GateRecord(threshold=float(page.gate_threshold), source=page.gate_source),
+        verdict=page_verdict([defect.verdict.kind for defect in page.defects], is_image=page.quality.is_image),
         defects=tuple(_defect_record(defect, code_of) for defect in page.defects),
+        quality=_quality_record(page.quality),
+        reference=None if page.reference is None else _reference_record(page.reference),
     )
 
 
-def page_verdict(kinds: Sequence[VerdictKind]) -> Literal["defect-free", "defects"]:
+def _reference_record(reference: Reference) -> ReferenceRecord:
+    return ReferenceRecord(
+        name=printable(reference.name),
+        used=reference.used,
+        reason=printable(reference.reason),
+        shift_px=reference.shift_px,
+        correlation=reference.correlation,
+    )
+
+
+def _quality_record(quality: Quality) -> QualityRecord:
+    flags = (
+        QualityFlagRecord(name=flag.name, measure=float(flag.measure), limit=float(flag.limit))
+        for flag in quality.flags
+    )
+    return QualityRecord(is_image=quality.is_image, flags=tuple(flags))
+
+
+def page_verdict(kinds: Sequence[VerdictKind], *, is_image: bool = True) -> PageVerdict:
     """Say of a page what the verdicts on its defects come to."""
+    if not is_image:
+        return NO_IMAGE
     return "defect-free" if all(kind == "defect-free" for kind in kinds) else "defects"
 
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
-from semwatch.defects import Box, Defect, Neighbour, PageReview, Review
+from semwatch.defects import Box, Defect, Domain, Neighbour, PageReview, Review
 
 UNKNOWNS = "unknowns"
 RESULTS = "results"
@@ -50,6 +50,9 @@ Message = tuple[str, str, bytes]
 T = TypeVar("T")
 
 _MAX_CROP_PX = 4096
+
+_TOLD = ("field_features", "region_features")
+"""Fields of an entry that are there only where the encoder asked."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,8 +96,12 @@ class Record:
     """Content hash of each of ``model_versions``; empty in old records."""
     site: str = ""
     """Name of the site, unique in the fab; empty in old records."""
+    domain: Domain = "not judged"
+    """Whether the page looks like those of the processes whose normal images the detector knows."""
     field_features: SkipJsonSchema[NDArray[np.float32] | None] = None
     """(D,) what the encoder was told of the whole field; None where it did not ask, and in old records."""
+    region_features: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(C,) what it was told of the defect's places; as above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ class ResultSummary:
     recipe_id: str
     model_versions: Mapping[str, int]
     image_scores: tuple[float, ...]
-    """Raw score of each page."""
+    """Raw score of each page that holds an image."""
     n_defects: int
     n_by_kind: Mapping[str, int]
     """Defects by verdict kind."""
@@ -124,6 +131,12 @@ class ResultSummary:
     """Content hash of each of ``model_versions``; empty in old summaries."""
     site: str = ""
     """Name of the site, unique in the fab; empty in old summaries."""
+    domains: tuple[Domain, ...] = ()
+    """Of each page, see ``Record.domain``; empty in old summaries."""
+    n_no_image: int = 0
+    """Pages without an image: blank, or an info bar alone; no model was asked."""
+    n_by_quality: Mapping[str, int] = field(default_factory=dict)
+    """Pages by what is wrong with them; ``blank`` and ``info-bar`` are those without an image."""
 
 
 def records(review: Review) -> list[Record]:
@@ -134,6 +147,7 @@ def records(review: Review) -> list[Record]:
 
 def _record(review: Review, page: PageReview, defect: Defect) -> Record:
     assert defect.verdict.kind in ("unknown", "non-decidable")
+    assert page.score_map is not None, "a page without an image has no defects"
     page_no = page.micrograph.page
     x0, y0, x1, y1 = page.micrograph.field_xyxy
     return Record(
@@ -162,7 +176,9 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         field_short_px=min(x1 - x0, y1 - y0),
         model_hashes=dict(review.model_hashes),
         site=review.site,
+        domain=page.domain,
         field_features=defect.field_features,
+        region_features=defect.region_features,
     )
 
 
@@ -175,8 +191,8 @@ def is_by(record: Record, model: str, version: int, content_hash: str) -> bool:
 def encode(record: Record) -> Fields:
     """Write a record as stream fields."""
     _, png = cv2.imencode(".png", record.crop)
-    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop", "field_features"})
-    of_field = record.field_features
+    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop", *_TOLD})
+    told = {name: getattr(record, name) for name in _TOLD}
     return {
         b"id": record.id.encode(),
         b"schema": b"%d" % SCHEMA,
@@ -184,7 +200,7 @@ def encode(record: Record) -> Fields:
         b"features": record.features.astype("<f4").tobytes(),
         b"soft_mask": record.soft_mask.astype("<f4").tobytes(),
         b"crop_png": png.tobytes(),
-        **({} if of_field is None else {b"field_features": of_field.astype("<f4").tobytes()}),
+        **{name.encode(): values.astype("<f4").tobytes() for name, values in told.items() if values is not None},
     }
 
 
@@ -199,8 +215,7 @@ def decode(fields: Mapping[bytes, bytes]) -> Record:
         "soft_mask": _square(_floats(fields, b"soft_mask")),
         "crop": _crop(_field(fields, b"crop_png")),
     }
-    if b"field_features" in fields:
-        arrays["field_features"] = _floats(fields, b"field_features")
+    arrays |= {name: _floats(fields, name.encode()) for name in _TOLD if name.encode() in fields}
     return _validated(_record_type(), fields, arrays)
 
 

@@ -28,7 +28,7 @@ from semwatch.models.inference import Answer, ModelId
 from semwatch.models.model_repository import MODELS, Arrays, Meta
 from semwatch.settings import site
 from semwatch.triton import wire as triton_wire
-from semwatch.triton.config import BACKLOG, LIVE, MAX_BATCH
+from semwatch.triton.config import BACKLOG, LIVE, max_batch
 from semwatch.triton.proving import Server, Version
 from semwatch.triton.wire import words
 
@@ -122,8 +122,9 @@ class Triton:
         check_inputs(version.meta, inputs)
         deadline = time.monotonic() + (min(self._timeout_s, BACKLOG_TIMEOUT_S) if backlog else self._timeout_s)
         priority = BACKLOG if backlog else LIVE
-        parts = [self._ask(version, part, deadline, priority) for part in triton_wire.parts(inputs, MAX_BATCH[model])]
-        return Answer(triton_wire.joined(version.meta, parts), version.id, version.meta)
+        parts = triton_wire.parts(inputs, max_batch(version.meta))
+        answers = [self._ask(version, part, deadline, priority) for part in parts]
+        return Answer(triton_wire.joined(version.meta, answers), version.id, version.meta)
 
     def refresh(self) -> Swap | None:
         """Let the head that should serve now serve, without an answer missed; None where it does already.

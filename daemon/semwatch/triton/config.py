@@ -13,15 +13,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from semwatch.models.contract import FIELD_SIDES_PX
 from semwatch.models.model_repository import Meta, Tensor
-from semwatch.triton.plans import Plan
+from semwatch.triton.plans import OPEN_BATCHES, Plan
 
 Target = Literal["onnx-python", "tensorrt-rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 MAX_BATCH = MappingProxyType({"detector": 16, "encoder": 16, "head": 256})
-"""Largest batch of one request, by model."""
+"""Largest batch of one request, by model; see ``max_batch``."""
 PROFILE_BATCHES = (1, 4, 16)
-"""Batch sizes that a plan's optimisation profiles are tuned for."""
+"""Batch sizes that a plan's optimisation profiles are tuned for, as far as the model takes them."""
 QUEUE_DELAY_US = 500
 """Longest that a request waits for others to share its run; none where images are not put together."""
 QUEUE_TIMEOUT_S = 60
@@ -41,8 +42,7 @@ _INSTANCE = MappingProxyType(
         "onnx-python": 'kind: KIND_CPU rate_limiter { resources [ { name: "cores" count: 1 global: true } ] }',
         # Our own backend takes the GPU itself: where there is none it says so in its own words, with what to do.
         "tensorrt-rtx": "kind: KIND_MODEL",
-        # A profile for each of PROFILE_BATCHES, in their order; Triton takes the one nearest to a batch.
-        "tensorrt": 'kind: KIND_GPU profile: [ "0", "1", "2" ]',
+        "tensorrt": "kind: KIND_GPU",
     }
 )
 _TYPES = MappingProxyType({"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"})
@@ -67,17 +67,17 @@ def config_pbtxt(
             version has no plan for does not load that version.
     """
     meta = metas[max(metas)]
-    is_plan = target != "onnx-python"
+    tuned = [n for n in PROFILE_BATCHES if n <= max_batch(meta)]
     parts = [
         f"name: {_quoted(meta.model)}",
         'platform: "tensorrt_plan"' if target == "tensorrt" else 'backend: "python"',
-        f"max_batch_size: {MAX_BATCH[meta.model]}",
+        f"max_batch_size: {max_batch(meta)}",
         _tensors("input", [m.inputs for m in metas.values()]),
         _tensors("output", [m.outputs for m in metas.values()]),
         f"version_policy {{ specific {{ versions: [ {', '.join(map(str, metas))} ] }} }}",
-        _batching(_preferred(meta.model, target)),
-        f"instance_group [ {{ count: {INSTANCES} {_INSTANCE[target]} }} ]",
-        _warmup(meta.inputs, [n for n in PROFILE_BATCHES if n <= MAX_BATCH[meta.model]] if is_plan else [1]),
+        _batching(_preferred(meta, target)),
+        _instances(target, tuned),
+        _warmup(meta.inputs, [1] if target == "onnx-python" else tuned),
         *_parameters(metas, target, threads, environment, plans),
     ]
     if target == "tensorrt":
@@ -85,6 +85,11 @@ def config_pbtxt(
         parts.append(f"cc_model_filenames [ {named} ]")
         parts.append("optimization { cuda { graphs: true } }")
     return "\n".join(parts) + "\n"
+
+
+def max_batch(meta: Meta) -> int:
+    """Largest batch of one request for this version; fewer where its fields have any size, see ``OPEN_BATCHES``."""
+    return min(MAX_BATCH[meta.model], OPEN_BATCHES.largest) if meta.is_open else MAX_BATCH[meta.model]
 
 
 def sha256_key(version: int) -> str:
@@ -128,12 +133,12 @@ def _tensors(kind: str, of_versions: Sequence[Mapping[str, Tensor]]) -> str:
     return f"{kind} [\n" + ",\n".join(rows) + "\n]"
 
 
-def _preferred(model: str, target: Target) -> Sequence[int]:
+def _preferred(meta: Meta, target: Target) -> Sequence[int]:
     """Sizes to which requests are put together; none: as many as wait."""
     if target == "onnx-python":
         # On a processor four images together take no less than four alone, and each would wait for all of them.
-        return () if model == "head" else (1,)
-    return [size for size in PROFILE_BATCHES if 1 < size <= MAX_BATCH[model]]
+        return () if meta.model == "head" else (1,)
+    return [size for size in PROFILE_BATCHES if 1 < size <= max_batch(meta)]
 
 
 def _batching(preferred: Sequence[int]) -> str:
@@ -153,11 +158,18 @@ def _batching(preferred: Sequence[int]) -> str:
     )
 
 
+def _instances(target: Target, tuned: Sequence[int]) -> str:
+    where = _INSTANCE[target]
+    if target == "tensorrt":  # a profile for each tuned batch, in their order; Triton takes the one nearest to a batch
+        where += f" profile: [ {', '.join(_quoted(str(profile)) for profile, _ in enumerate(tuned))} ]"
+    return f"instance_group [ {{ count: {INSTANCES} {where} }} ]"
+
+
 def _warmup(inputs: Mapping[str, Tensor], batches: Sequence[int]) -> str:
-    """A version is ready once it has answered these."""
+    """A version is ready once it has answered these; open sides have the size that fields mostly have."""
     tensors = "\n".join(
         f"    inputs {{ key: {_quoted(name)} value {{ data_type: {_TYPES[tensor.dtype]} "
-        f"dims: [ {', '.join(map(str, tensor.shape or (1,)))} ] random_data: true }} }}"
+        f"dims: [ {', '.join(map(str, tensor.sized(FIELD_SIDES_PX.typical) or (1,)))} ] random_data: true }} }}"
         for name, tensor in inputs.items()
     )
     rows = [f'  {{\n    name: "batch of {n}" batch_size: {n}\n{tensors}\n  }}' for n in batches]

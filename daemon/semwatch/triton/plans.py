@@ -35,6 +35,15 @@ class Batches(NamedTuple):
     largest: int = 16
 
 
+OPEN_BATCHES = Batches(tuned=1, largest=4)
+"""Of a model that takes fields at any size: they come one by one, and four of the largest fill a card's memory."""
+
+
+def batches_of(meta: Meta) -> Batches:
+    """Batch sizes of the plans of a version."""
+    return OPEN_BATCHES if meta.is_open else Batches()
+
+
 class Difference(BaseModel):
     """Worst difference by output, relative to the output's largest value, over some inputs, judged in one way."""
 

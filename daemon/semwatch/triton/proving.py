@@ -28,7 +28,7 @@ from semwatch.models.model_repository import Arrays, Meta, Tensor
 from semwatch.triton import control
 from semwatch.triton import view as triton_view
 from semwatch.triton import wire as triton_wire
-from semwatch.triton.config import LIVE, MAX_BATCH, sha256_key
+from semwatch.triton.config import LIVE, max_batch, sha256_key
 from semwatch.triton.view import View
 from semwatch.triton.wire import words
 
@@ -147,7 +147,7 @@ class Server:
             probe = model_repository.read_probe(self._repository, version.meta.model, version.number)
             if probe is not None:
                 inputs, expected = probe
-                parts = triton_wire.parts(inputs, MAX_BATCH[version.meta.model])
+                parts = triton_wire.parts(inputs, max_batch(version.meta))
                 answers = [self._send(version, part, deadline, LIVE) for part in parts]
                 check_probe(version.name, expected, triton_wire.joined(version.meta, answers))
             self._proven_after[version.meta.model, version.number] = before

@@ -31,8 +31,9 @@ def joined(meta: Meta, answers: Sequence[Arrays]) -> dict[str, NDArray[np.float3
     """Put the answers of parts together again; of none, empty arrays of the right shapes."""
     if len(answers) == 1:
         return dict(answers[0])
-    empty = {name: np.empty((0, *tensor.shape), tensor.dtype) for name, tensor in meta.outputs.items()}
-    return {name: np.concatenate([empty[name], *(answer[name] for answer in answers)]) for name in meta.outputs}
+    if not answers:
+        return {name: np.empty((0, *tensor.sized(0)), tensor.dtype) for name, tensor in meta.outputs.items()}
+    return {name: np.concatenate([answer[name] for answer in answers]) for name in meta.outputs}
 
 
 def to_input(name: str, array: NDArray[Any]) -> InferInput:
@@ -63,12 +64,16 @@ def read(result: InferResult, meta: Meta, version: int, n: int) -> dict[str, NDA
                 f"Triton's {meta.model} {version} gave an empty {name}: its Python environment holds numpy 2, with "
                 f"which every output arrives empty; install 'numpy<2' there, or run `semwatch triton setup`"
             )
-        if values.size != n * int(np.prod(tensor.shape)):
+        if tensor.is_open:
+            fits, shape = values.shape[:1] == (n,) and tensor.holds(values.shape[1:]), values.shape
+        else:
+            fits, shape = values.size == n * int(np.prod(tensor.shape)), (n, *tensor.shape)
+        if not fits:
             raise ModelMismatch(
                 f"Triton's {meta.model} {version} gave a {name} of shape {values.shape} for {n} items of "
                 f"{tensor.shape}; let the server serve this model repository"
             )
-        outputs[name] = values.reshape(n, *tensor.shape)
+        outputs[name] = values.reshape(shape)
     return outputs
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gpu_run import measure
 from gpu_run.networks import Pair, lowered
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models.model_repository import Arrays
 from semwatch.system import files
 from semwatch.system.clock import utc_now

@@ -8,7 +8,7 @@ import pytest
 from semwatch_training.data.world import DEFECTS, LAYOUTS, scene, scenes
 from semwatch_training.data.world.defects import NEED_LIKE, PATTERN, SURFACE, kinds_for
 from semwatch_training.data.world.layouts import layout
-from semwatch_training.data.world.twins import LARGEST_SHARE
+from semwatch_training.data.world.twins import LARGEST_SHARE, SHARES
 
 
 @pytest.mark.parametrize("side", [64, 448, 640])
@@ -81,6 +81,11 @@ def test_scenes_mix_normal_and_defective_ones_in_the_share_asked_for() -> None:
     for share, least, most in ((0.0, 0, 0), (0.5, 10, 30), (1.0, 40, 40)):
         found = list(scenes(40, seed=1, size_px=64, defective_share=share))
         assert least <= sum(bool(mask.any()) for _, mask in found) <= most
+
+
+def test_every_layout_has_its_share() -> None:
+    assert len(SHARES) == len(LAYOUTS)
+    assert sum(SHARES) == pytest.approx(1)
 
 
 def test_more_scenes_begin_like_fewer() -> None:

@@ -13,15 +13,19 @@ import typer
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+import toy_family
 from progress import quiet
 from semwatch.errors import ConfigError, ModelMismatch, PublishError
 from semwatch.models import model_repository
+from semwatch.models.model_repository import OPEN, Meta, Tensor
 from semwatch.triton import config as triton_config
 from semwatch.triton import plans
-from semwatch.triton.plans import Batches, Difference
+from semwatch.triton.plans import Batches, Difference, batches_of
 from semwatch_training.engines import build, commands, onnx_precision, parity, tensorrt_compiler
 from semwatch_training.engines.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit, parse_capabilities
-from semwatch_training.publishing.export import random_inputs
+from semwatch_training.families.intrinsic.export import exported
+from semwatch_training.publishing.export import publish, random_inputs
+from tiny_models import intrinsic_graph
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is absent: pip install tensorrt-rtx-cu13"
@@ -51,6 +55,13 @@ def linear(weight: np.ndarray, after: str = "Relu") -> onnx.ModelProto:
     return graph(
         nodes, [("x", TensorProto.FLOAT, ["n", rows])], [("y", TensorProto.FLOAT, ["n", columns])], [("w", weight)]
     )
+
+
+def open_detector() -> Meta:
+    """A detector that takes fields at any size."""
+    inputs = {"image": Tensor(dtype="uint8", shape=(OPEN, OPEN))}
+    outputs = {"score_map": Tensor(dtype="float32", shape=(OPEN, OPEN)), "raw_score": Tensor(dtype="float32", shape=())}
+    return Meta(model="detector", created_utc="now", inputs=inputs, outputs=outputs)
 
 
 def of(model: onnx.ModelProto, op_type: str) -> set[int]:
@@ -113,6 +124,17 @@ def test_full_tensorrt_gets_a_profile_for_each_size_and_rtx_one_for_all() -> Non
     assert tuple(sizes.tuned for sizes in found) == triton_config.PROFILE_BATCHES
 
 
+def test_fields_of_any_size_have_fewer_in_a_batch_and_profiles_from_the_smallest_to_the_largest() -> None:
+    batches = batches_of(open_detector())
+    assert batches == (1, 1, 4)
+    assert batches.largest == triton_config.max_batch(open_detector())
+    assert batches_of(open_detector().model_copy(update={"inputs": {}})) == Batches()
+    assert tensorrt_compiler.profiles(TOOLKITS["tensorrt"], batches) == [(1, 1, 1), (1, 4, 4)]
+    found = tensorrt_compiler.profile_shapes((-1, -1, -1), batches)
+    assert found == [(1, 64, 64), (1, 1024, 1024), (4, 1536, 1536)]
+    assert tensorrt_compiler.profile_shapes((-1, 3, 7), Batches()) == [(1, 3, 7), (4, 3, 7), (16, 3, 7)]
+
+
 @RTX
 def test_gpu_that_is_not_offered_is_refused_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"cannot compile for \[90\] here, but for 75, 80, 86, 89, 120, 121"):
@@ -144,7 +166,7 @@ def test_output_that_is_a_product_comes_back_in_fp32() -> None:
     for emulate in (False, True):
         converted = onnx_precision.lower(source, "fp16", emulate=emulate)
         assert [output.name for output in converted.graph.output] == ["y", "z"]
-        for found in parity.judge(source, {"rounded": converted}, {"noise": {"x": x}}):
+        for found in parity.judge(source, {"rounded": converted}, {"noise": [{"x": x}]}):
             assert max(found.relative.values()) < 1e-3
 
 
@@ -153,7 +175,7 @@ def test_rounding_alone_is_exactly_what_the_low_type_computes() -> None:
     x = np.array([[2.0], [0.3]], np.float32)
     half = np.float16(x).astype(np.float32) * np.float16([[1 / 3, 0.7]]).astype(np.float32)
     emulated = onnx_precision.lower(source, "fp16", emulate=True)
-    given = parity._run(parity._session(emulated), {"x": x})["y"]
+    given = parity._run(parity._session(emulated), [{"x": x}])["y"].reshape(2, 2)
     np.testing.assert_allclose(given, np.sqrt(np.float16(half).astype(np.float32)), rtol=1e-6)
     assert not np.allclose(given, np.sqrt(x @ np.array([[1 / 3, 0.7]], np.float32)), rtol=1e-6)
 
@@ -173,7 +195,7 @@ def test_epsilon_that_fp16_would_lose_keeps_its_sum_in_fp32(constant, kind) -> N
 def test_weights_beyond_fp16_are_caught_by_parity() -> None:
     source = linear(np.full((1, 1), 1e6, np.float32))
     converted, judged = build.convert(source, "fp16")
-    found = parity.judge(source, judged, {"noise": {"x": np.ones((1, 1), np.float32)}})
+    found = parity.judge(source, judged, {"noise": [{"x": np.ones((1, 1), np.float32)}]})
     with pytest.raises(PublishError, match=r"detector in fp16 is refused: its y is off by inf"):
         build.check_parity("detector", "fp16", found)
     assert converted is judged["onnxruntime"]
@@ -201,7 +223,7 @@ def test_uint8_becomes_float_before_anything_moves_it() -> None:
     assert converted.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
     assert of(converted, "Transpose") == {TensorProto.FLOAT}
     images = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
-    (found,) = parity.judge(source, {"onnxruntime": converted}, {"noise": {"image": images}})
+    (found,) = parity.judge(source, {"onnxruntime": converted}, {"noise": [{"image": images}]})
     assert found.relative == {"y": 0.0}
 
 
@@ -228,7 +250,7 @@ def test_our_networks_convert_and_stay_close_on_noise(tiny_repository, model, pr
     meta = model_repository.read_meta(tiny_repository, model, 1)
     source = onnx.load(tiny_repository / model / "1" / "model.onnx")
     converted, judged = build.convert(source, precision)
-    found = parity.judge(source, judged, {"noise": random_inputs(meta, batch=5, seed=0)})
+    found = parity.judge(source, judged, {"noise": [random_inputs(meta, batch=5, seed=0)]})
     assert {row.way for row in found} == set(judged)
     assert [row.samples for row in found] == [5] * len(judged)
     build.check_parity(model, precision, found)
@@ -238,9 +260,75 @@ def test_our_networks_convert_and_stay_close_on_noise(tiny_repository, model, pr
     assert of(converted, "MatMul") == {products[precision]}
 
 
+@pytest.fixture(scope="module")
+def intrinsic(tmp_path_factory) -> Path:
+    """A repository with a detector of fields of any size, which computes statistics of their own."""
+    repository = tmp_path_factory.mktemp("intrinsic")
+    publish(exported(intrinsic_graph(), normal_scores=[0.1]), repository)
+    return repository
+
+
+def test_marks_of_an_export_name_the_operations_of_a_module_and_not_those_within(intrinsic) -> None:
+    source = onnx.load(intrinsic / "detector/1/model.onnx")
+    marked = onnx_precision.in_fp32(source)
+    found = {op: [not marked.isdisjoint(n.output) for n in source.graph.node if n.op_type == op] for op in WHERE}
+    assert {op: (any(each), all(each)) for op, each in found.items()} == WHERE
+    assert b"/training/" not in (intrinsic / "detector/1/model.onnx").read_bytes()
+    assert not onnx_precision.in_fp32(linear(np.eye(2, dtype=np.float32)))
+
+
+WHERE = {"MatMul": (True, True), "CumSum": (True, True), "Conv": (False, False), "Resize": (True, False)}
+"""Whether any, and whether all, are operations of the statistics rather than of trunk and branch."""
+
+
+@pytest.mark.parametrize(("low", "kind"), [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])
+def test_what_a_network_marks_stays_in_fp32(intrinsic, low, kind) -> None:
+    source = onnx_precision.float_inputs(onnx.load(intrinsic / "detector/1/model.onnx"))
+    assert onnx_precision.has_exact_products(source)
+    converted = onnx_precision.lower(source, low)
+    assert of(converted, "MatMul") == {TensorProto.FLOAT}
+    assert of(converted, "Conv") == {kind}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_detector_of_any_size_converts_and_stays_close(intrinsic, precision) -> None:
+    meta = model_repository.read_meta(intrinsic, "detector", 1)
+    source = onnx.load(intrinsic / "detector/1/model.onnx")
+    _, judged = build.convert(source, precision)
+    fields = [random_inputs(meta, batch=n, seed=n, open_px=side) for n, side in ((2, 64), (1, 160))]
+    found = parity.judge(source, judged, {"noise": fields})
+    assert {row.samples for row in found} == {3}
+    build.check_parity("detector", precision, found)
+
+
+@RTX
+def test_gpu_without_fp32_products_is_refused_for_a_network_that_wants_some(intrinsic, tmp_path) -> None:
+    making = build.export(
+        intrinsic, tmp_path, target="tensorrt-rtx", capabilities=(89, 75), models=("detector",), progress=quiet
+    )
+    with pytest.raises(ConfigError, match=r"the detector computes statistics in fp32, and tensorrt_rtx .* for SM75"):
+        next(making)
+
+
 def test_empty_batch_is_not_judged() -> None:
     source = linear(np.eye(2, dtype=np.float32))
-    assert parity.judge(source, {"rounded": source}, {"images": {"x": np.zeros((0, 2), np.float32)}}) == []
+    assert parity.judge(source, {"rounded": source}, {"images": [{"x": np.zeros((0, 2), np.float32)}]}) == []
+
+
+def test_fields_of_different_sizes_are_judged_together(tmp_path) -> None:
+    toy_family.publish_open_detector(tmp_path)
+    source = onnx.load(tmp_path / "detector/1/model.onnx")
+    fields = [random_inputs(open_detector(), batch=1, seed=side, open_px=side) for side in (64, 96, 64)]
+    batches = parity._alike(fields)
+    assert [arrays["image"].shape for arrays in batches] == [(2, 64, 64), (1, 96, 96)]
+    (found,) = parity.judge(source, {"onnxruntime": onnx_precision.float_inputs(source)}, {"images": batches})
+    assert (found.samples, max(found.relative.values())) == (3, 0.0)
+
+
+def test_large_field_is_judged_by_its_first_tile() -> None:
+    for size_hw, expected in (((480, 512), (1, 480, 512)), ((2000, 500), (1, 1072, 496))):
+        seen = parity._first_tile(open_detector(), np.zeros(size_hw, np.uint8))
+        assert seen["image"].shape == expected
 
 
 # ---- engines on disk
@@ -335,7 +423,7 @@ def command():  # type: ignore[no-untyped-def]
 
 def test_help_says_what_a_capability_is(command) -> None:
     said = " ".join(command("--help").output.split())
-    for words in ("75,86,89,120", "89 Ada", "nvidia-smi", "int8 is refused", "manifest.json"):
+    for words in ("86,89,120", "89 Ada", "nvidia-smi", "int8 is refused", "manifest.json"):
         assert words in said
 
 
@@ -373,6 +461,17 @@ def test_models_compile_for_ada_without_a_gpu(tiny_repository, tmp_path) -> None
     assert len({manifest.engine_id for manifest, _ in made}) == 3
     again = build.export(tiny_repository, tmp_path, target="tensorrt-rtx", capabilities=(89,), progress=quiet)
     assert [each.is_new for each in again] == [False] * 3
+
+
+@RTX
+def test_detector_of_any_size_compiles_with_its_statistics(intrinsic) -> None:
+    trt, kit = load_toolkit("tensorrt-rtx", (89,)), TOOLKITS["tensorrt-rtx"]
+    batches = batches_of(model_repository.read_meta(intrinsic, "detector", 1))
+    for precision in ("fp32", "fp16"):
+        network, _ = build.convert(onnx.load(intrinsic / "detector/1/model.onnx"), precision)
+        made = compile_plan(trt, kit, network.SerializeToString(), 89, batches)
+        assert len(made.plan) > 10_000
+        assert not [line for line in made.log if "ERROR" in line]
 
 
 @RTX

@@ -7,6 +7,7 @@ import pytest
 from progress import quiet
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
+from semwatch.settings.recipe import UnknownRule
 from semwatch_training.discovery.discovery_heads import HeadSettings
 from semwatch_training.discovery.fit_head import HeadFit
 from semwatch_training.discovery.labelled_crops import Crops, Searched
@@ -24,6 +25,7 @@ from semwatch_training.evaluation.searched_crops import Outcome
 from semwatch_training.metrics.uncertainty import Rate, Spread
 
 D = 10
+RULE = UnknownRule()
 FIT = HeadFit(frozen_width=D, components=8, directions=4, folds=4)
 QUICK = HeadSettings(n_heads=2, epochs=8)
 
@@ -55,8 +57,13 @@ def mean(cell: Cell) -> float:
     return cell.mean
 
 
-def classified(crops: Crops, seeds: tuple[int, ...] = (0,)) -> tuple[list[Table], dict[str, object]]:
-    return classification(crops, FIT, seeds=seeds, significance=0.05, decide_confidence=0.8)
+RULE = UnknownRule()
+
+
+def classified(
+    crops: Crops, seeds: tuple[int, ...] = (0,), rule: UnknownRule = RULE
+) -> tuple[list[Table], dict[str, object]]:
+    return classification(crops, FIT, seeds=seeds, rule=rule)
 
 
 # ---- classification ----
@@ -116,15 +123,18 @@ def test_a_defect_called_defect_free_is_an_escape() -> None:
     labels = [{"a": DEFECT_FREE, "b": "b"}[label] for label in crops.labels]
     b = np.flatnonzero(np.array(labels) == "b")
     crops.features[b[:30]] = np.random.default_rng(1).normal(size=(30, D)) + 12 * np.eye(D)[0]
-    (summary, by_class), _ = classified(replace(crops, labels=tuple(labels)))
+    crops = replace(crops, labels=tuple(labels))
+    (summary, by_class), _ = classified(crops, rule=UnknownRule(dismiss_probability=0.5))
     assert 0 < mean(row(by_class, "b")["escapes"]) <= 0.5
     assert row(by_class, DEFECT_FREE)["escapes"].n == 0
     assert mean(row(summary, "all classes")["escapes"]) == mean(row(by_class, "b")["escapes"])
+    (_, strict), _ = classified(crops)
+    assert mean(row(strict, "b")["escapes"]) == 0  # the head is not sure enough to dismiss anything
 
 
 def searched_for(crops: Crops, judged: np.ndarray, *missed: str) -> tuple[list[Table], dict[str, object]]:
     outcome = Outcome(judged, missed, Rate.of(1, 20))
-    return classification(crops, FIT, seeds=(0, 1), significance=0.05, decide_confidence=0.8, outcome=outcome)
+    return classification(crops, FIT, seeds=(0, 1), rule=UnknownRule(), outcome=outcome)
 
 
 def test_defects_that_the_search_missed_are_escapes() -> None:

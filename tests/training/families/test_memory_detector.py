@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models.model_repository import Meta
 from semwatch.models.model_repository import Tensor as TensorMeta
 from semwatch_training.families.memory import fit_memory, memory_detector

@@ -11,7 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models.model_repository import Meta
 from semwatch.models.model_repository import Tensor as TensorMeta
 from semwatch_training.families.memory import fit_memory

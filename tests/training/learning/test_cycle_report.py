@@ -93,7 +93,7 @@ def test_words_of_a_published_cycle_tell_all_numbers(tmp_path: Path) -> None:
         "40 unknowns became training crops beside 718 of the bank",
         "812 MB",
         "Verdict: promoted.",
-        "Unknown of all 30 golden crops: 10.0 % -> 10.0 %.",
+        "Unknown of the defects among 30 golden crops: 10.0 % -> 10.0 %.",
         "nothing is proven of them: void.",
     ):
         assert text in words

@@ -14,7 +14,7 @@ from commands import Command, in_process
 from learning_site import INPUT_PX, TOKENS, Lab, make_lab
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.line import inputs
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models import crop_store, head_bank, model_repository
 from semwatch.models.crop_store import KeptCrop
 from semwatch.models.head_bank import Bank

@@ -4,10 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
-from semwatch.settings.recipe import Promotion, Recipe
+from semwatch.settings.recipe import Promotion, Recipe, UnknownRule
 from semwatch_training.learning.promotion import (
     Answers,
     ClassChange,
@@ -20,6 +21,7 @@ from semwatch_training.learning.promotion import (
     provenance_of,
 )
 
+RULE = UnknownRule()
 STRICT = Promotion(max_accuracy_loss=0.05, max_purity_loss=0.05, max_unknown_rate=0.2, loss_significance=1)
 UNKNOWN, UNDECIDED = "unknown", "non-decidable"
 
@@ -58,8 +60,7 @@ def judged(
         answers_of(new, new_labels or labels),
         golden_of(truth),
         promotion,
-        significance=0.05,
-        decide_confidence=0.8,
+        rule=RULE,
     )
 
 
@@ -70,7 +71,7 @@ def change_of(judgement: Judgement, label: str) -> ClassChange:
 def test_empty_golden_set_proves_nothing() -> None:
     nothing = answers_of([], ["bridge", "pit"])
     with pytest.raises(ConfigError, match="golden set is empty"):
-        judge(nothing, nothing, head_bank.empty(2), STRICT, significance=0.05, decide_confidence=0.8)
+        judge(nothing, nothing, head_bank.empty(2), STRICT, rule=RULE)
 
 
 def test_equal_heads_are_promoted_and_figures_are_those_by_hand() -> None:
@@ -206,10 +207,22 @@ def test_unknown_rate_outside_its_band_is_refused() -> None:
     old, new = ["bridge"] * 19 + [UNKNOWN], [UNKNOWN] * 5 + ["bridge"] * 15
     lenient = Promotion(max_accuracy_loss=1, max_purity_loss=1, max_unknown_rate=0.2)
     assert judged(truth, old, new, promotion=lenient).reasons == (
-        "5 of 20 golden crops would be called unknown (25.0 %, the head in service 1); the recipe allows 20.0 %",
+        "5 of 20 golden defects would be called unknown (25.0 %, the head in service 1); the recipe allows 20.0 %",
     )
     assert judged(truth, old, [UNKNOWN] * 4 + ["bridge"] * 16, promotion=lenient).promoted
     assert judged(truth, old, [UNDECIDED] * 5 + ["bridge"] * 15, promotion=lenient).promoted
+
+
+def test_a_dismissal_that_is_not_earned_is_lost_accuracy_and_no_unknown_defect() -> None:
+    truth = ["bridge"] * 10 + [DEFECT_FREE] * 10
+    earned = answers_of(truth, ["bridge", DEFECT_FREE])
+    doubtful = Answers(earned.labels, earned.logits / 10, earned.p_values)  # probabilities of .88
+    judgement = judge(earned, doubtful, golden_of(truth), STRICT, rule=RULE)
+    assert (judgement.old_unknown_rate, judgement.unknown_rate) == (0, 0)
+    assert change_of(judgement, "bridge").new.accuracy == 1
+    assert change_of(judgement, DEFECT_FREE).new.n_unknown == 10
+    (reason,) = judgement.reasons
+    assert reason.startswith("defect-free would lose 100.0 points of accuracy")
 
 
 def test_single_unknown_golden_crop_is_never_a_reason() -> None:
@@ -224,7 +237,7 @@ def test_first_head_is_asked_for_its_unknown_rate_alone() -> None:
     assert judgement.old_unknown_rate is None
     assert all(change.old is None for change in judgement.classes)
     (reason,) = judged(truth, None, [UNKNOWN] * 10 + truth[10:]).reasons
-    assert reason == "10 of 20 golden crops would be called unknown (50.0 %); the recipe allows 20.0 %"
+    assert reason == "10 of 20 golden defects would be called unknown (50.0 %); the recipe allows 20.0 %"
 
 
 def test_every_reason_is_given() -> None:
@@ -239,9 +252,8 @@ def test_the_recipes_unknown_rule_decides() -> None:
     truth = ["bridge"] * 10 + ["pit"] * 10
     answers = answers_of(truth, ["bridge", "pit"])
     faint = Answers(answers.labels, answers.logits, np.where(answers.p_values > 0.5, 0.15, 0.001).astype(np.float32))
-    rule = {"decide_confidence": 0.8}
-    assert judge(answers, faint, golden_of(truth), STRICT, significance=0.1, **rule).promoted
-    assert judge(answers, faint, golden_of(truth), STRICT, significance=0.2, **rule).unknown_rate == 1
+    assert judge(answers, faint, golden_of(truth), STRICT, rule=UnknownRule(significance=0.1)).promoted
+    assert judge(answers, faint, golden_of(truth), STRICT, rule=UnknownRule(significance=0.2)).unknown_rate == 1
 
 
 @pytest.mark.parametrize(
@@ -260,7 +272,7 @@ def test_answers_that_cannot_be_are_refused(spoilt, fault: str, whose: str) -> N
     whole = answers_of(truth, ["bridge", "pit"])
     old, new = (spoilt(whole), whole) if whose == "the head in service" else (whole, spoilt(whole))
     with pytest.raises(ConfigError, match=f"{whose} answered with .*{fault}"):
-        judge(old, new, golden_of(truth), STRICT, significance=0.05, decide_confidence=0.8)
+        judge(old, new, golden_of(truth), STRICT, rule=RULE)
 
 
 # ---- the lineage ----
@@ -273,8 +285,7 @@ def of_first_head(truth: list[str]) -> Bank:
 def of_lineage(truth: list[str], old: list[str] | None, new: list[str], best: Mark | None = None) -> Judgement:
     before = None if old is None else answers_of(old, sorted(set(truth)))
     lenient = Promotion(max_accuracy_loss=1, max_purity_loss=1, max_unknown_rate=1)
-    rule = {"significance": 0.05, "decide_confidence": 0.8}
-    return judge(before, answers_of(new, sorted(set(truth))), of_first_head(truth), lenient, **rule, best=best)
+    return judge(before, answers_of(new, sorted(set(truth))), of_first_head(truth), lenient, rule=RULE, best=best)
 
 
 def wrong(n: int, truth: list[str]) -> list[str]:

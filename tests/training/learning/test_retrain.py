@@ -19,6 +19,7 @@ from semwatch.errors import ConfigError, ModelMismatch, PublishError, ServiceUna
 from semwatch.line.classification import decide
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.inference import Embedded
+from semwatch.settings.recipe import UnknownRule
 from semwatch.store import serving
 from semwatch_training.__main__ import main
 from semwatch_training.discovery.head import load_head
@@ -114,7 +115,7 @@ def test_new_head_names_what_the_old_one_called_unknown(learned: Lab) -> None:
         with Embedded(learned.repository, pins={"head": version}, models=("encoder", "head")) as models:
             answer = models.infer("head", {"features": shown})
         rows = zip(answer.outputs["logits"], answer.outputs["p_values"], strict=True)
-        verdicts.append([decide(*row, answer.meta.labels, significance=0.05, decide_confidence=0.8) for row in rows])
+        verdicts.append([decide(*row, answer.meta.labels, UnknownRule()) for row in rows])
     assert sum(verdict.kind == "unknown" for verdict in verdicts[0]) >= 18
     assert sum(verdict.label == "novel-2" for verdict in verdicts[1]) >= 15
 

@@ -4,7 +4,7 @@ import torch
 
 from semwatch.errors import PublishError
 from semwatch.intake import decoding
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
 from semwatch_training.data.datasets import folder_images

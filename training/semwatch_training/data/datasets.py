@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.intake import decoding
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
 from semwatch_training.synthetic.shapes import NoRoom
 
@@ -277,6 +277,11 @@ def folder_images(folder: Path) -> list[Path]:
     if not found:
         raise ConfigError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return found
+
+
+def read_gray(path: Path) -> NDArray[np.uint8]:
+    """The field of view (H, W) of an image file, its first page, as the daemon reads it."""
+    return decoding.read(path)[0].field
 
 
 def normal_images(paths: list[Path], *, size_px: int) -> Iterator[NDArray[np.uint8]]:

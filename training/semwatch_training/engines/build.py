@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 from semwatch.errors import ConfigError, PublishError
 from semwatch.models import choice, model_repository
-from semwatch.models.model_repository import MODELS, Arrays, Meta
+from semwatch.models.model_repository import MODELS, Meta
 from semwatch.system.clock import utc_now
 from semwatch.system.files import place_folder, rename, write_whole
 from semwatch.triton.plans import (
@@ -26,19 +26,20 @@ from semwatch.triton.plans import (
     ONNX,
     PLAN,
     TIMING_CACHE,
-    Batches,
     Difference,
     EngineTarget,
     Manifest,
     Precision,
+    batches_of,
 )
 from semwatch_training.engines import onnx_precision, parity, tensorrt_compiler
 from semwatch_training.engines.manifest import up_to_date
+from semwatch_training.engines.parity import Batched
 from semwatch_training.engines.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit
 from semwatch_training.publishing.export import random_inputs
 from semwatch_training.system.progress_bars import Progress
 
-CONVERTER = 1
+CONVERTER = 2
 """Raised when a conversion changes, so that old plans are compiled again."""
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}
 """Largest difference to fp32 that a converted network may show, relative to the output's largest value."""
@@ -92,7 +93,9 @@ def export(
         if model in models
         for capability in (capabilities or (None,))
     ]
-    inputs: dict[str, Arrays] = {}
+    for manifest in wanted:
+        _check_exact(repository, manifest)
+    inputs: dict[str, Batched] = {}
     ready: dict[str, _Prepared] = {}
     for k, manifest in enumerate(wanted):
         model = manifest.model
@@ -133,7 +136,7 @@ def check_order(target: str, precision: str, capabilities: Sequence[int], models
             raise ConfigError("an ONNX file belongs to no GPU; leave --compute-capability out")
         return cast(EngineTarget, target), cast(Precision, precision)
     if not capabilities:
-        raise ConfigError("a plan belongs to one kind of GPU; name them, such as --compute-capability 75,86,89,120")
+        raise ConfigError("a plan belongs to one kind of GPU; name them, such as --compute-capability 86,89,120")
     for capability in capabilities:
         tensorrt_compiler.check_gpu(TOOLKITS[target], precision, capability)
     return cast(EngineTarget, target), cast(Precision, precision)
@@ -192,9 +195,28 @@ def _wanted(
         toolkit_version=onnx.__version__ if toolkit is None else str(toolkit.__version__),
         converter=CONVERTER,
         source_sha256=meta.weights_sha256,
-        batches=Batches(),
+        batches=batches_of(meta),
         tolerance=TOLERANCE[precision],
     )
+
+
+def _check_exact(repository: Path, wanted: Manifest) -> None:
+    """Refuse a GPU for which the package compiles no fp32 products where the network asks for some.
+
+    Raises:
+        ConfigError: it does.
+    """
+    kit = TOOLKITS.get(wanted.target)
+    if kit is None or wanted.compute_capability is None or wanted.compute_capability >= kit.fp32_since:
+        return
+    meta = model_repository.read_meta(repository, wanted.model, wanted.version)
+    source = onnx.load(model_repository.weights_path(repository, wanted.model, wanted.version, meta))
+    if onnx_precision.has_exact_products(source):
+        raise ConfigError(
+            f"the {wanted.model} computes statistics in fp32, and {kit.module} compiles no fp32 matrix products for "
+            f"SM{wanted.compute_capability}; leave that GPU out and serve there with --target onnx-python, or with "
+            f"plans of --target tensorrt"
+        )
 
 
 class _Prepared(NamedTuple):
@@ -206,18 +228,18 @@ class _Prepared(NamedTuple):
     parity: tuple[Difference, ...]
 
 
-def _prepare(repository: Path, wanted: Manifest, inputs: Arrays) -> _Prepared:
+def _prepare(repository: Path, wanted: Manifest, inputs: Batched) -> _Prepared:
     """Convert a model and prove the conversion."""
     meta = model_repository.read_meta(repository, wanted.model, wanted.version)
     source = onnx.load(model_repository.weights_path(repository, wanted.model, wanted.version, meta))
     network, judged = convert(source, wanted.precision)
     noise = random_inputs(meta, batch=N_NOISE, seed=0)
-    found = parity.judge(source, judged, {"noise": noise, "images": inputs})
+    found = parity.judge(source, judged, {"noise": [noise], "images": inputs})
     check_parity(wanted.model, wanted.precision, found)
     return _Prepared(meta, source, network.SerializeToString(), tuple(found))
 
 
-def _make(out: Path, wanted: Manifest, ready: _Prepared, toolkit: ModuleType | None, inputs: Arrays) -> Manifest:
+def _make(out: Path, wanted: Manifest, ready: _Prepared, toolkit: ModuleType | None, inputs: Batched) -> Manifest:
     folder = out / wanted.folder
     files = {ONNX: ready.network}
     done: dict[str, object] = {"created_utc": utc_now(), "onnx_sha256": sha256(ready.network), "parity": ready.parity}
@@ -238,7 +260,7 @@ def _make(out: Path, wanted: Manifest, ready: _Prepared, toolkit: ModuleType | N
 
 
 def _on_gpu(
-    toolkit: ModuleType, wanted: Manifest, plan: bytes, ready: _Prepared, inputs: Arrays
+    toolkit: ModuleType, wanted: Manifest, plan: bytes, ready: _Prepared, inputs: Batched
 ) -> tuple[list[Difference], str]:
     """Run a plan against its fp32 network where its GPU is at hand; else say why not."""
     here = tensorrt_compiler.gpu()
@@ -271,7 +293,7 @@ def _place(folder: Path, contents: Mapping[str, bytes]) -> None:
         raise PublishError(f"cannot write the engine {folder}: {error}") from error
 
 
-def _inputs(repository: Path, images: Path | None, n: int) -> dict[str, Arrays]:
+def _inputs(repository: Path, images: Path | None, n: int) -> dict[str, Batched]:
     """What each model is fed with when the line reviews images."""
     versions = {model: choice.choice(repository, model) for model in ("detector", "encoder")}
     return parity.looked_at(repository, versions, parity.read_pages(images, n))

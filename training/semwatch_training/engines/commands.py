@@ -41,9 +41,10 @@ def export(
 
     A plan belongs to one kind of GPU and one TensorRT release. Beside each lie the ONNX it was made from, TensorRT's
     build log and manifest.json: hashes, versions, GPU, precision, batch sizes, seconds, and how far the conversion is
-    from fp32. A conversion that is too far is refused.
+    from fp32. A conversion that is too far is refused. TensorRT for RTX compiles no fp32 matrix products for SM75:
+    a detector that judges fields by their own statistics has some, and is refused there.
 
-    semwatch-train export --out engines --compute-capability 75,86,89,120
+    semwatch-train export --out engines --compute-capability 86,89,120
     """
     table = Table("model", "engine", "id", "seconds", "MB", "off by", "on a GPU", title=f"engines in {out}")
     capabilities = parse_capabilities(compute_capability)

@@ -2,7 +2,8 @@
 
 TensorRT takes a network's types as they are written; it has no switch for the precision any more. Products and
 convolutions go to the low type, what only moves or joins their results stays with it, and all that sums, divides by
-norms, or takes logarithms and roots is done in fp32. Inputs and outputs keep their types.
+norms, or takes logarithms and roots is done in fp32. So is all that the network itself marks (``export.IN_FP32``):
+covariances, their inverses, and distances are small differences of large numbers. Inputs and outputs keep their types.
 
 Source: the operator lists follow PyTorch's ``torch.autocast``.
 """
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from semwatch.errors import PublishError
+from semwatch_training.publishing.export import IN_FP32, PRECISION
 
 Low = Literal["fp16", "bf16"]
 
@@ -50,12 +52,29 @@ def lower(model: ModelProto, low: Low, *, emulate: bool = False) -> ModelProto:
     Raises:
         PublishError: the network has parts that this does not know how to convert (branches, loops).
     """
+    exact = in_fp32(model)
     if low == "bf16" and not emulate:
         model = onnx.version_converter.convert_version(model, BF16_OPSET)
-    pass_ = _Lowering(model, low, emulate)
+    pass_ = _Lowering(model, low, emulate, exact)
     for node in model.graph.node:
         pass_.take(node)
     return pass_.whole()
+
+
+def in_fp32(model: ModelProto) -> frozenset[str]:
+    """Outputs of the nodes that the network wants computed in fp32: a conversion to another opset loses the marks."""
+    return frozenset(
+        name
+        for node in model.graph.node
+        if any((entry.key, entry.value) == (PRECISION, IN_FP32) for entry in node.metadata_props)
+        for name in node.output
+    )
+
+
+def has_exact_products(model: ModelProto) -> bool:
+    """Whether a network wants matrix products computed in fp32."""
+    exact = in_fp32(model)
+    return any(node.op_type in PRODUCTS - {"Conv"} and not exact.isdisjoint(node.output) for node in model.graph.node)
 
 
 def float_inputs(model: ModelProto) -> ModelProto:
@@ -109,8 +128,8 @@ def checked(model: ModelProto) -> ModelProto:
 class _Lowering:
     """One pass over a network's nodes in their order; a tensor keeps its name in the type it is made in."""
 
-    def __init__(self, model: ModelProto, low: Low, emulate: bool) -> None:
-        self._model, self._low, self._emulate = model, low, emulate
+    def __init__(self, model: ModelProto, low: Low, emulate: bool, exact: frozenset[str]) -> None:
+        self._model, self._low, self._emulate, self._exact = model, low, emulate, exact
         self._float = {name for name, kind in element_types(model).items() if kind == TensorProto.FLOAT}
         self._constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         self._lowered: set[str] = set()  # tensors whose own name holds the low type
@@ -124,7 +143,9 @@ class _Lowering:
             raise PublishError(f"{source.name} ({source.op_type}) holds a network of its own; it cannot be converted")
         node = NodeProto()
         node.CopyFrom(source)
-        is_low = node.op_type in PRODUCTS or (node.op_type in FOLLOW and self._can_follow(node))
+        is_low = self._exact.isdisjoint(node.output) and (
+            node.op_type in PRODUCTS or (node.op_type in FOLLOW and self._can_follow(node))
+        )
         if node.op_type not in UNTYPED:
             for k, name in enumerate(node.input):
                 if name in self._float:

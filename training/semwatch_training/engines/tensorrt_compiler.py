@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from semwatch.errors import ConfigError, PublishError
+from semwatch.models.contract import FIELD_SIDES_PX
+from semwatch.models.model_repository import OPEN
 from semwatch.triton.plans import Batches
 
 
@@ -116,6 +118,8 @@ def compile_plan(
     if not trt.OnnxParser(definition, log).parse(network):
         raise PublishError(f"TensorRT cannot read the network: {_errors(log.lines)}")
     config = builder.create_builder_config()
+    # Set unless one asks otherwise, it takes fp32 factors of products with no more digits than fp16 has.
+    config.clear_flag(trt.BuilderFlag.TF32)
     for sizes in profiles(kit, batches):
         config.add_optimization_profile(_profile(builder, definition, sizes))
     if kit.ahead_of_time:
@@ -140,7 +144,7 @@ def profiles(kit: Toolkit, batches: Batches) -> list[Batches]:
     """
     if not kit.keeps_timings:
         return [batches]
-    return [Batches(batches.smallest, size, size) for size in batches]
+    return [Batches(batches.smallest, size, size) for size in dict.fromkeys(batches)]
 
 
 def gpu() -> int | None:
@@ -155,9 +159,21 @@ def _profile(builder: Any, definition: Any, batches: Batches) -> Any:
     profile = builder.create_optimization_profile()
     for k in range(definition.num_inputs):
         tensor = definition.get_input(k)
-        rest = tuple(tensor.shape)[1:]
-        profile.set_shape(tensor.name, *((n, *rest) for n in batches))
+        profile.set_shape(tensor.name, *profile_shapes(tuple(tensor.shape), batches))
     return profile
+
+
+def profile_shapes(shape: Sequence[int], batches: Batches) -> list[tuple[int, ...]]:
+    """The smallest shape of an input, the one that a plan is tuned for, and the largest.
+
+    Args:
+        shape: of the network's input, the batch first; -1 is a side that may have any size.
+        batches: sizes of the first axis.
+    """
+    sides = FIELD_SIDES_PX.smallest, FIELD_SIDES_PX.typical, FIELD_SIDES_PX.largest
+    return [
+        (n, *(side if size == OPEN else size for size in shape[1:])) for n, side in zip(batches, sides, strict=True)
+    ]
 
 
 def _log(trt: Any) -> Any:

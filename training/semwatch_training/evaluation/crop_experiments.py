@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
 from semwatch.line import inputs
-from semwatch.line.detection import detect, resize
+from semwatch.line.detection import detect
+from semwatch.line.scaling import resize
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data import datasets
@@ -48,8 +49,7 @@ def binarization(models: Embedded, fields: Mapping[str, Iterable[Field]], n: int
         for field in members:
             done += 1
             if field.mask.any():
-                asked = inputs.for_detector(models.meta("detector"), _page(field).field)
-                maps.append(detect(asked, models)[0].values)
+                maps.append(detect(_page(field).field, models)[0].values)
                 truths.append(field.mask)
             progress("fields", done, n)
     return mask_table(groups, title="Binarisation of score maps")

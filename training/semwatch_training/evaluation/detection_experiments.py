@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch_training.data import datasets
 from semwatch_training.evaluation.evaluate_detection import Engine, Field, judge, synthetic
 from semwatch_training.evaluation.report import Cell, Table

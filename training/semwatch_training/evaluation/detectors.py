@@ -10,6 +10,9 @@ from semwatch_training.data import datasets
 from semwatch_training.data.datasets import Sample
 from semwatch_training.data.public_sets import mtd_tiles
 from semwatch_training.evaluation.evaluate_detection import Engine
+from semwatch_training.families.exported import family_of
+from semwatch_training.families.intrinsic import train_intrinsic
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.memory import fit_memory
 from semwatch_training.families.memory.memory_detector import (
     CORESET,
@@ -18,6 +21,7 @@ from semwatch_training.families.memory.memory_detector import (
     SelfMatchingGraph,
     Trunks,
 )
+from semwatch_training.families.ni import export as ni_export
 from semwatch_training.families.ni import train_detector
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
@@ -30,13 +34,23 @@ def trunks(cache: Path) -> Trunks:
 
 def support_set_free(trunks: Trunks, weights: Path, *, false_alarm_rate: float) -> dict[str, Engine]:
     """Engines that see nothing but the image they judge; ``weights`` is the folder with detector.safetensors."""
-    detector, normal_scores, _ = train_detector.load(weights / "detector.safetensors")
-    graph = train_detector.with_trunk(trunks.vit, detector, trunks.efficientnet)
     form = MemoryForm()
     return {
-        "shipped": Engine((graph,), detector.form.input_px, "none", _thresholds([normal_scores], false_alarm_rate)),
+        "shipped": of_weights(weights / "detector.safetensors", trunks, false_alarm_rate=false_alarm_rate),
         "self-matching": Engine((SelfMatchingGraph(trunks, form).eval(),), form.input_px, "none"),
     }
+
+
+def of_weights(path: Path, trunks: Trunks, *, false_alarm_rate: float) -> Engine:
+    """The detector of a weights file, of this release's family or of the one before."""
+    if family_of(path, otherwise=ni_export.FAMILY) == train_intrinsic.FAMILY:
+        own, scores, _ = train_intrinsic.load(path)
+        return Engine(
+            (IntrinsicGraph(trunks.efficientnet, own).eval(),), None, "none", _thresholds([scores], false_alarm_rate)
+        )
+    detector, scores, _ = train_detector.load(path)
+    graph = train_detector.with_trunk(trunks.vit, detector, trunks.efficientnet)
+    return Engine((graph,), detector.form.input_px, "none", _thresholds([scores], false_alarm_rate))
 
 
 def with_normals(

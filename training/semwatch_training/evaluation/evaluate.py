@@ -105,8 +105,7 @@ def classification(
         crops,
         HeadFit(frozen_width=width),
         seeds=seeds,
-        significance=recipe.unknown.significance,
-        decide_confidence=recipe.unknown.decide_confidence,
+        rule=recipe.unknown,
         outcome=outcome,
     )
 

@@ -7,7 +7,7 @@ import typer
 
 from semwatch.errors import ConfigError
 from semwatch.settings.recipe import Gate
-from semwatch_training.evaluation import evaluate
+from semwatch_training.evaluation import evaluate, evaluate_real
 from semwatch_training.evaluation.evaluation_data import (
     CACHE,
     REPOSITORY,
@@ -161,3 +161,43 @@ def k(
             Source(data, repository, per_type, cache), n_problems=problems, seed=seed, progress=progress
         )
     finish(out, "Number of classes", result, data, (seed,), as_json=as_json)
+
+
+@evaluate_app.command()
+def real(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of real SEM; its layout stands in docs/training.md. What is absent is skipped."),
+    ],
+    out: OutOption = Path("report-real"),
+    repository: RepositoryOption = REPOSITORY,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            help="A detector of another time to stand beside: its detector.safetensors (`git show COMMIT:training/"
+            "semwatch_training/weights/detector.safetensors > before.safetensors`), or a model repository of that time."
+        ),
+    ] = None,
+    held: Annotated[
+        Path | None, typer.Option(help="Another folder of the same layout: labels learnt here are judged there.")
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Run the training-free detectors beside the served one.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one network; all there are.")] = None,
+    seeds: SeedsOption = 3,
+    cache: CacheOption = CACHE,
+    as_json: JsonOption = False,
+) -> None:
+    """Real SEM that nobody trained on: detection, gates, escapes, labels, discovery and time of the served models."""
+    with Bars() as progress:
+        result = evaluate_real.real(
+            folder,
+            repository=repository,
+            seeds=range(seeds),
+            before=before,
+            held=held,
+            baselines=baselines,
+            threads=threads,
+            cache=cache,
+            progress=progress,
+        )
+    finish(out, "Real SEM", result, str(folder), range(seeds), as_json=as_json)

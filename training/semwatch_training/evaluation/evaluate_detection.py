@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
-from semwatch.defects import DEFECT_FREE
+from semwatch.defects import DEFECT_FREE, ScoreMap
 from semwatch.errors import ConfigError
 from semwatch.line import binarization
-from semwatch.line.detection import resize
+from semwatch.line.detection import own_scale
+from semwatch.line.scaling import resize
 from semwatch_training.data.datasets import Sample, load_gray, load_mask, synthetic_set
 from semwatch_training.evaluation import plots
 from semwatch_training.evaluation.binarization_rules import mask_table
@@ -42,7 +43,8 @@ class Engine:
     """One engine, fitted once or with several seeds."""
 
     graphs: tuple[nn.Module, ...]
-    input_px: int
+    input_px: int | None
+    """Side of the square that a field is resized to; None: fields are judged at their own scale, in tiles if large."""
     normals: str
     """What it was shown of the images judged: ``"none"`` is support-set-free, else how many normal ones."""
     thresholds: tuple[float, ...] = ()
@@ -89,17 +91,26 @@ def judge(
     for field in fields:
         kept.append(field)
         for name, engine in engines.items():
-            image = torch.from_numpy(resize(field.image, (engine.input_px, engine.input_px))[None])
             for index, graph in enumerate(engine.graphs):
-                with torch.no_grad():
-                    score_map, score = graph(image)
-                raw[name][index].append(float(score[0]))
-                maps[name][index].append(score_map[0].numpy())
+                found = look(graph, field.image, engine.input_px)
+                raw[name][index].append(found.raw_score)
+                maps[name][index].append(found.values)
         progress("fields", len(kept), n)
     if not kept:
         raise ConfigError("there is no image to judge")
     judged = {name: [Judged(np.array(r), m) for r, m in zip(raw[name], maps[name], strict=True)] for name in engines}
     return kept, judged
+
+
+def look(graph: nn.Module, image: NDArray[np.uint8], input_px: int | None) -> ScoreMap:
+    """What a network says of an image (H, W), resized to ``input_px`` a side or at its own scale."""
+
+    def ask(tile: NDArray[np.uint8]) -> ScoreMap:
+        with torch.no_grad():
+            score_map, score, *_ = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]))
+        return ScoreMap(score_map[0].numpy(), float(score[0]))
+
+    return own_scale(image, ask) if input_px is None else ask(resize(image, (input_px, input_px)))
 
 
 def detection(

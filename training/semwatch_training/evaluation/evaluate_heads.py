@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.line.classification import decide
+from semwatch.settings.recipe import UnknownRule
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
 from semwatch_training.discovery.labelled_crops import Crops
@@ -38,8 +39,7 @@ def classification(
     fit: HeadFit,
     *,
     seeds: Sequence[int],
-    significance: float,
-    decide_confidence: float,
+    rule: UnknownRule,
     outcome: Outcome | None = None,
     folds: int = 4,
 ) -> Result:
@@ -64,7 +64,7 @@ def classification(
     adcs: list[Adc] = []
     first: tuple[list[str | None], NDArray[np.str_], NDArray[np.float64]] | None = None
     for seed in seeds:
-        verdicts, named, confidence = _cross_validated(crops, fit, seed, folds, significance, decide_confidence)
+        verdicts, named, confidence = _cross_validated(crops, fit, seed, folds, rule)
         if not judged.any():
             raise ConfigError("the search shows no crop to judge: the gate stayed shut; raise its false alarm rate")
         shown: list[str | None] = [verdict for verdict, kept in zip(verdicts, judged, strict=True) if kept]
@@ -122,7 +122,7 @@ def _by_class(adcs: Sequence[Adc], truth: Sequence[str], missed: Sequence[str]) 
 
 
 def _cross_validated(
-    crops: Crops, fit: HeadFit, seed: int, folds: int, significance: float, decide_confidence: float
+    crops: Crops, fit: HeadFit, seed: int, folds: int, rule: UnknownRule
 ) -> tuple[list[str | None], NDArray[np.str_], NDArray[np.float64]]:
     fold_of = _folds(crops, folds, seed)
     labels = np.array(crops.labels)
@@ -133,14 +133,7 @@ def _cross_validated(
         fitted = _fit(crops, fold_of != fold, fit)
         logits, p_values = _answers(fitted, crops.features[held_out])
         for row, index in enumerate(held_out):
-            verdict = decide(
-                logits[row],
-                p_values[row],
-                fitted.labels,
-                significance=significance,
-                decide_confidence=decide_confidence,
-            )
-            verdicts[index] = verdict.label
+            verdicts[index] = decide(logits[row], p_values[row], fitted.labels, rule).label
         probability = torch.from_numpy(logits).softmax(dim=1).numpy()
         named[held_out] = np.array(fitted.labels)[probability.argmax(axis=1)]
         confidence[held_out] = probability.max(axis=1)

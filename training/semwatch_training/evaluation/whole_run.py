@@ -29,7 +29,7 @@ from semwatch_training.families import detector_run
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.branch.train_branch import BranchSchedule
 from semwatch_training.families.detector_run import BranchImages
-from semwatch_training.families.ni.ni_detector import DetectorForm
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicForm
 from semwatch_training.families.smg_vit import encoder_run, self_supervision
 from semwatch_training.families.smg_vit.encoder_run import CropSource
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm
@@ -41,7 +41,7 @@ from semwatch_training.system.progress_bars import Bars
 class Plan:
     """How large each part is; ``plan`` makes one."""
 
-    form: DetectorForm
+    form: IntrinsicForm
     images: BranchImages
     branch: BranchSchedule
     crops: CropSource
@@ -82,12 +82,13 @@ def plan(scale: float, *, seed: int, self_supervise: bool) -> Plan:
 
     whole = BranchImages()
     return Plan(
-        form=DetectorForm(evidence="branch", branch=BranchForm(width=detector_run.WIDTH)),
+        form=IntrinsicForm(branch=BranchForm(width=detector_run.WIDTH)),
         images=replace(
             whole,
             n_normals=scaled(whole.n_normals, detector_run.MIN_NORMALS),
             n_labelled=scaled(whole.n_labelled, 8),
             n_backgrounds=scaled(whole.n_backgrounds, 2),
+            n_scenes=scaled(whole.n_scenes, 8),
             held_out=scaled(whole.held_out, 100),
         ),
         branch=BranchSchedule(steps=scaled(detector_run.STEPS, 30), seed=seed),

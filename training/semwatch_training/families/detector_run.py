@@ -4,32 +4,44 @@ A run resumes: what it computed of its images, and its checkpoint, lie in a fold
 ties to the run's settings. It uses the GPU where there is one; a checkpoint may move between GPU and CPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
+from semwatch.line.scaling import resize
 from semwatch.system import files
-from semwatch_training.data import datasets
+from semwatch_training.data import datasets, world
 from semwatch_training.data.backgrounds import backgrounds
-from semwatch_training.families.branch.branch_views import Image, Mask, synthetic_fields, synthetic_views, views
-from semwatch_training.families.branch.segmentation_branch import Evidence
+from semwatch_training.families.branch.branch_views import (
+    SIDE_SHARES,
+    SIDES_PX,
+    Image,
+    Mask,
+    cuts,
+    synthetic_views,
+    views,
+)
 from semwatch_training.families.branch.train_branch import BranchSchedule, cache_samples, train_branch
+from semwatch_training.families.intrinsic import train_intrinsic
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicDetector, IntrinsicForm, IntrinsicGraph
+from semwatch_training.families.intrinsic.train_intrinsic import N_CALIBRATION, UNSEEN_KINDS
 from semwatch_training.families.ni import train_detector
 from semwatch_training.families.ni.ni_detector import DetectorForm, NIDetector
 from semwatch_training.families.ni.train_detector import Schedule
-from semwatch_training.synthetic import STAGES
+from semwatch_training.synthetic import STAGES, render
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import VisionTransformer
 
 MIN_NORMALS = 8
-STEPS, WIDTH = 7000, 64
+STEPS, WIDTH = 5000, 64
 """Of the default detector's branch."""
 
 Provenance = dict[str, str | float | int]
@@ -41,30 +53,32 @@ class BranchImages:
 
     normals: Path | None = None
     """Folder; None for synthetic fields."""
-    n_normals: int = 900
+    n_normals: int = 300
     """Synthetic normal fields; of a folder all count that are not held out."""
-    n_labelled: int = 3000
+    n_labelled: int = 1000
     """Synthetic fields with a labelled defect; none beside a folder, whose defects nobody has labelled."""
     n_backgrounds: int = 300
     """Procedural backgrounds of no process."""
-    held_out: int = 600
+    n_scenes: int = 3300
+    """Scenes of no process, half of them with a true defect; none beside a folder. See ``data.world``."""
+    held_out: int = 300
     """Normal images kept for the gate's threshold; of a folder at most a quarter."""
     stages: tuple[str, ...] = STAGES
 
     @property
     def n(self) -> int:
         """Pairs of image and mask that ``views`` makes of them."""
-        return 2 * (self.n_normals + self.n_backgrounds) + self.n_labelled
+        return 2 * (self.n_normals + self.n_backgrounds) + self.n_labelled + self.n_scenes
 
 
 def train_default(
-    out: Path, form: DetectorForm, images: BranchImages, schedule: BranchSchedule, *, cache: Path, progress: Progress
+    out: Path, form: IntrinsicForm, images: BranchImages, schedule: BranchSchedule, *, cache: Path, progress: Progress
 ) -> list[float]:
-    """Train a segmentation branch on frozen features and write it; resumes where it was stopped.
+    """Train the branch of an intrinsic detector on frozen features and write it; resumes where it was stopped.
 
     Args:
         out: the weights file; its work lies beside it, in ``<name>.work``.
-        form: of a detector with a branch and no other evidence.
+        form: of the detector.
         images: what to learn from.
         schedule: how; its seed also decides views and first weights.
         cache: where the converted trunk is kept.
@@ -74,28 +88,28 @@ def train_default(
         Raw scores of the held-out normal images.
 
     Raises:
-        ConfigError: a form without a branch, too few normal images, an unknown stage, or work of another run.
+        ConfigError: too few normal images, an unknown stage, or work of another run.
     """
-    if form.branch is None:
-        raise ConfigError("a detector of evidence 'branch' has no branch")
     device = _device()
     torch.manual_seed(schedule.seed)
-    fitted = NIDetector(form).to(device)
-    branch = fitted.branch
-    if branch is None:
-        raise ConfigError("a detector of evidence 'branch' has no branch")
-    trunk = backbone.load_efficientnet(cache).to(device)
-    pairs, kept, images = _pairs(images, form.input_px, schedule.seed)
+    fitted = IntrinsicDetector(form).to(device)
+    graph = IntrinsicGraph(backbone.load_efficientnet(cache).to(device), fitted)
+    size_px = form.branch.input_px
+    pairs, kept, images = _pairs(images, size_px, schedule.seed)
     work = out.with_suffix(".work")
     claim(
         work,
         f"{images.normals} {images.stages} {images.n_normals} normal, {images.n_labelled} labelled, "
-        f"{images.n_backgrounds}, {form.branch.width}, {schedule}",
+        f"{images.n_backgrounds}, {images.n_scenes} scenes, {form.branch.width}, {schedule}",
     )
-    samples = cache_samples(Evidence(trunk, form.branch).to(device), pairs, images.n, work, progress=progress)
-    curve = train_branch(branch, samples, schedule, work, progress=progress)
-    graph = train_detector.with_trunk(None, fitted, trunk).to(device)
-    scores = train_detector.raw_scores(graph, kept, images.held_out, progress=progress)
+    samples = cache_samples(graph.evidence, pairs, images.n, work, progress=progress)
+    curve = train_branch(fitted.branch, samples, schedule, work, progress=progress)
+    graph.eval()
+    unseen = world.scenes(N_CALIBRATION, seed=datasets.SEED_HELD_OUT, size_px=size_px, kinds=UNSEEN_KINDS)
+    train_intrinsic.calibrate(fitted, graph.evidence, unseen, N_CALIBRATION, seed=schedule.seed, progress=progress)
+    known = _known_fields(images, form.domain_fields, schedule.seed)
+    train_intrinsic.learn_domain(graph, known, progress=progress)
+    scores = train_intrinsic.normal_scores(graph, kept, images.held_out, progress=progress)
     named = (
         f"synthetic {', '.join(images.stages)}" if images.normals is None else f"{images.n_normals} images of a folder"
     )
@@ -105,13 +119,16 @@ def train_default(
         "n_normals": images.n_normals,
         "n_labelled": images.n_labelled,
         "n_backgrounds": images.n_backgrounds,
+        "n_scenes": images.n_scenes,
+        "unseen_kinds": ", ".join(UNSEEN_KINDS),
+        "calibration": ", ".join(f"{value:.4g}" for value in cast(torch.Tensor, fitted.calibration).tolist()),
         "steps": schedule.steps,
         "seed": schedule.seed,
         "final_loss": curve[-1]["loss"],
         "training_seconds": round(sum(row["seconds"] for row in curve)),
         "device": device,
     }
-    train_detector.save(fitted, out, normal_scores=scores, provenance=provenance)
+    train_intrinsic.save(fitted, out, normal_scores=scores, provenance=provenance)
     return scores
 
 
@@ -154,7 +171,8 @@ def train_reconstruction(
         images = datasets.synthetic_normals(n, first_seed=datasets.SEED_TRAIN, size_px=form.input_px)
         kept = datasets.synthetic_normals(held_out, first_seed=datasets.SEED_HELD_OUT, size_px=form.input_px)
     else:
-        learnt, kept, held_out = _split_normals(normals, held_out, schedule.seed, form.input_px)
+        learnt, whole, held_out = _split_normals(normals, held_out, schedule.seed)
+        kept = (resize(image, (form.input_px, form.input_px)) for image in whole)
         images, n = datasets.normal_images(learnt, size_px=form.input_px), len(learnt)
     work = out.with_suffix(".work")
     claim(work, f"{trunk} {checkpoint} {normals} {n} images, {schedule}")
@@ -196,36 +214,58 @@ def _device() -> str:
 def _pairs(
     images: BranchImages, size_px: int, seed: int
 ) -> tuple[Iterator[tuple[Image, Mask]], Iterator[NDArray[np.uint8]], BranchImages]:
-    """What to learn from, what to keep for the gate, both (size_px, size_px), and how many those are."""
+    """What to learn from (size_px, size_px), what to keep for the gate (H, W), and how many those are."""
     if images.normals is None:
+        kinds = tuple(kind for kind in world.LAYOUTS if kind not in UNSEEN_KINDS)
         pairs = synthetic_views(
-            images.n_normals, images.n_backgrounds, images.n_labelled, seed=seed, size_px=size_px, stages=images.stages
-        )
-        fields = synthetic_fields(
-            images.held_out,
-            first_seed=datasets.SEED_HELD_OUT,
+            images.n_normals,
+            images.n_backgrounds,
+            images.n_labelled,
+            seed=seed,
             size_px=size_px,
             stages=images.stages,
-            defective=False,
+            n_scenes=images.n_scenes,
+            kinds=kinds,
         )
-        return pairs, (image for image, _ in fields), images
-    learnt, kept, held_out = _split_normals(images.normals, images.held_out, seed, size_px)
+        return pairs, held_out_fields(images.held_out, images.stages), images
+    learnt, kept, held_out = _split_normals(images.normals, images.held_out, seed)
     shown = (
-        datasets.normal_images(learnt, size_px=size_px),
+        cuts(map(datasets.read_gray, learnt), seed=seed, size_px=size_px),
         backgrounds(images.n_backgrounds, seed=seed, size_px=size_px),
     )
-    found = replace(images, n_normals=len(learnt), n_labelled=0, held_out=held_out)
+    found = replace(images, n_normals=len(learnt), n_labelled=0, n_scenes=0, held_out=held_out)
     return views(chain(*shown), (), seed=seed), kept, found
 
 
-def _split_normals(
-    folder: Path, held_out: int, seed: int, size_px: int
-) -> tuple[list[Path], Iterator[NDArray[np.uint8]], int]:
-    """Paths to learn from, images (S, S) kept for the gate, and how many those are: at most a quarter."""
+def _known_fields(images: BranchImages, n: int, seed: int) -> Iterator[Image]:
+    """Normal fields (H, W) of the processes that are learnt, n at most."""
+    if images.normals is not None:
+        yield from map(datasets.read_gray, _split_normals(images.normals, images.held_out, seed)[0][:n])
+        return
+    rng = np.random.default_rng(datasets.SEED_TRAIN)
+    for index in range(n):
+        side = int(rng.choice(SIDES_PX, p=SIDE_SHARES))
+        stage = images.stages[index % len(images.stages)]
+        yield render(stage, seed=datasets.SEED_TRAIN + index, size_hw=(side, side)).pixels
+
+
+def held_out_fields(n: int, stages: Sequence[str]) -> Iterator[Image]:
+    """Normal fields for the gate: two of the stages, whole, for each scene; of the sizes that microscopes give."""
+    rng = np.random.default_rng(datasets.SEED_HELD_OUT)
+    for index in range(n):
+        side = int(rng.choice(SIDES_PX, p=SIDE_SHARES))
+        if index % 3 == 2:
+            yield world.scene(rng, (side, side), defective=False).image
+            continue
+        yield render(stages[index % len(stages)], seed=datasets.SEED_HELD_OUT + index, size_hw=(side, side)).pixels
+
+
+def _split_normals(folder: Path, held_out: int, seed: int) -> tuple[list[Path], Iterator[NDArray[np.uint8]], int]:
+    """Paths to learn from, images (H, W) kept for the gate, and how many those are: at most a quarter."""
     paths = datasets.folder_images(folder)
     if len(paths) < MIN_NORMALS:
         raise ConfigError(f"{folder} holds {len(paths)} images; a detector needs {MIN_NORMALS} normal ones or more")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = min(held_out, len(paths) // 4)
-    kept = datasets.normal_images([paths[i] for i in order[:held_out]], size_px=size_px)
+    kept = map(datasets.read_gray, (paths[i] for i in order[:held_out]))
     return [paths[i] for i in order[held_out:]], kept, held_out

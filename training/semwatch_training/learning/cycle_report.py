@@ -256,7 +256,9 @@ def _judgement(judgement: JudgementRecord) -> str:
     rate = f"{100 * judgement.unknown_rate:.1f} %"
     if judgement.old_unknown_rate is not None:
         rate = f"{100 * judgement.old_unknown_rate:.1f} % -> {rate}"
-    note = [f"Unknown of all {judgement.n_golden} golden crops: {rate}. One crop is never a reason by itself."]
+    note = [
+        f"Unknown of the defects among {judgement.n_golden} golden crops: {rate}. One crop is never a reason by itself."
+    ]
     if judgement.unproven:
         note.append(f"Without a golden crop, so that nothing is proven of them: {', '.join(judgement.unproven)}.")
     note.append("Verdict: " + ("promoted." if not judgement.reasons else "refused. " + "; ".join(judgement.reasons)))

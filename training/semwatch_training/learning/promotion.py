@@ -1,8 +1,9 @@
 """The promotion gate: may a newly trained head serve, and may a found class be learned.
 
 Both heads answer on the same golden crops, and the unknown rule of the recipe turns their answers into verdicts, as the
-line does. A candidate is refused for a loss on a class that the old head knew, or for
-an unknown rate outside its band.
+line does. A candidate is refused for a loss on a class that the old head knew, or for an unknown rate outside its band.
+That rate is of the golden defects: a *defect-free* crop that is called unknown is a dismissal that the head has not
+earned, and counts as accuracy that this class loses.
 
 One crop proves nothing: of n golden crops each is worth 1 / n, so that a class of ten loses ten points by one of them.
 A loss is a reason only if it exceeds what the recipe allows *and* stems from two crops or more: of accuracy, two that
@@ -20,11 +21,11 @@ from typing import TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Verdict
+from semwatch.defects import DEFECT_FREE, Verdict
 from semwatch.errors import ConfigError
 from semwatch.line.classification import decide
 from semwatch.models.head_bank import Bank
-from semwatch.settings.recipe import Promotion, Recipe
+from semwatch.settings.recipe import Promotion, Recipe, UnknownRule
 from semwatch_training.metrics.adc_metrics import AdcFigures, adc_metrics
 
 PROOF = 2
@@ -109,6 +110,7 @@ class Judgement:
     """Classes that the old head knew and of which there is no golden crop."""
     n_golden: int
     old_unknown_rate: float | None
+    """Of the golden crops that show a defect, as the next."""
     unknown_rate: float
     reasons: tuple[str, ...]
     """Why the candidate is refused, in plain words; empty where it is promoted."""
@@ -127,8 +129,7 @@ def judge(
     golden: Bank,
     promotion: Promotion,
     *,
-    significance: float,
-    decide_confidence: float,
+    rule: UnknownRule,
     best: Mark | None = None,
 ) -> Judgement:
     """Judge a candidate head against the head in service.
@@ -141,8 +142,7 @@ def judge(
         new: answers of the candidate.
         golden: the crops of both answers, in the same order.
         promotion: what the recipe asks for.
-        significance: of the recipe's unknown rule, see ``classification.classify``.
-        decide_confidence: the same.
+        rule: the recipe's unknown rule. Golden crops count as of a known process.
         best: of the ancestors of the head in service.
 
     Raises:
@@ -150,7 +150,6 @@ def judge(
     """
     if not len(golden):
         raise ConfigError("the golden set is empty: nothing can be proven of a head; keep some crops of each class")
-    rule = {"significance": significance, "decide_confidence": decide_confidence}
     now = _verdicts(new, golden, rule, "the candidate head")
     before = None if old is None else _verdicts(old, golden, rule, "the head in service")
     figures, known = _figures(golden.labels, now), set(old.labels if old else ())
@@ -160,7 +159,7 @@ def judge(
     )
     pairs = _pairs(golden.labels, before or now, now)
     reasons = [reason for change in classes for reason in _losses(change, pairs[change.label], promotion)]
-    reasons += _outside_band(now, before, promotion)
+    reasons += _outside_band(golden, now, before, promotion)
     mark = _mark(golden, now)
     ancestors = [m for m in (best, None if before is None else _mark(golden, before)) if m is not None]
     reasons += _eroded(mark, ancestors, golden.ids.count(""))
@@ -168,8 +167,8 @@ def judge(
         classes=classes,
         unproven=tuple(sorted(known - set(golden.labels))),
         n_golden=len(golden),
-        old_unknown_rate=None if before is None else _n_unknown(before) / len(golden),
-        unknown_rate=_n_unknown(now) / len(golden),
+        old_unknown_rate=None if before is None else _unknown_rate(golden, before),
+        unknown_rate=_unknown_rate(golden, now),
         reasons=tuple(reasons),
         best=max([mark, *ancestors], key=_accuracy) if mark is not None else None,
     )
@@ -208,7 +207,7 @@ def cluster_refusals(size: int, cohesion: float, cycles_seen: int, promotion: Pr
     return refusals
 
 
-def _verdicts(answers: Answers, golden: Bank, rule: dict[str, float], source: str) -> list[Verdict]:
+def _verdicts(answers: Answers, golden: Bank, rule: UnknownRule, source: str) -> list[Verdict]:
     expected = (len(golden), len(answers.labels))
     if not answers.logits.shape == answers.p_values.shape == expected:
         raise ConfigError(
@@ -218,7 +217,7 @@ def _verdicts(answers: Answers, golden: Bank, rule: dict[str, float], source: st
     p = answers.p_values
     if not (np.isfinite(answers.logits).all() and ((p >= 0) & (p <= 1)).all()):
         raise ConfigError(f"{source} answered with logits that are not finite or p-values outside 0 to 1; fit it again")
-    return [decide(row, p, answers.labels, **rule) for row, p in zip(answers.logits, p, strict=True)]
+    return [decide(row, p, answers.labels, rule) for row, p in zip(answers.logits, p, strict=True)]
 
 
 def _figures(truth: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, Figures]:
@@ -296,13 +295,15 @@ def _reason(label: str, what: str, old: float, new: float, allowed: float, count
     )
 
 
-def _outside_band(now: Sequence[Verdict], before: Sequence[Verdict] | None, promotion: Promotion) -> list[str]:
-    n, n_unknown = len(now), _n_unknown(now)
+def _outside_band(
+    golden: Bank, now: Sequence[Verdict], before: Sequence[Verdict] | None, promotion: Promotion
+) -> list[str]:
+    n_unknown, n = _n_unknown(golden, now)
     if n_unknown < PROOF or n_unknown / n <= promotion.max_unknown_rate + ROUNDING:
         return []
-    earlier = "" if before is None else f", the head in service {_n_unknown(before)}"
+    earlier = "" if before is None else f", the head in service {_n_unknown(golden, before)[0]}"
     return [
-        f"{n_unknown} of {n} golden crops would be called unknown ({100 * n_unknown / n:.1f} %{earlier}); "
+        f"{n_unknown} of {n} golden defects would be called unknown ({100 * n_unknown / n:.1f} %{earlier}); "
         f"the recipe allows {100 * promotion.max_unknown_rate:.1f} %"
     ]
 
@@ -364,8 +365,15 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float)
 
 
-def _n_unknown(verdicts: Sequence[Verdict]) -> int:
-    return sum(verdict.kind == "unknown" for verdict in verdicts)
+def _n_unknown(golden: Bank, verdicts: Sequence[Verdict]) -> tuple[int, int]:
+    """Golden crops with a defect that are called unknown, and how many there are."""
+    kinds = [verdict.kind for label, verdict in zip(golden.labels, verdicts, strict=True) if label != DEFECT_FREE]
+    return kinds.count("unknown"), len(kinds)
+
+
+def _unknown_rate(golden: Bank, verdicts: Sequence[Verdict]) -> float:
+    n_unknown, n = _n_unknown(golden, verdicts)
+    return n_unknown / max(1, n)
 
 
 def _counted(n: int, what: str) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
 from semwatch.line import inputs
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.contract import OF_A_CROP
 from semwatch.models.crop_store import KeptCrop

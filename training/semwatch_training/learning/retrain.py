@@ -263,8 +263,7 @@ def _judge(c: _Cycle, head: Head, decided_crops: DecidedCrops, golden: Bank) -> 
             Answers(head.labels, logits, p_values),
             golden,
             recipe.promotion,
-            significance=recipe.unknown.significance,
-            decide_confidence=recipe.unknown.decide_confidence,
+            rule=recipe.unknown,
             best=promotion.best_of(c.base.meta.provenance, recipe),
         )
 

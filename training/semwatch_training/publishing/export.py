@@ -1,10 +1,11 @@
 """Torch to the model repository: ONNX with normalisation inside, parity checked before anything is published."""
 
+import ast
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,15 +20,20 @@ from torch import nn
 
 from semwatch.errors import PublishError
 from semwatch.models import head_bank, model_repository
-from semwatch.models.contract import check_contract
+from semwatch.models.contract import FIELD_SIDES_PX, check_contract
 from semwatch.models.head_bank import Bank
-from semwatch.models.model_repository import Arrays, Meta, Tensor
+from semwatch.models.model_repository import OPEN, Arrays, Meta, Tensor
 from semwatch.system.clock import utc_now
 from semwatch_training.discovery.head import Head
 from semwatch_training.families.exported import Exported, Provenance
 
 OPSET = 20
 MAX_RELATIVE_DIFFERENCE = 1e-3
+OPEN_PX = 256
+"""Open sides of a field in probes and in what an export is traced with."""
+PRECISION, IN_FP32 = "semwatch.precision", "fp32"
+"""What nodes carry that no conversion may compute in a lower precision: the own operations of every module whose
+``in_fp32`` is true, not those of the modules within."""
 N_PROBE = 16
 """Crops whose answers travel with a head, to be asked again at every load."""
 
@@ -103,7 +109,7 @@ def publish_head(
 def to_onnx(graph: nn.Module, meta: Meta, path: Path) -> None:
     """Write an ONNX file with a dynamic batch axis and the signature's own names."""
     example = tuple(torch.from_numpy(array) for array in random_inputs(meta, batch=2, seed=0).values())
-    batch = torch.export.Dim("batch", min=1, max=1024)
+    shapes = tuple(_open_axes(tensor) for tensor in meta.inputs.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns of its own insides; parity is what we go by
@@ -114,27 +120,52 @@ def to_onnx(graph: nn.Module, meta: Meta, path: Path) -> None:
             opset_version=OPSET,
             input_names=list(meta.inputs),
             output_names=list(meta.outputs),
-            dynamic_shapes=tuple({0: batch} for _ in example),
+            dynamic_shapes=shapes,
             external_data=False,
             verbose=False,
         )
     if program is None:
         raise PublishError(f"torch gave no ONNX program for the {meta.model}")
-    path.write_bytes(_bare(program.model_proto).SerializeToString(deterministic=True))
+    exact = {name for name, module in graph.named_modules() if getattr(module, "in_fp32", False)}
+    path.write_bytes(bare(program.model_proto, exact).SerializeToString(deterministic=True))
 
 
-def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+def _open_axes(tensor: Tensor) -> dict[int, Any]:
+    """The axes of an input that may have any size: the batch, and open sides of a field."""
+    sides = FIELD_SIDES_PX
+    axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1024)}
+    for axis, size in enumerate(tensor.shape, start=1):
+        if size == OPEN:
+            least, most = sides.smallest // sides.multiple, sides.largest // sides.multiple
+            axes[axis] = sides.multiple * torch.export.Dim(f"side_{axis}", min=least, max=most)
+    return axes
+
+
+def bare(model: onnx.ModelProto, exact: Collection[str] = ()) -> onnx.ModelProto:
     """Take out what the exporter notes of its own making, folders of this machine among it.
 
     So the same weights exported anywhere by the same release are the same file, with the same content hash.
+
+    Args:
+        model: as exported.
+        exact: names of modules whose own operations are marked as ``IN_FP32``.
     """
     graph = model.graph
     tensors = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
     nodes = (*graph.node, *(node for function in model.functions for node in function.node))
+    marked = [node for node in nodes if _module_of(node) in exact]
     for part in (model, graph, *model.functions, *tensors, *nodes):
         del part.metadata_props[:]
         part.doc_string = ""
+    for node in marked:
+        node.metadata_props.add(key=PRECISION, value=IN_FP32)
     return model
+
+
+def _module_of(node: onnx.NodeProto) -> str | None:
+    """Name of the module that a node is an operation of, as the exporter notes it: the last scope but the node's."""
+    found = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
+    return None if found is None else str(ast.literal_eval(found)[-2])
 
 
 def parity(graph: nn.Module, meta: Meta, path: Path, batches: Sequence[Arrays]) -> Parity:
@@ -160,14 +191,14 @@ def _answers(graph: nn.Module, meta: Meta, inputs: Arrays) -> dict[str, NDArray[
     return {name: output.numpy() for name, output in zip(meta.outputs, outputs, strict=True)}
 
 
-def random_inputs(meta: Meta, *, batch: int, seed: int) -> dict[str, NDArray[Any]]:
-    """Inputs of the right names, shapes and dtypes: uint8 noise, float32 in [0, 1]."""
+def random_inputs(meta: Meta, *, batch: int, seed: int, open_px: int = OPEN_PX) -> dict[str, NDArray[Any]]:
+    """Inputs of the right names, shapes and dtypes: uint8 noise, float32 in [0, 1]; open sides are of ``open_px``."""
     rng = np.random.default_rng(seed)
     return {
         name: (
-            rng.integers(0, 256, (batch, *tensor.shape), dtype=np.uint8)
+            rng.integers(0, 256, (batch, *tensor.sized(open_px)), dtype=np.uint8)
             if tensor.dtype == "uint8"
-            else rng.random((batch, *tensor.shape), dtype=np.float32)
+            else rng.random((batch, *tensor.sized(open_px)), dtype=np.float32)
         )
         for name, tensor in meta.inputs.items()
     }
@@ -185,8 +216,9 @@ def _publish(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / model_repository.WEIGHTS
         to_onnx(graph, meta, path)
-        # Another batch size than the one traced: a batch axis frozen by mistake shows here.
-        found = parity(graph, meta, path, [random_inputs(meta, batch=batch, seed=batch) for batch in (1, 3)])
+        # Other sizes than the one traced: an axis frozen by mistake shows here.
+        others = [random_inputs(meta, batch=batch, seed=batch, open_px=OPEN_PX + 64 * batch) for batch in (1, 3)]
+        found = parity(graph, meta, path, others)
         if not found.worst < MAX_RELATIVE_DIFFERENCE:
             raise PublishError(f"the exported {meta.model} differs from its torch original: {dict(found.relative)}")
         beside = {name: Path(folder) / name for name in (model_repository.PROBE, *banks)}

@@ -2,7 +2,7 @@
 
 The plan is the one compiled for this GPU's compute capability. Device memory is asked from the driver itself, by
 ctypes: it is there wherever a GPU is, and TensorRT works in the same (primary) context. TensorRT captures a CUDA graph
-for each batch size that it meets and replays it from then on.
+for each batch size, and each size of an image that may have any, that it meets, and replays it from then on.
 """
 
 import ctypes
@@ -85,7 +85,7 @@ class Cuda:
 
 
 class Network:
-    """One version's plan, deserialised, with device memory for its largest batch.
+    """One version's plan, deserialised, with device memory for its largest batch of the largest images.
 
     Args:
         folder: of the version.
@@ -93,8 +93,8 @@ class Network:
         device: number of the GPU.
 
     Raises:
-        RuntimeError: no GPU, no TensorRT for RTX, no plan for this GPU, or a plan that is damaged or of another
-            release.
+        RuntimeError: no GPU, no TensorRT for RTX, no plan for this GPU, a plan that is damaged or of another release,
+            or too little memory.
     """
 
     def __init__(self, folder: Path, parameters: Mapping[str, str], *, device: int = 0) -> None:
@@ -114,49 +114,70 @@ class Network:
         settings = self._engine.create_runtime_config()
         settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._context = self._engine.create_execution_context(settings)
+        if self._context is None:
+            raise RuntimeError(
+                f"the GPU has too little free memory for the plan in {folder}, which needs "
+                f"{self._engine.device_memory_size_v2 / 1e6:.0f} MB to compute with"
+            )
         names = [self._engine.get_tensor_name(k) for k in range(self._engine.num_io_tensors)]
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self.signature = {n for n in names if is_input[n]}, {n for n in names if not is_input[n]}
         self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
         self._shapes = {name: tuple(self._engine.get_tensor_shape(name))[1:] for name in names}
+        # Of each profile and input: the smallest shape, the one it is tuned for, the largest.
+        self._ranges = [
+            {name: self._engine.get_tensor_profile_shape(name, k) for name in names if is_input[name]}
+            for k in range(self._engine.num_optimization_profiles)
+        ]
         first = next(name for name in names if is_input[name])
-        count = self._engine.num_optimization_profiles
-        shapes = [self._engine.get_tensor_profile_shape(first, k) for k in range(count)]
-        self._profiles = [(shape[0][0], shape[2][0]) for shape in shapes]
-        self._place()
+        self._profiles = [(shapes[first][0][0], shapes[first][2][0]) for shapes in self._ranges]
+        self._addresses = self._placed()
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, Any]) -> list[Any]:
         """Answer a batch.
 
         Raises:
-            RuntimeError: it is larger than any profile, or the GPU failed.
+            RuntimeError: it is larger, or its images are, than any profile, or the GPU failed.
         """
         self._cuda.enter()  # Triton may call from another thread than the one that loaded
         n, stream = len(next(iter(inputs.values()))), self._cuda.stream.value
-        profile = profile_for(n, self._profiles)
-        if profile != self._context.active_optimization_profile:
-            self._context.set_optimization_profile_async(profile, stream)
-        for name, array in inputs.items():
-            sent = np.ascontiguousarray(array, self._types[name]).reshape(n, *self._shapes[name])
-            self._context.set_input_shape(name, sent.shape)
-            self._cuda.upload(self._addresses[name], sent)
+        sent = {name: self._shaped(name, array) for name, array in inputs.items()}
+        shapes = self._set(profile_for(n, self._profiles), {name: array.shape for name, array in sent.items()})
+        for name, array in sent.items():
+            self._cuda.upload(self._addresses[name], array)
         for name, address in self._addresses.items():
             self._context.set_tensor_address(name, address)
         if not self._context.execute_async_v3(stream):
             self._cuda.wait()
             raise RuntimeError("TensorRT could not run the plan on this GPU")
-        answers = {name: np.empty((n, *self._shapes[name]), self._types[name]) for name in self.signature[1]}
+        answers = {name: np.empty(shapes[name], self._types[name]) for name in self.signature[1]}
         for name, array in answers.items():
             self._cuda.download(array, self._addresses[name])
         self._cuda.wait()
         return [answers[name] for name in outputs]
 
-    def _place(self) -> None:
-        largest = max(most for _, most in self._profiles)
-        self._addresses = {
-            name: self._cuda.allocate(largest * int(np.prod(shape, dtype=np.int64)) * self._types[name].itemsize)
-            for name, shape in self._shapes.items()
-        }
+    def _shaped(self, name: str, array: Any) -> Any:
+        """An input as the plan takes it: a number per item has travelled as an axis of one."""
+        sent = np.ascontiguousarray(array, self._types[name])
+        return sent if -1 in self._shapes[name] else sent.reshape(len(sent), *self._shapes[name])
+
+    def _set(self, profile: int, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """Choose profile and shapes of the inputs; what is returned are the shapes of all tensors then."""
+        if profile != self._context.active_optimization_profile:
+            self._context.set_optimization_profile_async(profile, self._cuda.stream.value)
+        for name, shape in inputs.items():
+            if not self._context.set_input_shape(name, tuple(shape)):
+                least, _, most = (tuple(each) for each in self._ranges[profile][name])
+                raise RuntimeError(f"the plan takes no {name} of {tuple(shape)}, only of {least} to {most}")
+        return {name: tuple(self._context.get_tensor_shape(name)) for name in self._types}
+
+    def _placed(self) -> dict[str, int]:
+        """Addresses of device memory for the largest that each tensor can be, by name."""
+        n_bytes = dict.fromkeys(self._types, 0)
+        for profile, ranges in enumerate(self._ranges):
+            for name, shape in self._set(profile, {name: ranges[name][2] for name in ranges}).items():
+                n_bytes[name] = max(n_bytes[name], int(np.prod(shape, dtype=np.int64)) * self._types[name].itemsize)
+        return {name: self._cuda.allocate(size) for name, size in n_bytes.items()}
 
 
 def chosen_plan(folder: Path, parameters: Mapping[str, str], capability: str) -> bytes:

@@ -1,6 +1,6 @@
 """One scene, normal or defective, with the mask of what differs visibly from its normal twin."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from semwatch_training.data.world.imaging import (
 )
 from semwatch_training.data.world.layouts import LAYOUTS, Layout, layout
 
-SHARES = (0.24, 0.12, 0.11, 0.07, 0.1, 0.08, 0.05, 0.07, 0.03, 0.04, 0.04, 0.05)
-"""Of ``LAYOUTS``, in their order."""
+SHARES = (0.2, 0.1, 0.13, 0.1, 0.08, 0.08, 0.05, 0.06, 0.04, 0.04, 0.05, 0.07)
+"""Of ``LAYOUTS``, in their order: most of those whose features often have no like."""
 PATTERN_SHARE = 0.6
 """Of defects, where a layout has a pattern."""
 ENLARGED_SHARE, ENLARGED = 0.5, (1.3, 6.0)
@@ -58,7 +58,7 @@ class Scene:
 
 
 def scenes(
-    n: int, *, seed: int, size_px: int, defective_share: float = 0.5
+    n: int, *, seed: int, size_px: int, defective_share: float = 0.5, kinds: Sequence[str] = LAYOUTS
 ) -> Iterator[tuple[Image, NDArray[np.bool_]]]:
     """Yield n scenes with their masks, both (size_px, size_px); a normal one has an empty mask.
 
@@ -67,10 +67,13 @@ def scenes(
         seed: the same gives the same.
         size_px: of a side, at least 32.
         defective_share: of scenes with a defect, range [0, 1].
+        kinds: of ``LAYOUTS``, those that are drawn.
     """
+    shares = np.array([SHARES[LAYOUTS.index(kind)] for kind in kinds])
     for child in np.random.SeedSequence(seed).spawn(n):
         rng = np.random.default_rng(child)
-        drawn = scene(rng, (size_px, size_px), defective=bool(rng.random() < defective_share))
+        defective, kind = bool(rng.random() < defective_share), str(rng.choice(kinds, p=shares / shares.sum()))
+        drawn = scene(rng, (size_px, size_px), defective=defective, kind=kind)
         yield drawn.image, drawn.mask
 
 

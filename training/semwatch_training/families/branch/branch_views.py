@@ -8,16 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch_training.data import pattern_defects, world
 from semwatch_training.data.backgrounds import backgrounds
 from semwatch_training.data.datasets import MAX_SEEDS, SEED_TRAIN, first_with_room
+from semwatch_training.data.pseudo_defects import log_uniform
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 LABELLED_OFFSET = 500_000
+CUT_SHARE = 0.6
+"""Of synthetic fields, those that are not shown as a whole."""
 SIDES_PX, SIDE_SHARES = (512, 640, 768, 1024), (0.4, 0.2, 0.25, 0.15)
 
 
@@ -31,6 +34,7 @@ def synthetic_views(
     first_seed: int = SEED_TRAIN,
     stages: Sequence[str] = STAGES,
     n_scenes: int = 0,
+    kinds: Sequence[str] = world.LAYOUTS,
 ) -> Iterator[tuple[Image, Mask]]:
     """Yield what the shipped branch is trained on: 2 * (n_normals + n_backgrounds) + n_labelled pairs, see ``views``.
 
@@ -45,13 +49,14 @@ def synthetic_views(
         first_seed: of the generator.
         stages: which to show; leave some out to test on processes never seen.
         n_scenes: of many layouts and microscopes, half of them with a true defect.
+        kinds: the layouts of these.
     """
     fields = synthetic_fields(n_normals, first_seed=first_seed, size_px=size_px, stages=stages, defective=False)
     labelled = synthetic_fields(
         n_labelled, first_seed=first_seed + LABELLED_OFFSET, size_px=size_px, stages=stages, defective=True
     )
     normals = (image for image, _ in fields)
-    labelled = chain(labelled, world.scenes(n_scenes, seed=seed, size_px=size_px))
+    labelled = chain(labelled, world.scenes(n_scenes, seed=seed, size_px=size_px, kinds=kinds))
     return views(chain(normals, backgrounds(n_backgrounds, seed=seed, size_px=size_px)), labelled, seed=seed)
 
 
@@ -60,8 +65,9 @@ def synthetic_fields(
 ) -> Iterator[tuple[Image, Mask]]:
     """Yield n synthetic fields with their masks, both (size_px, size_px): the stages, and their defect types, in turn.
 
-    Rendered between 512 and 1024 px a side and resized, so that grain and noise come at a spread of scales. Normal ones
-    have an empty mask. A field that has no room for its defect is replaced by that of a seed n further on.
+    Rendered between 512 and 1024 px a side, then shrunk as a whole or cut out of anything between that and its own
+    size, so that patterns, grain and noise come at a spread of scales. Normal ones have an empty mask. A field that has
+    no room for its defect is replaced by that of a seed n further on.
     """
     rng = np.random.default_rng(first_seed)
     for index in range(n):
@@ -70,11 +76,41 @@ def synthetic_fields(
         side = int(rng.choice(SIDES_PX, p=SIDE_SHARES))
         seeds = range(first_seed + index, first_seed + index + MAX_SEEDS * n, n)
         field = first_with_room(stage, labels, seeds, (side, side))
-        mask = np.zeros((size_px, size_px), bool)
+        shown = max(size_px, round(side * log_uniform(rng, size_px / side, 1.0)) if rng.random() < CUT_SHARE else 0)
+        image, cover = resize(field.pixels, (shown, shown)), np.zeros((shown, shown), np.float32)
         if defective:
-            cover = cv2.resize(field.masks[0].astype(np.float32), (size_px, size_px), interpolation=cv2.INTER_AREA)
-            mask = cover >= min(0.5, float(cover.max()))
-        yield resize(field.pixels, (size_px, size_px)), mask
+            cover = cv2.resize(field.masks[0].astype(np.float32), (shown, shown), interpolation=cv2.INTER_AREA)
+        window = _window(rng, cover, size_px)
+        cover = cover[window]
+        yield np.ascontiguousarray(image[window]), (cover > 0) & (cover >= min(0.5, float(cover.max())))
+
+
+def _window(rng: np.random.Generator, cover: NDArray[np.float32], size_px: int) -> tuple[slice, slice]:
+    """A window of ``size_px`` a side anywhere in ``cover`` (S, S), or anywhere that shows part of the defect."""
+    corner = rng.integers(0, cover.shape[0] - size_px + 1, 2)
+    defective = np.argwhere(cover >= 0.5 * float(cover.max()))
+    if cover.max() > 0:
+        inside = defective[rng.integers(len(defective))]
+        corner = inside - rng.integers(size_px // 8, size_px - size_px // 8, 2)
+        corner = np.clip(corner, 0, cover.shape[0] - size_px)
+    return slice(corner[0], corner[0] + size_px), slice(corner[1], corner[1] + size_px)
+
+
+def cuts(images: Iterable[Image], *, seed: int, size_px: int) -> Iterator[Image]:
+    """Show each field (H, W) as the detector sees a part of it: (size_px, size_px), at a random scale.
+
+    A field whose shorter side is smaller is enlarged.
+    """
+    rng = np.random.default_rng(seed)
+    for image in images:
+        shorter = max(size_px, min(image.shape))
+        cut = max(size_px, round(shorter * log_uniform(rng, size_px / shorter, 1.0)) if rng.random() < CUT_SHARE else 0)
+        scale = cut / min(image.shape)
+        shown = resize(
+            image, (max(size_px, round(image.shape[0] * scale)), max(size_px, round(image.shape[1] * scale)))
+        )
+        y, x = (int(rng.integers(0, n - size_px + 1)) for n in shown.shape)
+        yield np.ascontiguousarray(shown[y : y + size_px, x : x + size_px])
 
 
 def views(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 
 
 def few_shot_images(

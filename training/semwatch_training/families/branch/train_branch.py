@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -21,11 +21,27 @@ from torch import Tensor, nn
 from semwatch.errors import ConfigError
 from semwatch.system import files
 from semwatch_training.families.branch.branch_views import Image, Mask
-from semwatch_training.families.branch.segmentation_branch import BranchForm, Evidence, SegmentationBranch, branch_loss
+from semwatch_training.families.branch.segmentation_branch import BranchForm, SegmentationBranch, branch_loss
 from semwatch_training.system import checkpoint
 from semwatch_training.system.progress_bars import Progress
+from semwatch_training.trunks.efficientnet import EfficientNet
 
 CHECKPOINT_STEPS = 50
+
+
+class Reads(Protocol):
+    """What a branch reads of an image, in two parts: a frozen trunk's maps, and channels made of these."""
+
+    @property
+    def form(self) -> BranchForm:
+        """Of the branch."""
+
+    @property
+    def trunk(self) -> EfficientNet:
+        """The frozen trunk."""
+
+    def matching(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> Tensor:
+        """Channels (B, 3, h, w) of three stages' maps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +73,7 @@ class Samples(NamedTuple):
 
 
 def cache_samples(
-    evidence: Evidence, pairs: Iterable[tuple[Image, Mask]], n: int, folder: Path, *, progress: Progress
+    evidence: Reads, pairs: Iterable[tuple[Image, Mask]], n: int, folder: Path, *, progress: Progress
 ) -> Samples:
     """Write the evidence of n images and their masks to ``folder`` and map them.
 
@@ -79,8 +95,7 @@ def cache_samples(
     cover = np.zeros((n, form.side, form.side), np.uint8)
     for index, (image, mask) in zip(range(n), pairs, strict=True):
         cache[index] = _row(evidence, image)
-        share = cv2.resize(mask.astype(np.float32), (form.side, form.side), interpolation=cv2.INTER_AREA)
-        cover[index] = np.rint(share * 255)
+        cover[index] = np.rint(cover_of(mask, (form.side, form.side)) * 255)
         progress("evidence", index + 1, n)
     cache.flush()
     with files.writing(cover_path) as file:
@@ -89,7 +104,13 @@ def cache_samples(
     return Samples(np.load(evidence_path, mmap_mode="r"), cover)
 
 
-def _row(evidence: Evidence, image: Image) -> NDArray[np.float16]:
+def cover_of(mask: Mask, grid: tuple[int, ...]) -> NDArray[np.float32]:
+    """Share of each cell of a grid (h, w) that a mask (H, W) covers."""
+    share = cv2.resize(mask.astype(np.float32), (grid[1], grid[0]), interpolation=cv2.INTER_AREA)
+    return np.asarray(share, np.float32)
+
+
+def _row(evidence: Reads, image: Image) -> NDArray[np.float16]:
     device = next(evidence.trunk.parameters()).device
     pixels = torch.from_numpy(np.ascontiguousarray(image)[None]).to(device)
     # bf16 doubles the trunk's speed and costs nothing measurable; matching takes small differences and stays in fp32.

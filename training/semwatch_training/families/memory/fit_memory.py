@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.line.scaling import resize
 from semwatch_training.data.augment import turned
 from semwatch_training.families.memory.memory_detector import (
     Bank,

@@ -1,0 +1,145 @@
+"""The default detector: an image's own statistics and a trained branch, at the image's own scale.
+
+One frozen convolutional trunk is run over the image as it is, whatever its size. Two things read its maps: statistics
+of the image itself, which have no weights (``own_statistics``), and the segmentation branch, which is shown these
+statistics beside the maps. The score of a place is a calibrated sum of the branch's logit and of the statistics: the
+branch knows patterns like those it was trained on, the statistics ask only what is unusual here, and how much each
+counts is fitted on kinds of layout that the branch was never shown (``train_intrinsic``).
+
+Source: IC-DefectNCD's image-intrinsic detection, here without its reconstruction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from semwatch_training.families.branch.segmentation_branch import (
+    BranchForm,
+    SegmentationBranch,
+    image_score,
+    standardise,
+)
+from semwatch_training.families.intrinsic import own_statistics
+from semwatch_training.trunks.efficientnet import STAGES, EfficientNet
+
+STRIDE_PX = 8
+"""Edge of a cell of the map, in pixels of the image."""
+
+
+@dataclass(frozen=True, slots=True)
+class IntrinsicForm:
+    """What an intrinsic detector is made of; stored beside its weights."""
+
+    branch: BranchForm = field(default_factory=lambda: BranchForm(width=64))
+    """``input_px`` is the size that it is trained at; the graph takes any."""
+    keys: int = 33
+    """Like places are sought among so many a side; odd, so that no pattern's period is a whole number of steps."""
+    fine_reach: int = 3
+    coarse_reach: int = 2
+    domain_fields: int = 300
+    """Normal fields that say which processes are known."""
+
+    @property
+    def domain_width(self) -> int:
+        """Length of a field's description, see ``described``."""
+        return 2 * sum(STAGES[stage - 1].channels for stage in self.branch.stages[1:])
+
+
+class OwnEvidence(nn.Module):
+    """What the branch reads of an image: the trunk's maps, and what the image's own statistics say. Frozen."""
+
+    in_fp32 = True
+    """The statistics are, in engines of a lower precision too, the trunk's maps are not; see ``publishing.export``."""
+
+    def __init__(self, trunk: EfficientNet, form: IntrinsicForm) -> None:
+        super().__init__()
+        self.trunk, self.form, self.own = trunk, form.branch, form
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Three stages' maps and three channels of statistics of uint8 gray images (B, H, W), multiples of 16."""
+        fine, middle, coarse = self.trunk(image, self.form.stages)
+        return fine, middle, coarse, self.matching(fine, middle, coarse)
+
+    def matching(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> Tensor:
+        """Distances to the nearest like place, fine and coarse, and to the image's Gaussian: (B, 3, h, w)."""
+        both = torch.cat((standardise(functional.avg_pool2d(fine, 2)), standardise(middle)), dim=1)
+        form = self.own
+        near = own_statistics.like_places(both, keys=form.keys, reach=form.fine_reach)
+        coarse_near = own_statistics.like_places(standardise(coarse), keys=form.keys, reach=form.coarse_reach)
+        upsampled = functional.interpolate(coarse_near, size=near.shape[2:], mode="bilinear", align_corners=False)
+        unusual = own_statistics.mahalanobis(own_statistics.places((fine, middle, coarse)))
+        return torch.cat((near, upsampled, unusual), dim=1)
+
+
+class IntrinsicDetector(nn.Module):
+    """The trained part: the branch, and how much branch and statistics count."""
+
+    in_fp32 = True
+    """Calibration and distances to known fields, not the branch."""
+
+    def __init__(self, form: IntrinsicForm) -> None:
+        super().__init__()
+        self.form = form
+        self.branch = SegmentationBranch(form.branch)
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0, 0.0]))
+        """Weight of the branch's logit, weight of the statistics, offset."""
+        n, F = form.domain_fields, form.domain_width
+        self.register_buffer("domain_mean", torch.zeros(F))
+        self.register_buffer("domain_spread", torch.ones(F))
+        self.register_buffer("domain_fields", torch.zeros(n, F))
+        """What normal fields of the known processes look like, in spreads from the mean of all."""
+        self.register_buffer("domain_distances", torch.full((n,), torch.inf))
+        """Of each of these to the nearest of the others; infinite: every field is of a known process."""
+
+    def domain_p(self, description: Tensor) -> Tensor:
+        """Conformal p-value (B,) of fields, as described (B, F), among the normal fields of the known processes.
+
+        The distance of a field to the nearest normal one is held against those of normal fields to the nearest other.
+        """
+        away = (description - cast(Tensor, self.domain_mean)) / cast(Tensor, self.domain_spread)
+        known, distances = cast(Tensor, self.domain_fields), cast(Tensor, self.domain_distances)
+        squared = known.square().sum(dim=1) - 2 * (away @ known.T)
+        nearest = (squared.amin(dim=1) + away.square().sum(dim=1)).clamp_min(0).sqrt()
+        as_far = (distances >= nearest[:, None]).to(away.dtype).sum(dim=1)
+        return (as_far + 1) / (distances.shape[0] + 1)
+
+    def logits(self, branch: Tensor, statistics: Tensor) -> Tensor:
+        """Calibrated logits (B, h, w) of the branch's logits (B, h, w) and the statistics (B, 3, h, w)."""
+        weight, own_weight, offset = cast(Tensor, self.calibration).unbind()
+        return weight * branch + own_weight * unusualness(statistics) + offset
+
+
+def unusualness(statistics: Tensor) -> Tensor:
+    """The Gaussian's distance in standard deviations of the image's own places: (B, h, w) of (B, 3, h, w)."""
+    return standardise(statistics[:, 2:3])[:, 0]
+
+
+def described(maps: Sequence[Tensor]) -> Tensor:
+    """What a field looks like as a whole: mean and deviation of every channel of the trunk's maps, (B, F)."""
+    centres = [x.mean(dim=(2, 3)) for x in maps]
+    spreads = [(x - x.mean(dim=(2, 3), keepdim=True)).square().mean(dim=(2, 3)).sqrt() for x in maps]
+    return torch.cat((*centres, *spreads), dim=1)
+
+
+class IntrinsicGraph(nn.Module):
+    """What is exported: uint8 gray of any size in, score map, raw image score and p-value of the process out."""
+
+    def __init__(self, trunk: EfficientNet, detector: IntrinsicDetector) -> None:
+        super().__init__()
+        self.evidence, self.detector = OwnEvidence(trunk, detector.form), detector
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return score map (B, H / 8, W / 8), raw score (B,) and domain p-value (B,) of images (B, H, W).
+
+        The sides are multiples of 16. Map and raw score are -log(1 - p) of the probability p of a defect, 0 or more:
+        near 0 where all is normal, and linear in the logit where it is not. The raw score is that of ``image_score``.
+        """
+        fine, middle, coarse, statistics = self.evidence(image)
+        logits = self.detector.logits(self.detector.branch(fine, middle, coarse, statistics), statistics)
+        raw = image_score(logits, self.detector.form.branch.top_cells)
+        domain_p = self.detector.domain_p(described((middle, coarse)))
+        return functional.softplus(logits), functional.softplus(raw), domain_p

@@ -1,0 +1,139 @@
+"""Statistics of an image's own features: what is unusual *in this image*, without a weight and without a normal image.
+
+Two of them. A robust Gaussian of all places, which sees what no linear combination of the usual explains; and the
+distance to the nearest like place, which follows patterns whose places lie on a curve rather than in a cloud, as those
+of printed lines do. Both are plain matrix products of fixed depth, so that ONNX, TensorRT and Triton take them, and
+both work at any size of the image.
+
+Source: IC-DefectNCD's image-intrinsic priors; Mahalanobis distance of one Gaussian (Rippel et al. 2020) fitted on the
+image itself; concentration steps on its most typical places (Rousseeuw and Van Driessen 1999), their number found by
+bisection, since TensorRT sorts few values; inverse by Newton and Schulz (Schulz 1933); like places as MuSc between
+images (Li et al. 2024).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SHRINKAGE = 0.05
+"""Share of the mean variance in the covariance: the inverse stays tame however few places there are."""
+REFITS = 3
+TYPICAL = 0.8
+"""Share of the places that the Gaussian is refitted on."""
+BISECTIONS = 14
+INVERSE_STEPS = 16
+"""Enough for a condition of 4,000 in float32: every step doubles the digits, the first ten only find the scale."""
+
+
+def places(maps: Sequence[Tensor]) -> Tensor:
+    """One feature vector of each 8 x 8 px place: (B, C, h, w).
+
+    Args:
+        maps: of stages at strides 4, 8 and 16: (B, C1, 2h, 2w), (B, C2, h, w), (B, C3, h / 2, w / 2).
+
+    Returns:
+        Each stage averaged over 3 x 3 places and of unit length, side by side.
+    """
+    fine, middle, coarse = maps
+    size = middle.shape[2:]
+    parts = (
+        functional.avg_pool2d(fine, 2),
+        middle,
+        functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False),
+    )
+    return torch.cat([functional.normalize(smooth(part), dim=1) for part in parts], dim=1)
+
+
+def smooth(x: Tensor) -> Tensor:
+    """Average (B, C, h, w) over 3 x 3 places; the border is repeated outside."""
+    return functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+
+
+def mahalanobis(x: Tensor, *, bank: Tensor | None = None) -> Tensor:
+    """Distance of each place to a robust Gaussian of all places of its image, in mean distances: (B, 1, h, w).
+
+    Args:
+        x: (B, C, h, w), see ``places``.
+        bank: (n, C) places of normal images, which count as places of the image; None: the image alone.
+    """
+    size = x.shape[2:]
+    cells = x.flatten(2).transpose(1, 2)
+    known = cells if bank is None else torch.cat((cells, bank.expand(cells.shape[0], -1, -1)), dim=1)
+    weights = torch.ones_like(known[..., :1])
+    for _ in range(REFITS):
+        squared = _squared_distances(known, *_gaussian(known, weights))
+        weights = (squared <= quantile(squared, TYPICAL)).to(x.dtype)
+    squared = _squared_distances(cells, *_gaussian(known, weights))
+    distance = squared.clamp_min(0).sqrt()
+    distance = distance / distance.mean(dim=1, keepdim=True).clamp_min(1e-6)
+    return distance.transpose(1, 2).reshape(x.shape[0], 1, *size)
+
+
+def quantile(values: Tensor, share: float) -> Tensor:
+    """The value (B, 1, 1) that ``share`` of values (B, N, 1), 0 or more, do not exceed, by bisection."""
+    high = values.amax(dim=1, keepdim=True)
+    low = torch.zeros_like(high)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        enough = (values <= middle).to(values.dtype).mean(dim=1, keepdim=True) >= share
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return high
+
+
+def _gaussian(cells: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean (B, 1, C) and inverse of the shrunk covariance (B, C, C) of cells (B, N, C)."""
+    total = weights.sum(dim=1, keepdim=True)
+    mean = (weights * cells).sum(dim=1, keepdim=True) / total
+    centred = cells - mean
+    covariance = (centred * weights).transpose(1, 2) @ centred / total
+    identity = torch.eye(cells.shape[2], device=cells.device, dtype=cells.dtype)
+    mean_variance = (covariance * identity).sum(dim=(1, 2), keepdim=True) / cells.shape[2]
+    floor = SHRINKAGE * mean_variance + 1e-9  # a constant image has no spread at all
+    return mean, inverse((1 - SHRINKAGE) * covariance + floor * identity, floor)
+
+
+def inverse(matrix: Tensor, smallest: Tensor) -> Tensor:
+    """Inverse of symmetric positive matrices (B, C, C) whose eigenvalues are at least ``smallest`` (B, 1, 1).
+
+    By products alone: X becomes X (2 I - A X), started so that all eigenvalues of A X lie in (0, 2).
+    """
+    identity = torch.eye(matrix.shape[2], device=matrix.device, dtype=matrix.dtype)
+    largest = matrix.abs().sum(dim=2, keepdim=True).amax(dim=1, keepdim=True)
+    found = identity * (2 / (largest + smallest))
+    for _ in range(INVERSE_STEPS):
+        found = found @ (2 * identity - matrix @ found)
+    return found
+
+
+def _squared_distances(cells: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
+    centred = cells - mean
+    return ((centred @ precision) * centred).sum(dim=2, keepdim=True)
+
+
+def like_places(x: Tensor, *, keys: int, reach: int) -> Tensor:
+    """Mean squared difference of each place to its nearest like elsewhere in the image: (B, 1, h, w).
+
+    Args:
+        x: (B, C, h, w), channels standardised over the image.
+        keys: the likes are sought among ``keys`` x ``keys`` places spread evenly over the image.
+        reach: places up to so many away on both axes share most of what a place sees, and are no proof.
+    """
+    B, C = x.shape[:2]
+    size = x.shape[2:]
+    sought = functional.interpolate(x, size=(keys, keys), mode="nearest")
+    cells, others = x.flatten(2).transpose(1, 2), sought.flatten(2)
+    # |b|^2 - 2ab: what |a - b|^2 is without |a|^2, which no minimum over b needs.
+    d = others.square().sum(dim=1, keepdim=True) - 2 * (cells @ others)
+    beside = _near(x[:1, :1, :, :1], keys, reach)[:, None, :, None], _near(x[:1, :1, :1].mT, keys, reach)[None, :, None]
+    d = d.reshape(B, *size, keys, keys) + 1e5 * (beside[0] * beside[1])
+    nearest = (d.flatten(3).amin(dim=3) + x.square().sum(dim=1)).clamp_min(0) / C
+    return nearest[:, None]
+
+
+def _near(line: Tensor, keys: int, reach: int) -> Tensor:
+    """Which of ``keys`` places, spread along a line (1, 1, n, 1), lie within reach of each of the n: (n, keys)."""
+    at = torch.ones_like(line).cumsum(dim=2)
+    sought = functional.interpolate(at, size=(keys, 1), mode="nearest")
+    return ((at.flatten()[:, None] - sought.flatten()).abs() <= reach).to(line.dtype)
