@@ -98,6 +98,8 @@ class ScoreMap:
     this detector cannot say."""
     field_features: NDArray[np.float32] | None = None
     """(D,) what the detector says of the whole field, for an encoder that asks; None where it says nothing of it."""
+    patch_features: NDArray[np.float32] | None = None
+    """(C, h, w) what it says of each place, at a grid of its own; as above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,6 +173,8 @@ class Defect:
     verdict: Verdict
     field_features: NDArray[np.float32] | None = None
     """What the encoder was told of the whole field, see ``ScoreMap``; None where it did not ask."""
+    region_features: NDArray[np.float32] | None = None
+    """(C,) what it was told of the defect's places: their ``ScoreMap.patch_features``, averaged; as above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -473,6 +473,17 @@ def soft_mask(
     return np.asarray(np.clip(rows @ heat @ cols.T, 0.0, 1.0), np.float32)
 
 
+def region_features(
+    patch_features: NDArray[np.float32], saliency: NDArray[np.float32], region_mask: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Average what a detector says of places (C, h, w), under the saliency (g, q) of one region: (C,)."""
+    near = cv2.dilate(region_mask.view(np.uint8), _SQUARE_3X3).view(np.bool_)
+    heat = np.where(near, saliency, np.float32(0.0)) + np.float32(1e-6)  # without any heat all places count alike
+    h, w = patch_features.shape[1:]
+    weights = _overlaps(0, 1, h, heat.shape[0]) @ heat @ _overlaps(0, 1, w, heat.shape[1]).T
+    return np.asarray(np.tensordot(patch_features, weights / weights.sum(), 2), np.float32)
+
+
 def _overlaps(first: float, last: float, tokens: int, grid_px: int) -> NDArray[np.float32]:
     """Return (t, g): the share of each of t equal steps from ``first`` to ``last`` inside each cell of [0, 1]."""
     edges, cells = np.linspace(first * grid_px, last * grid_px, tokens + 1)[:, None], np.arange(grid_px)

@@ -10,9 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import ScoreMap
 from semwatch.line.scaling import resize
-from semwatch.models.contract import FIELD_FEATURES
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.model_repository import Arrays, Meta, Tensor
 
 CROP_PX, TOKENS = 224, 16
@@ -42,6 +41,10 @@ class View(Protocol):
     def field_features(self) -> NDArray[np.float32] | None:
         """(D,) what the detector says of the whole field, None where the encoder does not ask for it."""
 
+    @property
+    def region_features(self) -> NDArray[np.float32] | None:
+        """(C,) what the detector says of the defect's places, None where the encoder does not ask for it."""
+
 
 OF_FIELD: Mapping[str, Callable[[NDArray[np.uint8], Tensor], NDArray[np.uint8]]] = MappingProxyType(
     {"image": lambda field, asked: field if asked.is_open else resize(field, (asked.shape[0], asked.shape[1]))}
@@ -55,6 +58,7 @@ OF_VIEW: Mapping[str, Callable[[View], "NDArray[np.uint8] | NDArray[np.float32] 
         "size": lambda view: view.size,
         "field": lambda view: view.field,
         "field_features": lambda view: view.field_features,
+        "region_features": lambda view: view.region_features,
     }
 )
 """Which part of a view each input of an encoder is; ``crop_px``, ``tokens``, ``whole_field`` say how large to cut."""
@@ -107,6 +111,6 @@ def whole_field(encoder: Meta, field: NDArray[np.uint8]) -> NDArray[np.uint8] | 
     return None if asked is None else resize(field, (asked.shape[0], asked.shape[1]))
 
 
-def field_features(encoder: Meta, score_map: ScoreMap) -> NDArray[np.float32] | None:
-    """What the detector said of the whole field; None where the encoder does not ask."""
-    return score_map.field_features if FIELD_FEATURES in encoder.inputs else None
+def listens(encoder: Meta) -> bool:
+    """Whether an encoder asks for what the detector says."""
+    return FIELD_FEATURES in encoder.inputs or REGION_FEATURES in encoder.inputs

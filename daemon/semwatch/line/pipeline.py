@@ -24,6 +24,7 @@ from semwatch.line import binarization, detection, inputs, reference
 from semwatch.line.binarization import Region
 from semwatch.line.classification import classify, domain_of, size_feature
 from semwatch.line.reference import Compared
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
@@ -45,7 +46,9 @@ class Candidate:
     field: NDArray[np.uint8] | None = None
     """The whole field at the size that the encoder asks for; None where it does not ask."""
     field_features: NDArray[np.float32] | None = None
-    """What the detector says of the whole field; None where the encoder does not ask."""
+    """What the detector says of the whole field; as above."""
+    region_features: NDArray[np.float32] | None = None
+    """What the detector says of the region's places; as above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +57,6 @@ class Search:
 
     score_map: ScoreMap
     detector: ModelId
-    """None where the page was compared with its reference, and no detector asked."""
     gate_threshold: float
     mask: NDArray[np.bool_]
     candidates: tuple[Candidate, ...]
@@ -142,7 +144,7 @@ def search(
 ) -> Search:
     """Detect and binarize one page; training uses it too, so that heads see the crops that the daemon cuts.
 
-    With a ``difference`` from a reference no detector is asked: what both images show is no defect.
+    With a ``difference`` from a reference no detector says where a defect is: what both images show is none.
 
     Raises:
         ServiceUnavailable: the models are away.
@@ -206,7 +208,7 @@ def _search_difference(
     settings, threshold = recipe.binarization, recipe.reference.threshold
     with _timed(timings, "detect"):
         own, detector = detection.detect(page.field, models, coarser=recipe.detection.coarser)
-    difference = replace(difference, domain_p=own.domain_p, field_features=own.field_features)
+    difference = replace(difference, domain_p=own.domain_p)
     with _timed(timings, "binarize"):
         found = reference.binarize(difference.values, threshold=threshold, grid_px=settings.grid_px)
         regions = binarization.regions(
@@ -217,7 +219,7 @@ def _search_difference(
             max_regions=settings.max_defects,
         )
     with _timed(timings, "crop"):
-        candidates = cut_out(regions, page, found.saliency, recipe, models, difference) if regions else ()
+        candidates = cut_out(regions, page, found.saliency, recipe, models, own) if regions else ()
     return Search(difference, detector, threshold, found.mask, candidates, "reference")
 
 
@@ -348,6 +350,7 @@ def _name_defects(
                 features=features[index],
                 verdict=verdict,
                 field_features=candidate.field_features,
+                region_features=candidate.region_features,
             )
         )
     return tuple(defects), answered
@@ -359,17 +362,22 @@ def cut_out(
     saliency: NDArray[np.float32],
     recipe: Recipe,
     models: Models,
-    score_map: ScoreMap | None = None,
+    said: ScoreMap | None = None,
 ) -> tuple[Candidate, ...]:
     """Cut regions of a page out, as large and as sharp as the encoder wants them.
 
-    ``score_map`` is the detector's answer, for an encoder that asks what it says of the field.
+    ``said`` is the detector's answer for this page, for an encoder that listens (``inputs.listens``).
     """
     encoder = models.meta("encoder")
     field = inputs.whole_field(encoder, page.field)
-    said = None if score_map is None else inputs.field_features(encoder, score_map)
-    cut = (_cut_out(region, page, saliency, field, recipe, encoder) for region in regions)
-    return tuple(replace(candidate, field_features=said) for candidate in cut)
+    of_field = said.field_features if said is not None and FIELD_FEATURES in encoder.inputs else None
+    patches = said.patch_features if said is not None and REGION_FEATURES in encoder.inputs else None
+    candidates = []
+    for region in regions:
+        of_region = None if patches is None else binarization.region_features(patches, saliency, region.mask)
+        cut = _cut_out(region, page, saliency, field, recipe, encoder)
+        candidates.append(replace(cut, field_features=of_field, region_features=of_region))
+    return tuple(candidates)
 
 
 def _cut_out(

@@ -57,6 +57,7 @@ INPUTS: Mapping[str, Mapping[str, Input]] = MappingProxyType(
                 "size": Input((2,), ("float32",), "log2 of window side and root mask area over the field's short side"),
                 "field": Input((None, None), _GRAY, "the whole field of view that the defect lies in, resized"),
                 "field_features": Input((None,), ("float32",), "what the detector says of that whole field"),
+                "region_features": Input((None,), ("float32",), "what the detector says of the defect's places"),
             }
         ),
         "head": MappingProxyType({"features": Input((None,), ("float32",), "the encoder's features of a defect")}),
@@ -73,22 +74,19 @@ OUTPUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 )
 """Number of axes of each output that the line reads, by role and name; all of them are float32."""
 
-MAY_GIVE: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        "detector": MappingProxyType({"domain_p": 0, "field_features": 1}),
-        "encoder": MappingProxyType({}),
-        "head": MappingProxyType({}),
-    }
+OPTIONAL: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {"detector": MappingProxyType({"domain_p": 0, "field_features": 1, "patch_features": 3})}
 )
-"""Outputs that the line reads where a model has them, as ``OUTPUTS`` otherwise."""
+"""The same of outputs that the line reads where a model gives them; see ``defects.ScoreMap``."""
 
-FIELD_FEATURES = "field_features"
-"""What a detector may say of a whole field, and an encoder may ask for.
+FIELD_FEATURES, PATCH_FEATURES, REGION_FEATURES = "field_features", "patch_features", "region_features"
+"""What a detector may say: of a whole field (D,), and of each place (C, h, w), which is averaged over a defect.
 
-In the provenance of both stands under this name how they are made: an encoder takes no others than it was made for.
+An encoder may ask for the first and for that average. In the provenance of both models ``field_features`` names the kind
+of all this: an encoder takes no other than it was made for.
 """
 
-OF_A_CROP = ("crop", "soft_mask", "size", "field_features")
+OF_A_CROP = ("crop", "soft_mask", "size", "field_features", "region_features")
 """Inputs that a kept crop may still have: its field is gone."""
 
 
@@ -116,8 +114,8 @@ def check_contract(meta: Meta) -> None:
         raise ModelMismatch(
             f"this {meta.model} gives no {_listed(absent)}; the line reads {_listed(needed)} of a {meta.model}"
         )
-    may_give = {name: n_axes for name, n_axes in MAY_GIVE[meta.model].items() if name in meta.outputs}
-    for name, n_axes in {**needed, **may_give}.items():
+    optional = OPTIONAL.get(meta.model, {})
+    for name, n_axes in (*needed.items(), *((name, optional[name]) for name in optional if name in meta.outputs)):
         given = meta.outputs[name]
         if len(given.shape) != n_axes or given.dtype != "float32":
             raise ModelMismatch(
@@ -126,31 +124,31 @@ def check_contract(meta: Meta) -> None:
 
 
 def check_pair(detector: Meta, encoder: Meta) -> None:
-    """Refuse an encoder that asks for features of the field that this detector does not give.
+    """Refuse an encoder that asks for what this detector does not say.
 
     Raises:
-        ModelMismatch: none, others, or of another width.
+        ModelMismatch: it says nothing, or other things than the encoder was made for.
     """
-    asked, given = encoder.inputs.get(FIELD_FEATURES), detector.outputs.get(FIELD_FEATURES)
-    if asked is None:
-        return
     remedy = "build detector and encoder of one release, or pin an encoder that does not ask for them"
-    if given is None:
-        raise ModelMismatch(
-            f"this encoder asks for `{FIELD_FEATURES}`, what the detector says of the whole field, and this detector "
-            f"says nothing of it: {remedy}"
-        )
-    if given.shape != asked.shape:
-        raise ModelMismatch(
-            f"this encoder asks for `{FIELD_FEATURES}` as {_in_words(asked)}, and this detector gives "
-            f"{_in_words(given)}: {remedy}"
-        )
-    theirs, ours = (meta.provenance.get(FIELD_FEATURES) for meta in (detector, encoder))
-    if theirs is not None and ours is not None and theirs != ours:
-        raise ModelMismatch(
-            f"this encoder was made for `{FIELD_FEATURES}` of another kind ({ours}) than this detector gives "
-            f"({theirs}): {remedy}"
-        )
+    for name, source in ((FIELD_FEATURES, FIELD_FEATURES), (REGION_FEATURES, PATCH_FEATURES)):
+        asked, given = encoder.inputs.get(name), detector.outputs.get(source)
+        if asked is None:
+            continue
+        if given is None:
+            raise ModelMismatch(
+                f"this encoder asks for `{name}`, and this detector gives no `{source}` to make them of: {remedy}"
+            )
+        if given.shape[0] != asked.shape[0]:
+            raise ModelMismatch(
+                f"this encoder asks for `{name}` of width {asked.shape[0]}, and this detector's `{source}` have "
+                f"{given.shape[0]}: {remedy}"
+            )
+        theirs, ours = (meta.provenance.get(FIELD_FEATURES) for meta in (detector, encoder))
+        if theirs is not None and ours is not None and theirs != ours:
+            raise ModelMismatch(
+                f"this encoder was made for features of another kind ({ours}) than this detector gives ({theirs}): "
+                f"{remedy}"
+            )
 
 
 def _fault(asked: Tensor, offered: Input) -> str | None:

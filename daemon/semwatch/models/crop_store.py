@@ -6,7 +6,7 @@
     ends        (n,) int64, where each ends
     soft_masks  (n, t, t) float16
     sizes       (n, 2) float32, see ``line.classification.size_feature``
-    field_features  (n, D) float16, what the detector said of the field; only where the encoder asked for it
+    field_features, region_features  (n, D), (n, C) float16, what the detector said; only where the encoder asked
 
 Without loss, because JPEG moves the features: of 952 crops of 224 x 224 PNG makes 29 kB each, JPEG at quality 95 18 kB
 with p-values off by up to 0.06. Soft masks weigh next to nothing; a faint one would lose its digits in 8 bits.
@@ -36,6 +36,9 @@ MIN_AGE_S = 3600.0
 """A younger shard is kept though no bank names it: its head may be on the way."""
 
 
+TOLD = ("field_features", "region_features")
+
+
 class CropRef(NamedTuple):
     """Where a crop is kept."""
 
@@ -58,6 +61,8 @@ class KeptCrop:
     """Gone."""
     field_features: NDArray[np.float32] | None = None
     """(D,) what the detector said of the field; None where the encoder did not ask."""
+    region_features: NDArray[np.float32] | None = None
+    """(C,) what it said of the defect's places; as above."""
 
 
 def write(repository: Path, crops: Sequence[KeptCrop]) -> list[CropRef]:
@@ -68,8 +73,8 @@ def write(repository: Path, crops: Sequence[KeptCrop]) -> list[CropRef]:
     """
     by_size: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for i, crop in enumerate(crops):
-        of_field = () if crop.field_features is None else crop.field_features.shape
-        by_size.setdefault((crop.crop.shape, crop.soft_mask.shape, of_field), []).append(i)
+        told = (() if values is None else values.shape for values in (getattr(crop, name) for name in TOLD))
+        by_size.setdefault((crop.crop.shape, crop.soft_mask.shape, *told), []).append(i)
     found: dict[int, CropRef] = {}
     for rows in by_size.values():
         content = encode([crops[i] for i in rows])
@@ -103,11 +108,14 @@ def path_of(repository: Path, shard: str) -> Path:
 
 
 def encode(crops: Sequence[KeptCrop]) -> bytes:
-    """A shard of n >= 1 crops of one size, all with features of their field or all without; same crops, same bytes."""
-    of_fields = [crop.field_features for crop in crops if crop.field_features is not None]
-    if len(of_fields) not in (0, len(crops)):
-        raise ValueError(f"{len(of_fields)} of {len(crops)} crops have features of their field: keep them apart")
-    more = {"field_features": np.stack(of_fields).astype(np.float16)} if of_fields else {}
+    """A shard of n >= 1 crops of one size, all told what the detector said or none; the same crops, the same bytes."""
+    more = {}
+    for name in TOLD:
+        told = [values for values in (getattr(crop, name) for crop in crops) if values is not None]
+        if len(told) not in (0, len(crops)):
+            raise ValueError(f"{len(told)} of {len(crops)} crops have {name}: keep them apart")
+        if told:
+            more[name] = np.stack(told).astype(np.float16)
     images = [cv2.imencode(".png", crop.crop)[1].ravel() for crop in crops]
     file = io.BytesIO()
     np.savez(
@@ -227,6 +235,6 @@ def _row(arrays: Mapping[str, NDArray[Any]], row: int, where: str) -> KeptCrop:
     if crop is None:
         raise ModelMismatch(f"crop {row} of {where} is damaged")
     mask = arrays["soft_masks"][row].astype(np.float32)
-    of_field = arrays["field_features"][row].astype(np.float32) if "field_features" in arrays else None
+    told = {name: arrays[name][row].astype(np.float32) for name in TOLD if name in arrays}
     size = np.asarray(arrays["sizes"][row], np.float32)
-    return KeptCrop(np.asarray(crop, np.uint8), mask, size, field_features=of_field)
+    return KeptCrop(np.asarray(crop, np.uint8), mask, size, None, **told)

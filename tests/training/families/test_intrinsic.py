@@ -18,7 +18,7 @@ from semwatch_training.families.intrinsic.intrinsic_detector import (
     OwnEvidence,
 )
 from semwatch_training.publishing.export import parity, random_inputs, to_onnx
-from semwatch_training.trunks.efficientnet import FIELD_WIDTH
+from semwatch_training.trunks.efficientnet import FIELD_WIDTH, PATCH_WIDTH
 from tiny_models import convolutional
 
 FORM = IntrinsicForm(branch=BranchForm(input_px=64, projection=4, width=8, dilations=(1,)), keys=5)
@@ -98,10 +98,11 @@ def test_like_places_are_sought_outside_the_neighbourhood() -> None:
 @pytest.mark.parametrize("size_hw", [(64, 64), (64, 256), (160, 96)])
 def test_map_has_a_cell_for_eight_pixels(size_hw: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (2, *size_hw), dtype=torch.uint8)
-    values, raw, domain_p, of_field = graph()(image)
+    values, raw, domain_p, of_field, patches = graph()(image)
     assert values.shape == (2, size_hw[0] // 8, size_hw[1] // 8)
     assert raw.shape == domain_p.shape == (2,)
     assert of_field.shape == (2, FIELD_WIDTH)
+    assert patches.shape == (2, PATCH_WIDTH, size_hw[0] // 16, size_hw[1] // 16)
     alone, *_ = graph()(image[1:])
     assert torch.allclose(values[1:], alone, atol=1e-4), "an image is judged by itself"
 

@@ -9,15 +9,23 @@ import torch
 
 from semwatch.errors import ModelMismatch
 from semwatch.line import inputs
+from semwatch.line.detection import detect
 from semwatch.models import model_repository
-from semwatch.models.contract import FIELD_FEATURES
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.inference import Embedded
 from semwatch_training.families.ni import export as ni_export
 from semwatch_training.families.of_field import with_field_features
 from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit, spread
 from semwatch_training.publishing.export import publish
-from semwatch_training.trunks.efficientnet import FIELD_STAGES, FIELD_WIDTH, STAGES, field_descriptor
+from semwatch_training.trunks.efficientnet import (
+    FIELD_STAGES,
+    FIELD_WIDTH,
+    PATCH_WIDTH,
+    STAGES,
+    field_descriptor,
+    patch_descriptor,
+)
 from tiny_models import DETECTOR, ENCODER, convolutional, detector_graph, trunk
 
 LISTENING = replace(ENCODER, field=True)
@@ -58,6 +66,13 @@ def test_blank_field_has_finite_features() -> None:
     assert torch.equal(field_descriptor(blank), torch.zeros(2, FIELD_WIDTH))
 
 
+def test_each_place_is_described_by_its_own_channels() -> None:
+    given = maps(8, 4, 2)
+    said = patch_descriptor(given)
+    assert said.shape == (2, PATCH_WIDTH, 2, 3)
+    torch.testing.assert_close(said[1, :, 0, 2], torch.nn.functional.layer_norm(given[-1][1, :, 0, 2], (PATCH_WIDTH,)))
+
+
 # ---- who says it, and who listens ----
 
 
@@ -71,38 +86,44 @@ def test_exported_pair_says_and_hears_what_torch_computes(tmp_path) -> None:
     publish_pair(tmp_path)
     field = np.random.default_rng(0).integers(0, 256, (DETECTOR.input_px, DETECTOR.input_px), dtype=np.uint8)
     with torch.no_grad():
-        expected = field_descriptor(convolutional()(torch.from_numpy(field)[None], FIELD_STAGES))[0].numpy()
+        maps = convolutional()(torch.from_numpy(field)[None], FIELD_STAGES)
     with Embedded(tmp_path, threads=1, models=("detector", "encoder")) as models:
-        answer = models.infer("detector", inputs.for_detector(models.meta("detector"), field))
-        said = answer.outputs[FIELD_FEATURES]
-        np.testing.assert_allclose(said[0], expected, atol=1e-4)
+        said, _ = detect(field, models)
+        assert said.field_features is not None
+        assert said.patch_features is not None
+        np.testing.assert_allclose(said.field_features, field_descriptor(maps)[0].numpy(), atol=1e-4)
+        np.testing.assert_allclose(said.patch_features, patch_descriptor(maps)[0].numpy(), atol=1e-3)
         px, tokens = inputs.crop_px(models.meta("encoder")), inputs.tokens(models.meta("encoder"))
+        of_region = said.patch_features.mean(axis=(1, 2))
         asked = {
             "crop": np.zeros((1, px, px), np.uint8),
             "soft_mask": np.ones((1, tokens, tokens), np.float32),
             "size": np.float32([[-3, -4]]),
-            FIELD_FEATURES: said,
+            FIELD_FEATURES: said.field_features[None],
+            REGION_FEATURES: of_region[None],
         }
         features = models.infer("encoder", asked).outputs["features"][0]
         width = int(models.meta("encoder").provenance["frozen_width"])
-    np.testing.assert_allclose(features[width - FIELD_WIDTH : width], said[0], atol=1e-6)
+    told = features[width - FIELD_WIDTH - PATCH_WIDTH : width]
+    np.testing.assert_allclose(told[:FIELD_WIDTH], said.field_features, atol=1e-6)
+    np.testing.assert_allclose(told[FIELD_WIDTH:], of_region / np.linalg.norm(of_region), atol=1e-5)
     assert features.shape == (width + 24,)
 
 
 def test_detector_that_says_nothing_of_the_field_is_refused_beside_an_encoder_that_asks(tmp_path) -> None:
     publish(ni_export.exported(detector_graph(), normal_scores=[0.5]), tmp_path)
     publish(smg_vit_export.exported(EncoderGraph(SmgVit(trunk(), LISTENING)).eval()), tmp_path)
-    with pytest.raises(ModelMismatch, match="this detector says nothing of it"):
+    with pytest.raises(ModelMismatch, match="this detector gives no `field_features`"):
         Embedded(tmp_path, threads=1, models=("detector", "encoder"))
 
 
 def test_field_is_frozen_and_comes_before_the_class_token() -> None:
     heard, deaf = (EncoderGraph(SmgVit(trunk(), form)).eval() for form in (LISTENING, ENCODER))
     crop, mask, size = torch.zeros(1, 56, 56, dtype=torch.uint8), torch.rand(1, 4, 4), torch.zeros(1, 2)
-    said = torch.randn(1, FIELD_WIDTH)
-    features, without = heard(crop, mask, size, said), deaf(crop, mask, size)
-    assert heard.frozen_width == deaf.frozen_width + FIELD_WIDTH
-    assert torch.equal(features[:, deaf.frozen_width : heard.frozen_width], said)
+    said, of_region = torch.randn(1, FIELD_WIDTH), torch.randn(1, PATCH_WIDTH)
+    features, without = heard(crop, mask, size, said, of_region), deaf(crop, mask, size)
+    assert heard.frozen_width == deaf.frozen_width + FIELD_WIDTH + PATCH_WIDTH
+    assert torch.equal(features[:, deaf.frozen_width : deaf.frozen_width + FIELD_WIDTH], said)
     assert torch.equal(features[:, : deaf.frozen_width], without[:, : deaf.frozen_width])
     assert torch.equal(features[:, heard.frozen_width :], without[:, deaf.frozen_width :])
 

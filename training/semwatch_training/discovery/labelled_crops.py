@@ -23,10 +23,8 @@ from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
 from semwatch.line import binarization, detection, inputs
 from semwatch.line.classification import decide
-from semwatch.line.detection import detect
 from semwatch.line.pipeline import Candidate, cut_out, gate_threshold, search
 from semwatch.models import crop_store
-from semwatch.models.contract import FIELD_FEATURES
 from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe, UnknownRule
@@ -86,8 +84,8 @@ def collect(
             labels.append(label)
             image_idx.append(index)
             area_px.append(candidate.region.area_px)
-            of_field = candidate.field_features
-            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size, field_features=of_field))
+            told = candidate.field_features, candidate.region_features
+            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size, None, *told))
         progress("crops", index + 1, n_images)
     return Crops(
         np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), planted, found, tuple(views)
@@ -224,7 +222,7 @@ def shown_defect(candidate: Candidate, masks: NDArray[np.bool_]) -> int:
 def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Embedded) -> Candidate:
     """Cut out a defect along its true mask (H, W), with the mask's own blur at the working grid as its heat.
 
-    The detector is asked only where the encoder wants to hear what it says of the whole field.
+    The detector is asked only where the encoder wants to hear what it says.
     """
     map_hw = detection.scaled_size(truth.shape)
     grid = binarization.grid_hw((map_hw[0] // CELL_PX, map_hw[1] // CELL_PX), grid_px=recipe.binarization.grid_px)
@@ -233,10 +231,8 @@ def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Em
     )
     height, width = truth.shape
     (region,) = binarization.regions(heat > 0, heat, size_hw=(height, width), merge_fraction=1.0, max_regions=1)
-    score_map = None
-    if FIELD_FEATURES in models.meta("encoder").inputs:
-        score_map, _ = detect(inputs.for_detector(models.meta("detector"), page.field), models)
-    return cut_out((region,), page, heat / heat.max(), recipe, models, score_map)[0]
+    said = detection.detect(page.field, models)[0] if inputs.listens(models.meta("encoder")) else None
+    return cut_out((region,), page, heat / heat.max(), recipe, models, said)[0]
 
 
 def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
+from semwatch.line import inputs
 from semwatch.line.pipeline import gate_threshold
-from semwatch.models.contract import FIELD_FEATURES
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data import data_folders, datasets
@@ -85,7 +85,7 @@ def crops_of(source: Source, *, progress: Progress) -> tuple[Crops, int, Recipe]
     with Embedded(source.repository, models=("detector", "encoder")) as models:
         width = frozen_width(models)
         # Crops are cut along true masks; the detector counts only where the encoder asks what it says of the field.
-        asked = ("encoder", "detector") if FIELD_FEATURES in models.meta("encoder").inputs else ("encoder",)
+        asked = ("encoder", "detector") if inputs.listens(models.meta("encoder")) else ("encoder",)
         weights = "-".join(models.meta(model).weights_sha256[:12] for model in asked)
         kept = source.cache / "crops" / f"{name}-{weights}.npz"
         if kept.exists():

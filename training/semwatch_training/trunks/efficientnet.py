@@ -38,7 +38,8 @@ BATCH_NORM_EPS = 1e-3
 FIELD_STAGES = (2, 3, 5)
 """Whose maps ``field_descriptor`` reads; what detectors run anyway."""
 FIELD_WIDTH = 3 * sum(STAGES[stage - 1].channels for stage in FIELD_STAGES)
-FIELD_KIND = "efficientnet_lite2 stages 2, 3, 5: mean, deviation, maximum"
+PATCH_WIDTH = STAGES[FIELD_STAGES[-1] - 1].channels
+FIELD_KIND = "efficientnet_lite2 stages 2, 3, 5: mean, deviation, maximum; patches of stage 5"
 """In the provenance of detectors and encoders, so that neither meets another kind."""
 
 
@@ -176,3 +177,13 @@ def field_descriptor(maps: Sequence[Tensor]) -> Tensor:
         deviation = (one - mean[:, :, None, None]).square().mean(dim=(2, 3)).sqrt()
         parts += [functional.normalize(part, dim=1) for part in (mean, deviation, one.amax(dim=(2, 3)))]
     return torch.cat(parts, dim=1)
+
+
+def patch_descriptor(maps: Sequence[Tensor]) -> Tensor:
+    """Describe each place of fields by the coarsest of their maps, layer-normed: (B, ``PATCH_WIDTH``, h, w).
+
+    Args:
+        maps: as ``field_descriptor`` takes them; the last one is read.
+    """
+    coarse = maps[-1].permute(0, 2, 3, 1)
+    return functional.layer_norm(coarse, coarse.shape[-1:]).permute(0, 3, 1, 2)

@@ -25,7 +25,7 @@ from semwatch_training.families.branch.segmentation_branch import (
     standardise,
 )
 from semwatch_training.families.intrinsic import own_statistics
-from semwatch_training.trunks.efficientnet import STAGES, EfficientNet, field_descriptor
+from semwatch_training.trunks.efficientnet import STAGES, EfficientNet, field_descriptor, patch_descriptor
 
 STRIDE_PX = 8
 """Edge of a cell of the map, in pixels of the image."""
@@ -138,8 +138,8 @@ class IntrinsicGraph(nn.Module):
         super().__init__()
         self.evidence, self.detector = OwnEvidence(trunk, detector.form), detector
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return score map (B, H / 8, W / 8), raw score (B,), domain p-value (B,) and field descriptor (B, D).
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return score map (B, H / 8, W / 8), raw score (B,), domain p-value (B,), ``field_descriptor``, and patches.
 
         Of images (B, H, W) uint8, sides multiples of 16. Map and raw score are -log(1 - p) of the probability p of a
         defect, 0 or more: near 0 where all is normal, and linear in the logit where it is not.
@@ -147,5 +147,6 @@ class IntrinsicGraph(nn.Module):
         fine, middle, coarse, statistics = self.evidence(image)
         logits, raw = self.detector(fine, middle, coarse, statistics)
         domain_p = self.detector.domain_p(described((middle, coarse)))
-        of_field = field_descriptor((fine, middle, coarse))
-        return functional.softplus(logits), functional.softplus(raw), domain_p, of_field
+        maps = fine, middle, coarse
+        said = field_descriptor(maps), patch_descriptor(maps)
+        return functional.softplus(logits), functional.softplus(raw), domain_p, *said

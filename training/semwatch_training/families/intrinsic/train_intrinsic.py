@@ -143,7 +143,7 @@ def own_scale(graph: IntrinsicGraph) -> Callable[[NDArray[np.uint8]], ScoreMap]:
 
     def ask(tile: NDArray[np.uint8]) -> ScoreMap:
         with torch.no_grad():
-            values, raw, domain_p, _ = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]).to(device))
+            values, raw, domain_p, *_ = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]).to(device))
         return ScoreMap(values[0].cpu().numpy(), float(raw[0]), float(domain_p[0]))
 
     return lambda field: detection.own_scale(field, ask)

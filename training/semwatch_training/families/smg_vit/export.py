@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
-from semwatch.models.contract import FIELD_FEATURES
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.model_repository import Meta, Tensor
 from semwatch.system import files
 from semwatch.system.clock import utc_now
@@ -14,7 +14,7 @@ from semwatch_training.families.smg_vit import self_supervision
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.backbone import Backbones
-from semwatch_training.trunks.efficientnet import FIELD_KIND, FIELD_WIDTH
+from semwatch_training.trunks.efficientnet import FIELD_KIND, FIELD_WIDTH, PATCH_WIDTH
 
 FAMILY = "smg_vit"
 TRAINED = "trained_layers"
@@ -33,6 +33,7 @@ def exported(graph: EncoderGraph, *, provenance: Provenance = MappingProxyType({
     made: dict[str, str | float | int] = {"family": FAMILY, **flat(asdict(shape)), "frozen_width": graph.frozen_width}
     if shape.field:
         asked[FIELD_FEATURES] = Tensor(dtype="float32", shape=(FIELD_WIDTH,))
+        asked[REGION_FEATURES] = Tensor(dtype="float32", shape=(PATCH_WIDTH,))
         made[FIELD_FEATURES] = FIELD_KIND
     meta = Meta(
         model="encoder",

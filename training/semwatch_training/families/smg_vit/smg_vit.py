@@ -5,8 +5,8 @@ Three kinds of feature leave it side by side, because they serve different maste
 - *pooled*: patch tokens of frozen middle layers averaged under the soft mask, and if asked feature maps of a small
   convolutional trunk beside them. The unknown rule reads these; no later fine-tuning moves them. On the default trunk
   they separate defect types far better than the class token does.
-- *field*: what the detector says of the whole field, since a crop hides much of what a defect is: rough edges are rough
-  in all lines, a cross section is one everywhere.
+- *field*: what the detector says of the whole field and of the defect's places in it, since a crop hides much of what a
+  defect is: rough edges are rough in all lines, a cross section is one everywhere.
 - *class token* of the soft-mask guided last layer, the paper's feature.
 
 Source: IC-DefectNCD section 3.4.1; AnomalyNCD (the parent) masks hard and only the class token's row.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from semwatch_training.trunks.efficientnet import FIELD_WIDTH, STAGES, STRIDES, EfficientNet
+from semwatch_training.trunks.efficientnet import FIELD_WIDTH, PATCH_WIDTH, STAGES, STRIDES, EfficientNet
 from semwatch_training.trunks.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, normalise
 
 MIN_DIFFERENCE = 1.0
@@ -39,8 +39,8 @@ class EncoderForm:
     the defect differs from what lies around it, see ``pool_difference``. All three say nothing without a second trunk.
 
     ``spread`` adds how much the pooled layers' tokens differ within the crop, see ``spread``. With ``field`` the
-    encoder asks what the detector says of the whole field, see ``field_descriptor``. Without ``guided_layers`` there is
-    no class token, and layers after the last pooled one are not run.
+    encoder asks what the detector says of the field and of the defect's places, see ``field_descriptor``. Without
+    ``guided_layers`` there is no class token, and layers after the last pooled one are not run.
     """
 
     trunk: str = "dinov2_vits14"
@@ -192,14 +192,21 @@ class EncoderGraph(nn.Module):
         if self.second is not None:
             channels = sum(STAGES[stage - 1].channels for stage in form.second_stages)
             width += channels * (2 if form.second_surroundings else 1)
-        return width + (FIELD_WIDTH if form.field else 0)
+        return width + (FIELD_WIDTH + PATCH_WIDTH if form.field else 0)
 
     @property
     def width(self) -> int:
         """Length of the whole vector."""
         return self.frozen_width + (self.vit.trunk.shape.width if self.vit.form.guided_layers else 0)
 
-    def forward(self, crop: Tensor, soft_mask: Tensor, size: Tensor, field_features: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        crop: Tensor,
+        soft_mask: Tensor,
+        size: Tensor,
+        field_features: Tensor | None = None,
+        region_features: Tensor | None = None,
+    ) -> Tensor:
         """Encode defects.
 
         Args:
@@ -208,10 +215,13 @@ class EncoderGraph(nn.Module):
             size: (B, 2) float32, log2 of window side and of root mask area, each over the field's short side. A crop
                 hides how large its defect was; this says it.
             field_features: (B, ``FIELD_WIDTH``) float32, see ``field_descriptor``; given just where the form asks.
+            region_features: (B, ``PATCH_WIDTH``) float32, the mean of ``patch_descriptor`` over the defect; likewise.
         """
         pooled, class_token = self.vit(normalise(crop, self.mean, self.std), soft_mask)
         # / 16: brings log2 sizes (0 to about -10) to the scale of the unit-length parts.
-        of_field = () if field_features is None else (field_features,)
+        of_field = [] if field_features is None else [field_features]
+        if region_features is not None:
+            of_field.append(functional.normalize(region_features, dim=-1))
         return torch.cat((pooled, *self._second_parts(crop, soft_mask), size / 16, *of_field, class_token), dim=-1)
 
     def _second_parts(self, crop: Tensor, soft_mask: Tensor) -> list[Tensor]:
