@@ -82,8 +82,8 @@ OPTIONAL: Mapping[str, Mapping[str, int]] = MappingProxyType(
 FIELD_FEATURES, PATCH_FEATURES, REGION_FEATURES = "field_features", "patch_features", "region_features"
 """What a detector may say: of a whole field (D,), and of each place (C, h, w), which is averaged over a defect.
 
-An encoder may ask for the first and for that average. In the provenance of both models ``field_features`` names the kind
-of all this: an encoder takes no other than it was made for.
+An encoder may ask for the first and for that average. In the provenance of both models ``field_features`` names the
+kind of all this: an encoder takes no other than it was made for.
 """
 
 OF_A_CROP = ("crop", "soft_mask", "size", "field_features", "region_features")

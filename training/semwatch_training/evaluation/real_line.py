@@ -21,7 +21,7 @@ from semwatch.defects import Defect, PageReview, VerdictKind
 from semwatch.errors import ImageError
 from semwatch.line import detection, inputs, pipeline
 from semwatch.line.pipeline import Candidate
-from semwatch.models.inference import Answer, Embedded
+from semwatch.models.inference import Answer, Embedded, ModelId
 from semwatch.models.model_repository import Arrays
 from semwatch.settings.recipe import Recipe
 from semwatch.system import files
@@ -70,8 +70,7 @@ class KeptAnswers(Embedded):
         if key not in known:
             known[key] = dict(super().infer(model, inputs, backlog=backlog).outputs)
             self._new.add(model)
-        loaded = self._loaded[model]
-        return Answer(known[key], loaded.id, loaded.meta)
+        return Answer(known[key], ModelId(self.versions()[model], self.hashes()[model]), self.meta(model))
 
     def save(self) -> None:
         """Write what is new."""
@@ -233,12 +232,13 @@ def _review_with_reference(image: RealImage, recipe: Recipe, models: KeptAnswers
 
 
 def _best_region(page: PageReview, recipe: Recipe, models: KeptAnswers) -> NDArray[np.float32]:
-    """Features (D,) of the region with the highest score; a shut gate is opened for it."""
+    """Features (D,) of the region with the highest score, behind an opened gate; of the field where there is none."""
     if page.defects:
         return max(page.defects, key=lambda defect: defect.peak_score).features
     candidates = pipeline.search(page.micrograph, opened(recipe), models).candidates
-    best = max(candidates, key=lambda candidate: candidate.region.peak_score)
-    return labelled_crops.encode(best, models)
+    if not candidates:
+        return labelled_crops.encode(_whole_field(page, recipe, models), models)
+    return labelled_crops.encode(max(candidates, key=lambda candidate: candidate.region.peak_score), models)
 
 
 def opened(recipe: Recipe) -> Recipe:
