@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.defects import Box, Defect, Micrograph, PageReview, Reference, Review, ScoreMap
-from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.intake import decoding
 from semwatch.intake.decoding import LIMITS
 from semwatch.line import binarization, detection, inputs, reference

@@ -279,10 +279,11 @@ def _correlations(a: Floats, b: Floats, max_shift: float) -> tuple[Floats, tuple
 def _refined(inspected: Floats, reference: Floats, warp: Floats) -> Floats:
     """Return the affine warp (2, 3), inspected to reference pixels, that ECC finds from another; that one if none."""
     a, b = (np.asarray(np.hypot(*_gradients(image, 1.5)), np.float32) for image in (inspected, reference))
+    everywhere = np.full(a.shape, 255, np.uint8)
     for motion in (cv2.MOTION_TRANSLATION, cv2.MOTION_AFFINE):
         criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
         try:
-            _, found = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, None, 5)
+            _, found = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, everywhere, 5)
         except cv2.error:
             return warp
         if not _is_near(found, warp, inspected.shape):
@@ -313,7 +314,7 @@ def _shift_at_centre(warp: Floats, size_hw: tuple[int, ...], scale: float) -> tu
 
 
 def _sampling_maps(warp: Floats, size_hw: tuple[int, int], scale: float) -> tuple[Floats, Floats]:
-    """Return x and y maps (H, W) of where each inspected pixel lies in the reference, the warp being of a shrunk one."""
+    """Return x and y maps (H, W): where each inspected pixel lies in the reference, the warp being of a shrunk one."""
     H, W = size_hw
     x = (np.arange(W, dtype=np.float32)[None] + 0.5) * scale - 0.5
     y = (np.arange(H, dtype=np.float32)[:, None] + 0.5) * scale - 0.5
@@ -420,7 +421,7 @@ def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools,
     for level in range(_N_LEVELS):
         if level:
             image, matched, left, weight = (_halved(one) for one in (image, matched, left, weight))
-        # Beyond a border there is nothing: the noise of what is left is that of half a kernel, whose square has 1/sqrt(2).
+        # Beyond a border there is nothing: noise there is that of half a kernel, whose square is a Gaussian of 1/sqrt(2).
         share = cv2.GaussianBlur(weight, (0, 0), math.sqrt(0.5), borderType=cv2.BORDER_CONSTANT)
         judged = weight > 0.5
         even = cv2.GaussianBlur(left, (0, 0), 1.0, borderType=cv2.BORDER_CONSTANT) / np.sqrt(np.maximum(share, 0.2))
@@ -478,12 +479,12 @@ def _line_kernels() -> list[Floats]:
 def match_gray(image: Floats, aligned: Floats, inside: Bools) -> Floats:
     """Return the reference (H, W) with the local gain and offset of the inspected image.
 
-    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, twice: the second time without
-    what differed most in the first, which is defects. The gain is drawn towards that of the whole field.
+    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, three times: each time without
+    what differed most in the one before, which is defects. The gain is drawn towards that of the whole field.
     """
     sigma = max(16.0, min(image.shape) / 8)
     weight = inside.astype(np.float32)
-    a, b = cv2.GaussianBlur(image, (0, 0), 1.5), cv2.GaussianBlur(aligned, (0, 0), 1.5)
+    a, b = (np.asarray(cv2.GaussianBlur(one, (0, 0), 1.5), np.float32) for one in (image, aligned))
     matched = aligned
     for _ in range(3):
         gain, offset = _local_line(b, a, weight, sigma)
@@ -502,7 +503,9 @@ def _local_line(x: Floats, y: Floats, weight: Floats, sigma: float) -> tuple[Flo
     whole = float((weight * x * x).sum()) / total
     whole_gain = float((weight * x * y).sum()) / total / max(whole, 1e-3)
     whole_gain = float(np.clip(whole_gain, 0.5, 2.0)) if whole > 1 else 1.0
-    w, wx, wy, wxx, wxy = (_wide_blur(p, sigma) for p in (weight, weight * x, weight * y, weight * x * x, weight * x * y))
+    w, wx, wy, wxx, wxy = (
+        _wide_blur(p, sigma) for p in (weight, weight * x, weight * y, weight * x * x, weight * x * y)
+    )
     w = np.maximum(w, 1e-4)
     wx, wy, wxx, wxy = wx / w, wy / w, wxx / w, wxy / w
     ridge = np.float32(0.5 * whole + 1.0)
@@ -567,7 +570,7 @@ def _standardised(smooth: Sequence[Floats], edges: Floats, level: Floats, judged
     return np.where(judged, beyond / spread, np.float32(0))
 
 
-def _spreads(keys: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+def _spreads(keys: Floats, sizes: NDArray[np.floating]) -> tuple[Floats, Floats]:
     """Return the standard deviation of residuals in bins of a key, as centres and values (n,): robust, and of the tail.
 
     Args:
@@ -590,7 +593,7 @@ def _looked_up(keys: Floats, table: tuple[Floats, Floats]) -> Floats:
     if high - low < 1e-6:
         return np.full(keys.shape, values[-1], np.float32)
     steps = np.interp(np.linspace(low, high, 256), centres, values).astype(np.float32)
-    return steps[np.clip((keys - low) * (255 / (high - low)), 0, 255).astype(np.uint8)]
+    return np.asarray(steps[np.clip((keys - low) * (255 / (high - low)), 0, 255).astype(np.uint8)], np.float32)
 
 
 # --- the line ------------------------------------------------------------------------------------------------------
@@ -608,9 +611,7 @@ class Differing:
     """(g, g) in [0, 1]."""
 
 
-def compared(
-    page: Micrograph, given: tuple[str, Micrograph | None, str] | None, rule: Rule = _RULE
-) -> Compared:
+def compared(page: Micrograph, given: tuple[str, Micrograph | None, str] | None, rule: Rule = _RULE) -> Compared:
     """Compare a page with its reference.
 
     Args:
@@ -659,9 +660,7 @@ def binarize(values: Floats, *, threshold: float, grid_px: int) -> Differing:
 def _on_grid(values: Floats, grid_px: int) -> Floats:
     """Return a map (h, w) on a grid (g, g): a grid cell has the largest value of the cells that it touches."""
     h, w = values.shape
-    rows, columns = (
-        (np.arange(grid_px) * n // grid_px, -(-(np.arange(grid_px) + 1) * n // grid_px)) for n in (h, w)
-    )
+    rows, columns = ((np.arange(grid_px) * n // grid_px, -(-(np.arange(grid_px) + 1) * n // grid_px)) for n in (h, w))
     by_row = np.stack([values[first:last].max(axis=0) for first, last in zip(*rows, strict=True)])
     return np.stack([by_row[:, first:last].max(axis=1) for first, last in zip(*columns, strict=True)], axis=1)
 

@@ -164,7 +164,9 @@ def _compared_panels(page: PageReview, field: Box, size_hw: tuple[int, ...]) -> 
     reference = page.reference
     if reference is None or reference.aligned is None or reference.overlap is None:
         return None
-    smooth = [cv2.GaussianBlur(one, (0, 0), 1.0).astype(np.float32) for one in (page.micrograph.field, reference.aligned)]
+    smooth = [
+        cv2.GaussianBlur(one, (0, 0), 1.0).astype(np.float32) for one in (page.micrograph.field, reference.aligned)
+    ]
     difference = np.clip(128 + DIFFERENCE_GAIN * (smooth[0] - smooth[1]), 0, 255).astype(np.uint8)
     x0, y0, x1, y1 = field
     panels = []
