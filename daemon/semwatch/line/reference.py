@@ -283,16 +283,17 @@ def _refined(inspected: Floats, reference: Floats, warp: Floats) -> Floats:
     for motion in (cv2.MOTION_TRANSLATION, cv2.MOTION_AFFINE):
         criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
         try:
-            _, found = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, everywhere, 5)
+            _, answer = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, everywhere, 5)
         except cv2.error:
             return warp
+        found = np.asarray(answer, np.float32)
         if not _is_near(found, warp, inspected.shape):
             return warp
-        warp = np.asarray(found, np.float32)
+        warp = found
     return warp
 
 
-def _is_near(found: NDArray[np.floating], before: Floats, size_hw: tuple[int, ...]) -> bool:
+def _is_near(found: Floats, before: Floats, size_hw: tuple[int, ...]) -> bool:
     """Say whether a refined warp is one that two scans of one recipe can differ by: 3 %, and 4 % of the field."""
     if not np.isfinite(found).all() or np.abs(found[:, :2] - np.eye(2)).max() > 0.03:
         return False
@@ -421,7 +422,7 @@ def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools,
     for level in range(_N_LEVELS):
         if level:
             image, matched, left, weight = (_halved(one) for one in (image, matched, left, weight))
-        # Beyond a border there is nothing: noise there is that of half a kernel, whose square is a Gaussian of 1/sqrt(2).
+        # Beyond a border there is nothing: noise there is that of half a kernel; its square is a Gaussian of 1/sqrt(2).
         share = cv2.GaussianBlur(weight, (0, 0), math.sqrt(0.5), borderType=cv2.BORDER_CONSTANT)
         judged = weight > 0.5
         even = cv2.GaussianBlur(left, (0, 0), 1.0, borderType=cv2.BORDER_CONSTANT) / np.sqrt(np.maximum(share, 0.2))
@@ -479,8 +480,8 @@ def _line_kernels() -> list[Floats]:
 def match_gray(image: Floats, aligned: Floats, inside: Bools) -> Floats:
     """Return the reference (H, W) with the local gain and offset of the inspected image.
 
-    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, three times: each time without
-    what differed most in the one before, which is defects. The gain is drawn towards that of the whole field.
+    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, three times, each time
+    without what differed most in the one before, which is defects. The gain is drawn towards that of the whole field.
     """
     sigma = max(16.0, min(image.shape) / 8)
     weight = inside.astype(np.float32)
