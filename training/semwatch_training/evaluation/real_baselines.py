@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from semwatch.errors import ConfigError, ModelMismatch
-from semwatch.line import detection, inputs
+from semwatch.line import detection
 from semwatch.line.scaling import resize
 from semwatch.models.inference import Embedded
 from semwatch.system import files
@@ -178,7 +178,7 @@ def _of_repository(folder: Path) -> Callable[[NDArray[np.uint8]], Scored]:
         return _onnx(folder)
 
     def ask(field: NDArray[np.uint8]) -> Scored:
-        found, _ = detection.detect(inputs.for_detector(models.meta("detector"), field), models)
+        found, _ = detection.detect(field, models)
         return Scored(found.raw_score, found.values)
 
     return ask
