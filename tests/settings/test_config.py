@@ -613,6 +613,8 @@ def changed(value: Any) -> Any:  # noqa: PLR0911 - one line a type
             return value / 2 if value < 1 else value + 0.5
         case "plateau":
             return "otsu"
+        case "propose":
+            return "use"
         case str():
             return value + "x"
         case tuple():

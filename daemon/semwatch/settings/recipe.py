@@ -147,6 +147,10 @@ def _as_dict(classes: Mapping[str, KnownClass]) -> dict[str, KnownClass]:
     return dict(classes)
 
 
+_LATER = (("gate", "self_calibration"), ("gate", "miss_cost"))
+"""Keys that came after the first identities were written down: an upgrade alone makes no other recipe."""
+
+
 class Recipe(Settings):
     """How the images of one layer and step are judged."""
 
@@ -180,7 +184,12 @@ class Recipe(Settings):
     def id(self) -> str:
         """Identity of the recipe: 16 hexadecimal digits over every value, defaults included.
 
-        Comments, order and spacing do not change it, nor does writing out a default; any other value does.
+        Comments, order and spacing do not change it, nor does writing out a default; any other value does. A key of
+        ``_LATER`` counts only where it is not at its default.
         """
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        content = self.model_dump(mode="json")
+        for section, key in _LATER:
+            if content[section][key] == getattr(type(getattr(self, section))(), key):
+                del content[section][key]
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
