@@ -615,6 +615,8 @@ def changed(value: Any) -> Any:  # noqa: PLR0911 - one line a type
             return "otsu"
         case "flag":
             return "quarantine"
+        case "propose":
+            return "use"
         case str():
             return value + "x"
         case tuple():
