@@ -29,7 +29,7 @@ from semwatch_training.evaluation import (
 from semwatch_training.evaluation.real_baselines import KeptMaps, Scored, Scores
 from semwatch_training.evaluation.real_data import RealImage, RealSet
 from semwatch_training.evaluation.real_line import KeptAnswers, Seen
-from semwatch_training.evaluation.report import Result, Table
+from semwatch_training.evaluation.report import Cell, Result, Table
 from semwatch_training.system.progress_bars import Progress
 
 SHOWN_EACH, SHOWN = 2, 8
@@ -160,7 +160,7 @@ def _absent_table(data: RealSet, looked: Sequence[Seen]) -> Table | None:
 
 
 def _constant_table(constant: Sequence[Seen]) -> Table:
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for one in constant:
         if one.page is None:
             rows.append((one.image.label, None, None, None, f"refused: {one.refused}"))

@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import VerdictKind
+from semwatch.defects import DEFECT_FREE, VerdictKind
 from semwatch_training.evaluation import near_duplicates, real_data, real_splits
 from semwatch_training.evaluation.real_baselines import Scores
 from semwatch_training.evaluation.real_line import Passer, Seen, at_defect, page_verdict, passed_by
@@ -37,10 +37,10 @@ def processes(seen: Sequence[Seen]) -> list[Process]:
     labels: dict[str, list[str]] = {}
     for one in seen:
         labels.setdefault(one.image.folder, []).append(one.image.label)
-    bare = sorted({*labels.get(real_data.BARE_WAFER, [])} - {real_data.DEFECT_FREE})
+    bare = sorted({*labels.get(real_data.BARE_WAFER, [])} - {DEFECT_FREE})
     four = [name for name in real_data.FOUR_DEFECTS if name in labels.get(real_data.LINE_SPACE, [])]
     found = [
-        Process(real_data.BARE_WAFER, real_data.DEFECT_FREE, _each(bare) | ({ALL: tuple(bare)} if bare else {})),
+        Process(real_data.BARE_WAFER, DEFECT_FREE, _each(bare) | ({ALL: tuple(bare)} if bare else {})),
         Process(
             real_data.LINE_SPACE,
             real_data.CLEAN_LAYER,
