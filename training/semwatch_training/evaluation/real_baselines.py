@@ -120,8 +120,8 @@ def nearest_patch_scores(
                 bank.append(training_free.bank_of([features.of(normal) for normal in normals]))
             return training_free.nearest_patch(features.of(one), bank[0])
 
-        for index in np.flatnonzero(folds == fold):
-            one = seen[int(index)]
+        for index in np.flatnonzero(folds == fold).tolist():
+            one = seen[index]
             made = kept.get(_key(f"{training_free.NEAREST} {names}", one.field), lambda one=one: make(one))  # type: ignore[misc]
             found[one.image.name] = Scored(float(made.max()), made)
             done += 1

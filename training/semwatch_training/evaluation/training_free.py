@@ -138,9 +138,9 @@ def grnr_like(of_image: Features) -> NDArray[np.float32]:
 
 def bank_of(normals: Sequence[Features], *, seed: int = 0) -> NDArray[np.float32]:
     """The bank (m, C) of normal images, at most ``MAX_BANK`` features of them."""
-    tokens = np.concatenate([of_image.reshape(-1, of_image.shape[-1]) for of_image in normals])
+    tokens: NDArray[np.float32] = np.concatenate([of_image.reshape(-1, of_image.shape[-1]) for of_image in normals])
     chosen = np.sort(np.random.default_rng(seed).permutation(len(tokens))[:MAX_BANK])
-    return tokens[chosen]
+    return np.asarray(tokens[chosen])
 
 
 def nearest_patch(of_image: Features, bank: NDArray[np.float32]) -> NDArray[np.float32]:
