@@ -217,7 +217,7 @@ def test_page_with_a_reference_is_judged_by_the_difference_alone(models, struck)
     assert page.reference is not None
     assert (page.reference.name, page.reference.used, page.reference.reason) == ("a_ref.tif", True, "")
     assert page.gate_threshold == RULE.threshold
-    assert set(found.model_versions) == {"encoder", "head"}
+    assert set(found.model_versions) == {"detector", "encoder", "head"}
     (defect,) = page.defects
     rows, columns = np.nonzero(struck.masks[0])
     x0, y0, x1, y1 = defect.box_xyxy
@@ -235,10 +235,10 @@ def test_second_page_of_a_file_is_the_reference_of_the_first_and_not_reviewed(mo
     assert len(page.defects) == 1
 
 
-def test_clean_page_with_a_reference_asks_no_model_at_all(models) -> None:
+def test_clean_page_with_a_reference_asks_only_what_the_field_is_like(models) -> None:
     pair = render_pair("BEOL", seed=3, size_hw=(240, 288))
     found = review(tiff(pair.inspected, pair.reference), models, PAGE)
-    assert (found.n_defects, found.model_versions) == (0, {})
+    assert (found.n_defects, found.model_versions) == (0, {"detector": 1})
     assert not found.pages[0].mask.any()
 
 

@@ -30,7 +30,7 @@ def defaults(of: Callable[..., Any]) -> dict[str, Any]:
 def test_stages_follow_the_default_recipe() -> None:
     rule, crop = RECIPE.binarization, RECIPE.crop
     found = defaults(binarization.binarize)
-    own = {"min_area_fraction"}  # no setting of a recipe
+    own = {"min_area_fraction", "hot_score"}  # no setting of a recipe
     assert {key: found[key] for key in found.keys() - own} == {
         "method": rule.method,
         "grid_px": rule.grid_px,
@@ -76,7 +76,7 @@ def daemon_mask(score_map: np.ndarray, models: Embedded) -> np.ndarray:
 
     with pytest.MonkeyPatch.context() as patch:
         scored = ScoreMap(score_map, 9e9), models.infer("head", {"features": np.zeros((1, 74), np.float32)}).id
-        patch.setattr(pipeline.detection, "detect", lambda *_: scored)
+        patch.setattr(pipeline.detection, "detect", lambda *_, **__: scored)
         page = Micrograph(np.zeros((128, 128), np.uint8), (0, 0, 128, 128), 0, None, None)
         return pipeline.search(page, RECIPE, models).mask
 

@@ -256,7 +256,7 @@ def binarize(
     max_mask_fraction: float = _RULE.max_mask_fraction,
     min_area_fraction: float = 2e-4,
     max_defects: int = BEFORE_MERGING * _RULE.max_defects,
-    hot: float = math.inf,
+    hot_score: float = math.inf,
 ) -> Binarization:
     """Find the defect mask of a score map (h, w) whose image has passed the gate.
 
@@ -268,8 +268,9 @@ def binarize(
     shipped detector's maps its masks are twice too wide. The middle is farthest from both ends, as the most stable
     region of Matas et al. (MSER, 2002) is; ``semwatch-train experiment binarization`` measures both.
 
-    A component of the map at ``hot`` or above is a defect even where the plateau's mask leaves it out: beside a strong
-    defect a weak one lies under every threshold that is stable.
+    A component of the map at ``hot_score`` or above is a defect even where the plateau's mask leaves it out: beside a
+    strong defect a weak one lies under every threshold that is stable. Where that is more than the mask may cover, the
+    map has another unit than the gate, and the plateau alone counts.
 
     Raises: ImageError where the map holds NaN or infinity.
     """
@@ -292,8 +293,9 @@ def binarize(
             threshold = _otsu_threshold(shown)
         case _:
             assert_never(method)
+    hot = np.asarray(score_map, np.float32) >= hot_score
     mask = clean_mask(
-        with_hot(shown >= threshold, np.asarray(score_map, np.float32) >= hot),
+        with_hot(shown >= threshold, hot) if hot.mean() <= max_mask_fraction else shown >= threshold,
         min_area_px=min_area_px,
         max_hole_px=int(max_mask_fraction * shown.size),
         max_defects=max_defects,

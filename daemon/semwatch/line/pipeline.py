@@ -173,7 +173,7 @@ def search(
             min_length=settings.min_plateau,
             max_mask_fraction=settings.max_mask_fraction,
             max_defects=binarization.BEFORE_MERGING * settings.max_defects,
-            hot=math.inf if settings.hot is None else settings.hot * threshold,
+            hot_score=math.inf if settings.hot is None else settings.hot * threshold,
         )
         regions = binarization.regions(
             found.mask,
@@ -362,16 +362,16 @@ def cut_out(
     saliency: NDArray[np.float32],
     recipe: Recipe,
     models: Models,
-    said: ScoreMap | None = None,
+    answer: ScoreMap | None = None,
 ) -> tuple[Candidate, ...]:
     """Cut regions of a page out, as large and as sharp as the encoder wants them.
 
-    ``said`` is the detector's answer for this page, for an encoder that listens (``inputs.listens``).
+    ``answer`` is the detector's answer for this page, for an encoder that listens (``inputs.listens``).
     """
     encoder = models.meta("encoder")
     field = inputs.whole_field(encoder, page.field)
-    of_field = said.field_features if said is not None and FIELD_FEATURES in encoder.inputs else None
-    patches = said.patch_features if said is not None and REGION_FEATURES in encoder.inputs else None
+    of_field = answer.field_features if answer is not None and FIELD_FEATURES in encoder.inputs else None
+    patches = answer.patch_features if answer is not None and REGION_FEATURES in encoder.inputs else None
     candidates = []
     for region in regions:
         of_region = None if patches is None else binarization.region_features(patches, saliency, region.mask)

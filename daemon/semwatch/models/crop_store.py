@@ -36,7 +36,7 @@ MIN_AGE_S = 3600.0
 """A younger shard is kept though no bank names it: its head may be on the way."""
 
 
-TOLD = ("field_features", "region_features")
+OF_DETECTOR = ("field_features", "region_features")
 
 
 class CropRef(NamedTuple):
@@ -73,8 +73,10 @@ def write(repository: Path, crops: Sequence[KeptCrop]) -> list[CropRef]:
     """
     by_size: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for i, crop in enumerate(crops):
-        told = (() if values is None else values.shape for values in (getattr(crop, name) for name in TOLD))
-        by_size.setdefault((crop.crop.shape, crop.soft_mask.shape, *told), []).append(i)
+        of_detector = (
+            () if values is None else values.shape for values in (getattr(crop, name) for name in OF_DETECTOR)
+        )
+        by_size.setdefault((crop.crop.shape, crop.soft_mask.shape, *of_detector), []).append(i)
     found: dict[int, CropRef] = {}
     for rows in by_size.values():
         content = encode([crops[i] for i in rows])
@@ -108,14 +110,14 @@ def path_of(repository: Path, shard: str) -> Path:
 
 
 def encode(crops: Sequence[KeptCrop]) -> bytes:
-    """A shard of n >= 1 crops of one size, all told what the detector said or none; the same crops, the same bytes."""
+    """A shard of n >= 1 crops of one size, all with what the detector gives or none; the same, the same bytes."""
     more = {}
-    for name in TOLD:
-        told = [values for values in (getattr(crop, name) for crop in crops) if values is not None]
-        if len(told) not in (0, len(crops)):
-            raise ValueError(f"{len(told)} of {len(crops)} crops have {name}: keep them apart")
-        if told:
-            more[name] = np.stack(told).astype(np.float16)
+    for name in OF_DETECTOR:
+        of_detector = [values for values in (getattr(crop, name) for crop in crops) if values is not None]
+        if len(of_detector) not in (0, len(crops)):
+            raise ValueError(f"{len(of_detector)} of {len(crops)} crops have {name}: keep them apart")
+        if of_detector:
+            more[name] = np.stack(of_detector).astype(np.float16)
     images = [cv2.imencode(".png", crop.crop)[1].ravel() for crop in crops]
     file = io.BytesIO()
     np.savez(
@@ -235,6 +237,6 @@ def _row(arrays: Mapping[str, NDArray[Any]], row: int, where: str) -> KeptCrop:
     if crop is None:
         raise ModelMismatch(f"crop {row} of {where} is damaged")
     mask = arrays["soft_masks"][row].astype(np.float32)
-    told = {name: arrays[name][row].astype(np.float32) for name in TOLD if name in arrays}
+    of_detector = {name: arrays[name][row].astype(np.float32) for name in OF_DETECTOR if name in arrays}
     size = np.asarray(arrays["sizes"][row], np.float32)
-    return KeptCrop(np.asarray(crop, np.uint8), mask, size, None, **told)
+    return KeptCrop(np.asarray(crop, np.uint8), mask, size, None, **of_detector)

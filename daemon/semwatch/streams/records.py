@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 _MAX_CROP_PX = 4096
 
-_TOLD = ("field_features", "region_features")
+_OF_DETECTOR = ("field_features", "region_features")
 """Fields of an entry that are there only where the encoder asked."""
 
 
@@ -191,8 +191,8 @@ def is_by(record: Record, model: str, version: int, content_hash: str) -> bool:
 def encode(record: Record) -> Fields:
     """Write a record as stream fields."""
     _, png = cv2.imencode(".png", record.crop)
-    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop", *_TOLD})
-    told = {name: getattr(record, name) for name in _TOLD}
+    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop", *_OF_DETECTOR})
+    of_detector = {name: getattr(record, name) for name in _OF_DETECTOR}
     return {
         b"id": record.id.encode(),
         b"schema": b"%d" % SCHEMA,
@@ -200,7 +200,7 @@ def encode(record: Record) -> Fields:
         b"features": record.features.astype("<f4").tobytes(),
         b"soft_mask": record.soft_mask.astype("<f4").tobytes(),
         b"crop_png": png.tobytes(),
-        **{name.encode(): values.astype("<f4").tobytes() for name, values in told.items() if values is not None},
+        **{name.encode(): values.astype("<f4").tobytes() for name, values in of_detector.items() if values is not None},
     }
 
 
@@ -215,7 +215,7 @@ def decode(fields: Mapping[bytes, bytes]) -> Record:
         "soft_mask": _square(_floats(fields, b"soft_mask")),
         "crop": _crop(_field(fields, b"crop_png")),
     }
-    arrays |= {name: _floats(fields, name.encode()) for name in _TOLD if name.encode() in fields}
+    arrays |= {name: _floats(fields, name.encode()) for name in _OF_DETECTOR if name.encode() in fields}
     return _validated(_record_type(), fields, arrays)
 
 

@@ -24,7 +24,7 @@ from semwatch_training.evaluation import (
     real_tables,
 )
 from semwatch_training.evaluation.real_labels import Labelled
-from semwatch_training.evaluation.real_line import KeptAnswers, page_verdict, who_let_pass
+from semwatch_training.evaluation.real_line import KeptAnswers, cause_of_escape, page_verdict
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
 
@@ -249,7 +249,7 @@ def test_a_second_run_asks_no_network_about_what_it_has_answered(top, tiny_repos
     ],
 )
 def test_an_escape_is_laid_to_gate_mask_or_head(opened, empty, kinds, at_defect, expected) -> None:
-    passer = who_let_pass(is_opened=opened, is_mask_empty=empty, kinds=kinds, at_defect=at_defect)
+    passer = cause_of_escape(is_opened=opened, is_mask_empty=empty, kinds=kinds, at_defect=at_defect)
     assert passer == expected
 
 

@@ -84,8 +84,8 @@ def collect(
             labels.append(label)
             image_idx.append(index)
             area_px.append(candidate.region.area_px)
-            told = candidate.field_features, candidate.region_features
-            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size, None, *told))
+            of_detector = candidate.field_features, candidate.region_features
+            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size, None, *of_detector))
         progress("crops", index + 1, n_images)
     return Crops(
         np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), planted, found, tuple(views)
@@ -231,8 +231,8 @@ def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Em
     )
     height, width = truth.shape
     (region,) = binarization.regions(heat > 0, heat, size_hw=(height, width), merge_fraction=1.0, max_regions=1)
-    said = detection.detect(page.field, models)[0] if inputs.listens(models.meta("encoder")) else None
-    return cut_out((region,), page, heat / heat.max(), recipe, models, said)[0]
+    answer = detection.detect(page.field, models)[0] if inputs.listens(models.meta("encoder")) else None
+    return cut_out((region,), page, heat / heat.max(), recipe, models, answer)[0]
 
 
 def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:

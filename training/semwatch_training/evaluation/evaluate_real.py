@@ -237,8 +237,8 @@ def _sheet(ordered: Sequence[Seen]) -> Figure:
         page, truth = one.reviewed, one.truth
         verdict, label = real_line.page_verdict(page.defects)
         passer = real_line.passed_by(one) if one.image.defective else None
-        said = f"let pass by the {passer}" if passer else label or verdict
-        caption = f"{one.image.folder[:20]}\n{one.image.label}\n{one.raw_score:.3g}\n{said}"
+        words = f"let pass by the {passer}" if passer else label or verdict
+        caption = f"{one.image.folder[:20]}\n{one.image.label}\n{one.raw_score:.3g}\n{words}"
         empty = np.zeros((2, 2), np.bool_)
         sheet.append(plots.Example(caption, one.field, one.score_map, page.mask, empty if truth is None else truth))
     return plots.examples(sheet)

@@ -282,7 +282,7 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 # ---- what a verdict means for a page ----
 
 
-def who_let_pass(
+def cause_of_escape(
     *, is_opened: bool, is_mask_empty: bool, kinds: Sequence[VerdictKind], at_defect: Sequence[bool] | None = None
 ) -> Passer | None:
     """Who let a page pass as defect-free: its gate, its mask or its head; None where a region is called a defect.
@@ -306,8 +306,8 @@ def who_let_pass(
 
 
 def passed_by(seen: Seen) -> Passer | None:
-    """``who_let_pass`` of a page that the line reviewed."""
-    return who_let_pass(
+    """``cause_of_escape`` of a page that the line reviewed."""
+    return cause_of_escape(
         is_opened=seen.is_opened,
         is_mask_empty=not seen.reviewed.mask.any(),
         kinds=seen.kinds,

@@ -45,9 +45,9 @@ def with_field_features(exported: Exported, trunk: EfficientNet) -> Exported:
 def says_of_field(meta: Meta) -> Meta:
     """The contract of a detector whose last two outputs are ``field_descriptor`` and ``patch_descriptor``."""
     sides = (side if side == OPEN else side // STRIDES[FIELD_STAGES[-1] - 1] for side in meta.inputs["image"].shape)
-    said = {
+    outputs = {
         FIELD_FEATURES: Signature(dtype="float32", shape=(FIELD_WIDTH,)),
         PATCH_FEATURES: Signature(dtype="float32", shape=(PATCH_WIDTH, *sides)),
     }
     provenance = {**meta.provenance, FIELD_FEATURES: FIELD_KIND}
-    return meta.model_copy(update={"outputs": {**meta.outputs, **said}, "provenance": provenance})
+    return meta.model_copy(update={"outputs": {**meta.outputs, **outputs}, "provenance": provenance})

@@ -292,8 +292,8 @@ def _embedded(found: Sequence[Record], models: Embedded) -> NDArray[np.float32]:
 
 def view_of(record: Record) -> KeptCrop:
     """A record as an encoder may see it again."""
-    told = record.field_features, record.region_features
-    return KeptCrop(record.crop, record.soft_mask, size_of(record), None, *told)
+    of_detector = record.field_features, record.region_features
+    return KeptCrop(record.crop, record.soft_mask, size_of(record), None, *of_detector)
 
 
 def size_of(record: Record) -> NDArray[np.float32]:

@@ -148,5 +148,5 @@ class IntrinsicGraph(nn.Module):
         logits, raw = self.detector(fine, middle, coarse, statistics)
         domain_p = self.detector.domain_p(described((middle, coarse)))
         maps = fine, middle, coarse
-        said = field_descriptor(maps), patch_descriptor(maps)
-        return functional.softplus(logits), functional.softplus(raw), domain_p, *said
+        of_field = field_descriptor(maps), patch_descriptor(maps)
+        return functional.softplus(logits), functional.softplus(raw), domain_p, *of_field
