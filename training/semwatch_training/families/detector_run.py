@@ -61,7 +61,7 @@ class BranchImages:
     """Procedural backgrounds of no process."""
     n_scenes: int = 3300
     """Scenes of no process, half of them with a true defect; none beside a folder. See ``data.world``."""
-    held_out: int = 300
+    held_out: int = 200
     """Normal images kept for the gate's threshold; of a folder at most a quarter."""
     stages: tuple[str, ...] = STAGES
 
@@ -250,13 +250,10 @@ def _known_fields(images: BranchImages, n: int, seed: int) -> Iterator[Image]:
 
 
 def held_out_fields(n: int, stages: Sequence[str]) -> Iterator[Image]:
-    """Normal fields for the gate: two of the stages, whole, for each scene; of the sizes that microscopes give."""
+    """Normal fields of the stages for the gate, whole; of the sizes that microscopes give."""
     rng = np.random.default_rng(datasets.SEED_HELD_OUT)
     for index in range(n):
         side = int(rng.choice(SIDES_PX, p=SIDE_SHARES))
-        if index % 3 == 2:
-            yield world.scene(rng, (side, side), defective=False).image
-            continue
         yield render(stages[index % len(stages)], seed=datasets.SEED_HELD_OUT + index, size_hw=(side, side)).pixels
 
 
