@@ -263,7 +263,7 @@ def test_shapes_beside_the_repository_are_those_of_the_models(repository: Path) 
         for cell, tensors in zip(row, (meta["inputs"], meta["outputs"]), strict=True):
             said = {
                 tensor: (dtype, [int(side) for side in sides.split(",") if side.strip()])
-                for tensor, dtype, sides in re.findall(r"`(\w+)` (\w+) \(([\d, ]*)\)", cell)
+                for tensor, dtype, sides in re.findall(r"`(\w+)` (\w+) \(([\d, -]*)\)", cell)
             }
             assert said == {tensor: (of["dtype"], of["shape"]) for tensor, of in tensors.items()}, model
 

@@ -79,13 +79,22 @@ def test_fields_are_rendered_square_at_a_spread_of_sizes(asked) -> None:
     assert {height for height, _ in sides} == set(SIDES_PX)
 
 
-def test_masks_shrink_with_their_field_and_a_small_defect_keeps_its_most_covered_cells(asked) -> None:
+def test_masks_shrink_with_their_field_and_a_small_defect_keeps_its_most_covered_cells(asked, monkeypatch) -> None:
+    monkeypatch.setattr(branch_views, "CUT_SHARE", 0.0)
     for size_px in (128, 16, 4):
         found = list(synthetic_fields(12, first_seed=0, size_px=size_px, defective=True))
         for (_, mask), (*_, (side, _)) in zip(found, asked[-12:], strict=True):
             cells = 64 * size_px / side
             assert mask[0, 0]
             assert mask.sum() == pytest.approx(max(cells, 1) ** 2, rel=0.5)
+
+
+def test_window_cut_out_of_a_field_shows_part_of_its_defect(asked, monkeypatch) -> None:
+    monkeypatch.setattr(branch_views, "CUT_SHARE", 1.0)
+    found = list(synthetic_fields(12, first_seed=0, size_px=128, defective=True))
+    assert all(image.shape == mask.shape == (128, 128) and mask.any() for image, mask in found)
+    areas = [int(mask.sum()) for _, mask in found]
+    assert max(areas) > 4 * min(areas), "at a spread of scales"
 
 
 # ---- views ----
