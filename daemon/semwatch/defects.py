@@ -96,6 +96,10 @@ class ScoreMap:
     domain_p: float | None = None
     """Conformal p-value in (0, 1] of the field among the normal fields of the processes that the detector knows; None:
     this detector cannot say."""
+    field_features: NDArray[np.float32] | None = None
+    """(D,) what the detector says of the whole field, for an encoder that asks; None where it says nothing of it."""
+    patch_features: NDArray[np.float32] | None = None
+    """(C, h, w) what it says of each place, at a grid of its own; as above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,6 +171,10 @@ class Defect:
     features: NDArray[np.float32]
     """(D,) what the encoder says of crop and soft mask."""
     verdict: Verdict
+    field_features: NDArray[np.float32] | None = None
+    """What the encoder was told of the whole field, see ``ScoreMap``; None where it did not ask."""
+    region_features: NDArray[np.float32] | None = None
+    """(C,) what it was told of the defect's places: their ``ScoreMap.patch_features``, averaged; as above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

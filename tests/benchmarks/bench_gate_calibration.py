@@ -25,7 +25,7 @@ from rich.table import Table
 
 from paths import DATA, ROOT
 from semwatch.intake import decoding
-from semwatch.line import detection, inputs, pipeline
+from semwatch.line import detection, pipeline
 from semwatch.line.gate_calibration import NoProposal, Proposal, Rate, propose
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
@@ -66,7 +66,7 @@ class Drawn:
 
 
 def raw_score(field: NDArray[np.uint8], models: Embedded) -> float:
-    return detection.detect(inputs.for_detector(models.meta("detector"), field), models)[0].raw_score
+    return detection.detect(field, models)[0].raw_score
 
 
 def synthetic(stage: str, n: int, models: Embedded) -> Pool:

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import cv2
 import pytest
 import yaml
 
@@ -146,6 +147,23 @@ def test_review_of_a_file_writes_result_overlay_and_table(review, tmp_path) -> N
     assert [Path(overlay).is_file() for overlay in row["overlays"]] == [True]
     table = read_csv(tmp_path / "out/review/lot.csv")
     assert [line["path"] for line in table] == ["a.png"] * len(row["verdicts"])
+
+
+def test_review_against_a_reference_says_what_became_of_it(review, tmp_path) -> None:
+    from semwatch_training.synthetic.pairs import render_pair
+
+    pair = render_pair("BEOL", seed=1, size_hw=(320, 384), max_shift=0.03, defects=["bridge"])
+    inspected, reference = (
+        put(tmp_path / name, cv2.imencode(".png", pixels)[1].tobytes())
+        for name, pixels in (("a.png", pair.inspected), ("b.png", pair.reference))
+    )
+    (row,) = review(inspected, "--reference", reference, "--json").json
+    assert row["references"] == [""]
+    (page,) = json.loads(Path(row["result"]).read_text())["pages"]
+    assert (page["reference"]["name"], page["reference"]["used"]) == ("b.png", True)
+    said = review(inspected, reference, "--reference", reference)
+    assert said.code == 2
+    assert "--reference is of one image" in said.words
 
 
 def test_review_of_a_folder_names_results_like_the_daemon_and_gives_each_lot_its_table(review, tmp_path) -> None:

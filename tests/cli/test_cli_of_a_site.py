@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import yaml
 from cluster_files import T0, three
 from commands import Command, put, write_recipe
 from daemon import SOURCE, Daemon, Site, make_site, png
+from factories import make_review
 from semwatch.classes.register import ClassRegister
+from semwatch.defects import Quality
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
+from semwatch.service.drift import STATE, DriftWatch
 from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis, find_executable
@@ -49,7 +53,10 @@ def test_doctor_is_content_with_a_site_that_can_work(semwatch, tmp_path, tiny_re
     assert code == 0
     assert all(check["ok"] for check in checks.values())
     assert checks["models"]["detail"] == "detector 1, encoder 1, head 1"
-    assert checks[f"gate of {SOURCE}"]["detail"] == "opens above 0"
+    gate = (
+        "opens above 0, which is the recipe's; the stream proposes no threshold: 0 images so far, a proposal needs 100"
+    )
+    assert checks[f"gate of {SOURCE}"]["detail"] == gate
     assert checks["Redis"]["detail"] == "answers; unknowns 0, results 0"
     said = semwatch("doctor", "--site", site.file)
     assert said.code == 0
@@ -200,6 +207,23 @@ def test_doctor_and_status_show_unknowns_clusters_last_cycle_and_wishes(
     assert (state["last_cycle"]["outcome"], state["last_cycle"]["reasons"]) == ("refused", ["bridge loses 12 points"])
     assert state["wishes"] == ["unknown rate rose"]
     assert "unknown rate rose" in semwatch("status", "--site", site.file).words
+
+
+def test_doctor_and_status_show_alarms_that_stand(semwatch, tmp_path, tiny_repository) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    assert status(semwatch, site)["alarms"] == []
+    ordinary = make_review(0, source=SOURCE)
+    blank = replace(ordinary.pages[0], score_map=None, quality=Quality(is_image=False))
+    watch = DriftWatch()
+    watch.observe(replace(ordinary, pages=(blank,) * 5))
+    site.state.mkdir()
+    watch.save(site.state / STATE)
+    (alarm,) = status(semwatch, site)["alarms"]
+    assert "5 of the last 5 pages hold no image" in alarm
+    code, checks = doctor(semwatch, site)
+    assert code == 0
+    assert checks[f"images of {SOURCE}"]["detail"] == alarm
+    assert "night.md" in checks[f"images of {SOURCE}"]["advice"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,11 @@ KNOWN = ("bridge", "defect-free", "particle")
 LARGE, SMALL = 5, 6
 """Axes of the two unseen classes; 24 and 20 crops come as novel-1 and novel-2."""
 N = 44
-STRICT = {**RECIPE, "unknown": {"significance": 0.4}, "promotion": {"max_unknown_rate": 0.05}}
+STRICT = {
+    **RECIPE,
+    "unknown": {"significance": 0.4, "dismiss_probability": 0.5},
+    "promotion": {"max_unknown_rate": 0.05},
+}
 
 
 class Crash(BaseException):

@@ -36,7 +36,7 @@ from semwatch_training.trunks.vit import TrunkShape, VisionTransformer
 SHAPE = TrunkShape(width=24, depth=4, heads=2, patch=14, position_grid=8)
 DETECTOR = DetectorForm(trunk="tiny", width=24, heads=2, layers=(0, 1, 2, 3), n_normal_tokens=2, input_px=112)
 INTRINSIC = IntrinsicForm(branch=BranchForm(input_px=64, projection=4, width=8, dilations=(1,)), keys=5)
-ENCODER = EncoderForm(trunk="tiny", input_px=56, pooled_layers=(0, 1), guided_layers=2, second_trunk="")
+ENCODER = EncoderForm(trunk="tiny", input_px=56, pooled_layers=(0, 1), guided_layers=2, second_trunk="", field=False)
 LABELS = ("bridge", "defect-free", "particle")
 TO_ONNX = export.to_onnx
 """Exports anew, where ``exporting_once`` would not."""

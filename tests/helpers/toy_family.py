@@ -64,8 +64,13 @@ def publish(
         path.unlink()
 
 
-def publish_detector(repository: Path, inputs: Tensors | None = None, outputs: Tensors | None = None) -> int:
-    """How far each 8 x 8 patch is from the image's mean; beside what is asked, the patches themselves."""
+def publish_detector(
+    repository: Path, inputs: Tensors | None = None, outputs: Tensors | None = None, **meta: Any
+) -> int:
+    """How far each 8 x 8 patch is from the image's mean; beside what is asked, the patches themselves.
+
+    Where ``outputs`` names them, it also says of the field the mean of each row of patches, and of each place its mean.
+    """
     side = DETECTOR_PX // 8
     inputs = {"image": byte(DETECTOR_PX, DETECTOR_PX)} if inputs is None else inputs
     name = next(iter(inputs))
@@ -79,19 +84,34 @@ def publish_detector(repository: Path, inputs: Tensors | None = None, outputs: T
         helper.make_node("Abs", ["away"], ["score_map"]),
         helper.make_node("ReduceMax", ["score_map", "axes"], ["raw_score"], keepdims=0),
         helper.make_node("Sigmoid", ["raw_score"], ["domain_p"]),
+        helper.make_node("ReduceMean", ["patches", "across"], ["field_features"], keepdims=0),
+        helper.make_node("Unsqueeze", ["patches", "one"], ["patch_features"]),
     ]
-    constants = {"one": np.array([1], np.int64), "axes": np.array([1, 2], np.int64)}
+    constants = {"one": np.array([1], np.int64), "axes": np.array([1, 2], np.int64), "across": np.array([2], np.int64)}
     default = {"score_map": real(side, side), "raw_score": real(), "patches": real(side, side)}
     given = default if outputs is None else outputs
-    return publish(
-        repository, "detector", inputs, given, nodes, constants, normal_scores=tuple(i / 100 for i in range(100))
-    )
+    scores = tuple(i / 100 for i in range(100))
+    return publish(repository, "detector", inputs, given, nodes, constants, normal_scores=scores, **meta)
 
 
 def publish_open_detector(repository: Path) -> int:
     """The same of fields of any size, all of them of processes that it knows."""
     outputs = {"score_map": real(OPEN, OPEN), "raw_score": real(), "domain_p": real()}
     return publish_detector(repository, {"image": byte(OPEN, OPEN)}, outputs)
+
+
+def publish_listening_encoder(repository: Path, width: int = DETECTOR_PX // 8, **meta: Any) -> int:
+    """Patch means of the crop, and what the detector says of the field and of the defect's places."""
+    nodes = [
+        helper.make_node("Cast", ["crop"], ["gray"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["gray", "one"], ["plane"]),
+        helper.make_node("AveragePool", ["plane"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Flatten", ["pooled"], ["means"]),
+        helper.make_node("Concat", ["means", "field_features", "region_features"], ["features"], axis=1),
+    ]
+    inputs = {"crop": byte(CROP_PX, CROP_PX), "field_features": real(width), "region_features": real(1)}
+    given = {"features": real((CROP_PX // 8) ** 2 + width + 1)}
+    return publish(repository, "encoder", inputs, given, nodes, {"one": np.array([1], np.int64)}, **meta)
 
 
 def publish_encoder(repository: Path, **more: Tensor) -> int:
@@ -118,7 +138,8 @@ def publish_head(repository: Path, encoder_version: int = 1) -> int:
         helper.make_node("MatMul", ["features", "weight"], ["logits"]),
         helper.make_node("Sigmoid", ["logits"], ["p_values"]),
     ]
-    weight = np.random.default_rng(0).normal(size=(WIDTH, len(LABELS))).astype(np.float32)
+    width = encoder.outputs["features"].shape[0]
+    weight = np.random.default_rng(0).normal(size=(width, len(LABELS))).astype(np.float32)
     outputs = {"logits": real(len(LABELS)), "p_values": real(len(LABELS))}
     return publish(
         repository, "head", {"features": encoder.outputs["features"]}, outputs, nodes, {"weight": weight},

@@ -93,6 +93,75 @@ def test_pixels_come_as_floating_point_where_a_model_says_so() -> None:
     assert (image.dtype, image.shape, image.max()) == (np.float32, (1, 20, 30), 220)
 
 
+# ---- what the detector says of the whole field ----
+
+ROWS = DETECTOR_PX // 8
+SAYS = {
+    "score_map": real(ROWS, ROWS),
+    "raw_score": real(),
+    "field_features": real(ROWS),
+    "patch_features": real(1, ROWS, ROWS),
+}
+
+
+def test_what_the_detector_says_reaches_encoder_and_record(tmp_path) -> None:
+    toy_family.publish_detector(tmp_path, outputs=SAYS)
+    toy_family.publish_listening_encoder(tmp_path)
+    toy_family.publish_head(tmp_path)
+    with Embedded(tmp_path, threads=1) as models:
+        said = reviewed(models)
+        (defect,) = said.pages[0].defects
+        asked = inputs.for_detector(models.meta("detector"), page())
+        patches = models.infer("detector", asked).outputs["patch_features"][0, 0]
+    assert defect.field_features is not None
+    assert defect.region_features is not None
+    np.testing.assert_allclose(defect.field_features, patches.mean(axis=1), rtol=1e-5)
+    assert patches.mean() + 50 < defect.region_features[0] <= patches.max()  # of the bright disc, not of the field
+    np.testing.assert_array_equal(defect.features[-ROWS - 1 :], [*defect.field_features, *defect.region_features])
+    for record in records.records(said):
+        back = records.decode(records.encode(record))
+        np.testing.assert_array_equal(back.field_features, defect.field_features)
+        np.testing.assert_array_equal(back.region_features, defect.region_features)
+
+
+def test_what_no_encoder_asks_for_is_not_carried(tmp_path) -> None:
+    toy_family.publish_all(tmp_path)
+    toy_family.publish_detector(tmp_path, outputs=SAYS)
+    with Embedded(tmp_path, threads=1) as models:
+        assert models.versions()["detector"] == 2
+        said = reviewed(models)
+    assert [(defect.field_features, defect.region_features) for defect in said.pages[0].defects] == [(None, None)]
+    for record in records.records(said):
+        assert not {b"field_features", b"region_features"} & records.encode(record).keys()
+
+
+@pytest.mark.parametrize(
+    ("of_detector", "of_encoder", "words"),
+    [
+        ({}, {}, "this detector gives no `field_features` to make them of: build detector and encoder of one release"),
+        ({"outputs": SAYS}, {"width": 9}, "of width 9, and this detector's `field_features` have 12"),
+        (
+            {"outputs": {name: t for name, t in SAYS.items() if name != "patch_features"}},
+            {},
+            "asks for `region_features`, and this detector gives no `patch_features`",
+        ),
+        (
+            {"outputs": SAYS, "provenance": {"field_features": "means"}},
+            {"provenance": {"field_features": "Gram matrices"}},
+            r"of another kind \(Gram matrices\) than this detector gives \(means\)",
+        ),
+    ],
+)
+def test_encoder_that_would_hear_other_things_than_it_was_made_for_is_refused(
+    tmp_path, of_detector, of_encoder, words
+) -> None:
+    toy_family.publish_detector(tmp_path, **of_detector)
+    toy_family.publish_listening_encoder(tmp_path, **of_encoder)
+    with pytest.raises(ModelMismatch, match=words):
+        Embedded(tmp_path, threads=1, models=("detector", "encoder"))
+    Embedded(tmp_path, threads=1, models=("encoder",)).close()  # alone it hurts nobody
+
+
 # ---- what is refused, and when ----
 
 
@@ -102,7 +171,7 @@ def test_encoder_that_asks_for_the_phase_of_the_moon_is_refused_in_words(tmp_pat
     with pytest.raises(
         ModelMismatch,
         match=r"^this encoder asks for `phase_of_the_moon`, which the line cannot give; what it can give: "
-        r"`crop`, `soft_mask`, `size`, `field`$",
+        r"`crop`, `soft_mask`, `size`, `field`, `field_features`, `region_features`$",
     ):
         Embedded(tmp_path, threads=1, models=("detector", "encoder"))
 
@@ -149,6 +218,10 @@ MAPS = {"score_map": real(12, 12), "raw_score": real()}
         (meta_of("encoder", {"size": real(3)}, {"features": real(9)}), "size as 3 of float32; the line gives log2"),
         (meta_of("encoder", {"soft_mask": byte(16, 16)}, {"features": real(9)}), "soft_mask as 16 x 16 of uint8"),
         (meta_of("encoder", {"image": byte(40, 40)}, {"features": real(9)}), "asks for `image`, which the line cannot"),
+        (
+            meta_of("detector", {"image": byte(96, 96)}, {**MAPS, "field_features": real(3, 3)}),
+            "field_features as 3 x 3 of float32",
+        ),
         (meta_of("head", {"features": real(9)}, {"logits": real(2)}), "gives no `p_values`"),
     ],
 )

@@ -119,7 +119,7 @@ def test_defect_of_five_pixels_in_a_field_of_4096_is_boxed() -> None:
         field = rng.integers(0, 20, (4096, 4096), dtype=np.uint8)
         field[y : y + 5, x : x + 5] = 255
         values = own_scale(field, largest_of_each_cell).values
-        mask = binarization.binarize(values, hot=100.0).mask
+        mask = binarization.binarize(values, hot_score=100.0).mask
         (found,) = binarization.regions(mask, values, size_hw=field.shape)
         x0, y0, x1, y1 = found.box_xyxy
         assert x0 <= x < x + 5 <= x1

@@ -460,7 +460,7 @@ def test_search_adds_its_time_to_that_of_earlier_pages(models) -> None:
         b"no image at all",
         png(np.zeros((128, 128), np.uint8))[:-20],
         tiff(np.zeros((128, 128), np.uint8))[:-20],
-        png(np.zeros((32, 32), np.uint8)),
+        png(np.zeros((24, 24), np.uint8)),
     ],
     ids=["empty", "foreign", "cut-png", "cut-tiff", "tiny"],
 )

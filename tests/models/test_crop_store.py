@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,21 @@ def test_crops_of_one_size_share_a_shard(tmp_path) -> None:
     found = crop_store.read(tmp_path, refs)
     assert [found[ref].crop.shape for ref in refs] == [crop.crop.shape for crop in given]
     assert np.array_equal(found[refs[4]].crop, given[4].crop)
+
+
+def test_what_the_detector_said_is_kept_in_half_precision_and_apart_from_crops_without(tmp_path) -> None:
+    rng = np.random.default_rng(3)
+    of_detector = {name: rng.normal(size=7).astype(np.float32) for name in crop_store.OF_DETECTOR}
+    given = [*crops(2), replace(crops(1, seed=5)[0], **of_detector)]
+    refs = crop_store.write(tmp_path, given)
+    assert len({ref.shard for ref in refs}) == 2
+    found = crop_store.read(tmp_path, refs)
+    assert [found[ref].field_features is None for ref in refs] == [True, True, False]
+    for name, values in of_detector.items():
+        assert np.array_equal(getattr(found[refs[2]], name), values.astype(np.float16).astype(np.float32))
+    assert np.array_equal(found[refs[2]].crop, given[2].crop)
+    with pytest.raises(ValueError, match="1 of 3 crops have field_features"):
+        crop_store.encode(given)
 
 
 def test_name_is_the_content_and_writing_again_changes_nothing(tmp_path) -> None:

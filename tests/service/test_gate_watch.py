@@ -59,6 +59,9 @@ def test_proposal_is_the_one_of_the_scores_and_is_said_once() -> None:
     assert (first[0].before, first[0].is_used) == (None, False)
     assert "the stream proposes the threshold" in first[0].sentence
     assert "; now 0.4: " in first[0].sentence
+    assert ("and misses more" in first[0].sentence) is (first[0].threshold > 0.4)
+    higher = watch(GateWatch(), scores(UPDATE_EVERY, shift=3.0), of)
+    assert "it opens on fewer images than now, and misses more" in higher[0].sentence
     assert gates.threshold(of, DETECTOR) is None
 
 

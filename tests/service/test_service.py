@@ -9,6 +9,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import redis
 
@@ -23,6 +25,11 @@ from semwatch.system import child_server
 def server(tmp_path: Path):
     with EmbeddedRedis(tmp_path / "redis") as server:
         yield server
+
+
+def flat(level: int) -> bytes:
+    """An image of one gray level."""
+    return bytes(cv2.imencode(".png", np.full((96, 96), level, np.uint8))[1])
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,29 @@ def test_broken_files_are_quarantined_and_the_line_goes_on(tmp_path, tiny_reposi
         assert daemon.stop() == 0
     lines = [json.loads(line) for line in (site.state / "audit.jsonl").read_text().splitlines()]
     assert [(line["event"], line["path"]) for line in lines[5:]] == [("reviewed", "later.png")]
+
+
+def test_blank_frames_are_no_image_and_alarm_after_the_fifth(tmp_path, tiny_repository) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    with Daemon(site) as daemon:
+        for level in range(5):
+            site.put(f"lot/{level}.png", flat(level))
+        daemon.wait_for(lambda: "pages hold no image" in daemon.log())
+        assert daemon.stop() == 0
+    pages = [page for path in site.reviews() for page in json.loads(path.read_text())["pages"]]
+    assert [(page["verdict"], page["image_score"]) for page in pages] == [("no-image", None)] * 5
+    assert "quality: blank 0 (limit 8)" in daemon.log()
+
+
+def test_blank_frames_are_quarantined_where_the_recipe_says_so(tmp_path, tiny_repository) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    recipe = site.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "\nquality: {no_image: quarantine}\n")
+    with Daemon(site) as daemon:
+        site.put("black.png", flat(0))
+        daemon.wait_for(lambda: "black.png quarantined: page 0 holds no image: blank 0 (limit 8)" in daemon.log())
+        assert daemon.stop() == 0
+    assert site.reviews() == []
 
 
 def test_same_content_twice_is_one_review_and_a_logged_duplicate(tmp_path, tiny_repository) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from semwatch.intake import decoding
-from semwatch.line import binarization, pipeline
+from semwatch.line import binarization, pipeline, reference
 from semwatch.models.inference import Embedded
 from semwatch.settings import site
 from semwatch.settings.recipe import Recipe
@@ -30,7 +30,7 @@ def defaults(of: Callable[..., Any]) -> dict[str, Any]:
 def test_stages_follow_the_default_recipe() -> None:
     rule, crop = RECIPE.binarization, RECIPE.crop
     found = defaults(binarization.binarize)
-    own = {"min_area_fraction"}  # no setting of a recipe
+    own = {"min_area_fraction", "hot_score"}  # no setting of a recipe
     assert {key: found[key] for key in found.keys() - own} == {
         "method": rule.method,
         "grid_px": rule.grid_px,
@@ -47,6 +47,12 @@ def test_stages_follow_the_default_recipe() -> None:
         "context": crop.context,
         "min_side_fraction": crop.min_side_fraction,
     }
+
+
+def test_comparison_follows_the_default_recipe() -> None:
+    rule = RECIPE.reference
+    assert defaults(reference.register) == {"max_shift": rule.max_shift, "min_correlation": rule.min_correlation}
+    assert defaults(reference.compare) == {"threshold": rule.threshold}
 
 
 def test_mask_figures_judge_the_rule_of_the_daemon(tiny_repository) -> None:
@@ -70,7 +76,7 @@ def daemon_mask(score_map: np.ndarray, models: Embedded) -> np.ndarray:
 
     with pytest.MonkeyPatch.context() as patch:
         scored = ScoreMap(score_map, 9e9), models.infer("head", {"features": np.zeros((1, 74), np.float32)}).id
-        patch.setattr(pipeline.detection, "detect", lambda *_: scored)
+        patch.setattr(pipeline.detection, "detect", lambda *_, **__: scored)
         page = Micrograph(np.zeros((128, 128), np.uint8), (0, 0, 128, 128), 0, None, None)
         return pipeline.search(page, RECIPE, models).mask
 

@@ -8,7 +8,7 @@ import pytest
 
 from factories import KINDS, make_page, make_review, make_verdict
 from paths import DATA
-from semwatch.defects import Domain, Quality, QualityFlag, ScoreMap
+from semwatch.defects import Domain, Quality, QualityFlag, Reference, ScoreMap
 from semwatch.store import overlay
 
 SIZES = [(1, 1), (1, 900), (900, 1), (24, 700), (64, 64), (333, 511), (512, 512), (1024, 1024), (700, 2048), (2500, 90)]
@@ -214,3 +214,27 @@ def test_flag_of_a_bad_image_stands_in_the_legend() -> None:
     plain, said = overlay.draw(page), overlay.draw(flagged)
     assert np.array_equal(plain[: -overlay.STRIP_PX], said[: -overlay.STRIP_PX])
     assert not np.array_equal(plain, said)
+
+
+def test_page_with_a_reference_has_three_panels_of_one_size() -> None:
+    page = make_review(1, size_hw=(512, 700), info_bar_px=40).pages[0]
+    field = page.micrograph.field
+    overlap = np.ones(field.shape, np.bool_)
+    overlap[:, :70] = False
+    met = Reference("a_ref.tif", "", (70.0, 0.0), 0.97, field.copy(), overlap)
+    alone, compared = overlay.draw(page), overlay.draw(dataclasses.replace(page, reference=met))
+    assert compared.shape == (alone.shape[0], 3 * 700 + 2 * overlay.GAP_PX, 3)
+    left = 700 + overlay.GAP_PX
+    assert (compared[100:400, left : left + 60] == overlay.STRIP[0]).all()  # no counterpart
+    box = page.defects[0].box_xyxy
+    spot = (slice(box[1] + 8, box[3] - 8), slice(left + box[0] + 8, left + box[2] - 8))
+    assert np.array_equal(compared[spot][..., 0], field[box[1] + 8 : box[3] - 8, box[0] + 8 : box[2] - 8])
+
+
+def test_page_judged_alone_says_why_in_the_strip() -> None:
+    page = make_review(0, size_hw=(700, 700)).pages[0]
+    alone, said = (
+        overlay.draw(one) for one in (page, dataclasses.replace(page, reference=Reference("r.tif", "no texture")))
+    )
+    assert said.shape == alone.shape
+    assert not np.array_equal(said[-overlay.STRIP_PX :], alone[-overlay.STRIP_PX :])

@@ -256,7 +256,7 @@ def binarize(
     max_mask_fraction: float = _RULE.max_mask_fraction,
     min_area_fraction: float = 2e-4,
     max_defects: int = BEFORE_MERGING * _RULE.max_defects,
-    hot: float = math.inf,
+    hot_score: float = math.inf,
 ) -> Binarization:
     """Find the defect mask of a score map (h, w) whose image has passed the gate.
 
@@ -268,8 +268,9 @@ def binarize(
     shipped detector's maps its masks are twice too wide. The middle is farthest from both ends, as the most stable
     region of Matas et al. (MSER, 2002) is; ``semwatch-train experiment binarization`` measures both.
 
-    A component of the map at ``hot`` or above is a defect even where the plateau's mask leaves it out: beside a strong
-    defect a weak one lies under every threshold that is stable.
+    A component of the map at ``hot_score`` or above is a defect even where the plateau's mask leaves it out: beside a
+    strong defect a weak one lies under every threshold that is stable. Where that is more than the mask may cover, the
+    map has another unit than the gate, and the plateau alone counts.
 
     Raises: ImageError where the map holds NaN or infinity.
     """
@@ -292,8 +293,9 @@ def binarize(
             threshold = _otsu_threshold(shown)
         case _:
             assert_never(method)
+    hot = np.asarray(score_map, np.float32) >= hot_score
     mask = clean_mask(
-        with_hot(shown >= threshold, np.asarray(score_map, np.float32) >= hot),
+        with_hot(shown >= threshold, hot) if hot.mean() <= max_mask_fraction else shown >= threshold,
         min_area_px=min_area_px,
         max_hole_px=int(max_mask_fraction * shown.size),
         max_defects=max_defects,
@@ -316,7 +318,7 @@ def with_hot(mask: NDArray[np.bool_], hot: NDArray[np.bool_]) -> NDArray[np.bool
     touched = np.zeros(n, np.bool_)
     touched[np.unique(labels[mask])] = True
     touched[0] = True
-    return mask | ~touched[labels]
+    return np.asarray(mask | ~touched[labels], np.bool_)
 
 
 def clean_mask(mask: NDArray[np.bool_], *, min_area_px: int, max_hole_px: int, max_defects: int) -> NDArray[np.bool_]:
@@ -471,6 +473,17 @@ def soft_mask(
     rows = _overlaps(y0 / height, y1 / height, tokens, heat.shape[0])
     cols = _overlaps(x0 / width, x1 / width, tokens, heat.shape[1])
     return np.asarray(np.clip(rows @ heat @ cols.T, 0.0, 1.0), np.float32)
+
+
+def region_features(
+    patch_features: NDArray[np.float32], saliency: NDArray[np.float32], region_mask: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Average what a detector says of places (C, h, w), under the saliency (g, q) of one region: (C,)."""
+    near = cv2.dilate(region_mask.view(np.uint8), _SQUARE_3X3).view(np.bool_)
+    heat = np.where(near, saliency, np.float32(0.0)) + np.float32(1e-6)  # without any heat all places count alike
+    h, w = patch_features.shape[1:]
+    weights = _overlaps(0, 1, h, heat.shape[0]) @ heat @ _overlaps(0, 1, w, heat.shape[1]).T
+    return np.asarray(np.tensordot(patch_features, weights / weights.sum(), 2), np.float32)
 
 
 def _overlaps(first: float, last: float, tokens: int, grid_px: int) -> NDArray[np.float32]:

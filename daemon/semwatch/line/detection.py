@@ -10,8 +10,9 @@ from semwatch.defects import Box, ScoreMap
 from semwatch.errors import ServiceUnavailable
 from semwatch.line import inputs
 from semwatch.line.scaling import resize
-from semwatch.models.contract import FIELD_SIDES_PX
+from semwatch.models.contract import FIELD_FEATURES, FIELD_SIDES_PX, PATCH_FEATURES
 from semwatch.models.inference import Answer, ModelId, Models
+from semwatch.models.model_repository import Arrays, Meta
 
 OVERLAP_PX = 128
 """Of neighbouring tiles, at least: half of it is farther than the trunk's features carry."""
@@ -53,10 +54,19 @@ def detect(field: NDArray[np.uint8], models: Models, *, coarser: float = 1.0) ->
     return found, answered.pop()
 
 
+def asked(detector: Meta, field: NDArray[np.uint8]) -> list[Arrays]:
+    """What a detector is given of a field (H, W), one after another: the whole of it, or its tiles."""
+    if not detector.inputs["image"].is_open:
+        return [inputs.for_detector(detector, field)]
+    shown = resize(field, scaled_size(field.shape))
+    return [inputs.for_detector(detector, shown[y0:y1, x0:x1]) for x0, y0, x1, y1 in tiles(shown.shape)]
+
+
 def _read(answer: Answer) -> ScoreMap:
     outputs = answer.outputs
     domain_p = float(outputs["domain_p"][0]) if "domain_p" in outputs else None
-    return ScoreMap(outputs["score_map"][0], float(outputs["raw_score"][0]), domain_p)
+    of_field, of_patches = (outputs[name][0] if name in outputs else None for name in (FIELD_FEATURES, PATCH_FEATURES))
+    return ScoreMap(outputs["score_map"][0], float(outputs["raw_score"][0]), domain_p, of_field, of_patches)
 
 
 def own_scale(
@@ -108,27 +118,37 @@ def _spans(length: int) -> list[tuple[int, int]]:
 def joined(found: list[ScoreMap], boxes: list[Box], size_hw: tuple[int, ...]) -> ScoreMap:
     """Join the maps of tiles: where they overlap, each counts the more the farther its own border is.
 
-    The raw score is the highest of the tiles'; the field is of a known process as far as its tiles are on average.
+    The raw score is the highest of the tiles'; the field is of a known process as far as its tiles are on average, and
+    what is said of it is the tiles' average too.
     """
     if len(found) == 1:
         return found[0]
-    h, w = found[0].values.shape
-    cell = (boxes[0][2] - boxes[0][0]) // w
-    total = np.zeros((size_hw[0] // cell, size_hw[1] // cell), np.float32)
-    weight = np.zeros_like(total)
-    inner = np.minimum.outer(_ramp(h), _ramp(w)).astype(np.float32)
-    for one, (left, top, _, _) in zip(found, boxes, strict=True):
-        part = slice(top // cell, top // cell + h), slice(left // cell, left // cell + w)
-        total[part] += inner * one.values
-        weight[part] += inner
     known = [one.domain_p for one in found if one.domain_p is not None]
+    of_fields = [one.field_features for one in found if one.field_features is not None]
+    of_patches = [one.patch_features for one in found if one.patch_features is not None]
     return ScoreMap(
-        values=total / weight,
+        values=_blended([one.values for one in found], boxes, size_hw),
         raw_score=max(one.raw_score for one in found),
         domain_p=sum(known) / len(known) if known else None,
+        field_features=np.mean(of_fields, axis=0, dtype=np.float32) if of_fields else None,
+        patch_features=_blended(of_patches, boxes, size_hw) if of_patches else None,
     )
 
 
-def _ramp(n: int) -> NDArray[np.float64]:
+def _blended(maps: list[NDArray[np.float32]], boxes: list[Box], size_hw: tuple[int, ...]) -> NDArray[np.float32]:
+    """One map (..., H, W) of the maps (..., h, w) of tiles."""
+    *leading, h, w = maps[0].shape
+    cell = (boxes[0][2] - boxes[0][0]) // w
+    total = np.zeros((*leading, size_hw[0] // cell, size_hw[1] // cell), np.float32)
+    weight = np.zeros(total.shape[-2:], np.float32)
+    inner = np.minimum.outer(_ramp(h, cell), _ramp(w, cell)).astype(np.float32)
+    for one, (left, top, _, _) in zip(maps, boxes, strict=True):
+        part = slice(top // cell, top // cell + h), slice(left // cell, left // cell + w)
+        total[..., part[0], part[1]] += inner * one
+        weight[part] += inner
+    return np.asarray(total / weight, np.float32)
+
+
+def _ramp(n: int, cell_px: int) -> NDArray[np.float64]:
     """1, 2, ... from either end of n cells, at most half the overlap."""
-    return np.minimum(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)), OVERLAP_PX / 16)
+    return np.minimum(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)), OVERLAP_PX / 2 / cell_px)

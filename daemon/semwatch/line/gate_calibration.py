@@ -4,9 +4,9 @@ Two ways, both pure functions on plain arrays. ``propose`` has no labels: a stre
 a lower group, taken for normal images, and an upper group, taken for defective ones. ``measure`` has images that a
 person has sorted, and counts.
 
-What no statistics of scores can show: a defective image that the detector does not see has the score of a normal one.
-It lies in the lower group, so the misses that ``propose`` expects are those of visible defects alone. Only labelled
-images show the others.
+What no statistics of scores can show: a defective image that the detector does not see has the score of a normal one
+and lies in the lower group; a normal image that the detector takes for defective lies in the upper one. The false
+alarms and misses that ``propose`` expects do not count them. Only labelled images show them.
 """
 
 import math
@@ -72,7 +72,8 @@ class Expected:
     false_alarms: Rate
     """Share of the lower group above the threshold."""
     misses: Rate
-    """Share of the upper group at or below the threshold: visible defects only, see the module."""
+    """Share of the upper group at or below the threshold. Both intervals go as far as a symmetric lower group would
+    bring them, see ``_expected``; defects that look normal altogether are in neither."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +166,17 @@ def propose(
     if (_valley(again) <= VALLEY_AGAIN).mean() < AGREEMENT:
         return NoProposal(n, "the scores form two groups that overlap too much for a threshold between them")
     at, thresholds = (_thresholds(one, false_alarm_rate, miss_cost) for one in (fit, again))
-    expected = _expected(float(at[0]), fit, again)
-    if expected.misses.high > LARGEST_MISS:
-        why = f"at a false alarm rate of {false_alarm_rate:g} up to {expected.misses.high:.0%} of the upper group would"
+    missed = float(np.percentile(1 - _above(float(at[0]), again.upper), INTERVAL[1]))
+    if missed > LARGEST_MISS:
+        why = f"at a false alarm rate of {false_alarm_rate:g} up to {missed:.0%} of the upper group would"
         return NoProposal(n, f"{why} be missed; a higher gate.false_alarm_rate may do")
     low, high = np.exp(np.percentile(thresholds, INTERVAL))
     return Proposal(
-        expected=expected,
+        expected=_expected(float(at[0]), fit, again),
         low=float(low),
         high=float(high),
         n=n,
-        normal_share=_rate(1 - fit.upper_share, 1 - again.upper_share),
+        normal_share=_rate(1 - fit.upper_share, 1 - again.upper_share, 1 - again.upper_share),
         present=None if present is None else _expected(math.log(max(present, 1e-300)), fit, again),
     )
 
@@ -347,18 +348,44 @@ def _quantile(p: float, mode: float, left: float, right: float) -> float:
 
 
 def _expected(log_threshold: float, fit: _Fit, again: _Fit) -> Expected:
+    """Rates of the two groups, with intervals that also hold what they would be if the lower group were symmetric.
+
+    By how much its right side is the heavier one may be normal images, as the fit has it, or defective ones of middling
+    scores: the scores cannot say. In the second case fewer normal images pass and more defective ones are missed.
+    """
+    x = log_threshold
+    alarms, misses = _above(x, again.lower), 1 - _above(x, again.upper)
+    fewest, most = np.minimum(alarms, _tail_of_symmetric(x, again.lower)), _misses_with_excess(x, again)
     return Expected(
-        math.exp(log_threshold),
-        _rate(_above(log_threshold, fit.lower), _above(log_threshold, again.lower)),
-        _rate(1 - _above(log_threshold, fit.upper), 1 - _above(log_threshold, again.upper)),
+        math.exp(x),
+        _rate(_above(x, fit.lower), fewest, alarms),
+        _rate(1 - _above(x, fit.upper), misses, np.maximum(misses, most)),
     )
 
 
-def _rate(value: Array, again: Array) -> Rate:
-    """A share of one fit, and its interval over the resamples, which holds it."""
+def _tail_of_symmetric(x: float, group: _Group) -> Array:
+    """(B, 1) share above x of a group whose right side mirrors its left."""
+    tail = _tail(np.abs(x - group.mode) / group.left)
+    return np.where(x < group.mode, 1 - tail, tail)
+
+
+def _misses_with_excess(x: float, fit: _Fit) -> Array:
+    """(B, 1) share of the defective images at or below x, where what the lower group has beyond symmetry is of them."""
+    lower, of_lower = fit.lower, (1 - fit.upper_share) * 2 / (fit.lower.left + fit.lower.right)
+    right, mirrored = (
+        spread * (0.5 - _tail(np.maximum(x - lower.mode, 0) / spread)) for spread in (lower.right, lower.left)
+    )
+    excess = of_lower * np.maximum(lower.right - lower.left, 0) / 2
+    below = np.clip(of_lower * (right - mirrored), 0, excess)
+    missed = fit.upper_share * (1 - _above(x, fit.upper))
+    return np.asarray((missed + below) / (fit.upper_share + excess))
+
+
+def _rate(value: Array, lows: Array, highs: Array) -> Rate:
+    """A share of one fit, and its interval from what it is at least and at most in the resamples."""
     point = float(value.ravel()[0])
-    low, high = np.percentile(again, INTERVAL)
-    return Rate(point, min(float(low), point), max(float(high), point))
+    low, high = float(np.percentile(lows, INTERVAL[0])), float(np.percentile(highs, INTERVAL[1]))
+    return Rate(point, min(low, point), max(high, point))
 
 
 # --- from images that a person has sorted ----------------------------------------------------------------------------

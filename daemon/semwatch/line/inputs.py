@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.line.scaling import resize
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.model_repository import Arrays, Meta, Tensor
 
 CROP_PX, TOKENS = 224, 16
@@ -36,6 +37,14 @@ class View(Protocol):
     def field(self) -> NDArray[np.uint8] | None:
         """(H, W) gray: the whole field, None where the encoder does not ask for it."""
 
+    @property
+    def field_features(self) -> NDArray[np.float32] | None:
+        """(D,) what the detector says of the whole field, None where the encoder does not ask for it."""
+
+    @property
+    def region_features(self) -> NDArray[np.float32] | None:
+        """(C,) what the detector says of the defect's places, None where the encoder does not ask for it."""
+
 
 OF_FIELD: Mapping[str, Callable[[NDArray[np.uint8], Tensor], NDArray[np.uint8]]] = MappingProxyType(
     {"image": lambda field, asked: field if asked.is_open else resize(field, (asked.shape[0], asked.shape[1]))}
@@ -48,6 +57,8 @@ OF_VIEW: Mapping[str, Callable[[View], "NDArray[np.uint8] | NDArray[np.float32] 
         "soft_mask": lambda view: view.soft_mask,
         "size": lambda view: view.size,
         "field": lambda view: view.field,
+        "field_features": lambda view: view.field_features,
+        "region_features": lambda view: view.region_features,
     }
 )
 """Which part of a view each input of an encoder is; ``crop_px``, ``tokens``, ``whole_field`` say how large to cut."""
@@ -63,7 +74,7 @@ def for_encoder(encoder: Meta, views: Sequence[View]) -> Arrays:
     """What an encoder asks for of n >= 1 views, stacked.
 
     Raises:
-        ValueError: it asks for the field, and a view has none.
+        ValueError: it asks for the field, or what the detector says of it, and a view has none.
     """
     made = {}
     for name, asked in encoder.inputs.items():
@@ -72,6 +83,11 @@ def for_encoder(encoder: Meta, views: Sequence[View]) -> Arrays:
             raise ValueError(f"{len(views) - len(parts)} of {len(views)} crops have no {name}")
         made[name] = np.stack(parts).astype(asked.dtype)
     return made
+
+
+def absent(encoder: Meta, view: View) -> list[str]:
+    """What an encoder asks for and a view does not have; a kept crop never has its field."""
+    return sorted(name for name in encoder.inputs if OF_VIEW[name](view) is None)
 
 
 def for_head(features: NDArray[np.float32]) -> Arrays:
@@ -93,3 +109,8 @@ def whole_field(encoder: Meta, field: NDArray[np.uint8]) -> NDArray[np.uint8] | 
     """The field (H, W) at the size that an encoder asks for; None where it does not ask."""
     asked = encoder.inputs.get("field")
     return None if asked is None else resize(field, (asked.shape[0], asked.shape[1]))
+
+
+def listens(encoder: Meta) -> bool:
+    """Whether an encoder asks for what the detector says."""
+    return FIELD_FEATURES in encoder.inputs or REGION_FEATURES in encoder.inputs

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from semwatch.line import binarization, detection, inputs, reference
 from semwatch.line.binarization import Region
 from semwatch.line.classification import classify, domain_of, size_feature
 from semwatch.line.reference import Compared
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.inference import ModelId, Models
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
@@ -44,6 +45,10 @@ class Candidate:
     size: NDArray[np.float32]
     field: NDArray[np.uint8] | None = None
     """The whole field at the size that the encoder asks for; None where it does not ask."""
+    field_features: NDArray[np.float32] | None = None
+    """What the detector says of the whole field; as above."""
+    region_features: NDArray[np.float32] | None = None
+    """What the detector says of the region's places; as above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +56,7 @@ class Search:
     """What detection and binarization found on one page."""
 
     score_map: ScoreMap
-    detector: ModelId | None
-    """None where the page was compared with its reference, and no detector asked."""
+    detector: ModelId
     gate_threshold: float
     mask: NDArray[np.bool_]
     candidates: tuple[Candidate, ...]
@@ -140,7 +144,7 @@ def search(
 ) -> Search:
     """Detect and binarize one page; training uses it too, so that heads see the crops that the daemon cuts.
 
-    With a ``difference`` from a reference no detector is asked: what both images show is no defect.
+    With a ``difference`` from a reference no detector says where a defect is: what both images show is none.
 
     Raises:
         ServiceUnavailable: the models are away.
@@ -169,7 +173,7 @@ def search(
             min_length=settings.min_plateau,
             max_mask_fraction=settings.max_mask_fraction,
             max_defects=binarization.BEFORE_MERGING * settings.max_defects,
-            hot=math.inf if settings.hot is None else settings.hot * threshold,
+            hot_score=math.inf if settings.hot is None else settings.hot * threshold,
         )
         regions = binarization.regions(
             found.mask,
@@ -179,7 +183,7 @@ def search(
             max_regions=settings.max_defects,
         ) or [_whole_field(score_map, found.mask, size_hw)]
     with _timed(timings, "crop"):
-        candidates = cut_out(regions, page, found.saliency, recipe, models)
+        candidates = cut_out(regions, page, found.saliency, recipe, models, score_map)
     return Search(score_map, detector, threshold, found.mask, candidates, gate_source)
 
 
@@ -197,8 +201,14 @@ def gate_of(recipe: Recipe, models: Models, *, stream_threshold: float | None = 
 def _search_difference(
     page: Micrograph, difference: ScoreMap, recipe: Recipe, models: Models, timings: dict[str, float]
 ) -> Search:
-    """Cut out what differs from the reference by more than the threshold."""
+    """Cut out what differs from the reference by more than the threshold.
+
+    The detector still says what the whole field is like: of which process, and what the encoder may ask.
+    """
     settings, threshold = recipe.binarization, recipe.reference.threshold
+    with _timed(timings, "detect"):
+        own, detector = detection.detect(page.field, models, coarser=recipe.detection.coarser)
+    difference = replace(difference, domain_p=own.domain_p)
     with _timed(timings, "binarize"):
         found = reference.binarize(difference.values, threshold=threshold, grid_px=settings.grid_px)
         regions = binarization.regions(
@@ -209,8 +219,8 @@ def _search_difference(
             max_regions=settings.max_defects,
         )
     with _timed(timings, "crop"):
-        candidates = cut_out(regions, page, found.saliency, recipe, models) if regions else ()
-    return Search(difference, None, threshold, found.mask, candidates, "reference")
+        candidates = cut_out(regions, page, found.saliency, recipe, models, own) if regions else ()
+    return Search(difference, detector, threshold, found.mask, candidates, "reference")
 
 
 def _with_references(
@@ -308,8 +318,7 @@ def _review_page(
         threshold, source = gate_of(recipe, models, stream_threshold=stream_threshold)
         return PageReview(page, None, threshold, nothing, (), gate_source=source, quality=seen, reference=met)
     found = search(page, recipe, models, timings_ms=timings, stream_threshold=stream_threshold, difference=difference)
-    if found.detector is not None:
-        answered["detector"] = found.detector
+    answered["detector"] = found.detector
     with _timed(timings, "classify"):
         domain = domain_of(found.score_map.domain_p, significance=recipe.domain.significance)
         defects, asked = _name_defects(found, page, recipe, models, domain)
@@ -340,18 +349,35 @@ def _name_defects(
                 soft_mask=candidate.soft_mask,
                 features=features[index],
                 verdict=verdict,
+                field_features=candidate.field_features,
+                region_features=candidate.region_features,
             )
         )
     return tuple(defects), answered
 
 
 def cut_out(
-    regions: Sequence[Region], page: Micrograph, saliency: NDArray[np.float32], recipe: Recipe, models: Models
+    regions: Sequence[Region],
+    page: Micrograph,
+    saliency: NDArray[np.float32],
+    recipe: Recipe,
+    models: Models,
+    answer: ScoreMap | None = None,
 ) -> tuple[Candidate, ...]:
-    """Cut regions of a page out, as large and as sharp as the encoder wants them."""
+    """Cut regions of a page out, as large and as sharp as the encoder wants them.
+
+    ``answer`` is the detector's answer for this page, for an encoder that listens (``inputs.listens``).
+    """
     encoder = models.meta("encoder")
     field = inputs.whole_field(encoder, page.field)
-    return tuple(_cut_out(region, page, saliency, field, recipe, encoder) for region in regions)
+    of_field = answer.field_features if answer is not None and FIELD_FEATURES in encoder.inputs else None
+    patches = answer.patch_features if answer is not None and REGION_FEATURES in encoder.inputs else None
+    candidates = []
+    for region in regions:
+        of_region = None if patches is None else binarization.region_features(patches, saliency, region.mask)
+        cut = _cut_out(region, page, saliency, field, recipe, encoder)
+        candidates.append(replace(cut, field_features=of_field, region_features=of_region))
+    return tuple(candidates)
 
 
 def _cut_out(

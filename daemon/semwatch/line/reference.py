@@ -279,19 +279,21 @@ def _correlations(a: Floats, b: Floats, max_shift: float) -> tuple[Floats, tuple
 def _refined(inspected: Floats, reference: Floats, warp: Floats) -> Floats:
     """Return the affine warp (2, 3), inspected to reference pixels, that ECC finds from another; that one if none."""
     a, b = (np.asarray(np.hypot(*_gradients(image, 1.5)), np.float32) for image in (inspected, reference))
+    everywhere = np.full(a.shape, 255, np.uint8)
     for motion in (cv2.MOTION_TRANSLATION, cv2.MOTION_AFFINE):
         criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
         try:
-            _, found = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, None, 5)
+            _, answer = cv2.findTransformECC(a, b, warp.copy(), motion, criteria, everywhere, 5)
         except cv2.error:
             return warp
+        found = np.asarray(answer, np.float32)
         if not _is_near(found, warp, inspected.shape):
             return warp
-        warp = np.asarray(found, np.float32)
+        warp = found
     return warp
 
 
-def _is_near(found: NDArray[np.floating], before: Floats, size_hw: tuple[int, ...]) -> bool:
+def _is_near(found: Floats, before: Floats, size_hw: tuple[int, ...]) -> bool:
     """Say whether a refined warp is one that two scans of one recipe can differ by: 3 %, and 4 % of the field."""
     if not np.isfinite(found).all() or np.abs(found[:, :2] - np.eye(2)).max() > 0.03:
         return False
@@ -313,7 +315,7 @@ def _shift_at_centre(warp: Floats, size_hw: tuple[int, ...], scale: float) -> tu
 
 
 def _sampling_maps(warp: Floats, size_hw: tuple[int, int], scale: float) -> tuple[Floats, Floats]:
-    """Return x and y maps (H, W) of where inspected pixels lie in the reference, the warp being of a shrunk one."""
+    """Return x and y maps (H, W): where each inspected pixel lies in the reference, the warp being of a shrunk one."""
     H, W = size_hw
     x = (np.arange(W, dtype=np.float32)[None] + 0.5) * scale - 0.5
     y = (np.arange(H, dtype=np.float32)[:, None] + 0.5) * scale - 0.5
@@ -420,7 +422,7 @@ def _in_spreads(image: Floats, matched: Floats, inside: Bools, is_common: Bools,
     for level in range(_N_LEVELS):
         if level:
             image, matched, left, weight = (_halved(one) for one in (image, matched, left, weight))
-        # Beyond a border there is nothing: what is left has the noise of half a kernel, whose square has 1/sqrt(2).
+        # Beyond a border there is nothing: noise there is that of half a kernel; its square is a Gaussian of 1/sqrt(2).
         share = cv2.GaussianBlur(weight, (0, 0), math.sqrt(0.5), borderType=cv2.BORDER_CONSTANT)
         judged = weight > 0.5
         even = cv2.GaussianBlur(left, (0, 0), 1.0, borderType=cv2.BORDER_CONSTANT) / np.sqrt(np.maximum(share, 0.2))
@@ -478,12 +480,12 @@ def _line_kernels() -> list[Floats]:
 def match_gray(image: Floats, aligned: Floats, inside: Bools) -> Floats:
     """Return the reference (H, W) with the local gain and offset of the inspected image.
 
-    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, twice: the second time
-    without what differed most in the first, which is defects. The gain is drawn towards that of the whole field.
+    Both are fitted by least squares in Gaussian windows of an eighth of the shorter side, three times, each time
+    without what differed most in the one before, which is defects. The gain is drawn towards that of the whole field.
     """
     sigma = max(16.0, min(image.shape) / 8)
     weight = inside.astype(np.float32)
-    a, b = cv2.GaussianBlur(image, (0, 0), 1.5), cv2.GaussianBlur(aligned, (0, 0), 1.5)
+    a, b = (np.asarray(cv2.GaussianBlur(one, (0, 0), 1.5), np.float32) for one in (image, aligned))
     matched = aligned
     for _ in range(3):
         gain, offset = _local_line(b, a, weight, sigma)
@@ -569,7 +571,7 @@ def _standardised(smooth: Sequence[Floats], edges: Floats, level: Floats, judged
     return np.where(judged, beyond / spread, np.float32(0))
 
 
-def _spreads(keys: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+def _spreads(keys: Floats, sizes: NDArray[np.floating]) -> tuple[Floats, Floats]:
     """Return the standard deviation of residuals in bins of a key, as centres and values (n,): robust, and of the tail.
 
     Args:
@@ -592,7 +594,7 @@ def _looked_up(keys: Floats, table: tuple[Floats, Floats]) -> Floats:
     if high - low < 1e-6:
         return np.full(keys.shape, values[-1], np.float32)
     steps = np.interp(np.linspace(low, high, 256), centres, values).astype(np.float32)
-    return steps[np.clip((keys - low) * (255 / (high - low)), 0, 255).astype(np.uint8)]
+    return np.asarray(steps[np.clip((keys - low) * (255 / (high - low)), 0, 255).astype(np.uint8)], np.float32)
 
 
 # --- the line ------------------------------------------------------------------------------------------------------

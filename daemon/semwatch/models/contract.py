@@ -56,6 +56,8 @@ INPUTS: Mapping[str, Mapping[str, Input]] = MappingProxyType(
                 "soft_mask": Input((None, None), ("float32",), "the defect's heat in that window", is_square=True),
                 "size": Input((2,), ("float32",), "log2 of window side and root mask area over the field's short side"),
                 "field": Input((None, None), _GRAY, "the whole field of view that the defect lies in, resized"),
+                "field_features": Input((None,), ("float32",), "what the detector says of that whole field"),
+                "region_features": Input((None,), ("float32",), "what the detector says of the defect's places"),
             }
         ),
         "head": MappingProxyType({"features": Input((None,), ("float32",), "the encoder's features of a defect")}),
@@ -72,11 +74,20 @@ OUTPUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 )
 """Number of axes of each output that the line reads, by role and name; all of them are float32."""
 
-OPTIONAL: Mapping[str, Mapping[str, int]] = MappingProxyType({"detector": MappingProxyType({"domain_p": 0})})
+OPTIONAL: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {"detector": MappingProxyType({"domain_p": 0, "field_features": 1, "patch_features": 3})}
+)
 """The same of outputs that the line reads where a model gives them; see ``defects.ScoreMap``."""
 
-OF_A_CROP = ("crop", "soft_mask", "size")
-"""Inputs that a kept crop still has: its field is gone."""
+FIELD_FEATURES, PATCH_FEATURES, REGION_FEATURES = "field_features", "patch_features", "region_features"
+"""What a detector may say: of a whole field (D,), and of each place (C, h, w), which is averaged over a defect.
+
+An encoder may ask for the first and for that average. In the provenance of both models ``field_features`` names the
+kind of all this: an encoder takes no other than it was made for.
+"""
+
+OF_A_CROP = ("crop", "soft_mask", "size", "field_features", "region_features")
+"""Inputs that a kept crop may still have: its field is gone."""
 
 
 def check_contract(meta: Meta) -> None:
@@ -109,6 +120,34 @@ def check_contract(meta: Meta) -> None:
         if len(given.shape) != n_axes or given.dtype != "float32":
             raise ModelMismatch(
                 f"this {meta.model} gives {name} as {_in_words(given)}; the line reads {n_axes} axes of float32 an item"
+            )
+
+
+def check_pair(detector: Meta, encoder: Meta) -> None:
+    """Refuse an encoder that asks for what this detector does not say.
+
+    Raises:
+        ModelMismatch: it says nothing, or other things than the encoder was made for.
+    """
+    remedy = "build detector and encoder of one release, or pin an encoder that does not ask for them"
+    for name, source in ((FIELD_FEATURES, FIELD_FEATURES), (REGION_FEATURES, PATCH_FEATURES)):
+        asked, given = encoder.inputs.get(name), detector.outputs.get(source)
+        if asked is None:
+            continue
+        if given is None:
+            raise ModelMismatch(
+                f"this encoder asks for `{name}`, and this detector gives no `{source}` to make them of: {remedy}"
+            )
+        if given.shape[0] != asked.shape[0]:
+            raise ModelMismatch(
+                f"this encoder asks for `{name}` of width {asked.shape[0]}, and this detector's `{source}` have "
+                f"{given.shape[0]}: {remedy}"
+            )
+        theirs, ours = (meta.provenance.get(FIELD_FEATURES) for meta in (detector, encoder))
+        if theirs is not None and ours is not None and theirs != ours:
+            raise ModelMismatch(
+                f"this encoder was made for features of another kind ({ours}) than this detector gives ({theirs}): "
+                f"{remedy}"
             )
 
 

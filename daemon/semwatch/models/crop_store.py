@@ -6,6 +6,7 @@
     ends        (n,) int64, where each ends
     soft_masks  (n, t, t) float16
     sizes       (n, 2) float32, see ``line.classification.size_feature``
+    field_features, region_features  (n, D), (n, C) float16, what the detector said; only where the encoder asked
 
 Without loss, because JPEG moves the features: of 952 crops of 224 x 224 PNG makes 29 kB each, JPEG at quality 95 18 kB
 with p-values off by up to 0.06. Soft masks weigh next to nothing; a faint one would lose its digits in 8 bits.
@@ -35,6 +36,9 @@ MIN_AGE_S = 3600.0
 """A younger shard is kept though no bank names it: its head may be on the way."""
 
 
+OF_DETECTOR = ("field_features", "region_features")
+
+
 class CropRef(NamedTuple):
     """Where a crop is kept."""
 
@@ -55,6 +59,10 @@ class KeptCrop:
     """(2,)."""
     field: NDArray[np.uint8] | None = None
     """Gone."""
+    field_features: NDArray[np.float32] | None = None
+    """(D,) what the detector said of the field; None where the encoder did not ask."""
+    region_features: NDArray[np.float32] | None = None
+    """(C,) what it said of the defect's places; as above."""
 
 
 def write(repository: Path, crops: Sequence[KeptCrop]) -> list[CropRef]:
@@ -63,9 +71,12 @@ def write(repository: Path, crops: Sequence[KeptCrop]) -> list[CropRef]:
     Raises:
         PublishError: the disk refused.
     """
-    by_size: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    by_size: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for i, crop in enumerate(crops):
-        by_size.setdefault((crop.crop.shape, crop.soft_mask.shape), []).append(i)
+        of_detector = (
+            () if values is None else values.shape for values in (getattr(crop, name) for name in OF_DETECTOR)
+        )
+        by_size.setdefault((crop.crop.shape, crop.soft_mask.shape, *of_detector), []).append(i)
     found: dict[int, CropRef] = {}
     for rows in by_size.values():
         content = encode([crops[i] for i in rows])
@@ -99,7 +110,14 @@ def path_of(repository: Path, shard: str) -> Path:
 
 
 def encode(crops: Sequence[KeptCrop]) -> bytes:
-    """A shard of n >= 1 crops of one size; the same crops give the same bytes."""
+    """A shard of n >= 1 crops of one size, all with what the detector gives or none; the same, the same bytes."""
+    more = {}
+    for name in OF_DETECTOR:
+        of_detector = [values for values in (getattr(crop, name) for crop in crops) if values is not None]
+        if len(of_detector) not in (0, len(crops)):
+            raise ValueError(f"{len(of_detector)} of {len(crops)} crops have {name}: keep them apart")
+        if of_detector:
+            more[name] = np.stack(of_detector).astype(np.float16)
     images = [cv2.imencode(".png", crop.crop)[1].ravel() for crop in crops]
     file = io.BytesIO()
     np.savez(
@@ -108,6 +126,7 @@ def encode(crops: Sequence[KeptCrop]) -> bytes:
         ends=np.cumsum([len(image) for image in images], dtype=np.int64),
         soft_masks=np.stack([crop.soft_mask for crop in crops]).astype(np.float16),
         sizes=np.stack([crop.size for crop in crops]).astype(np.float32),
+        **more,
     )
     return file.getvalue()
 
@@ -218,4 +237,6 @@ def _row(arrays: Mapping[str, NDArray[Any]], row: int, where: str) -> KeptCrop:
     if crop is None:
         raise ModelMismatch(f"crop {row} of {where} is damaged")
     mask = arrays["soft_masks"][row].astype(np.float32)
-    return KeptCrop(np.asarray(crop, np.uint8), mask, np.asarray(arrays["sizes"][row], np.float32))
+    of_detector = {name: arrays[name][row].astype(np.float32) for name in OF_DETECTOR if name in arrays}
+    size = np.asarray(arrays["sizes"][row], np.float32)
+    return KeptCrop(np.asarray(crop, np.uint8), mask, size, None, **of_detector)

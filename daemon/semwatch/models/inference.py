@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from semwatch.errors import ModelMismatch, ServiceUnavailable
 from semwatch.models import model_repository
 from semwatch.models.checks import check_inputs, check_probe
-from semwatch.models.contract import check_contract
+from semwatch.models.contract import check_contract, check_pair
 from semwatch.models.head_swap import HeadSwap, Swap
 from semwatch.models.model_repository import MODELS, Arrays, Meta
 
@@ -190,6 +190,8 @@ class Embedded:
     def _load(self, model: str, version: int) -> _Loaded:
         meta = model_repository.read_meta(self._repository, model, version)
         check_contract(meta)
+        if model == "encoder" and "detector" in self._loaded:
+            check_pair(self._loaded["detector"].meta, meta)
         path = model_repository.weights_path(self._repository, model, version, meta)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads

@@ -104,6 +104,8 @@ class _Stream(_State):
         words = f"{made}: {_in_words(found.expected)} expected"
         if found.present is not None and not is_used:
             words += f"; now {found.present.threshold:.4g}: {_in_words(found.present)}"
+            is_higher = found.threshold > found.present.threshold
+            words += "; it opens on fewer images than now, and misses more" * is_higher
         return words + (f"; the last look gave none: {self.reason}" if self.reason else "")
 
 

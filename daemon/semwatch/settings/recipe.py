@@ -265,9 +265,7 @@ class Recipe(Settings):
     def id(self) -> str:
         """Identity of the recipe: 16 hexadecimal digits over every value, defaults included.
 
-        Comments, order and spacing do not change it, nor does writing out a default; any other value does. A section
-        ``reference`` of defaults alone is left out, so that recipes written before there was one keep their identity.
+        Comments, order and spacing do not change it, nor does writing out a default; any other value does.
         """
-        values = self.model_dump(mode="json", exclude={"reference"} if self.reference == Reference() else None)
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -521,7 +521,7 @@ def _resolve(
         )
 
 
-def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values: str) -> None:
+def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values: str | None) -> None:
     """Move the work out of CLAIMED (a ``Work`` from a listing: out of SEEN)."""
     state = "CLAIMED" if isinstance(work, Claim) else "SEEN"
     changed = db.execute(

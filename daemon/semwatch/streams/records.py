@@ -51,6 +51,9 @@ T = TypeVar("T")
 
 _MAX_CROP_PX = 4096
 
+_OF_DETECTOR = ("field_features", "region_features")
+"""Fields of an entry that are there only where the encoder asked."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
@@ -95,6 +98,10 @@ class Record:
     """Name of the site, unique in the fab; empty in old records."""
     domain: Domain = "not judged"
     """Whether the page looks like those of the processes whose normal images the detector knows."""
+    field_features: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(D,) what the encoder was told of the whole field; None where it did not ask, and in old records."""
+    region_features: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(C,) what it was told of the defect's places; as above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +177,8 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         model_hashes=dict(review.model_hashes),
         site=review.site,
         domain=page.domain,
+        field_features=defect.field_features,
+        region_features=defect.region_features,
     )
 
 
@@ -182,7 +191,8 @@ def is_by(record: Record, model: str, version: int, content_hash: str) -> bool:
 def encode(record: Record) -> Fields:
     """Write a record as stream fields."""
     _, png = cv2.imencode(".png", record.crop)
-    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop"})
+    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop", *_OF_DETECTOR})
+    of_detector = {name: getattr(record, name) for name in _OF_DETECTOR}
     return {
         b"id": record.id.encode(),
         b"schema": b"%d" % SCHEMA,
@@ -190,6 +200,7 @@ def encode(record: Record) -> Fields:
         b"features": record.features.astype("<f4").tobytes(),
         b"soft_mask": record.soft_mask.astype("<f4").tobytes(),
         b"crop_png": png.tobytes(),
+        **{name.encode(): values.astype("<f4").tobytes() for name, values in of_detector.items() if values is not None},
     }
 
 
@@ -204,6 +215,7 @@ def decode(fields: Mapping[bytes, bytes]) -> Record:
         "soft_mask": _square(_floats(fields, b"soft_mask")),
         "crop": _crop(_field(fields, b"crop_png")),
     }
+    arrays |= {name: _floats(fields, name.encode()) for name in _OF_DETECTOR if name.encode() in fields}
     return _validated(_record_type(), fields, arrays)
 
 

@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
 from semwatch.models import model_repository
 from semwatch.models.checks import check_inputs
-from semwatch.models.contract import check_contract
+from semwatch.models.contract import check_contract, check_pair
 from semwatch.models.head_swap import HeadSwap, Swap
 from semwatch.models.inference import Answer, ModelId
 from semwatch.models.model_repository import MODELS, Arrays, Meta
@@ -242,6 +242,8 @@ class Triton:
         """
         meta = model_repository.read_meta(self._repository, model, number)
         check_contract(meta)
+        if model == "encoder" and "detector" in self._serving:
+            check_pair(self._serving["detector"].meta, meta)
         model_repository.weights_path(self._repository, model, number, meta)
         version = Version(ModelId(number, meta.content_hash), meta)
         try:

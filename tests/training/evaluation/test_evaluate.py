@@ -57,6 +57,9 @@ def mean(cell: Cell) -> float:
     return cell.mean
 
 
+RULE = UnknownRule()
+
+
 def classified(
     crops: Crops, seeds: tuple[int, ...] = (0,), rule: UnknownRule = RULE
 ) -> tuple[list[Table], dict[str, object]]:

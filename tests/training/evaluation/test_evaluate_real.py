@@ -14,9 +14,17 @@ from semwatch.line import pipeline
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training import __main__ as command_line
-from semwatch_training.evaluation import evaluate_real, real_baselines, real_data, real_labels, real_line, real_tables
+from semwatch_training.evaluation import (
+    evaluate_real,
+    real_baselines,
+    real_data,
+    real_labels,
+    real_line,
+    real_splits,
+    real_tables,
+)
 from semwatch_training.evaluation.real_labels import Labelled
-from semwatch_training.evaluation.real_line import KeptAnswers, page_verdict, who_let_pass
+from semwatch_training.evaluation.real_line import KeptAnswers, cause_of_escape, page_verdict
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
 
@@ -76,6 +84,16 @@ def top(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def held(tmp_path_factory) -> Path:
+    """Other images of the classes of patterns."""
+    folder = tmp_path_factory.mktemp("held")
+    for index, name in enumerate(("CLEAN_LAYER", "BRIDGE", "CMP", "LER", "OPEN")):
+        for i in range(2):
+            write(folder / "line-space-and-more" / name / f"{i}.png", lines(1000 + 10 * index + i))
+    return folder
+
+
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(command_line.app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -94,10 +112,12 @@ def tables(folder: Path) -> dict[str, dict]:
 # ---- the command ----
 
 
-def test_one_command_judges_every_folder(top, tiny_repository, tmp_path) -> None:
+def test_one_command_judges_every_folder(top, held, tiny_repository, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(real_labels, "DRAWS", 2)
+    monkeypatch.setattr(real_splits, "N_RESAMPLED", 10)
     printed = run(
         "evaluate", "real", top, "--out", tmp_path / "out", "--repository", tiny_repository, "--cache", tmp_path,
-        "--seeds", 2, "--held", top, "--before", tiny_repository, "--threads", 1, "--json",
+        "--seeds", 1, "--held", held, "--before", tiny_repository, "--threads", 1, "--json",
     )  # fmt: skip
     found = tables(tmp_path / "out")
     assert [table["title"] for table in json.loads(printed)] == list(found)
@@ -131,6 +151,8 @@ def test_one_command_judges_every_folder(top, tiny_repository, tmp_path) -> None
     assert sum(row[2] for row in found["Verdicts"]["rows"]) == 10 + 25 + 2 * 7 + 2
     assert [row[0] for row in found["Constant images, made here"]["rows"]] == ["black", "gray"]
     assert "Labels, 4 classes" in found
+    learnt = found["Labels, learnt here and judged on --held"]
+    assert [row[1]["n"] for row in learnt["rows"]] == [8, 8, 8]  # OPEN is not to be learnt here
     assert "Discovery, k-means of 3 classes" in found
     assert "Discovery, one class unknown in turn" in found
     assert found["Milliseconds"]["rows"][-1][0] == "encoder, one crop"
@@ -227,7 +249,7 @@ def test_a_second_run_asks_no_network_about_what_it_has_answered(top, tiny_repos
     ],
 )
 def test_an_escape_is_laid_to_gate_mask_or_head(opened, empty, kinds, at_defect, expected) -> None:
-    passer = who_let_pass(is_opened=opened, is_mask_empty=empty, kinds=kinds, at_defect=at_defect)
+    passer = cause_of_escape(is_opened=opened, is_mask_empty=empty, kinds=kinds, at_defect=at_defect)
     assert passer == expected
 
 

@@ -81,7 +81,7 @@ def test_positions_and_reference_go_with_the_inspected_image_of_their_case(tmp_p
         write(tmp_path / REFERENCE / f"case{case}_reference_image.png", noise(seed=10 + case))
     (tmp_path / REFERENCE / "defect_locations.txt").write_text("case 1, x y:\n5 6\n7, 8\n")
     found = read(tmp_path)
-    first, third = (image for image in found.images if image.label == "inspected")
+    first, third = (image for image in found.images if image.label.startswith("inspected"))
     assert first.positions_xy == ((5, 6), (7, 8))
     assert first.defective is True
     assert first.reference == (tmp_path / REFERENCE / "case1_reference_image.png").read_bytes()

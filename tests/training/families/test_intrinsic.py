@@ -18,6 +18,7 @@ from semwatch_training.families.intrinsic.intrinsic_detector import (
     OwnEvidence,
 )
 from semwatch_training.publishing.export import parity, random_inputs, to_onnx
+from semwatch_training.trunks.efficientnet import FIELD_WIDTH, PATCH_WIDTH
 from tiny_models import convolutional
 
 FORM = IntrinsicForm(branch=BranchForm(input_px=64, projection=4, width=8, dilations=(1,)), keys=5)
@@ -71,7 +72,7 @@ def test_strange_place_is_farthest_and_normal_images_lend_their_places() -> None
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_constant_image_has_a_finite_even_map(level: int) -> None:
-    values, raw, _ = graph()(torch.full((1, 96, 128), level, dtype=torch.uint8))
+    values, raw, *_ = graph()(torch.full((1, 96, 128), level, dtype=torch.uint8))
     assert torch.isfinite(values).all()
     assert torch.isfinite(raw).all()
 
@@ -97,10 +98,12 @@ def test_like_places_are_sought_outside_the_neighbourhood() -> None:
 @pytest.mark.parametrize("size_hw", [(64, 64), (64, 256), (160, 96)])
 def test_map_has_a_cell_for_eight_pixels(size_hw: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (2, *size_hw), dtype=torch.uint8)
-    values, raw, domain_p = graph()(image)
+    values, raw, domain_p, of_field, patches = graph()(image)
     assert values.shape == (2, size_hw[0] // 8, size_hw[1] // 8)
     assert raw.shape == domain_p.shape == (2,)
-    alone, _, _ = graph()(image[1:])
+    assert of_field.shape == (2, FIELD_WIDTH)
+    assert patches.shape == (2, PATCH_WIDTH, size_hw[0] // 16, size_hw[1] // 16)
+    alone, *_ = graph()(image[1:])
     assert torch.allclose(values[1:], alone, atol=1e-4), "an image is judged by itself"
 
 
@@ -114,11 +117,12 @@ def test_export_takes_any_size(tmp_path: Path) -> None:
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "detector.safetensors"
     detector = IntrinsicDetector(FORM)
-    detector.calibration.copy_(torch.tensor([0.5, 0.25, -1.0]))
+    values = [[0.5, 0.25, -1.0], [2.0, 0.0, 1.5]]
+    detector.calibration.copy_(torch.tensor(values))
     train_intrinsic.save(detector, path, normal_scores=[0.1, 0.2], provenance={"seed": 1})
     loaded, scores, provenance = train_intrinsic.load(path)
     assert loaded.form == FORM
-    assert loaded.calibration.tolist() == [0.5, 0.25, -1.0]
+    assert loaded.calibration.tolist() == values
     assert (scores, provenance) == ([0.1, 0.2], {"seed": 1})
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ConfigError):
@@ -136,14 +140,15 @@ def test_calibration_takes_what_tells_defects_from_normal_places() -> None:
         mask[y : y + 16, x : x + 16] = True
         image[mask] = 250
         pairs.append((image, mask))
+        pairs.append((rng.integers(90, 110, (320, 320), dtype=np.uint8), np.zeros((320, 320), bool)))
     detector = IntrinsicDetector(replace(FORM)).eval()
     evidence = OwnEvidence(convolutional(), FORM).eval()
     train_intrinsic.calibrate(detector, evidence, pairs, len(pairs), seed=0, progress=lambda *_: None)
-    _, own_weight, offset = detector.calibration.tolist()
+    (_, own_weight, offset), _ = detector.calibration.tolist()
     assert own_weight > 0.2
     assert offset < 0
     nothing = [(image, np.zeros_like(mask)) for image, mask in pairs]
-    with pytest.raises(ConfigError, match="has a defect"):
+    with pytest.raises(ConfigError, match="none of one kind"):
         train_intrinsic.calibrate(detector, evidence, nothing, len(pairs), seed=0, progress=lambda *_: None)
 
 
@@ -169,6 +174,6 @@ def test_logistic_weights_are_never_negative() -> None:
     cells, truth = rng.normal(size=(500, 2)), rng.random(500) < 0.3
     cells[truth, 0] += 2
     cells[truth, 1] -= 2
-    weight, other, _ = train_intrinsic.logistic(cells, truth.astype(float), np.ones(500))
+    weight, other, _ = train_intrinsic.logistic(cells, truth.astype(float))
     assert weight > 1
     assert 0 <= other < 0.01

@@ -203,6 +203,19 @@ def test_encoder_that_wants_the_field_cannot_look_at_kept_crops(lab: Lab) -> Non
         refit(lab.repository, encoder=encoder)
 
 
+def test_encoder_that_asks_about_the_field_takes_the_crops_that_were_kept_with_an_answer(lab: Lab) -> None:
+    keep_all(lab.repository)
+    encoder = publish_encoder(lab.repository, field_features=real(3))
+    with pytest.raises(ConfigError, match=r"too few crops of bridge \(0\), defect-free \(0\), particle \(0\) are kept"):
+        refit(lab.repository, encoder=encoder)
+    said = np.float32([1, 2, 3])
+    crops = [*looks("bridge", 2, seed=0), *(replace(c, field_features=said) for c in looks("bridge", 3, seed=9))]
+    refs = tuple(crop_store.write(lab.repository, crops))
+    bank = Bank(np.zeros((5, lab.width), np.float32), ("a",) * 5, tuple("abcde"), ("",) * 5, refs)
+    with Embedded(lab.repository, threads=1, models=("encoder",), pins={"encoder": encoder}) as models:
+        assert encoded_again(bank, lab.repository, models).images == ("c", "d", "e")
+
+
 def test_absent_encoder_shard_and_request_are_refused(lab: Lab, train: Command) -> None:
     keep_all(lab.repository)
     with pytest.raises(ModelMismatch, match="encoder version 9 is not in the model repository"):

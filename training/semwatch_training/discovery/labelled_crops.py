@@ -84,7 +84,8 @@ def collect(
             labels.append(label)
             image_idx.append(index)
             area_px.append(candidate.region.area_px)
-            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size))
+            of_detector = candidate.field_features, candidate.region_features
+            views.append(KeptCrop(candidate.crop, candidate.soft_mask, candidate.size, None, *of_detector))
         progress("crops", index + 1, n_images)
     return Crops(
         np.stack(features), tuple(labels), np.array(image_idx), np.array(area_px), planted, found, tuple(views)
@@ -219,7 +220,10 @@ def shown_defect(candidate: Candidate, masks: NDArray[np.bool_]) -> int:
 
 
 def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Embedded) -> Candidate:
-    """Cut out a defect along its true mask (H, W), with the mask's own blur at the working grid as its heat."""
+    """Cut out a defect along its true mask (H, W), with the mask's own blur at the working grid as its heat.
+
+    The detector is asked only where the encoder wants to hear what it says.
+    """
     map_hw = detection.scaled_size(truth.shape)
     grid = binarization.grid_hw((map_hw[0] // CELL_PX, map_hw[1] // CELL_PX), grid_px=recipe.binarization.grid_px)
     heat: NDArray[np.float32] = np.asarray(
@@ -227,7 +231,8 @@ def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Em
     )
     height, width = truth.shape
     (region,) = binarization.regions(heat > 0, heat, size_hw=(height, width), merge_fraction=1.0, max_regions=1)
-    return cut_out((region,), page, heat / heat.max(), recipe, models)[0]
+    answer = detection.detect(page.field, models)[0] if inputs.listens(models.meta("encoder")) else None
+    return cut_out((region,), page, heat / heat.max(), recipe, models, answer)[0]
 
 
 def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:

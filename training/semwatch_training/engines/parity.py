@@ -23,7 +23,6 @@ from semwatch.intake import decoding
 from semwatch.line import detection
 from semwatch.line import inputs as line_inputs
 from semwatch.line.pipeline import search
-from semwatch.line.scaling import resize
 from semwatch.models.inference import Embedded
 from semwatch.models.model_repository import Arrays, Meta
 from semwatch.settings.recipe import Recipe
@@ -79,7 +78,7 @@ def looked_at(
     recipe = Recipe()
     recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"threshold": 0.0})})
     with Embedded(repository, models=("detector", "encoder"), pins=dict(versions)) as models:
-        fields = [_first_tile(models.meta("detector"), page.field) for page in pages]
+        fields = [detection.asked(models.meta("detector"), page.field)[0] for page in pages]
         candidates = [c for page in pages for c in search(page, recipe, models).candidates[:1]]
         crops = line_inputs.for_encoder(models.meta("encoder"), candidates)
         features = [models.infer("encoder", part).outputs["features"] for part in _batches([crops])]
@@ -161,15 +160,6 @@ def _batches(inputs: Batched) -> list[dict[str, NDArray[Any]]]:
         for arrays in inputs
         for i in range(0, len(next(iter(arrays.values()))), BATCH)
     ]
-
-
-def _first_tile(detector: Meta, field: NDArray[np.uint8]) -> Arrays:
-    """What the line gives a detector of a field; the first tile of it, where it is given in tiles."""
-    if detector.is_open:
-        shown = resize(field, detection.scaled_size(field.shape))
-        x0, y0, x1, y1 = next(detection.tiles(shown.shape))
-        field = shown[y0:y1, x0:x1]
-    return line_inputs.for_detector(detector, field)
 
 
 def _alike(fields: Batched) -> Batched:

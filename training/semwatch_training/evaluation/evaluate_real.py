@@ -29,7 +29,7 @@ from semwatch_training.evaluation import (
 from semwatch_training.evaluation.real_baselines import KeptMaps, Scored, Scores
 from semwatch_training.evaluation.real_data import RealImage, RealSet
 from semwatch_training.evaluation.real_line import KeptAnswers, Seen
-from semwatch_training.evaluation.report import Result, Table
+from semwatch_training.evaluation.report import Cell, Result, Table
 from semwatch_training.system.progress_bars import Progress
 
 SHOWN_EACH, SHOWN = 2, 8
@@ -118,7 +118,7 @@ def _is_labelled(image: RealImage) -> bool:
 
 
 def _served(seen: Sequence[Seen]) -> Scores:
-    return {one.image.name: Scored(one.reviewed.score_map.raw_score, one.reviewed.score_map.values) for one in seen}
+    return {one.image.name: Scored(one.raw_score, one.score_map) for one in seen}
 
 
 def _others(
@@ -160,12 +160,12 @@ def _absent_table(data: RealSet, looked: Sequence[Seen]) -> Table | None:
 
 
 def _constant_table(constant: Sequence[Seen]) -> Table:
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for one in constant:
         if one.page is None:
             rows.append((one.image.label, None, None, None, f"refused: {one.refused}"))
         else:
-            raw, n = one.page.score_map.raw_score, len(one.page.defects)
+            raw, n = one.raw_score, len(one.page.defects)
             rows.append((one.image.label, raw, "open" if one.is_opened else "shut", n, ""))
     note = (
         "A blank image is no image of a wafer: a line that refuses it says so; one that finds defects in it does not."
@@ -203,7 +203,7 @@ def _figures(seen: Sequence[Seen], engines: Mapping[str, Scores]) -> dict[str, F
         some = [one for one in real_tables.of_process(seen, process) if one.image.label in (process.clean, *pooled)]
         defective = np.array([one.image.label != process.clean for one in some])
         name = f"{process.folder} {process.clean}" if process.folder == real_data.LINE_SPACE else process.folder
-        by_folder[name] = np.array([one.reviewed.score_map.raw_score for one in some], np.float64), defective
+        by_folder[name] = np.array([one.raw_score for one in some], np.float64), defective
         if real_tables.FOUR in process.defects:
             for engine, scores in engines.items():
                 if all(one.image.name in scores for one in some):
@@ -214,11 +214,11 @@ def _figures(seen: Sequence[Seen], engines: Mapping[str, Scores]) -> dict[str, F
         figures["ROC of all engines, clean layer against four defects"] = plots.roc(by_engine)
     escapes = [one for one in seen if one.image.defective and real_line.passed_by(one) is not None]
     if escapes:
-        escapes.sort(key=lambda one: -one.reviewed.score_map.raw_score)
+        escapes.sort(key=lambda one: -one.raw_score)
         figures["Escapes: defective images passed as defect-free"] = _sheet(escapes)
     alarms = [one for one in seen if one.image.defective is False and one.has_defect_verdict]
     if alarms:
-        alarms.sort(key=lambda one: -one.reviewed.score_map.raw_score)
+        alarms.sort(key=lambda one: -one.raw_score)
         figures["False alarms: clean images with a defect verdict"] = _sheet(alarms)
     return figures
 
@@ -237,10 +237,8 @@ def _sheet(ordered: Sequence[Seen]) -> Figure:
         page, truth = one.reviewed, one.truth
         verdict, label = real_line.page_verdict(page.defects)
         passer = real_line.passed_by(one) if one.image.defective else None
-        said = f"let pass by the {passer}" if passer else label or verdict
-        caption = f"{one.image.folder[:20]}\n{one.image.label}\n{page.score_map.raw_score:.3g}\n{said}"
+        words = f"let pass by the {passer}" if passer else label or verdict
+        caption = f"{one.image.folder[:20]}\n{one.image.label}\n{one.raw_score:.3g}\n{words}"
         empty = np.zeros((2, 2), np.bool_)
-        sheet.append(
-            plots.Example(caption, one.field, page.score_map.values, page.mask, empty if truth is None else truth)
-        )
+        sheet.append(plots.Example(caption, one.field, one.score_map, page.mask, empty if truth is None else truth))
     return plots.examples(sheet)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
+from semwatch.line import inputs
 from semwatch.line.pipeline import gate_threshold
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
@@ -81,9 +82,12 @@ def crops_of(source: Source, *, progress: Progress) -> tuple[Crops, int, Recipe]
         ConfigError: a defect without a mask, or none that a mask marks.
     """
     recipe, (name, samples) = Recipe(), _named_samples(source)
-    with Embedded(source.repository, models=("encoder",)) as models:
+    with Embedded(source.repository, models=("detector", "encoder")) as models:
         width = frozen_width(models)
-        kept = source.cache / "crops" / f"{name}-{models.meta('encoder').weights_sha256[:12]}.npz"
+        # Crops are cut along true masks; the detector counts only where the encoder asks what it says of the field.
+        asked = ("encoder", "detector") if inputs.listens(models.meta("encoder")) else ("encoder",)
+        weights = "-".join(models.meta(model).weights_sha256[:12] for model in asked)
+        kept = source.cache / "crops" / f"{name}-{weights}.npz"
         if kept.exists():
             return labelled_crops.load(kept), width, recipe
         if samples is None:

@@ -180,7 +180,7 @@ def mask_and_crop(
     """What crop and mask are worth to discovery (the paper's table 7)."""
     test = [sample for sample in read_folder(data, require_masks=True).test if sample.label != DEFECT_FREE]
     drawn = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:limit]]
-    with Embedded(repository, models=("encoder",)) as models, Bars() as progress:
+    with Embedded(repository, models=("detector", "encoder")) as models, Bars() as progress:
         table = crop_experiments.mask_and_crop(
             drawn, models, Recipe(), frozen_width=frozen_width(models), seeds=range(seeds), progress=progress
         )

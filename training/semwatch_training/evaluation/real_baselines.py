@@ -11,8 +11,10 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from semwatch.errors import ConfigError
-from semwatch.line.detection import resize
+from semwatch.errors import ConfigError, ModelMismatch
+from semwatch.line import detection
+from semwatch.line.scaling import resize
+from semwatch.models.inference import Embedded
 from semwatch.system import files
 from semwatch_training.evaluation import detectors, training_free
 from semwatch_training.evaluation.real_line import Seen
@@ -118,7 +120,7 @@ def nearest_patch_scores(
                 bank.append(training_free.bank_of([features.of(normal) for normal in normals]))
             return training_free.nearest_patch(features.of(one), bank[0])
 
-        for index in np.flatnonzero(folds == fold):
+        for index in np.flatnonzero(folds == fold).tolist():
             one = seen[index]
             made = kept.get(_key(f"{training_free.NEAREST} {names}", one.field), lambda one=one: make(one))  # type: ignore[misc]
             found[one.image.name] = Scored(float(made.max()), made)
@@ -129,11 +131,11 @@ def nearest_patch_scores(
 
 
 def before_scores(before: Path, seen: Sequence[Seen], cache: Path, *, progress: Progress) -> Scores:
-    """Scores of a detector of another time, given fields resized to its input.
+    """Scores of another detector, such as that of the release before.
 
     Args:
-        before: its detector.safetensors, where this version still reads that format; else a model repository of that
-            time, or its folder ``detector/<version>``, whose model.onnx is asked directly.
+        before: a model repository whose detector is to be asked; or the detector.safetensors of another time, where
+            this version still reads that format.
         seen: the images.
         cache: where trunks are kept.
         progress: called after every image.
@@ -141,7 +143,7 @@ def before_scores(before: Path, seen: Sequence[Seen], cache: Path, *, progress: 
     Raises:
         ConfigError: neither of these.
     """
-    ask = _safetensors(before, cache) if before.is_file() else _onnx(before)
+    ask = _safetensors(before, cache) if before.is_file() else _of_repository(before)
     found: Scores = {}
     for done, one in enumerate(seen, start=1):
         found[one.image.name] = ask(one.field)
@@ -163,16 +165,32 @@ def _safetensors(path: Path, cache: Path) -> Callable[[NDArray[np.uint8]], Score
     return ask
 
 
-def _onnx(folder: Path) -> Callable[[NDArray[np.uint8]], Scored]:
-    paths = sorted([*folder.glob("model.onnx"), *folder.glob("detector/*/model.onnx")])
-    if not paths:
+def _of_repository(folder: Path) -> Callable[[NDArray[np.uint8]], Scored]:
+    """The detector of a model repository as the line asks it; one that is no longer served is asked directly."""
+    if not any(folder.glob("detector/*/model.onnx")):
         raise ConfigError(
-            f"{folder}: no detector.safetensors, and no model repository with detector/<version>/model.onnx; get one "
+            f"{folder}: no model repository with detector/<version>/model.onnx, and no detector.safetensors; get one "
             f"with `git show COMMIT:training/semwatch_training/weights/detector.safetensors > before.safetensors`"
         )
-    session = ort.InferenceSession(str(paths[-1]), providers=["CPUExecutionProvider"])
+    try:
+        models = Embedded(folder, models=("detector",))
+    except ModelMismatch:
+        return _onnx(folder)
+
+    def ask(field: NDArray[np.uint8]) -> Scored:
+        found, _ = detection.detect(field, models)
+        return Scored(found.raw_score, found.values)
+
+    return ask
+
+
+def _onnx(folder: Path) -> Callable[[NDArray[np.uint8]], Scored]:
+    path = max(folder.glob("detector/*/model.onnx"), key=lambda path: path.stat().st_mtime)
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (asked,) = session.get_inputs()
-    height, width = (size if isinstance(size, int) else 448 for size in asked.shape[1:3])
+    height, width = asked.shape[1:3]
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise ConfigError(f"{path} is of a contract that this version does not serve, and its input has no fixed size")
 
     def ask(field: NDArray[np.uint8]) -> Scored:
         score_map, raw = session.run(["score_map", "raw_score"], {asked.name: resize(field, (height, width))[None]})

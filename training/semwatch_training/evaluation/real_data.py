@@ -147,7 +147,7 @@ def _inspected_and_reference(top: Path, absent: list[str]) -> Iterator[RealImage
                 top,
                 inspected,
                 REFERENCE,
-                "inspected",
+                "inspected" if known else "inspected, nothing marked",
                 None if known is None else bool(known),
                 positions_xy=known or (),
                 reference=None if reference is None else reference.read_bytes(),

@@ -207,7 +207,9 @@ def discovery_table(of: Labelled, width: int, *, seeds: Sequence[int], progress:
                 )
             done += 1
             progress("discovery", done, len(classes) * len(seeds))
-    rows = tuple((name, *(Spread.of(column) for column in zip(*some, strict=True))) for name, some in scores.items())
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (name, *(Spread.of(column) for column in zip(*some, strict=True))) for name, some in scores.items()
+    )
     note = (
         f"{len(of.labels)} images, each of {len(classes)} classes novel in turn, half of the others' labelled; over "
         f"the unlabelled images; spread over {len(classes)} x {len(seeds)} problems; crops of the best region."

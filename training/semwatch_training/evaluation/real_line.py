@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from semwatch.defects import Defect, PageReview, VerdictKind
 from semwatch.errors import ImageError
-from semwatch.line import inputs, pipeline
+from semwatch.line import detection, inputs, pipeline
 from semwatch.line.pipeline import Candidate
-from semwatch.models.inference import Answer, Embedded
+from semwatch.models.inference import Answer, Embedded, ModelId
 from semwatch.models.model_repository import Arrays
 from semwatch.settings.recipe import Recipe
 from semwatch.system import files
@@ -70,8 +70,7 @@ class KeptAnswers(Embedded):
         if key not in known:
             known[key] = dict(super().infer(model, inputs, backlog=backlog).outputs)
             self._new.add(model)
-        loaded = self._loaded[model]
-        return Answer(known[key], loaded.id, loaded.meta)
+        return Answer(known[key], ModelId(self.versions()[model], self.hashes()[model]), self.meta(model))
 
     def save(self) -> None:
         """Write what is new."""
@@ -158,7 +157,19 @@ class Seen:
     @property
     def is_opened(self) -> bool:
         """Whether the gate let the page through."""
-        return self.reviewed.score_map.raw_score > self.reviewed.gate_threshold
+        return self.raw_score > self.reviewed.gate_threshold
+
+    @property
+    def raw_score(self) -> float:
+        """Of the page; 0 where it holds no image and no detector was asked."""
+        score_map = self.reviewed.score_map
+        return 0.0 if score_map is None else score_map.raw_score
+
+    @property
+    def score_map(self) -> NDArray[np.float32]:
+        """(h, w) of the page; one cell of 0 where it holds no image."""
+        score_map = self.reviewed.score_map
+        return np.zeros((1, 1), np.float32) if score_map is None else score_map.values
 
     @property
     def kinds(self) -> tuple[VerdictKind, ...]:
@@ -221,12 +232,13 @@ def _review_with_reference(image: RealImage, recipe: Recipe, models: KeptAnswers
 
 
 def _best_region(page: PageReview, recipe: Recipe, models: KeptAnswers) -> NDArray[np.float32]:
-    """Features (D,) of the region with the highest score; a shut gate is opened for it."""
+    """Features (D,) of the region with the highest score, behind an opened gate; of the field where there is none."""
     if page.defects:
         return max(page.defects, key=lambda defect: defect.peak_score).features
     candidates = pipeline.search(page.micrograph, opened(recipe), models).candidates
-    best = max(candidates, key=lambda candidate: candidate.region.peak_score)
-    return labelled_crops.encode(best, models)
+    if not candidates:
+        return labelled_crops.encode(_whole_field(page, recipe, models), models)
+    return labelled_crops.encode(max(candidates, key=lambda candidate: candidate.region.peak_score), models)
 
 
 def opened(recipe: Recipe) -> Recipe:
@@ -242,7 +254,8 @@ def times_ms(seen: Sequence[Seen], models: KeptAnswers) -> tuple[list[tuple[tupl
         by_size.setdefault((height, width), one)
     rows = []
     for size, one in sorted(by_size.items(), key=lambda item: item[0][0] * item[0][1]):
-        rows.append((size, models.timed_ms("detector", inputs.for_detector(models.meta("detector"), one.field))))
+        given = detection.asked(models.meta("detector"), one.field)
+        rows.append((size, sum(models.timed_ms("detector", tile) for tile in given)))
     crop = _whole_field(seen[0].reviewed, Recipe(), models)
     return rows, models.timed_ms("encoder", inputs.for_encoder(models.meta("encoder"), [crop]))
 
@@ -269,7 +282,7 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 # ---- what a verdict means for a page ----
 
 
-def who_let_pass(
+def cause_of_escape(
     *, is_opened: bool, is_mask_empty: bool, kinds: Sequence[VerdictKind], at_defect: Sequence[bool] | None = None
 ) -> Passer | None:
     """Who let a page pass as defect-free: its gate, its mask or its head; None where a region is called a defect.
@@ -293,8 +306,8 @@ def who_let_pass(
 
 
 def passed_by(seen: Seen) -> Passer | None:
-    """``who_let_pass`` of a page that the line reviewed."""
-    return who_let_pass(
+    """``cause_of_escape`` of a page that the line reviewed."""
+    return cause_of_escape(
         is_opened=seen.is_opened,
         is_mask_empty=not seen.reviewed.mask.any(),
         kinds=seen.kinds,

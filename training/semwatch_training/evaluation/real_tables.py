@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import VerdictKind
+from semwatch.defects import DEFECT_FREE, VerdictKind
 from semwatch_training.evaluation import near_duplicates, real_data, real_splits
 from semwatch_training.evaluation.real_baselines import Scores
 from semwatch_training.evaluation.real_line import Passer, Seen, at_defect, page_verdict, passed_by
@@ -37,10 +37,10 @@ def processes(seen: Sequence[Seen]) -> list[Process]:
     labels: dict[str, list[str]] = {}
     for one in seen:
         labels.setdefault(one.image.folder, []).append(one.image.label)
-    bare = sorted({*labels.get(real_data.BARE_WAFER, [])} - {real_data.DEFECT_FREE})
+    bare = sorted({*labels.get(real_data.BARE_WAFER, [])} - {DEFECT_FREE})
     four = [name for name in real_data.FOUR_DEFECTS if name in labels.get(real_data.LINE_SPACE, [])]
     found = [
-        Process(real_data.BARE_WAFER, real_data.DEFECT_FREE, _each(bare) | ({ALL: tuple(bare)} if bare else {})),
+        Process(real_data.BARE_WAFER, DEFECT_FREE, _each(bare) | ({ALL: tuple(bare)} if bare else {})),
         Process(
             real_data.LINE_SPACE,
             real_data.CLEAN_LAYER,
@@ -183,7 +183,7 @@ def gate_table(
     calibrated: dict[tuple[str, str], NDArray[np.bool_]] = {}
     for process in processes(seen):
         some = of_process(seen, process)
-        raw = np.array([one.reviewed.score_map.raw_score for one in some], np.float64)
+        raw = np.array([one.raw_score for one in some], np.float64)
         clean = np.array([one.image.label == process.clean for one in some])
         opened = real_splits.cross_calibrated(
             raw, clean, groups[process.folder, process.clean], false_alarm_rate=false_alarm_rate, seeds=seeds
@@ -195,7 +195,7 @@ def gate_table(
     for (folder, label), some in by_class(seen).items():
         n_opened = sum(one.is_opened for one in some)
         at_rate = calibrated.get((folder, label))
-        raw_scores = [one.reviewed.score_map.raw_score for one in some]
+        raw_scores = [one.raw_score for one in some]
         rows.append(
             (
                 folder,

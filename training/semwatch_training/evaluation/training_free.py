@@ -133,14 +133,14 @@ def grnr_like(of_image: Features) -> NDArray[np.float32]:
     atoms = tokens[typical[np.unique(np.linspace(0, len(typical) - 1, ATOMS).round().astype(int))]]
     gram = atoms @ atoms.T + RIDGE * np.eye(len(atoms))
     left = tokens - np.linalg.solve(gram, atoms @ tokens.T).T @ atoms
-    return np.linalg.norm(left, axis=1).reshape(height, width).astype(np.float32)
+    return np.asarray(np.linalg.norm(left, axis=1).reshape(height, width), np.float32)
 
 
 def bank_of(normals: Sequence[Features], *, seed: int = 0) -> NDArray[np.float32]:
     """The bank (m, C) of normal images, at most ``MAX_BANK`` features of them."""
-    tokens = np.concatenate([of_image.reshape(-1, of_image.shape[-1]) for of_image in normals])
+    tokens: NDArray[np.float32] = np.concatenate([of_image.reshape(-1, of_image.shape[-1]) for of_image in normals])
     chosen = np.sort(np.random.default_rng(seed).permutation(len(tokens))[:MAX_BANK])
-    return tokens[chosen]
+    return np.asarray(tokens[chosen])
 
 
 def nearest_patch(of_image: Features, bank: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -155,7 +155,7 @@ def nearest_patch(of_image: Features, bank: NDArray[np.float32]) -> NDArray[np.f
         part = tokens[start : start + 512]
         nearest[start : start + 512] = (norms - 2 * part @ bank.T).min(axis=1)
     distance = np.sqrt(np.maximum(nearest + (tokens**2).sum(axis=1), 0))
-    return distance.reshape(height, width).astype(np.float32)
+    return np.asarray(distance.reshape(height, width), np.float32)
 
 
 ENGINES: Mapping[str, Callable[[Features], NDArray[np.float32]]] = MappingProxyType(

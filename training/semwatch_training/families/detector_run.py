@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def train_default(
         "n_backgrounds": images.n_backgrounds,
         "n_scenes": images.n_scenes,
         "unseen_kinds": ", ".join(UNSEEN_KINDS),
-        "calibration": ", ".join(f"{value:.4g}" for value in fitted.calibration.tolist()),
+        "calibration": str(cast(torch.Tensor, fitted.calibration).tolist()),
         "steps": schedule.steps,
         "seed": schedule.seed,
         "final_loss": curve[-1]["loss"],

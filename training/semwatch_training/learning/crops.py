@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from semwatch.models import crop_store, head_bank
-from semwatch.models.crop_store import KeptCrop
 from semwatch.models.head_bank import Bank
 from semwatch_training.learning.archive import Archive
-from semwatch_training.learning.intake import size_of
+from semwatch_training.learning.intake import view_of
 
 
 def renamed(crops: Bank, names: Mapping[str, str | None]) -> Bank:
@@ -64,7 +63,7 @@ def with_kept_crops(bank: Bank, archive: Archive, repository: Path) -> Bank:
     """
     wanted = [id_ for id_, ref in zip(bank.ids, bank.crops, strict=True) if id_ and ref is None]
     found = [record for record in archive.read_many(wanted) if record.field_short_px is not None]
-    kept = [KeptCrop(record.crop, record.soft_mask, size_of(record)) for record in found]
+    kept = [view_of(record) for record in found]
     places = dict(zip((record.id for record in found), crop_store.write(repository, kept), strict=True))
     refs = (ref or places.get(id_) for id_, ref in zip(bank.ids, bank.crops, strict=True))
     return replace(bank, crops=tuple(refs))

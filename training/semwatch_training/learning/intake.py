@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.line import inputs as line_inputs
 from semwatch.line.classification import size_feature
-from semwatch.models.contract import OF_A_CROP
 from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.site import Site
@@ -244,7 +243,7 @@ def fault_of(record: Record, models: Embedded) -> str | None:
         return None
     given = {"crop": record.crop.shape, "soft_mask": record.soft_mask.shape}
     wanted = {name: tensor.shape for name, tensor in encoder.inputs.items() if name in given}
-    if absent := sorted(encoder.inputs.keys() - set(OF_A_CROP)):
+    if absent := line_inputs.absent(encoder, view_of(record)):
         why = f"the encoder asks for {', '.join(absent)}, which a record does not hold"
     elif odd := [name for name in wanted if given[name] != wanted[name]]:
         why = " and ".join(f"its {name} is {given[name]}, not {wanted[name]}" for name in odd)
@@ -287,12 +286,14 @@ def _has_features(record: Record, models: Embedded) -> bool:
 
 
 def _embedded(found: Sequence[Record], models: Embedded) -> NDArray[np.float32]:
-    asked = line_inputs.for_encoder(models.meta("encoder"), [_view(record) for record in found])
+    asked = line_inputs.for_encoder(models.meta("encoder"), [view_of(record) for record in found])
     return np.asarray(models.infer("encoder", asked).outputs["features"], np.float32)
 
 
-def _view(record: Record) -> KeptCrop:
-    return KeptCrop(record.crop, record.soft_mask, size_of(record))
+def view_of(record: Record) -> KeptCrop:
+    """A record as an encoder may see it again."""
+    of_detector = record.field_features, record.region_features
+    return KeptCrop(record.crop, record.soft_mask, size_of(record), None, *of_detector)
 
 
 def size_of(record: Record) -> NDArray[np.float32]:

@@ -96,9 +96,11 @@ def encoded_again(bank: Bank, repository: Path, models: Embedded) -> Bank:
         raise ConfigError(
             f"encoder {version} asks for {', '.join(absent)}, which no kept crop has: fit a head on crops of its own"
         )
-    kept = head_bank.crops_of(bank, repository)
-    rows = np.flatnonzero([crop is not None for crop in kept])
-    views = [_fitting(crop, encoder) for crop in kept if crop is not None]
+    seen = (crop and _fitting(crop, encoder) for crop in head_bank.crops_of(bank, repository))
+    # Crops of an encoder that did not ask for features of the field came without: nobody kept what this one asks for.
+    found = [None if crop is None or inputs.absent(encoder, crop) else crop for crop in seen]
+    rows = np.flatnonzero([crop is not None for crop in found])
+    views = [crop for crop in found if crop is not None]
     features = np.zeros((len(views), *encoder.outputs["features"].shape), np.float32)
     for start in range(0, len(views), EMBED_BATCH):
         asked = inputs.for_encoder(encoder, views[start : start + EMBED_BATCH])

@@ -35,6 +35,12 @@ STAGES = (
 """Of Lite2, as far as they are used; outputs at strides 2, 4, 8, 16, 16. Two more follow in the full network."""
 STRIDES = (2, 4, 8, 16, 16)
 BATCH_NORM_EPS = 1e-3
+FIELD_STAGES = (2, 3, 5)
+"""Whose maps ``field_descriptor`` reads; what detectors run anyway."""
+FIELD_WIDTH = 3 * sum(STAGES[stage - 1].channels for stage in FIELD_STAGES)
+PATCH_WIDTH = STAGES[FIELD_STAGES[-1] - 1].channels
+FIELD_KIND = "efficientnet_lite2 stages 2, 3, 5: mean, deviation, maximum; patches of stage 5"
+"""In the provenance of detectors and encoders, so that neither meets another kind."""
 
 
 class SameConv(nn.Conv2d):
@@ -153,3 +159,31 @@ def grid_features(maps: Sequence[Tensor], side: int) -> Tensor:
         for m in maps
     ]
     return torch.cat(resized, dim=1).flatten(2).transpose(1, 2)
+
+
+def field_descriptor(maps: Sequence[Tensor]) -> Tensor:
+    """Describe whole fields by what their feature maps hold, wherever it lies: (B, ``FIELD_WIDTH``) float32.
+
+    Of each map mean, standard deviation and maximum of every channel over all places, each of the three as a vector of
+    unit length. The mean tells layout and material, the deviation texture and rhythm, the maximum what is rare. It
+    takes maps of any size; the parts of overlapping tiles of one field may be averaged.
+
+    Args:
+        maps: (B, C, h, w) of each of ``FIELD_STAGES``, in their order.
+    """
+    parts = []
+    for one in maps:
+        mean = one.mean(dim=(2, 3))
+        deviation = (one - mean[:, :, None, None]).square().mean(dim=(2, 3)).sqrt()
+        parts += [functional.normalize(part, dim=1) for part in (mean, deviation, one.amax(dim=(2, 3)))]
+    return torch.cat(parts, dim=1)
+
+
+def patch_descriptor(maps: Sequence[Tensor]) -> Tensor:
+    """Describe each place of fields by the coarsest of their maps, layer-normed: (B, ``PATCH_WIDTH``, h, w).
+
+    Args:
+        maps: as ``field_descriptor`` takes them; the last one is read.
+    """
+    coarse = maps[-1].permute(0, 2, 3, 1)
+    return functional.layer_norm(coarse, coarse.shape[-1:]).permute(0, 3, 1, 2)

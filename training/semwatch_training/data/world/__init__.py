@@ -1,6 +1,7 @@
 """Scenes of no process in particular: many layouts, imaged by many microscopes, normal or with one true defect.
 
-May import: the noise and shapes of ``pseudo_defects``. Start reading: ``twins.scene``.
+May import: the noise and shapes of `data.pseudo_defects`, and `data.pattern_defects`.
+Start reading: `twins.py`.
 """
 
 from semwatch_training.data.world.defects import DEFECTS

@@ -12,6 +12,7 @@ from semwatch_training.families.exported import Exported, Provenance, flat
 from semwatch_training.families.intrinsic import train_intrinsic
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.intrinsic.train_intrinsic import FAMILY
+from semwatch_training.families.of_field import says_of_field
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.backbone import Backbones
 
@@ -32,7 +33,7 @@ def exported(
         normal_scores=tuple(sorted(round(score, 7) for score in normal_scores)),
         provenance={"family": FAMILY, **flat(asdict(graph.detector.form)), **provenance},
     )
-    return Exported(graph, meta)
+    return Exported(graph, says_of_field(meta))
 
 
 def read(path: Path | None, backbones: Backbones) -> Exported:

@@ -2,9 +2,10 @@
 
 One frozen convolutional trunk is run over the image as it is, whatever its size. Two things read its maps: statistics
 of the image itself, which have no weights (``own_statistics``), and the segmentation branch, which is shown these
-statistics beside the maps. The score of a place is a calibrated sum of the branch's logit and of the statistics: the
-branch knows patterns like those it was trained on, the statistics ask only what is unusual here, and how much each
-counts is fitted on kinds of layout that the branch was never shown (``train_intrinsic``).
+statistics beside the maps. The score of a place is a calibrated sum of the branch's logit and of the statistics, and so
+is the image's: the branch knows patterns like those it was trained on, the statistics ask only what is unusual here.
+How much each counts is fitted on kinds of layout that the branch was never shown (``train_intrinsic``): for places by
+what is most unusual in an image, for images by what tells one image from another.
 
 Source: IC-DefectNCD's image-intrinsic detection, here without its reconstruction.
 """
@@ -24,7 +25,7 @@ from semwatch_training.families.branch.segmentation_branch import (
     standardise,
 )
 from semwatch_training.families.intrinsic import own_statistics
-from semwatch_training.trunks.efficientnet import STAGES, EfficientNet
+from semwatch_training.trunks.efficientnet import STAGES, EfficientNet, field_descriptor, patch_descriptor
 
 STRIDE_PX = 8
 """Edge of a cell of the map, in pixels of the image."""
@@ -82,8 +83,8 @@ class IntrinsicDetector(nn.Module):
         super().__init__()
         self.form = form
         self.branch = SegmentationBranch(form.branch)
-        self.register_buffer("calibration", torch.tensor([1.0, 0.0, 0.0]))
-        """Weight of the branch's logit, weight of the statistics, offset."""
+        self.register_buffer("calibration", torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+        """Weight of the branch's logit, weight of the statistics, offset: of a place, and of the image."""
         n, F = form.domain_fields, form.domain_width
         self.register_buffer("domain_mean", torch.zeros(F))
         self.register_buffer("domain_spread", torch.ones(F))
@@ -104,10 +105,15 @@ class IntrinsicDetector(nn.Module):
         as_far = (distances >= nearest[:, None]).to(away.dtype).sum(dim=1)
         return (as_far + 1) / (distances.shape[0] + 1)
 
-    def logits(self, branch: Tensor, statistics: Tensor) -> Tensor:
-        """Calibrated logits (B, h, w) of the branch's logits (B, h, w) and the statistics (B, 3, h, w)."""
-        weight, own_weight, offset = cast(Tensor, self.calibration).unbind()
-        return weight * branch + own_weight * unusualness(statistics) + offset
+    def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """Calibrated logits of places (B, h, w) and of the image (B,), of what ``OwnEvidence`` gives."""
+        branch, unusual = self.branch(fine, middle, coarse, statistics), unusualness(statistics)
+        of_place, of_image = cast(Tensor, self.calibration)
+        top = [image_score(each, self.form.branch.top_cells) for each in (branch, unusual)]
+        return (
+            of_place[0] * branch + of_place[1] * unusual + of_place[2],
+            of_image[0] * top[0] + of_image[1] * top[1] + of_image[2],
+        )
 
 
 def unusualness(statistics: Tensor) -> Tensor:
@@ -132,14 +138,15 @@ class IntrinsicGraph(nn.Module):
         super().__init__()
         self.evidence, self.detector = OwnEvidence(trunk, detector.form), detector
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return score map (B, H / 8, W / 8), raw score (B,) and domain p-value (B,) of images (B, H, W).
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return score map (B, H / 8, W / 8), raw score (B,), domain p-value (B,), ``field_descriptor``, and patches.
 
-        The sides are multiples of 16. Map and raw score are -log(1 - p) of the probability p of a defect, 0 or more:
-        near 0 where all is normal, and linear in the logit where it is not. The raw score is that of ``image_score``.
+        Of images (B, H, W) uint8, sides multiples of 16. Map and raw score are -log(1 - p) of the probability p of a
+        defect, 0 or more: near 0 where all is normal, and linear in the logit where it is not.
         """
         fine, middle, coarse, statistics = self.evidence(image)
-        logits = self.detector.logits(self.detector.branch(fine, middle, coarse, statistics), statistics)
-        raw = image_score(logits, self.detector.form.branch.top_cells)
+        logits, raw = self.detector(fine, middle, coarse, statistics)
         domain_p = self.detector.domain_p(described((middle, coarse)))
-        return functional.softplus(logits), functional.softplus(raw), domain_p
+        maps = fine, middle, coarse
+        of_field = field_descriptor(maps), patch_descriptor(maps)
+        return functional.softplus(logits), functional.softplus(raw), domain_p, *of_field

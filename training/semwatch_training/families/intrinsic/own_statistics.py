@@ -68,7 +68,7 @@ def mahalanobis(x: Tensor, *, bank: Tensor | None = None) -> Tensor:
     squared = _squared_distances(cells, *_gaussian(known, weights))
     distance = squared.clamp_min(0).sqrt()
     distance = distance / distance.mean(dim=1, keepdim=True).clamp_min(1e-6)
-    return distance.transpose(1, 2).unflatten(2, size)
+    return distance.transpose(1, 2).reshape(x.shape[0], 1, *size)
 
 
 def quantile(values: Tensor, share: float) -> Tensor:

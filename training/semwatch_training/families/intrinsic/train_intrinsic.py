@@ -4,20 +4,21 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
+from torch import Tensor
 
 from semwatch.defects import ScoreMap
 from semwatch.errors import ConfigError
 from semwatch.line import detection
 from semwatch.line.scaling import resize
 from semwatch_training.families.branch.branch_views import Image, Mask
-from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.branch.segmentation_branch import BranchForm, image_score
 from semwatch_training.families.branch.train_branch import cover_of
 from semwatch_training.families.intrinsic.intrinsic_detector import (
     IntrinsicDetector,
@@ -34,8 +35,8 @@ FAMILY = "intrinsic"
 UNSEEN_KINDS = ("fibres", "pores", "stack")
 """Layouts of ``data.world`` that the branch is not trained on, so that it meets them as it meets a new process."""
 N_CALIBRATION = 240
-NORMAL_CELLS = 300
-"""Of each image, drawn at random for the calibration; of the defective ones all are taken."""
+DRAWN = 300
+"""Normal places of each image, and pairs of a defective and a normal one."""
 
 
 def calibrate(
@@ -49,57 +50,64 @@ def calibrate(
 ) -> None:
     """Fit how much the branch's logit and the image's own statistics count, in place.
 
-    A logistic regression of defective against normal cells. Cells of images that the branch was trained on would say
-    that it needs no help; so these are of kinds that it never saw.
+    Images that the branch was trained on would say that it needs no help; so these are of kinds that it never saw. For
+    places the two are weighed by how well they put defective places before normal ones *of the same image* (logistic
+    regression of differences): a map has to say where, and what another image's places reach is no matter there. For
+    the image they are weighed by a logistic regression of defective against normal images.
 
     Args:
         detector: its branch is trained.
         evidence: what it reads.
-        pairs: images (S, S) uint8 and masks (S, S) bool.
+        pairs: images (S, S) uint8 and masks (S, S) bool, normal ones with an empty mask.
         n: how many there are.
-        seed: of the normal cells that are drawn.
+        seed: of the places that are drawn.
         progress: called after every image.
 
     Raises:
-        ConfigError: no cell is defective.
+        ConfigError: no image is defective, or none is normal.
     """
     rng = np.random.default_rng(seed)
-    rows, labels, counts = [], [], []
+    places, are_defective, differences, tops, labels, n_normal = [], [], [], [], [], []
     for index, (image, mask) in enumerate(pairs):
         with torch.no_grad():
             *maps, statistics = evidence(torch.from_numpy(image[None]))
-            logits = detector.branch(*maps, statistics)
-        cells = torch.stack((logits, unusualness(statistics)), dim=-1).reshape(-1, 2).numpy()
-        cover = cover_of(mask, logits.shape[1:]).ravel()
-        normal = np.flatnonzero(cover == 0)
-        drawn = rng.choice(normal, min(NORMAL_CELLS, len(normal)), replace=False)
-        defective = np.flatnonzero(cover >= 0.5)
-        rows.append(cells[np.concatenate((drawn, defective))])
-        labels.append(np.repeat((0.0, 1.0), (len(drawn), len(defective))))
-        counts.append(np.repeat((len(normal) / max(len(drawn), 1), 1.0), (len(drawn), len(defective))))
+            both = torch.stack((detector.branch(*maps, statistics), unusualness(statistics)))
+            tops.append(image_score(both[:, 0], detector.form.branch.top_cells).numpy())
+        cells, cover = both[:, 0].flatten(1).T.numpy(), cover_of(mask, both.shape[2:]).ravel()
+        normal, defective = np.flatnonzero(cover == 0), np.flatnonzero(cover >= 0.5)
+        labels.append(len(defective) > 0)
+        n_normal.append(len(normal))
+        drawn = np.concatenate((rng.choice(normal, DRAWN), defective))
+        places.append(cells[drawn])
+        are_defective.append(np.repeat((0.0, 1.0), (DRAWN, len(defective))))
+        if len(defective):
+            differences.append(cells[rng.choice(defective, DRAWN)] - cells[rng.choice(normal, DRAWN)])
         progress("calibration", index + 1, n)
-    truth = np.concatenate(labels)
-    if not truth.any():
-        raise ConfigError("no image that the detector is calibrated on has a defect")
-    fitted = logistic(np.concatenate(rows), truth, np.concatenate(counts))
-    detector.calibration.copy_(torch.from_numpy(fitted))  # type: ignore[operator]  # a buffer
+    if len(set(labels)) < 2:
+        raise ConfigError("the detector is calibrated on defective and normal images; there are none of one kind")
+    of_image = logistic(np.array(tops), np.array(labels, np.float64))
+    order = np.concatenate(differences)
+    # Each difference once as it is and once turned round: the offset is 0.
+    weights = logistic(np.concatenate((order, -order)), np.repeat((1.0, 0.0), len(order)))[:2]
+    scale, offset = logistic(np.concatenate(places) @ weights[:, None], np.concatenate(are_defective))
+    rarer = np.log(np.mean(n_normal) / DRAWN)  # so many normal places stand behind each that was drawn
+    of_place = np.array([*(scale * weights), offset - rarer])
+    cast(Tensor, detector.calibration).copy_(torch.from_numpy(np.stack((of_place, of_image))))
 
 
-def logistic(
-    cells: NDArray[np.floating], truth: NDArray[np.floating], counts: NDArray[np.floating]
-) -> NDArray[np.float64]:
-    """Weights, none negative, and offset (D + 1,) of a logistic regression of weighted cells (n, D)."""
-    counts = counts / counts.sum()
+def logistic(cells: NDArray[np.floating], truth: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Weights, none negative, and offset (D + 1,) of a logistic regression of cells (n, D) on truth (n,) of 0 or 1."""
 
     def loss(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         logits = cells @ found[:-1] + found[-1]
-        excess = counts * (expit(logits) - truth)
-        value = float(np.sum(counts * (np.logaddexp(0, logits) - truth * logits)))
+        excess = (expit(logits) - truth) / len(truth)
+        value = float(np.mean(np.logaddexp(0, logits) - truth * logits))
         return value, np.append(cells.T @ excess, excess.sum())
 
     D = cells.shape[1]
     bounds = [(0.0, None)] * D + [(None, None)]
-    found = minimize(loss, np.append(np.ones(D), -3.0), jac=True, method="L-BFGS-B", bounds=bounds)
+    start = np.append(np.ones(D), -3.0)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)  # type: ignore[no-untyped-call]
     return np.asarray(found.x, np.float64)
 
 
@@ -135,7 +143,7 @@ def own_scale(graph: IntrinsicGraph) -> Callable[[NDArray[np.uint8]], ScoreMap]:
 
     def ask(tile: NDArray[np.uint8]) -> ScoreMap:
         with torch.no_grad():
-            values, raw, domain_p = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]).to(device))
+            values, raw, domain_p, *_ = graph(torch.from_numpy(np.ascontiguousarray(tile)[None]).to(device))
         return ScoreMap(values[0].cpu().numpy(), float(raw[0]), float(domain_p[0]))
 
     return lambda field: detection.own_scale(field, ask)
@@ -175,7 +183,7 @@ def load(path: Path) -> tuple[IntrinsicDetector, list[float], dict[str, str | fl
     state, header = weights_file.read(path, what="detector")
     try:
         values: dict[str, Any] = json.loads(header["form"])
-        branch = {key: tuple(v) if isinstance(v, list) else v for key, v in values["branch"].items()}
+        branch: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values["branch"].items()}
         detector = IntrinsicDetector(IntrinsicForm(**{**values, "branch": BranchForm(**branch)}))
         detector.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
         return detector.eval(), json.loads(header["normal_scores"]), json.loads(header["provenance"])

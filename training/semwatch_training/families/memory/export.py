@@ -11,6 +11,7 @@ from semwatch.system.clock import utc_now
 from semwatch_training.families.exported import Exported, Provenance, flat
 from semwatch_training.families.memory import memory_detector
 from semwatch_training.families.memory.memory_detector import MemoryGraph, Trunks
+from semwatch_training.families.of_field import with_field_features
 from semwatch_training.trunks.backbone import Backbones
 
 FAMILY = "memory"
@@ -41,4 +42,4 @@ def read(path: Path | None, backbones: Backbones) -> Exported:
         raise ConfigError("a memory needs normal images to remember; name its file")
     kept = memory_detector.load(path)
     graph = MemoryGraph(Trunks(backbones.vit, backbones.efficientnet), kept)
-    return exported(graph, normal_scores=kept.normal_scores)
+    return with_field_features(exported(graph, normal_scores=kept.normal_scores), backbones.efficientnet)

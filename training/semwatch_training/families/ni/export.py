@@ -11,6 +11,7 @@ from semwatch.system.clock import utc_now
 from semwatch_training.families.exported import Exported, Provenance, flat
 from semwatch_training.families.ni import folding, train_detector
 from semwatch_training.families.ni.ni_detector import DetectorGraph
+from semwatch_training.families.of_field import with_field_features
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.backbone import Backbones
 
@@ -54,4 +55,5 @@ def read(path: Path | None, backbones: Backbones) -> Exported:
     vit = None if detector.form.evidence == "branch" else backbones.vit
     convolutional = None if detector.form.branch is None else backbones.efficientnet
     graph = train_detector.with_trunk(vit, detector, convolutional)
-    return exported(graph, normal_scores=normal_scores, provenance=provenance)
+    made = exported(graph, normal_scores=normal_scores, provenance=provenance)
+    return with_field_features(made, backbones.efficientnet)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.model_repository import Meta, Tensor
 from semwatch.system import files
 from semwatch.system.clock import utc_now
@@ -13,6 +14,7 @@ from semwatch_training.families.smg_vit import self_supervision
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.backbone import Backbones
+from semwatch_training.trunks.efficientnet import FIELD_KIND, FIELD_WIDTH, PATCH_WIDTH
 
 FAMILY = "smg_vit"
 TRAINED = "trained_layers"
@@ -23,16 +25,22 @@ def exported(graph: EncoderGraph, *, provenance: Provenance = MappingProxyType({
     """An encoder; ``form``: see ``form_text``."""
     shape, trunk = graph.vit.form, graph.vit.trunk.shape
     side = shape.input_px // trunk.patch
+    asked = {
+        "crop": Tensor(dtype="uint8", shape=(shape.input_px, shape.input_px)),
+        "soft_mask": Tensor(dtype="float32", shape=(side, side)),
+        "size": Tensor(dtype="float32", shape=(2,)),
+    }
+    made: dict[str, str | float | int] = {"family": FAMILY, **flat(asdict(shape)), "frozen_width": graph.frozen_width}
+    if shape.field:
+        asked[FIELD_FEATURES] = Tensor(dtype="float32", shape=(FIELD_WIDTH,))
+        asked[REGION_FEATURES] = Tensor(dtype="float32", shape=(PATCH_WIDTH,))
+        made[FIELD_FEATURES] = FIELD_KIND
     meta = Meta(
         model="encoder",
         created_utc=utc_now(),
-        inputs={
-            "crop": Tensor(dtype="uint8", shape=(shape.input_px, shape.input_px)),
-            "soft_mask": Tensor(dtype="float32", shape=(side, side)),
-            "size": Tensor(dtype="float32", shape=(2,)),
-        },
+        inputs=asked,
         outputs={"features": Tensor(dtype="float32", shape=(graph.width,))},
-        provenance={"family": FAMILY, **flat(asdict(shape)), "frozen_width": graph.frozen_width, **provenance},
+        provenance={**made, **provenance},
     )
     return Exported(graph, meta, form)
 

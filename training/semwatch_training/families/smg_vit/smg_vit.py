@@ -1,10 +1,12 @@
 """SMG-ViT: a trunk whose last j layers look where the soft mask points, and the features made of it.
 
-Two kinds of feature leave it side by side, because they serve different masters:
+Three kinds of feature leave it side by side, because they serve different masters:
 
 - *pooled*: patch tokens of frozen middle layers averaged under the soft mask, and if asked feature maps of a small
   convolutional trunk beside them. The unknown rule reads these; no later fine-tuning moves them. On the default trunk
   they separate defect types far better than the class token does.
+- *field*: what the detector says of the whole field and of the defect's places in it, since a crop hides much of what a
+  defect is: rough edges are rough in all lines, a cross section is one everywhere.
 - *class token* of the soft-mask guided last layer, the paper's feature.
 
 Source: IC-DefectNCD section 3.4.1; AnomalyNCD (the parent) masks hard and only the class token's row.
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from semwatch_training.trunks.efficientnet import STAGES, STRIDES, EfficientNet
+from semwatch_training.trunks.efficientnet import FIELD_WIDTH, PATCH_WIDTH, STAGES, STRIDES, EfficientNet
 from semwatch_training.trunks.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, normalise
 
 MIN_DIFFERENCE = 1.0
@@ -35,6 +37,10 @@ class EncoderForm:
     ``second_trunk`` adds pooled feature maps of an EfficientNet-Lite2: of its ``second_stages``, 1-based, averaged over
     ``second_turns`` right-angle turns of the crop, since how a defect lies is chance. ``second_surroundings`` adds how
     the defect differs from what lies around it, see ``pool_difference``. All three say nothing without a second trunk.
+
+    ``spread`` adds how much the pooled layers' tokens differ within the crop, see ``spread``. With ``field`` the
+    encoder asks what the detector says of the field and of the defect's places, see ``field_descriptor``. Without
+    ``guided_layers`` there is no class token, and layers after the last pooled one are not run.
     """
 
     trunk: str = "dinov2_vits14"
@@ -47,6 +53,8 @@ class EncoderForm:
     second_stages: tuple[int, ...] = (5,)
     second_turns: Literal[1, 2, 4] = 4
     second_surroundings: bool = True
+    spread: bool = False
+    field: bool = True
 
     def __post_init__(self) -> None:
         if self.second_trunk and self.input_px % STRIDES[-1]:
@@ -63,7 +71,9 @@ class GuidedLayers(nn.Module):
 
     def __init__(self, trunk: VisionTransformer, form: EncoderForm) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(copy.deepcopy(block) for block in trunk.blocks[-form.guided_layers :])
+        self.blocks = nn.ModuleList(
+            copy.deepcopy(block) for block in trunk.blocks[trunk.shape.depth - form.guided_layers :]
+        )
         self.norm = copy.deepcopy(trunk.norm)
         self.rope_embed = copy.deepcopy(trunk.rope_embed) if trunk.shape.position_grid == 0 else None
         self.scale = nn.Parameter(torch.full((form.guided_layers, trunk.shape.heads), form.initial_scale))
@@ -92,7 +102,7 @@ class SmgVit(nn.Module):
 
     def __init__(self, trunk: VisionTransformer, form: EncoderForm) -> None:
         super().__init__()
-        self.n_frozen = trunk.shape.depth - form.guided_layers
+        self.n_frozen = trunk.shape.depth - form.guided_layers if form.guided_layers else max(form.pooled_layers) + 1
         if max(form.pooled_layers) >= self.n_frozen:
             raise ValueError("pooled layers must lie before the guided ones: fine-tuning would move frozen features")
         self.trunk, self.form = trunk, form
@@ -102,11 +112,15 @@ class SmgVit(nn.Module):
         """Encode normalised crops (B, 3, S, S) under soft masks (B, t, t) in [0, 1].
 
         Returns:
-            Pooled tokens (B, layers * C), each layer's part of unit length, and the class token (B, C), unit length.
+            Pooled tokens (B, layers * C), each layer's part of unit length, after them spreads alike if the form asks
+            for them, and the class token (B, C), unit length, or (B, 0) where no layer is guided.
         """
         tokens, patches = self.frozen(images)
         pooled = [pool(layer, soft_mask) for layer in patches]
-        return torch.cat(pooled, dim=-1), self.guided(tokens, soft_mask)
+        if self.form.spread:
+            pooled += [spread(layer) for layer in patches]
+        class_token = self.guided(tokens, soft_mask) if self.form.guided_layers else tokens[:, 0, :0]
+        return torch.cat(pooled, dim=-1), class_token
 
     def frozen(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the layers that no training moves: all tokens (B, T, C) after them, patch tokens of the pooled layers."""
@@ -142,6 +156,13 @@ def pool_difference(tokens: Tensor, soft_mask: Tensor) -> Tensor:
     return functional.normalize(_average(tokens, soft_mask) - _average(tokens, around), dim=-1, eps=MIN_DIFFERENCE)
 
 
+def spread(tokens: Tensor) -> Tensor:
+    """How much layer-normed patch tokens (B, N, C) differ within a crop: their deviation, (B, C) of unit length."""
+    tokens = functional.layer_norm(tokens, tokens.shape[-1:])
+    around = tokens - tokens.mean(dim=1, keepdim=True)
+    return functional.normalize(around.square().mean(dim=1).sqrt(), dim=-1)
+
+
 def _average(tokens: Tensor, weights: Tensor) -> Tensor:
     tokens = functional.layer_norm(tokens, tokens.shape[-1:])
     weights = weights.flatten(1) + 1e-6
@@ -152,7 +173,7 @@ def _average(tokens: Tensor, weights: Tensor) -> Tensor:
 class EncoderGraph(nn.Module):
     """What is exported: crop, soft mask and size in, one feature vector out, normalisation inside.
 
-    The vector is ``[pooled | size | class token]``: the first two are frozen, see ``frozen_width``.
+    The vector is ``[pooled | size | field | class token]``: all but the last are frozen, see ``frozen_width``.
     """
 
     def __init__(self, vit: SmgVit, second: EfficientNet | None = None) -> None:
@@ -167,18 +188,25 @@ class EncoderGraph(nn.Module):
     def frozen_width(self) -> int:
         """Length of the part that no fine-tuning moves: what is pooled, and size."""
         form = self.vit.form
-        width = len(form.pooled_layers) * self.vit.trunk.shape.width + 2
+        width = len(form.pooled_layers) * (2 if form.spread else 1) * self.vit.trunk.shape.width + 2
         if self.second is not None:
             channels = sum(STAGES[stage - 1].channels for stage in form.second_stages)
             width += channels * (2 if form.second_surroundings else 1)
-        return width
+        return width + (FIELD_WIDTH + PATCH_WIDTH if form.field else 0)
 
     @property
     def width(self) -> int:
         """Length of the whole vector."""
-        return self.frozen_width + self.vit.trunk.shape.width
+        return self.frozen_width + (self.vit.trunk.shape.width if self.vit.form.guided_layers else 0)
 
-    def forward(self, crop: Tensor, soft_mask: Tensor, size: Tensor) -> Tensor:
+    def forward(
+        self,
+        crop: Tensor,
+        soft_mask: Tensor,
+        size: Tensor,
+        field_features: Tensor | None = None,
+        region_features: Tensor | None = None,
+    ) -> Tensor:
         """Encode defects.
 
         Args:
@@ -186,10 +214,15 @@ class EncoderGraph(nn.Module):
             soft_mask: (B, t, t) float32 in [0, 1] at the token grid.
             size: (B, 2) float32, log2 of window side and of root mask area, each over the field's short side. A crop
                 hides how large its defect was; this says it.
+            field_features: (B, ``FIELD_WIDTH``) float32, see ``field_descriptor``; given just where the form asks.
+            region_features: (B, ``PATCH_WIDTH``) float32, the mean of ``patch_descriptor`` over the defect; likewise.
         """
         pooled, class_token = self.vit(normalise(crop, self.mean, self.std), soft_mask)
         # / 16: brings log2 sizes (0 to about -10) to the scale of the unit-length parts.
-        return torch.cat((pooled, *self._second_parts(crop, soft_mask), size / 16, class_token), dim=-1)
+        of_field = [] if field_features is None else [field_features]
+        if region_features is not None:
+            of_field.append(functional.normalize(region_features, dim=-1))
+        return torch.cat((pooled, *self._second_parts(crop, soft_mask), size / 16, *of_field, class_token), dim=-1)
 
     def _second_parts(self, crop: Tensor, soft_mask: Tensor) -> list[Tensor]:
         """The second trunk's maps, pooled under the mask at their own grid and averaged over turns of the crop."""
