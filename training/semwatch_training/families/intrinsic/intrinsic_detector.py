@@ -79,9 +79,6 @@ class OwnEvidence(nn.Module):
 class IntrinsicDetector(nn.Module):
     """The trained part: the branch, and how much branch and statistics count."""
 
-    in_fp32 = True
-    """Calibration and distances to known fields, not the branch."""
-
     def __init__(self, form: IntrinsicForm) -> None:
         super().__init__()
         self.form = form
@@ -133,6 +130,9 @@ def described(maps: Sequence[Tensor]) -> Tensor:
 
 class IntrinsicGraph(nn.Module):
     """What is exported: uint8 gray of any size in, score map, raw image score and p-value of the process out."""
+
+    in_fp32 = True
+    """Calibration, scores and distances to known fields are, the branch is not."""
 
     def __init__(self, trunk: EfficientNet, detector: IntrinsicDetector) -> None:
         super().__init__()
