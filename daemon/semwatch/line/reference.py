@@ -13,6 +13,8 @@ each other as far as a raster scan drifts. Gradients do not see brightness and h
 Comparison. Gain and offset are fitted locally, the residual is smoothed at several scales, lowered by what a
 displacement of a pixel explains, and divided by a spread that the pair itself gives as a function of gray level and of
 edge strength. So the map is in standard deviations, with heavier noise and rougher edges already paid for.
+
+The difference alone decides: taken together with the detector's map it found less, see ``docs/reference.md``.
 """
 
 import math
