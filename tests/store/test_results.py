@@ -18,7 +18,7 @@ import pytest
 
 from factories import KINDS, make_review, make_verdict
 from paths import ROOT
-from semwatch.defects import Quality, QualityFlag, Review, Verdict, VerdictKind
+from semwatch.defects import Quality, QualityFlag, Reference, Review, Verdict, VerdictKind
 from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.store import lot_table, results, review_record
 
@@ -66,6 +66,27 @@ def test_record_says_what_the_review_says() -> None:
         assert written.peak_score == pytest.approx(defect.peak_score, rel=1e-5)
         assert written.verdict.label == defect.verdict.label
         assert [near.label for near in written.verdict.nearest] == [near.label for near in defect.verdict.nearest]
+
+
+def test_page_says_what_became_of_its_reference_and_older_results_say_nothing(tmp_path: Path) -> None:
+    used = Reference("a_ref.tif", "", (5.8, -4.9), 0.97, np.zeros((256, 256), np.uint8), np.ones((256, 256), np.bool_))
+    for reference in (used, Reference("a_ref.tif", "there is no reference file")):
+        review = make_review(1)
+        review = dataclasses.replace(review, pages=(dataclasses.replace(review.pages[0], reference=reference),))
+        paths = results.write(review, results_dir=tmp_path)
+        (page,) = json.loads(paths.json.read_text())["pages"]
+        assert page["reference"] == {
+            "name": "a_ref.tif",
+            "used": reference is used,
+            "reason": reference.reason,
+            "shift_px": None if reference.shift_px is None else list(reference.shift_px),
+            "correlation": reference.correlation,
+        }
+    written = json.loads(paths.json.read_text())
+    for page in written["pages"]:
+        del page["reference"]
+    paths.json.write_text(json.dumps(written))
+    assert results.read(paths.json).pages[0].reference is None
 
 
 def test_result_of_an_older_release_has_no_hashes_and_still_reads(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ each other as far as a raster scan drifts. Gradients do not see brightness and h
 Comparison. Gain and offset are fitted locally, the residual is smoothed at several scales, lowered by what a
 displacement of a pixel explains, and divided by a spread that the pair itself gives as a function of gray level and of
 edge strength. So the map is in standard deviations, with heavier noise and rougher edges already paid for.
+
+The difference alone decides: taken together with the detector's map it found less, see ``docs/reference.md``.
 """
 
 import math
@@ -68,6 +70,8 @@ _LINE_SIGMA_PX, _LINE_LENGTH_PX, _N_DIRECTIONS = 1.0, 5.0, 8
 """Standard deviations across and along of the filters for scratches, and how many directions they have."""
 _N_PASSES = 2
 """How often what differs is looked for, without scratches, to leave it out of gain, offset and spread."""
+_RIM_PX = 3
+"""Pixels along the border of the overlap that are not judged."""
 _SLACK_PX = 0.5
 _N_BINS, _SAMPLE, _FEWEST = 12, 60_000, 256
 """Bins of gray level and of edge strength, the most pixels that fill them, and the fewest that are believed."""
@@ -384,7 +388,9 @@ def compare(
     Returns:
         The largest difference in each cell of 8 x 8 pixels, 0 where there is no counterpart. Never NaN.
     """
-    inside = cv2.erode(overlap.view(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).view(np.bool_)
+    # The counterpart of an edge that wanders may lie just outside, also where the field itself ends.
+    rim = np.ones((2 * _RIM_PX + 1, 2 * _RIM_PX + 1), np.uint8)
+    inside = cv2.erode(overlap.view(np.uint8), rim, borderType=cv2.BORDER_CONSTANT, borderValue=0).view(np.bool_)
     inside = _padded(inside)
     image, aligned = _padded(inspected.astype(np.float32)), _padded(aligned)
     H, W = inspected.shape

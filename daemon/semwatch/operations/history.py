@@ -158,7 +158,7 @@ def journal_events(work: Work) -> list[Event]:
 def current_state(site: Site, ledger: Ledger, work: Work) -> Iterator[str]:
     """Current state, a sentence each: the work, what waits for Redis, the file in the drop folder."""
     yield {
-        "DONE": "reviewed: nothing is left to do",
+        "DONE": f"{work.reason or 'reviewed'}: nothing is left to do",
         "SEEN": f"waits for another try: {work.reason or 'no reason was kept'}",
         "CLAIMED": "is under review, or the daemon died on it and takes it up at its next start",
         "QUARANTINED": f"in quarantine; after mending the cause: semwatch quarantine requeue {work.sha256[:16]}",
@@ -246,6 +246,8 @@ def _audit_in_words(event: Mapping[str, Any]) -> str:
             return f"{line} by head {event.get('head')}: {', '.join(changes) or 'its earlier revision is gone'}"
         case "quarantined":
             return f"{line}: {event.get('reason')}"
+        case "reference":
+            return f"{line} of {event.get('of')}"
         case "requeued":
             return f"{line} by {event.get('by')}"
     return line
