@@ -126,7 +126,7 @@ def encode(crops: Sequence[KeptCrop]) -> bytes:
         ends=np.cumsum([len(image) for image in images], dtype=np.int64),
         soft_masks=np.stack([crop.soft_mask for crop in crops]).astype(np.float16),
         sizes=np.stack([crop.size for crop in crops]).astype(np.float32),
-        **more,
+        **more,  # type: ignore[arg-type]  # its stub takes a name for an option
     )
     return file.getvalue()
 
