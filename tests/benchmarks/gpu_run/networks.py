@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from semwatch.errors import ConfigError
-from semwatch_training.families.ni import folding, train_detector
+from semwatch_training.families.ni import folding
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.families.ni.ni_losses import distances
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
-from semwatch_training.publishing.build_repository import SHIPPED
-from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import TRUNKS, Attention, Block, Mlp, VisionTransformer
 
@@ -49,7 +47,7 @@ def make(size: str, cache: Path) -> Pair:
         raise ConfigError(f"no size {size!r}; there are {', '.join(SIZES)}")
     torch.manual_seed(0)
     if size == "shipped":
-        return _shipped(cache)
+        raise ConfigError("the shipped detector takes fields at any size, which this run does not time yet; take vit-s")
     name = {"vit-s": "dinov2_vits14", "vit-b": "dinov2_vitb14"}[size]
     shape = TRUNKS[name]
     return paper(
@@ -120,18 +118,6 @@ class FusedAttention(nn.Module):
         bias = None if key_bias is None else key_bias.to(q.dtype).expand(-1, self.heads, T, -1)
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         return cast(Tensor, self.proj(out.transpose(1, 2).reshape(B, T, C)))
-
-
-def _shipped(cache: Path) -> Pair:
-    """What `build` serves, or the same networks around random trunks where these were never fetched."""
-    detector, _, _ = train_detector.load(SHIPPED / "detector.safetensors")
-    has_trunks = all((cache / name).exists() for name in (backbone.FILE_NAME, backbone.EFFICIENTNET_FILE_NAME))
-    trunk = backbone.load(cache) if has_trunks else VisionTransformer(TRUNKS[backbone.TRUNK_NAME])
-    second = backbone.load_efficientnet(cache) if has_trunks else EfficientNet()
-    trunk.eval().requires_grad_(False)
-    detect = train_detector.with_trunk(trunk, detector, second)
-    encode = EncoderGraph(SmgVit(trunk, EncoderForm()), second)
-    return Pair("shipped", "shipped" if has_trunks else "random", detect.eval(), encode.eval())
 
 
 def _lower_trunk(trunk: VisionTransformer, input_px: int, dtype: torch.dtype) -> None:

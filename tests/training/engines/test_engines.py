@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import toy_family
 from progress import quiet
 from semwatch.errors import ConfigError, ModelMismatch, PublishError
+from semwatch.line import detection
 from semwatch.models import model_repository
 from semwatch.models.model_repository import OPEN, Meta, Tensor
 from semwatch.triton import config as triton_config
@@ -327,7 +328,7 @@ def test_fields_of_different_sizes_are_judged_together(tmp_path) -> None:
 
 def test_large_field_is_judged_by_its_first_tile() -> None:
     for size_hw, expected in (((480, 512), (1, 480, 512)), ((2000, 500), (1, 1072, 496))):
-        seen = parity._first_tile(open_detector(), np.zeros(size_hw, np.uint8))
+        seen = detection.asked(open_detector(), np.zeros(size_hw, np.uint8))[0]
         assert seen["image"].shape == expected
 
 

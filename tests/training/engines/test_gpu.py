@@ -97,8 +97,9 @@ def test_size_that_is_none_is_named(tmp_path: Path) -> None:
         networks.make("vit-h", tmp_path)
 
 
-def test_shipped_networks_without_their_backbones_say_that_weights_are_random(tmp_path: Path) -> None:
-    assert networks.make("shipped", tmp_path).weights == "random"
+def test_shipped_networks_are_not_timed_and_the_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fields at any size"):
+        networks.make("shipped", tmp_path)
 
 
 # --- floor and time --------------------------------------------------------------------------------------------------

@@ -31,10 +31,12 @@ from semwatch_training.evaluation.binarization_rules import NAMES
 from semwatch_training.evaluation.evaluation_data import Source, by_stage, crops_of, defects_only, fingerprint
 from semwatch_training.evaluation.report import Table
 from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.intrinsic import train_intrinsic
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicForm
 from semwatch_training.families.memory import fit_memory, memory_detector
 from semwatch_training.families.memory.memory_detector import MemoryForm, SelfMatchingGraph, Trunks
 from semwatch_training.families.ni import train_detector
-from semwatch_training.families.ni.ni_detector import DetectorForm, NIDetector
+from semwatch_training.families.ni.ni_detector import NIDetector
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
@@ -521,15 +523,14 @@ def test_cross_process_keeps_runs_of_other_sizes_apart(tmp_path, monkeypatch) ->
 @pytest.fixture
 def small_branch(monkeypatch) -> None:
     monkeypatch.setattr(command_line, "BranchForm", lambda width: BRANCH)
-    monkeypatch.setattr(command_line, "DetectorForm", lambda **form: DetectorForm(**form, input_px=64))
+    monkeypatch.setattr(command_line, "IntrinsicForm", lambda **form: IntrinsicForm(**form, keys=5, domain_fields=12))
 
 
 def test_detector_learns_from_a_folder_and_keeps_a_quarter_for_the_gate(folder, tmp_path, small_branch) -> None:
     out = tmp_path / "detector.safetensors"
     rest = ("--normals", folder / "train", "--n-backgrounds", 2, "--steps", 3)
     run("detector", "--out", out, *rest)
-    detector, scores, provenance = train_detector.load(out)
-    assert detector.form.evidence == "branch"
+    detector, scores, provenance = train_intrinsic.load(out)
     assert detector.form.branch == BRANCH
     assert len(scores) == 2
     assert (provenance["n_normals"], provenance["n_labelled"], provenance["n_backgrounds"]) == (8, 0, 2)

@@ -22,7 +22,7 @@ from semwatch_training.evaluation import whole_run as ship
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.branch.train_branch import BranchSchedule
 from semwatch_training.families.detector_run import BranchImages
-from semwatch_training.families.ni.ni_detector import DetectorForm
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicForm
 from semwatch_training.families.smg_vit import encoder_run, self_supervision, unlabelled_crops
 from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit.encoder_run import CropSource
@@ -32,8 +32,8 @@ from tiny_models import ENCODER, LABELS, SHAPE, convolutional, trunk
 
 BRANCH = BranchForm(input_px=64, projection=4, width=8, dilations=(1,))
 PLAN = ship.Plan(
-    form=DetectorForm(evidence="branch", branch=BRANCH, input_px=64),
-    images=BranchImages(n_normals=2, n_labelled=1, n_backgrounds=1, held_out=20),
+    form=IntrinsicForm(branch=BRANCH, keys=5, domain_fields=12),
+    images=BranchImages(n_normals=2, n_labelled=1, n_backgrounds=1, n_scenes=2, held_out=20),
     branch=BranchSchedule(steps=3),
     crops=CropSource(n_images=1),
     encoder=self_supervision.Schedule(epochs=1, batch=4, hidden=16, bottleneck=8, prototypes=12, learning_rate=1e-2),
@@ -214,9 +214,9 @@ def test_headline_takes_every_table_that_has_row_and_column(tmp_path) -> None:
 def test_plan_grows_with_its_scale_and_never_falls_below_what_methods_need() -> None:
     small, whole, large = (ship.plan(scale, seed=3, self_supervise=True) for scale in (0.001, 1, 2))
     assert whole.images == BranchImages()
-    assert (whole.branch.steps, whole.branch.seed) == (7000, 3)
+    assert (whole.branch.steps, whole.branch.seed) == (3000, 3)
     assert (small.images.held_out, small.head_images, small.crops_per_type) == (100, 180, 18)
-    assert (large.images.n_labelled, large.head_images, large.seeds) == (6000, 1440, 3)
+    assert (large.images.n_labelled, large.head_images, large.seeds) == (2000, 1440, 3)
     assert small.encoder is not None
     assert small.encoder.batch <= small.crops.n_images
     assert ship.plan(1, seed=3, self_supervise=False).encoder is None

@@ -41,7 +41,7 @@ from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import VisionTransformer
 
 MIN_NORMALS = 8
-STEPS, WIDTH = 5000, 64
+STEPS, WIDTH = 3000, 64
 """Of the default detector's branch."""
 
 Provenance = dict[str, str | float | int]
@@ -59,7 +59,7 @@ class BranchImages:
     """Synthetic fields with a labelled defect; none beside a folder, whose defects nobody has labelled."""
     n_backgrounds: int = 300
     """Procedural backgrounds of no process."""
-    n_scenes: int = 3300
+    n_scenes: int = 1500
     """Scenes of no process, half of them with a true defect; none beside a folder. See ``data.world``."""
     held_out: int = 200
     """Normal images kept for the gate's threshold; of a folder at most a quarter."""
