@@ -15,7 +15,8 @@ from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import folder_images
 from semwatch_training.discovery.head import load_head
-from semwatch_training.families.ni import train_detector
+from semwatch_training.families.intrinsic import train_intrinsic
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
 from semwatch_training.publishing.build_repository import SHIPPED
 from semwatch_training.trunks import backbone
@@ -27,7 +28,7 @@ N = 50
 def test_onnx_against_torch_on_real_images(repository: Path, data: Path) -> None:
     trunk = backbone.load(repository.parent / ".cache")
     second = backbone.load_efficientnet(repository.parent / ".cache")
-    detector = train_detector.with_trunk(trunk, train_detector.load(SHIPPED / "detector.safetensors")[0], second)
+    detector = IntrinsicGraph(second, train_intrinsic.load(SHIPPED / "detector.safetensors")[0]).eval()
     encoder = EncoderGraph(SmgVit(trunk, EncoderForm()), second).eval()
     head = load_head(SHIPPED / "head.safetensors")[0]
     recipe = Recipe()

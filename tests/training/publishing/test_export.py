@@ -9,11 +9,12 @@ from semwatch.models import model_repository
 from semwatch.models.inference import Embedded
 from semwatch_training.data.datasets import folder_images
 from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.intrinsic import train_intrinsic
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.memory import export as memory_export
 from semwatch_training.families.memory import fit_memory
 from semwatch_training.families.memory.memory_detector import MemoryForm, MemoryGraph, Trunks
 from semwatch_training.families.ni import export as ni_export
-from semwatch_training.families.ni import train_detector
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.publishing import export
 from semwatch_training.publishing.build_repository import SHIPPED
@@ -97,15 +98,14 @@ def test_parity_notices_other_weights(tiny_repository) -> None:
 
 def test_shipped_detector_agrees_with_torch_on_real_images(repository, data) -> None:
     """Six here; ``make bench`` takes fifty."""
-    detector, _, _ = train_detector.load(SHIPPED / "detector.safetensors")
-    cache = repository.parent / ".cache"
-    graph = train_detector.with_trunk(backbone.load(cache), detector, backbone.load_efficientnet(cache))
+    detector, _, _ = train_intrinsic.load(SHIPPED / "detector.safetensors")
+    graph = IntrinsicGraph(backbone.load_efficientnet(repository.parent / ".cache"), detector).eval()
     paths = folder_images(data / "SEM-TIFF-metadata")[:3] + folder_images(data / "MTD")[::500][:3]
     with Embedded(repository) as models:
         for path in paths:
             image = resize(decoding.read(path)[0].field, (448, 448))[None]
             with torch.no_grad():
-                score, raw = (x.numpy() for x in graph(torch.from_numpy(image)))
+                score, raw = (x.numpy() for x in graph(torch.from_numpy(image))[:2])
             answer = models.infer("detector", {"image": image}).outputs
             assert np.abs(answer["score_map"] - score).max() < 1e-3 * np.abs(score).max()
             assert np.abs(answer["raw_score"] - raw).max() < 1e-3 * np.abs(raw).max()
