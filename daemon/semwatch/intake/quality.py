@@ -195,7 +195,7 @@ def _step_energy(softness_px: NDArray[np.float64], scale: float) -> NDArray[np.f
     """
     s2 = softness_px**2 + scale**2
     S2 = s2 + _SHADING_PX**2
-    return 1 / np.sqrt(s2) + 1 / np.sqrt(S2) - 2 * np.sqrt(2 / (s2 + S2))
+    return np.asarray(1 / np.sqrt(s2) + 1 / np.sqrt(S2) - 2 * np.sqrt(2 / (s2 + S2)), np.float64)
 
 
 def _edge_energies(tiles: Sequence[Real]) -> tuple[list[Real], list[Real]]:
