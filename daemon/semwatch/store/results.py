@@ -252,8 +252,8 @@ def _revised_page(page: PageRecord, verdicts: Mapping[tuple[int, int], VerdictRe
         verdict = verdicts.get((page.page, defect.defect_id), defect.verdict)
         is_same = (verdict.kind, verdict.label) == (defect.verdict.kind, defect.verdict.label)
         defects.append(defect if is_same else defect.model_copy(update={"verdict": verdict}))
-    said = page_verdict([defect.verdict.kind for defect in defects], is_image=page.quality.is_image)
-    return page.model_copy(update={"defects": tuple(defects), "verdict": said})
+    of_page = page_verdict([defect.verdict.kind for defect in defects], is_image=page.quality.is_image)
+    return page.model_copy(update={"defects": tuple(defects), "verdict": of_page})
 
 
 def _keep_revision(path: Path, revision: int) -> None:
