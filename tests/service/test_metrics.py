@@ -253,7 +253,7 @@ def test_counts_from_many_threads_add_up(metrics: Metrics) -> None:
 def test_page_without_image_is_counted_and_is_not_defect_free(metrics: Metrics) -> None:
     whole = make_review(0, n_pages=2)
     blank = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
-    soft = Quality((QualityFlag("defocus", 6.0, 4.0), QualityFlag("drift", 1.0, 0.5)))
+    soft = Quality((QualityFlag("defocus", 6.0, 4.0), QualityFlag("drift", 2.0, 1.0)))
     pages = (replace(whole.pages[0], score_map=None, quality=blank), replace(whole.pages[1], quality=soft))
     review = replace(whole, pages=pages)
     metrics.observe(review)

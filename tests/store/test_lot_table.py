@@ -77,7 +77,7 @@ def test_row_says_whether_the_page_s_process_is_known(tmp_path: Path) -> None:
 
 def test_page_without_image_has_a_row_that_says_so(tmp_path: Path, lot: Path) -> None:
     blank = Quality((QualityFlag("blank", 0.0, 2.0),), is_image=False)
-    soft = Quality((QualityFlag("defocus", 6.0, 4.0), QualityFlag("drift", 1.0, 0.5)))
+    soft = Quality((QualityFlag("defocus", 6.0, 4.0), QualityFlag("drift", 2.0, 1.0)))
     pages = make_review(0, n_pages=2).pages
     changed = (replace(pages[0], score_map=None, quality=blank), replace(pages[1], quality=soft))
     put(tmp_path, "a.tif", 0, pages=changed)

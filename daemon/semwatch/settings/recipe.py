@@ -80,7 +80,7 @@ class QualityRule(Settings):
     """Out of focus: edges are softer than this, as the sigma of a Gaussian; raise it for images that are scaled up."""
     max_streaks: Annotated[float, Field(ge=0, le=1)] = 0.08
     """Streaks: rows differ in brightness from their neighbours by more than this, as a share of the gray range."""
-    max_drift_px: Positive = 0.5
+    max_drift_px: Positive = 1.0
     """Drift: rows are shifted sideways against their neighbours by more than this, root mean square."""
 
 
