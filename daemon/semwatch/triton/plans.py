@@ -36,7 +36,7 @@ class Batches(NamedTuple):
 
 
 OPEN_BATCHES = Batches(tuned=1, largest=4)
-"""Of a model that takes fields at any size: they come one by one, and four of the largest fill a card's memory."""
+"""Of a model that takes fields at any size: they come one by one, and memory is kept for the largest batch."""
 
 
 def batches_of(meta: Meta) -> Batches:
