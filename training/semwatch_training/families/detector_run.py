@@ -41,7 +41,7 @@ from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import VisionTransformer
 
 MIN_NORMALS = 8
-STEPS, WIDTH = 3000, 64
+STEPS, WIDTH = 6000, 64
 """Of the default detector's branch."""
 
 Provenance = dict[str, str | float | int]
@@ -55,11 +55,11 @@ class BranchImages:
     """Folder; None for synthetic fields."""
     n_normals: int = 300
     """Synthetic normal fields; of a folder all count that are not held out."""
-    n_labelled: int = 1000
+    n_labelled: int = 2200
     """Synthetic fields with a labelled defect; none beside a folder, whose defects nobody has labelled."""
     n_backgrounds: int = 300
     """Procedural backgrounds of no process."""
-    n_scenes: int = 1500
+    n_scenes: int = 2000
     """Scenes of no process, half of them with a true defect; none beside a folder. See ``data.world``."""
     held_out: int = 200
     """Normal images kept for the gate's threshold; of a folder at most a quarter."""

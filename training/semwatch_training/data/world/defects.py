@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from semwatch_training.data import pseudo_defects
 from semwatch_training.data.pseudo_defects import Plane, Rng, log_uniform, noise
@@ -219,7 +220,9 @@ def _scratch(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
         for i in range(len(points) - 1):
             if not (dashed and rng.random() < 0.4):
                 cv2.line(canvas, points[i].tolist(), points[i + 1].tolist(), 255, width, cv2.LINE_AA, 3)
-    if rng.random() < 0.15:  # ripples: short grooves side by side along the way
+    if rng.random() < 0.2:  # a row of dots where the tip only touched, instead of a groove
+        canvas = _dots(rng, canvas, path, width)
+    elif rng.random() < 0.15:  # ripples: short grooves side by side along the way
         for middle in path[:: int(rng.integers(1, 3))]:
             half = across * width * rng.uniform(2, 5)
             ends = np.rint(np.stack((middle - half, middle + half)) * 8).astype(int)
@@ -236,6 +239,17 @@ def _scratch(specimen: Specimen, rng: Rng, strength: float) -> Specimen:
     )
     tone = specimen.tone + np.float32(strength * log_uniform(rng, 0.06, 0.8) * rng.choice((-1, 1))) * groove
     return replace(specimen, height=np.asarray(height, np.float32), tone=np.asarray(tone, np.float32))
+
+
+def _dots(rng: Rng, canvas: NDArray[np.uint8], path: NDArray[np.floating], width: int) -> NDArray[np.uint8]:
+    """Dots of unequal size and depth along a path (n, 2) of x, y, the groove between them faint: (H, W)."""
+    faint = (canvas * rng.uniform(0, 0.35)).astype(np.uint8)
+    share = rng.uniform(0.2, 0.8)
+    for x, y in np.concatenate((path, (path[1:] + path[:-1]) / 2)):
+        if rng.random() < share:
+            at = (round(x + rng.normal(0, 0.5 * width)), round(y + rng.normal(0, 0.5 * width)))
+            cv2.circle(faint, at, round(width * rng.uniform(0.4, 1.2)), float(rng.uniform(100, 255)), cv2.FILLED)
+    return faint
 
 
 def _residue(specimen: Specimen, rng: Rng, strength: float) -> Specimen:

@@ -502,8 +502,8 @@ def _fibres(rng: Rng, size_hw: Size) -> Layout:
 
 
 def _pores(rng: Rng, size_hw: Size) -> Layout:
-    """Islands, pores, or a labyrinth of bent stripes: band noise cut at a level."""
-    pitch = _pitch(rng, size_hw, 7)
+    """Islands, pores, or a labyrinth of bent stripes: band noise cut at a level; a few large ones, or very many."""
+    pitch = _pitch(rng, size_hw, 7) if rng.random() < 0.6 else min(size_hw) * log_uniform(rng, 0.1, 0.8)
     stretch = rng.choice((1.0, 1.0, 2.5))
     white = rng.standard_normal(size_hw).astype(np.float32)
     sigma = pitch / 4.4

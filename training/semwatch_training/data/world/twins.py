@@ -24,7 +24,7 @@ from semwatch_training.data.world.imaging import (
 )
 from semwatch_training.data.world.layouts import LAYOUTS, Layout, layout
 
-SHARES = (0.2, 0.1, 0.13, 0.1, 0.08, 0.08, 0.05, 0.06, 0.04, 0.04, 0.05, 0.07)
+SHARES = (0.19, 0.1, 0.12, 0.1, 0.07, 0.08, 0.05, 0.09, 0.04, 0.07, 0.04, 0.05)
 """Of ``LAYOUTS``, in their order: most of those whose features often have no like."""
 PATTERN_SHARE = 0.6
 """Of defects, where a layout has a pattern."""

@@ -19,7 +19,7 @@ Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 LABELLED_OFFSET = 500_000
-CUT_SHARE = 0.6
+CUT_SHARE = 0.75
 """Of synthetic fields, those that are not shown as a whole."""
 SIDES_PX, SIDE_SHARES = (512, 640, 768, 1024), (0.4, 0.2, 0.25, 0.15)
 

@@ -7,7 +7,8 @@ detector's own training: the cache is reused where it fits, and a checkpoint is 
 import copy
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -93,7 +94,7 @@ def cache_samples(
     partial = files.temporary(evidence_path)
     cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     cover = np.zeros((n, form.side, form.side), np.uint8)
-    for index, (image, mask) in zip(range(n), pairs, strict=True):
+    for index, (image, mask) in zip(range(n), _one_ahead(pairs), strict=True):
         cache[index] = _row(evidence, image)
         cover[index] = np.rint(cover_of(mask, (form.side, form.side)) * 255)
         progress("evidence", index + 1, n)
@@ -102,6 +103,16 @@ def cache_samples(
         np.save(file, cover)
     files.place(partial, evidence_path)  # last: it says that both are whole
     return Samples(np.load(evidence_path, mmap_mode="r"), cover)
+
+
+def _one_ahead(items: Iterable[tuple[Image, Mask]]) -> Iterator[tuple[Image, Mask]]:
+    """Draw each item in a thread while the one before it is used: rendering keeps one core busy, the trunk several."""
+    left = iter(items)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        drawn = pool.submit(next, left, None)
+        while (item := drawn.result()) is not None:
+            drawn = pool.submit(next, left, None)
+            yield item
 
 
 def cover_of(mask: Mask, grid: tuple[int, ...]) -> NDArray[np.float32]:

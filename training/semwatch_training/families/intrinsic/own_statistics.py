@@ -19,6 +19,8 @@ from torch.nn import functional
 
 SHRINKAGE = 0.05
 """Share of the mean variance in the covariance: the inverse stays tame however few places there are."""
+FITTED = 64
+"""The Gaussian is fitted on so many places a side, spread evenly: more say nothing new, and cost as the field grows."""
 REFITS = 3
 TYPICAL = 0.8
 """Share of the places that the Gaussian is refitted on."""
@@ -60,7 +62,9 @@ def mahalanobis(x: Tensor, *, bank: Tensor | None = None) -> Tensor:
     """
     size = x.shape[2:]
     cells = x.flatten(2).transpose(1, 2)
-    known = cells if bank is None else torch.cat((cells, bank.expand(cells.shape[0], -1, -1)), dim=1)
+    known = functional.interpolate(x, size=(FITTED, FITTED), mode="nearest").flatten(2).transpose(1, 2)
+    if bank is not None:
+        known = torch.cat((known, bank.expand(known.shape[0], -1, -1)), dim=1)
     weights = torch.ones_like(known[..., :1])
     for _ in range(REFITS):
         squared = _squared_distances(known, *_gaussian(known, weights))

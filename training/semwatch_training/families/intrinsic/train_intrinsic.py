@@ -32,7 +32,7 @@ from semwatch_training.system import weights_file
 from semwatch_training.system.progress_bars import Progress
 
 FAMILY = "intrinsic"
-UNSEEN_KINDS = ("fibres", "pores", "stack")
+UNSEEN_KINDS = ("fibres", "crossed", "stack")
 """Layouts of ``data.world`` that the branch is not trained on, so that it meets them as it meets a new process."""
 N_CALIBRATION = 240
 DRAWN = 300
