@@ -69,6 +69,9 @@ def detector(
     stage: Annotated[list[str] | None, typer.Option(help="Process stage to learn from; repeat. Default: all.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = detector_run.STEPS,
     width: Annotated[int, typer.Option(min=8, help="Channels of the branch.")] = detector_run.WIDTH,
+    start: Annotated[
+        Path | None, typer.Option(help="Weights of a trained detector to begin with; else it begins at random.")
+    ] = None,
     seed: int = 1,
     cache: CacheOption = Path(".cache"),
 ) -> None:
@@ -80,7 +83,7 @@ def detector(
     images = BranchImages(normals, n_normals, n_labelled, n_backgrounds, n_scenes, held_out, tuple(stage or STAGES))
     schedule = BranchSchedule(steps=steps, seed=seed)
     with Bars() as progress:
-        scores = detector_run.train_default(out, form, images, schedule, cache=cache, progress=progress)
+        scores = detector_run.train_default(out, form, images, schedule, cache=cache, progress=progress, start=start)
     console.print(f"detector written to {out}; held-out normal scores {min(scores):.4f} to {max(scores):.4f}")
 
 

@@ -41,7 +41,7 @@ from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import VisionTransformer
 
 MIN_NORMALS = 8
-STEPS, WIDTH = 6000, 64
+STEPS, WIDTH = 3000, 64
 """Of the default detector's branch."""
 
 Provenance = dict[str, str | float | int]
@@ -53,13 +53,13 @@ class BranchImages:
 
     normals: Path | None = None
     """Folder; None for synthetic fields."""
-    n_normals: int = 300
+    n_normals: int = 200
     """Synthetic normal fields; of a folder all count that are not held out."""
-    n_labelled: int = 2200
+    n_labelled: int = 1800
     """Synthetic fields with a labelled defect; none beside a folder, whose defects nobody has labelled."""
-    n_backgrounds: int = 300
+    n_backgrounds: int = 200
     """Procedural backgrounds of no process."""
-    n_scenes: int = 2000
+    n_scenes: int = 1600
     """Scenes of no process, half of them with a true defect; none beside a folder. See ``data.world``."""
     held_out: int = 200
     """Normal images kept for the gate's threshold; of a folder at most a quarter."""
@@ -72,7 +72,14 @@ class BranchImages:
 
 
 def train_default(
-    out: Path, form: IntrinsicForm, images: BranchImages, schedule: BranchSchedule, *, cache: Path, progress: Progress
+    out: Path,
+    form: IntrinsicForm,
+    images: BranchImages,
+    schedule: BranchSchedule,
+    *,
+    cache: Path,
+    progress: Progress,
+    start: Path | None = None,
 ) -> list[float]:
     """Train the branch of an intrinsic detector on frozen features and write it; resumes where it was stopped.
 
@@ -83,16 +90,19 @@ def train_default(
         schedule: how; its seed also decides views and first weights.
         cache: where the converted trunk is kept.
         progress: called with what is being done.
+        start: weights of such a detector whose branch the training begins with; None begins at random.
 
     Returns:
         Raw scores of the held-out normal images.
 
     Raises:
-        ConfigError: too few normal images, an unknown stage, or work of another run.
+        ConfigError: too few normal images, an unknown stage, work of another run, or ``start`` has another form.
     """
     device = _device()
     torch.manual_seed(schedule.seed)
     fitted = IntrinsicDetector(form).to(device)
+    if start is not None:
+        _begin_with(fitted, start)
     graph = IntrinsicGraph(backbone.load_efficientnet(cache).to(device), fitted)
     size_px = form.branch.input_px
     pairs, kept, images = _pairs(images, size_px, schedule.seed)
@@ -100,7 +110,7 @@ def train_default(
     claim(
         work,
         f"{images.normals} {images.stages} {images.n_normals} normal, {images.n_labelled} labelled, "
-        f"{images.n_backgrounds}, {images.n_scenes} scenes, {form.branch.width}, {schedule}",
+        f"{images.n_backgrounds}, {images.n_scenes} scenes, {form.branch.width}, {schedule}, {_named(start)}",
     )
     samples = cache_samples(graph.evidence, pairs, images.n, work, progress=progress)
     curve = train_branch(fitted.branch, samples, schedule, work, progress=progress)
@@ -124,12 +134,25 @@ def train_default(
         "calibration": str(cast(torch.Tensor, fitted.calibration).tolist()),
         "steps": schedule.steps,
         "seed": schedule.seed,
+        "start": _named(start),
         "final_loss": curve[-1]["loss"],
         "training_seconds": round(sum(row["seconds"] for row in curve)),
         "device": device,
     }
     train_intrinsic.save(fitted, out, normal_scores=scores, provenance=provenance)
     return scores
+
+
+def _begin_with(fitted: IntrinsicDetector, start: Path) -> None:
+    """Take the branch of a trained detector of the same form, in place."""
+    trained, _, _ = train_intrinsic.load(start)
+    if trained.form != fitted.form:
+        raise ConfigError(f"{start} is a detector of another form ({trained.form}); train it with the same width")
+    fitted.branch.load_state_dict(trained.branch.state_dict())
+
+
+def _named(start: Path | None) -> str:
+    return "random" if start is None else files.file_sha256(start)
 
 
 def train_reconstruction(

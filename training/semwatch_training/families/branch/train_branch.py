@@ -24,6 +24,7 @@ from semwatch.system import files
 from semwatch_training.families.branch.branch_views import Image, Mask
 from semwatch_training.families.branch.segmentation_branch import BranchForm, SegmentationBranch, branch_loss
 from semwatch_training.system import checkpoint
+from semwatch_training.system.precision import half_precision
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks.efficientnet import EfficientNet
 
@@ -124,8 +125,8 @@ def cover_of(mask: Mask, grid: tuple[int, ...]) -> NDArray[np.float32]:
 def _row(evidence: Reads, image: Image) -> NDArray[np.float16]:
     device = next(evidence.trunk.parameters()).device
     pixels = torch.from_numpy(np.ascontiguousarray(image)[None]).to(device)
-    # bf16 doubles the trunk's speed and costs nothing measurable; matching takes small differences and stays in fp32.
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    # bf16 costs the trunk nothing measurable; matching takes small differences and stays in fp32.
+    with torch.no_grad(), half_precision(device):
         maps = evidence.trunk(pixels, evidence.form.stages)
     with torch.no_grad():
         fine, middle, coarse = (found.float() for found in maps)
@@ -158,6 +159,7 @@ def train_branch(
         raise ConfigError(f"all {len(defective)} training images are {kind}; a segmentation branch needs both kinds")
     settings = {**asdict(schedule), "form": asdict(branch.form), "n_images": len(defective)}
     optimiser = torch.optim.AdamW(branch.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay)
+    branch.to(memory_format=torch.channels_last)  # half again as fast on a processor
     averaged = copy.deepcopy(branch)
     first, curve = _resume(folder / "checkpoint.pt", settings, branch, averaged, optimiser)
     sides = np.flatnonzero(defective), np.flatnonzero(~defective)
@@ -211,9 +213,10 @@ def _step(
         group["lr"] = rate(step, schedule)
     torch.manual_seed(schedule.seed * 1_000_003 + step)  # of the dropout
     device = next(branch.parameters()).device
-    parts = [part.to(device) for part in unpacked(samples.evidence[picked], branch.form)]
+    rows = unpacked(samples.evidence[picked], branch.form)
+    parts = [part.to(device, memory_format=torch.channels_last) for part in rows]
     cover = torch.from_numpy(samples.cover[picked].astype(np.float32) / 255).to(device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with half_precision(device):
         logits = branch(*parts)
     loss = branch_loss(logits.float(), cover, top_cells=branch.form.top_cells)
     if not torch.isfinite(loss):

@@ -22,6 +22,7 @@ from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.families.ni.ni_losses import normal_information_loss, plant_pseudo_defects, reconstruction_loss
 from semwatch_training.system import checkpoint, weights_file
+from semwatch_training.system.precision import half_precision
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks.efficientnet import EfficientNet
 from semwatch_training.trunks.vit import VisionTransformer
@@ -221,7 +222,7 @@ def _step(
     if schedule.pseudo_defects:
         seen, mask = plant_pseudo_defects(clean, grid_hw, generator=generator)
     subset = torch.randperm(clean.shape[2], generator=generator)[: schedule.features_per_image].to(clean.device)
-    with torch.autocast(clean.device.type, torch.bfloat16):
+    with half_precision(clean.device):
         tokens = detector.normal_tokens(seen)
         rebuilt = detector.rebuild(seen[:, :, subset], tokens)
     # Losses in fp32: the cosine's small differences are what bf16 loses. The target stays clean (denoising).
