@@ -1,5 +1,7 @@
 import dataclasses
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import imagecodecs
@@ -8,9 +10,10 @@ import pytest
 
 from factories import KINDS, make_page, make_review, make_verdict
 from paths import DATA
-from semwatch.defects import Domain, Quality, QualityFlag, Reference, ScoreMap
+from semwatch.defects import Domain, PageReview, Quality, QualityFlag, Reference, ScoreMap
 from semwatch.store import overlay
 
+APPROVED = Path(__file__).with_name("approved_overlay.png")
 SIZES = [(1, 1), (1, 900), (900, 1), (24, 700), (64, 64), (333, 511), (512, 512), (1024, 1024), (700, 2048), (2500, 90)]
 
 
@@ -238,3 +241,30 @@ def test_page_judged_alone_says_why_in_the_strip() -> None:
     )
     assert said.shape == alone.shape
     assert not np.array_equal(said[-overlay.STRIP_PX :], alone[-overlay.STRIP_PX :])
+
+
+def with_everything() -> PageReview:
+    """A page with every kind of verdict on a pattern, heat, and a reference that covers a part of the field."""
+    page = make_review(5, size_hw=(260, 400), verdicts=[make_verdict(kind) for kind in KINDS], pixel_nm=2.5).pages[0]
+    H, W = page.micrograph.field.shape
+    y, x = np.mgrid[:H, :W]
+    ground = np.where((x // 12 + y // 40) % 2, 90, 150).astype(np.uint8)
+    aligned = np.roll(ground, 1, axis=1)
+    aligned[60:90, 100:140] += 40
+    page.micrograph.field[:] = ground
+    overlap = np.broadcast_to(x > 20, (H, W))
+    values = np.full((32, 48), 0.1, np.float32)
+    values[5:8, 20:24] = (0.2, 0.3, 0.45, 0.6)
+    reference = Reference("ref_07.tif", "", (1.0, 0.0), 0.97, aligned, overlap)
+    return replace(page, reference=reference, score_map=ScoreMap(values, 0.6), gate_threshold=0.25)
+
+
+def test_picture_of_a_page_with_everything_looks_as_it_was_approved() -> None:
+    """Look at the picture after a change of the drawing, then write it anew: ``SEMWATCH_APPROVE=1``."""
+    picture = overlay.draw(with_everything(), caption="recipe 1")
+    if os.environ.get("SEMWATCH_APPROVE"):
+        APPROVED.write_bytes(overlay.encode_png(picture))
+    approved = np.asarray(cv2.imread(str(APPROVED), cv2.IMREAD_COLOR))
+    assert picture.shape == approved.shape
+    # Processors round a blend by one level; a line that is a pixel wider changes hundreds of pixels by tens.
+    assert (cv2.absdiff(picture, approved).max(axis=2) > 3).sum() < 10
