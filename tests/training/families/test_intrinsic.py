@@ -43,9 +43,12 @@ def test_inverse_is_the_inverse() -> None:
     assert np.abs(found[0].numpy() @ matrix - np.eye(40)).max() < 1e-2
 
 
-def test_distance_is_that_of_the_trimmed_gaussian() -> None:
-    x = cells()
-    rows = x[0].flatten(1).T.double().numpy()
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_distance_is_that_of_the_trimmed_gaussian_of_every_so_many_places(step: int) -> None:
+    side = step * own_statistics.FITTED
+    x = cells(size_hw=(side, side))
+    places = x[0].flatten(1).T.double().numpy()
+    rows = x[0, :, ::step, ::step].flatten(1).T.double().numpy()
     kept = np.ones(len(rows), bool)
     for turn in range(own_statistics.REFITS + 1):
         mean = rows[kept].mean(axis=0)
@@ -57,7 +60,9 @@ def test_distance_is_that_of_the_trimmed_gaussian() -> None:
         squared = np.einsum("ni,ij,nj->n", rows - mean, np.linalg.inv(shrunk), rows - mean)
         if turn < own_statistics.REFITS:
             kept = squared <= np.sort(squared)[int(np.ceil(own_statistics.TYPICAL * len(rows))) - 1]
-    expected = np.sqrt(squared) / np.sqrt(squared).mean()
+    away = places - mean
+    distance = np.sqrt(np.einsum("ni,ij,nj->n", away, np.linalg.inv(shrunk), away))
+    expected = distance / distance.mean()
     assert np.allclose(own_statistics.mahalanobis(x)[0, 0].flatten().numpy(), expected, rtol=0.02)
 
 
@@ -65,7 +70,7 @@ def test_strange_place_is_farthest_and_normal_images_lend_their_places() -> None
     x = cells(size_hw=(16, 16))
     x[0, :, 5, 9] += 30
     assert own_statistics.mahalanobis(x)[0, 0].argmax() == 5 * 16 + 9
-    bank = x[0].flatten(1).T[5 * 16 + 9].expand(400, -1) + 0.1 * torch.randn(400, 6)
+    bank = x[0].flatten(1).T[5 * 16 + 9].expand(3000, -1) + 0.1 * torch.randn(3000, 6)
     lent = own_statistics.mahalanobis(x, bank=bank)[0, 0]
     assert lent[5, 9] < lent.max()
 

@@ -126,12 +126,13 @@ def like_places(x: Tensor, *, keys: int, reach: int) -> Tensor:
     """
     B, C = x.shape[:2]
     size = x.shape[2:]
-    sought = functional.interpolate(x, size=(keys, keys), mode="nearest")
-    cells, others = x.flatten(2).transpose(1, 2), sought.flatten(2)
-    # |b|^2 - 2ab: what |a - b|^2 is without |a|^2, which no minimum over b needs.
-    d = others.square().sum(dim=1, keepdim=True) - 2 * (cells @ others)
-    beside = _near(x[:1, :1, :, :1], keys, reach)[:, None, :, None], _near(x[:1, :1, :1].mT, keys, reach)[None, :, None]
-    d = d.reshape(B, *size, keys, keys) + 1e5 * (beside[0] * beside[1])
+    sought = functional.interpolate(x, size=(keys, keys), mode="nearest").flatten(2)
+    # |b|^2 - 2ab: what |a - b|^2 is without |a|^2, which no minimum over b needs. As one product, by a channel of ones:
+    # on a large field every pass over all pairs of places counts.
+    cells = torch.cat((x, torch.ones_like(x[:, :1])), dim=1).flatten(2).transpose(1, 2)
+    d = cells @ torch.cat((-2 * sought, sought.square().sum(dim=1, keepdim=True)), dim=1)
+    rows, columns = _near(x[:1, :1, :, :1], keys, reach), _near(x[:1, :1, :1].mT, keys, reach)
+    d = d.reshape(B, *size, keys, keys) + (1e5 * rows)[:, None, :, None] * columns[None, :, None]
     nearest = (d.flatten(3).amin(dim=3) + x.square().sum(dim=1)).clamp_min(0) / C
     return nearest[:, None]
 
