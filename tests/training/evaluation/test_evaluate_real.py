@@ -20,11 +20,15 @@ from semwatch_training.evaluation import (
     real_data,
     real_labels,
     real_line,
+    real_parts,
     real_splits,
     real_tables,
 )
 from semwatch_training.evaluation.real_labels import Labelled
 from semwatch_training.evaluation.real_line import KeptAnswers, cause_of_escape, page_verdict
+from semwatch_training.families.branch.segmentation_branch import BranchForm
+from semwatch_training.families.intrinsic import train_intrinsic
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicDetector, IntrinsicForm
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.efficientnet import EfficientNet
 
@@ -301,6 +305,32 @@ def test_the_span_of_the_samples_gives_the_answers_of_all_their_features() -> No
 def test_a_folder_without_a_detector_of_another_time_is_refused_with_words(tmp_path) -> None:
     with pytest.raises(ConfigError, match="git show"):
         real_baselines.before_scores(tmp_path, [], tmp_path, progress=quiet)
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """Random weights of the default family, that count branch and statistics alike."""
+    torch.manual_seed(0)
+    detector = IntrinsicDetector(IntrinsicForm(branch=BranchForm(input_px=64, projection=4, width=8, dilations=(1,))))
+    detector.calibration.copy_(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]))
+    train_intrinsic.save(detector, tmp_path / "detector.safetensors", normal_scores=[0.0], provenance={})
+    return tmp_path / "detector.safetensors"
+
+
+def test_parts_of_a_detector_sum_to_what_it_says_as_one_of_another_time(
+    top, tiny_repository, weights, tmp_path
+) -> None:
+    images = [image for image in real_data.read(top).images if image.folder == real_data.SILICON][:2]
+    with KeptAnswers(tiny_repository, tmp_path) as models:
+        seen = real_line.look(images, Recipe(), models, encode=lambda _: False, progress=quiet)
+    parts = real_parts.part_scores(weights, seen, tmp_path, progress=quiet)
+    whole = real_baselines.before_scores(weights, seen, tmp_path, progress=quiet)
+    for one in seen:
+        branch, gaussian, like = (parts[name][one.image.name] for name in real_parts.PARTS)
+        logits = [np.log(np.expm1(part.score_map)) for part in (branch, gaussian)]
+        assert np.allclose(np.log1p(np.exp(sum(logits))), whole[one.image.name].score_map, atol=1e-3)
+        assert not np.allclose(like.score_map, gaussian.score_map, atol=0.1)
+        assert whole[one.image.name].raw == pytest.approx(np.log1p(np.exp(branch.raw + gaussian.raw)), rel=1e-3)
 
 
 def test_point_defects_are_held_by_a_box_up_to_the_slack() -> None:

@@ -178,6 +178,10 @@ def real(
             "semwatch_training/weights/detector.safetensors > before.safetensors`), or a model repository of that time."
         ),
     ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(help="detector.safetensors whose parts are judged alone too: branch, Gaussian, like places."),
+    ] = None,
     held: Annotated[
         Path | None, typer.Option(help="Another folder of the same layout: labels learnt here are judged there.")
     ] = None,
@@ -194,6 +198,7 @@ def real(
             repository=repository,
             seeds=range(seeds),
             before=before,
+            parts=parts,
             held=held,
             baselines=baselines,
             threads=threads,

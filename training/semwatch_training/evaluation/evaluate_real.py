@@ -22,6 +22,7 @@ from semwatch_training.evaluation import (
     real_data,
     real_labels,
     real_line,
+    real_parts,
     real_splits,
     real_tables,
     training_free,
@@ -43,6 +44,7 @@ def real(
     repository: Path,
     seeds: Sequence[int],
     before: Path | None = None,
+    parts: Path | None = None,
     held: Path | None = None,
     baselines: bool = True,
     threads: int | None = None,
@@ -56,6 +58,7 @@ def real(
         repository: the models.
         seeds: of folds, draws and clusters.
         before: detector of another time, see ``real_baselines.before_scores``.
+        parts: weights whose parts stand beside the whole, see ``real_parts``.
         held: another folder of the same layout, on which labels learnt on ``top`` are judged.
         baselines: whether the training-free detectors run.
         threads: processor threads of one network; None for all the machine has.
@@ -80,7 +83,7 @@ def real(
     processes = real_tables.processes(seen)
     groups = {(p.folder, p.clean): real_tables.groups_of(real_tables.of_process(seen, p)) for p in processes}
     engines = {real_tables.SERVED: _served(seen)} | _others(
-        seen, groups, before=before, baselines=baselines, cache=cache, progress=progress
+        seen, groups, before=before, parts=parts, baselines=baselines, cache=cache, progress=progress
     )
     rate = recipe.gate.false_alarm_rate
     tables = [
@@ -126,15 +129,18 @@ def _others(
     groups: Mapping[tuple[str, str], NDArray[np.intp]],
     *,
     before: Path | None,
+    parts: Path | None,
     baselines: bool,
     cache: Path,
     progress: Progress,
 ) -> dict[str, Scores]:
-    """Scores of the other detectors: that of another time, and the training-free ones."""
+    """Scores of the other detectors: that of another time, parts of one, and the training-free ones."""
     found: dict[str, Scores] = {}
     compared = [one for one in seen if one.image.folder in {process.folder for process in real_tables.processes(seen)}]
     if before is not None:
         found[BEFORE] = real_baselines.before_scores(before, compared, cache, progress=progress)
+    if parts is not None:
+        found |= real_parts.part_scores(parts, compared, cache, progress=progress)
     if baselines:
         kept = KeptMaps(cache / "real" / "maps.npz")
         found |= real_baselines.training_free_scores(compared, cache, kept, progress=progress)

@@ -18,6 +18,10 @@ from semwatch.models.inference import Embedded
 from semwatch.system import files
 from semwatch_training.evaluation import detectors, training_free
 from semwatch_training.evaluation.real_line import Seen
+from semwatch_training.families.exported import family_of
+from semwatch_training.families.intrinsic import train_intrinsic
+from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
+from semwatch_training.families.ni import export as ni_export
 from semwatch_training.families.ni import train_detector
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
@@ -152,6 +156,8 @@ def before_scores(before: Path, seen: Sequence[Seen], cache: Path, *, progress: 
 
 
 def _safetensors(path: Path, cache: Path) -> Callable[[NDArray[np.uint8]], Scored]:
+    if family_of(path, otherwise=ni_export.FAMILY) == train_intrinsic.FAMILY:
+        return _intrinsic(path, cache)
     detector, _, _ = train_detector.load(path)
     trunks = detectors.trunks(cache)
     graph = train_detector.with_trunk(trunks.vit, detector, trunks.efficientnet)
@@ -161,6 +167,17 @@ def _safetensors(path: Path, cache: Path) -> Callable[[NDArray[np.uint8]], Score
         with torch.no_grad():
             score_map, raw = graph(torch.from_numpy(resize(field, (side, side))[None]))
         return Scored(float(raw[0]), score_map[0].numpy())
+
+    return ask
+
+
+def _intrinsic(path: Path, cache: Path) -> Callable[[NDArray[np.uint8]], Scored]:
+    detector, _, _ = train_intrinsic.load(path)
+    score = train_intrinsic.own_scale(IntrinsicGraph(backbone.load_efficientnet(cache), detector).eval())
+
+    def ask(field: NDArray[np.uint8]) -> Scored:
+        found = score(field)
+        return Scored(found.raw_score, found.values)
 
     return ask
 
