@@ -53,18 +53,14 @@ def smooth(x: Tensor) -> Tensor:
     return functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
 
 
-def mahalanobis(x: Tensor, *, bank: Tensor | None = None) -> Tensor:
-    """Distance of each place to a robust Gaussian of all places of its image, in mean distances: (B, 1, h, w).
+def mahalanobis(x: Tensor) -> Tensor:
+    """Distance of each place (B, C, h, w), see ``places``, to a robust Gaussian of its image: (B, 1, h, w).
 
-    Args:
-        x: (B, C, h, w), see ``places``.
-        bank: (n, C) places of normal images, which count as places of the image; None: the image alone.
+    In mean distances of the image.
     """
     size = x.shape[2:]
     cells = x.flatten(2).transpose(1, 2)
     known = functional.interpolate(x, size=(FITTED, FITTED), mode="nearest").flatten(2).transpose(1, 2)
-    if bank is not None:
-        known = torch.cat((known, bank.expand(known.shape[0], -1, -1)), dim=1)
     weights = torch.ones_like(known[..., :1])
     for _ in range(REFITS):
         squared = _squared_distances(known, *_gaussian(known, weights))
