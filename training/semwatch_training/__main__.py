@@ -7,7 +7,7 @@ import typer
 
 from semwatch.errors import EXIT_CODES, SemwatchError
 from semwatch.intake import decoding
-from semwatch_training.data import datasets
+from semwatch_training.data import data_folders
 from semwatch_training.discovery import head_run
 from semwatch_training.engines import commands
 from semwatch_training.evaluation import whole_run
@@ -234,7 +234,7 @@ def memory(
 
     Serve it with `semwatch-train build --memory FILE`.
     """
-    images = [decoding.read(path)[0].field for path in datasets.folder_images(normals)]
+    images = [decoding.read(path)[0].field for path in data_folders.read_normals(normals)]
     trunks = memory_detector.Trunks(backbone.load(cache), backbone.load_efficientnet(cache))
     with Bars() as progress:
         made = fit_memory.fit(images, trunks, seed=seed, progress=progress)
