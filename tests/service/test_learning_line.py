@@ -26,7 +26,7 @@ from semwatch.defects import Review
 from semwatch.errors import ServiceUnavailable
 from semwatch.line import pipeline
 from semwatch.models import choice, head_bank, model_repository
-from semwatch.models.head_swap import Swap
+from semwatch.models.swap import Swap
 from semwatch.models.inference import Answer, Embedded
 from semwatch.models.model_repository import Arrays
 from semwatch.models.relabel import relabel

@@ -11,7 +11,7 @@ import pytest
 
 from semwatch.errors import ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
-from semwatch.models.head_swap import Swap
+from semwatch.models.swap import Swap
 from semwatch.models.inference import Embedded
 from semwatch.triton.client import Triton
 from semwatch.triton.server import LocalTriton

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ModelMismatch, ServiceUnavailable
 from semwatch.models import model_repository
-from semwatch.models.head_swap import Swap
+from semwatch.models.swap import Swap
 from semwatch.models.model_repository import Tensor
 from semwatch.system.files import file_sha256
 from semwatch.triton import control
