@@ -7,6 +7,7 @@ import typer
 
 from semwatch.errors import EXIT_CODES, SemwatchError
 from semwatch.intake import decoding
+from semwatch_training.adapt import adapt_commands
 from semwatch_training.data import data_folders
 from semwatch_training.discovery import head_run
 from semwatch_training.engines import commands
@@ -42,6 +43,7 @@ app.add_typer(experiment_app, name="experiment")
 app.command("export")(commands.export)
 app.command("retrain")(learning_commands.retrain)
 app.command("refit")(learning_commands.refit)
+app.command("adapt")(adapt_commands.adapt)
 
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
 REPOSITORY = Path("model_repository")

@@ -170,7 +170,9 @@ def _show_outcome(settings: Site, model: str) -> None:
         say(f": {model} {version}, once the daemon runs", ("serves", "green"))
         return
     if model == "encoder":
-        say(f": {model} {version} at the daemon's next start; encoders do not change while it runs", ("serves", "green"))
+        say(
+            f": {model} {version} at the daemon's next start; encoders do not change while it runs", ("serves", "green")
+        )
         return
     why_not = serving.await_version(settings.state_dir, model, version, timeout_s=ROLLBACK_TIMEOUT_S)
     if why_not is not None:

@@ -91,7 +91,9 @@ class Triton:
                 self._serving[model] = (
                     self._load(model, self._swaps.wanted(model))
                     if model == "encoder"
-                    else self._swaps.first(model, lambda number, model=model: self._load(model, number), self._check_beside)  # type: ignore[misc]
+                    else self._swaps.first(
+                        model, lambda number, model=model: self._load(model, number), self._check_beside
+                    )  # type: ignore[misc]
                 )
         except BaseException:
             self.close()

@@ -1,6 +1,6 @@
 """The default detector for a process of one's own: its normal images are looked at once, nothing is trained."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, NamedTuple, cast
 
 import cv2
@@ -45,12 +45,23 @@ MAY_LOSE = 0.02
 """Of image AUROC on planted defects, like which the branch was trained and the Gaussian was not."""
 
 
+class NormalsSeen(NamedTuple):
+    """Normal fields as trunk and branch see them: the slow part, done once."""
+
+    seen: list[Seen]
+    """Of the images that are judged, see ``KEPT``."""
+    descriptions: NDArray[np.float32]
+    """(m, F) of all fields, crops and magnifications of them."""
+    image: NDArray[np.intp]
+    """(m,) number of the image that each describes."""
+
+
 class Adapted(NamedTuple):
     """A detector that knows normal images."""
 
     graph: IntrinsicGraph
     judged: tuple[int, ...]
-    """Which of the normal images were judged, each by the others."""
+    """Numbers of the normal images that were judged, each by the others."""
     scores: NDArray[np.float64]
     """Their raw scores."""
     view_scores: NDArray[np.float64]
@@ -59,12 +70,14 @@ class Adapted(NamedTuple):
     """Of planted defects against the normals: without the Gaussian and with it; NaN where there is none."""
 
 
-def adapted(graph: IntrinsicGraph, fields: Sequence[Image], *, n_scores: int, seed: int, progress: Progress) -> Adapted:
-    """Let a detector know the normal fields (H, W) of a process; the given one stays as it is.
+def look(
+    graph: IntrinsicGraph, fields: Sequence[Image], *, n_scores: int, seed: int, progress: Progress
+) -> NormalsSeen:
+    """Look at n >= 1 normal fields (H, W) of a process, of any sizes.
 
     Args:
         graph: the detector, without normals of its own.
-        fields: n >= 1 normal fields, of any sizes.
+        fields: the images.
         n_scores: how many normal scores the gate wants; where there are fewer images, views of them make up for it.
         seed: of crops and planted defects.
         progress: called after every image.
@@ -83,39 +96,41 @@ def adapted(graph: IntrinsicGraph, fields: Sequence[Image], *, n_scores: int, se
             descriptions.append(_description(graph, cut))
             image_of.append(index)
         progress("normal images", index + 1, n)
+    return NormalsSeen(seen, np.stack(descriptions), np.array(image_of, np.intp))
+
+
+def adapted(graph: IntrinsicGraph, normals: NormalsSeen, *, without: Collection[int] = ()) -> Adapted:
+    """Let a detector know normal images; the given one stays as it is.
+
+    The Gaussian of their places counts where planted defects say that it does no harm, see ``MAY_LOSE``.
+
+    Args:
+        graph: the detector, without normals of its own.
+        normals: see ``look``.
+        without: numbers of images to leave out; not all.
+    """
+    seen = [one for one in normals.seen if one.image not in without]
+    numbers = tuple(sorted({one.image for one in seen}))
+    kept = ~np.isin(normals.image, list(without))
     calibration = cast(Tensor, graph.detector.calibration).numpy().astype(np.float64)
-    logits = np.array([one.raw_logit for one in seen])
-    auroc, has_places = (float("nan"), float("nan")), False
-    normals = _known_fields(graph, seen[0], descriptions, image_of, has_places=len(shown) >= FEWEST)
-    if normals.has_places:
-        fitted = own_normals.fit(seen, calibration, into=normals)
-        auroc = _auroc(seen, logits), _auroc(seen, fitted)
-        has_places = auroc[1] >= auroc[0] - MAY_LOSE
-        logits = fitted if has_places else logits
-    normals.has_places = has_places
-    scores = np.logaddexp(0, logits)
-    of_image = {number: max(_of(seen, scores, "own", number)) for number in shown}
-    return Adapted(
-        IntrinsicGraph(graph.evidence.trunk, graph.detector, normals).eval(),
-        tuple(shown),
-        np.array([of_image[number] for number in shown]),
-        np.array(_of(seen, scores, "view")),
-        auroc,
+    own = OwnNormals(
+        seen[0].places.shape[-1],
+        int(kept.sum()),
+        graph.detector.form.domain_width,
+        has_places=len(numbers) >= FEWEST,
     )
-
-
-def _known_fields(
-    graph: IntrinsicGraph,
-    first: Seen,
-    descriptions: Sequence[NDArray[np.float32]],
-    image_of: Sequence[int],
-    *,
-    has_places: bool,
-) -> OwnNormals:
-    n_channels, width = first.places.shape[-1], graph.detector.form.domain_width
-    normals = OwnNormals(n_channels, len(descriptions), width, has_places=has_places)
-    own_normals.fit_fields(np.stack(descriptions), np.array(image_of, np.intp), into=normals)
-    return normals
+    own_normals.fit_fields(normals.descriptions[kept], normals.image[kept], into=own)
+    logits = np.array([one.raw_logit for one in seen])
+    auroc = float("nan"), float("nan")
+    if own.has_places:
+        fitted = own_normals.fit(seen, calibration, into=own)
+        auroc = _auroc(seen, logits), _auroc(seen, fitted)
+        own.has_places = not auroc[1] < auroc[0] - MAY_LOSE
+        logits = fitted if own.has_places else logits
+    scores = np.logaddexp(0, logits)
+    of_image = [max(_of(seen, scores, "own", number)) for number in numbers]
+    made = IntrinsicGraph(graph.evidence.trunk, graph.detector, own).eval()
+    return Adapted(made, numbers, np.array(of_image), np.array(_of(seen, scores, "view")), auroc)
 
 
 def _all_seen(
