@@ -17,7 +17,7 @@ from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.settings.site import Site, load_site
 from semwatch.store import serving
 
-LEARNING = "semwatch_training"
+LEARNING, ITS_EXTRA = "semwatch_training", "torch"
 SWAP_TIMEOUT_S = 60.0
 """A detector takes over when nothing is in review, so a large image may hold it up."""
 
@@ -65,7 +65,7 @@ def _run_learning(arguments: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: the learning package is not installed.
     """
-    if importlib.util.find_spec(LEARNING) is None:
+    if any(importlib.util.find_spec(name) is None for name in (LEARNING, ITS_EXTRA)):
         raise ConfigError(
             "adapting needs the learning package, which is not installed here: pip install 'semwatch[train]', or run "
             "`semwatch adapt` where it is"

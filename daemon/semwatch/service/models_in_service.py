@@ -1,4 +1,4 @@
-"""The models that the daemon's recipes ask for: loaded once for each set of pins, heads and detectors swapped while it runs.
+"""The models that the daemon's recipes ask for: loaded once for each set of pins; heads and detectors are swapped.
 
 What serves and what was refused is logged, counted, and announced in ``serving.json`` (see ``serving``), where a
 learning cycle and ``semwatch models`` look for it.

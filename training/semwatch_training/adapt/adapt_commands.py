@@ -31,9 +31,8 @@ def adapt(
         Path, typer.Option(help="The detector's weights that the repository was built from.")
     ] = own_detector.SHIPPED_WEIGHTS,
     cache: Annotated[Path, typer.Option(help="Where the converted backbones are kept.")] = Path(".cache"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="JSON on standard output; publishes with --yes alone.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output; asks nothing.")] = False,
+    asks: Annotated[bool, typer.Option("--ask", help="Ask on standard error, with --json too.")] = False,
 ) -> None:
     """Adapt detector, gate and head to your normal and labelled images, show before and after, ask, and publish.
 
@@ -48,7 +47,7 @@ def adapt(
         def ask() -> bool:
             progress.pause()
             console.print(f"report in {report}/report.md", highlight=False, soft_wrap=True)
-            if yes or as_json or not sys.stdin.isatty():
+            if yes or (as_json and not asks) or not sys.stdin.isatty():
                 return yes
             return typer.confirm("Publish these models, so that the daemon uses them?", err=True)
 
