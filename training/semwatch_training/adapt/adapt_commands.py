@@ -39,7 +39,8 @@ def adapt(
     The running daemon takes both over by itself.
     """
     settings = load_site(site)
-    recipes = tuple(dict.fromkeys(load_recipe(folder.recipe) for folder in settings.folders))
+    by_id = {recipe.id: recipe for recipe in (load_recipe(folder.recipe) for folder in settings.folders)}
+    recipes = tuple(by_id.values())
     request = Request(settings.models.repository, recipes, normals, labels, reference, seed)
     adapting.remove_report(report)
     with Bars() as progress:
