@@ -32,8 +32,13 @@ def announce(
         OSError: the disk refused.
     """
     utc = utc_now()
-    announcement = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
-    announcement |= {"hashes": dict(hashes), "refused_detectors": dict(refused_detectors)}
+    announcement = {
+        "utc": utc,
+        "versions": dict(versions),
+        "refused_heads": dict(refused_heads),
+        "refused_detectors": dict(refused_detectors),
+        "hashes": dict(hashes),
+    }
     write_whole(state_dir / ANNOUNCED, json.dumps(announcement).encode())
 
 
