@@ -1,8 +1,12 @@
 """Statistics of a process's own normal images against plain numpy, and what few or contaminated ones may do."""
 
+from pathlib import Path
+
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
+from torch import nn
 
 from semwatch.errors import ConfigError
 from semwatch_training.adapt.own_detector import suspects
@@ -106,3 +110,41 @@ def test_defects_among_the_normals_are_suspected_and_clean_ones_are_not(share: f
 
 def test_few_normals_suspect_nobody() -> None:
     assert suspects(np.array([0.1, 0.1, 0.1, 50.0])) == []
+
+
+class Alone(nn.Module):
+    """The statistics without the network around them."""
+
+    def __init__(self, normals: OwnNormals) -> None:
+        super().__init__()
+        self.normals = normals
+        self.register_buffer("calibration", torch.from_numpy(CALIBRATION.astype(np.float32)))
+
+    def forward(
+        self, places: torch.Tensor, branch: torch.Tensor, description: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return *self.normals(places, branch, self.calibration), self.normals.domain_p(description)
+
+
+def test_export_answers_what_torch_computes(tmp_path: Path) -> None:
+    normals, _, _ = fitted()
+    rng = np.random.default_rng(0)
+    described = OwnNormals(4, 7, 3)
+    own_normals.fit_fields(rng.normal(size=(7, 3)).astype(np.float32), np.arange(7), into=described)
+    for name in ("mean", "precision", "of_place"):
+        getattr(described, name).copy_(getattr(normals, name))
+    graph = Alone(described).eval()
+    given = rng.normal(size=(2, 4, 8, 8)), rng.normal(size=(2, 8, 8)), 3 * rng.normal(size=(2, 3))
+    arrays = tuple(x.astype(np.float32) for x in given)
+    program = torch.onnx.export(
+        graph, tuple(map(torch.from_numpy, arrays)), dynamo=True, opset_version=20, verbose=False
+    )
+    assert program is not None
+    program.save(tmp_path / "alone.onnx")
+    session = ort.InferenceSession(tmp_path / "alone.onnx", providers=["CPUExecutionProvider"])
+    names = [tensor.name for tensor in session.get_inputs()]
+    found = session.run(None, dict(zip(names, arrays, strict=True)))
+    with torch.no_grad():
+        expected = graph(*map(torch.from_numpy, arrays))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert np.allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-5)

@@ -134,9 +134,13 @@ def _judged_and_published(
         base = read_base_head(trial, models)
         names = names_of([sample.label for sample in images.labelled], labels)
         same_head = labelled_images.renamed(labelled_images.judge(looked, head, labels, recipe, threshold), names)
-        found, crops = _options(images, base, looked, names, recipe, threshold, models, request.seed, progress)
+        found, crops, why = _options(images, base, looked, names, recipe, threshold, models, request.seed, progress)
     chosen = own_heads.best(found) if found else None
-    notes = [*images.notes, *adapt_report.warnings(images, made, request.recipes, threshold, before, same_head, chosen)]
+    notes = [
+        *images.notes,
+        *why,
+        *adapt_report.warnings(images, made, request.recipes, threshold, before, same_head, chosen),
+    ]
     adapt_report.write(
         report,
         images,
@@ -189,13 +193,16 @@ def _options(
     models: Embedded,
     seed: int,
     progress: Progress,
-) -> tuple[list[Option], OwnCrops | None]:
-    """Ways to fit a head on the labels; none where there are no labelled defects."""
+) -> tuple[list[Option], OwnCrops | None, list[str]]:
+    """Ways to fit a head on the labels, and why there is none where there are labels."""
     if not any(sample.label != DEFECT_FREE for sample in images.labelled):
-        return [], None
+        return [], None, []
     crops = own_heads.own_crops(looked, names, models)
-    found = own_heads.options(base, crops, looked, names, recipe, threshold, seed=seed, progress=progress)
-    return found, crops
+    try:
+        found = own_heads.options(base, crops, looked, names, recipe, threshold, seed=seed, progress=progress)
+    except ConfigError as error:
+        return [], None, [f"the head stays as it is: {error}"]
+    return found, crops, []
 
 
 def _publish_head(request: Request, base: BaseHead, chosen: Option, crops: OwnCrops) -> int:

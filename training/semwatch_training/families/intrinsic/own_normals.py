@@ -95,7 +95,7 @@ class OwnNormals(nn.Module):
         n = distances.shape[0]
         as_far = (distances >= nearest[:, None]).to(away.dtype).sum(dim=1)
         last, middle = distances[n - 1], distances[n // 2]
-        spread = (last - middle).clamp_min(0.05 * last + 1e-6)
+        spread = torch.maximum(last - middle, 0.05 * last + 1e-6)
         beyond = spread / (spread + (nearest - last).clamp_min(0))
         return (as_far + beyond) / (n + 1)
 
