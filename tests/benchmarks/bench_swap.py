@@ -255,7 +255,7 @@ def drop_and_wait(site: Site, pixels: NDArray[np.uint8], number: int) -> Asked:
 
 def awaited(site: Site, version: int) -> None:
     """Wait until the daemon says that it serves a head, or that it does not."""
-    serving.await_head(site.state, version, timeout_s=60)
+    serving.await_version(site.state, "head", version, timeout_s=60)
 
 
 def seconds_of_the_daemon(site: Site, repository: Path) -> float:

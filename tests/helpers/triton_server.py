@@ -12,9 +12,9 @@ from tritonclient.grpc import InferenceServerClient
 
 from semwatch.errors import ServiceUnavailable
 from semwatch.models import head_bank, model_repository
-from semwatch.models.head_swap import Swap
 from semwatch.models.inference import Answer
 from semwatch.models.model_repository import Tensor
+from semwatch.models.swap import Swap
 from semwatch.triton import control
 from semwatch.triton.client import Triton
 from semwatch.triton.server import LocalTriton

@@ -26,10 +26,10 @@ from semwatch.defects import Review
 from semwatch.errors import ServiceUnavailable
 from semwatch.line import pipeline
 from semwatch.models import choice, head_bank, model_repository
-from semwatch.models.head_swap import Swap
 from semwatch.models.inference import Answer, Embedded
 from semwatch.models.model_repository import Arrays
 from semwatch.models.relabel import relabel
+from semwatch.models.swap import Swap
 from semwatch.service import drift, rereview
 from semwatch.service.drift import DriftWatch
 from semwatch.service.learning_side import EARLY_CYCLE

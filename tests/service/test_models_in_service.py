@@ -21,9 +21,9 @@ def repository(tiny_repository: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_repository, tmp_path / "models")
 
 
-def publish(repository: Path, **changes: object) -> int:
-    meta = model_repository.read_meta(repository, "head", 1).model_copy(update=changes)
-    return model_repository.publish(repository, meta, repository / "head/1/model.onnx")
+def publish(repository: Path, *, model: str = "head", **changes: object) -> int:
+    meta = model_repository.read_meta(repository, model, 1).model_copy(update=changes)
+    return model_repository.publish(repository, meta, repository / model / "1" / "model.onnx")
 
 
 def hold(repository: Path, *recipes: Recipe, state_dir: Path, metrics: Metrics | None = None) -> ModelsInService:
@@ -87,3 +87,45 @@ def test_codes_are_those_of_the_version_that_answered(repository: Path, tmp_path
     publish(repository, codes={"bridge": 7})
     assert models.codes_of_head(None) == {}
     assert [dict(models.codes_of_head(version)) for version in (1, 2)] == [{}, {"bridge": 7}]
+
+
+def test_detector_changes_when_it_is_asked_to_and_not_with_the_heads(repository: Path, tmp_path: Path) -> None:
+    free, pinned = Recipe(), Recipe(pins=Pins(detector=1))
+    models = hold(repository, free, pinned, state_dir=tmp_path)
+    assert not models.has_new_detector()
+    publish(repository, model="detector", normal_scores=tuple(k / 100 for k in range(60)))
+    assert not models.refresh()
+    assert models.has_new_detector()
+    assert models.versions()["detector"] == 1
+    assert models.refresh_detector()
+    assert not models.has_new_detector()
+    assert [models.of(recipe).versions()["detector"] for recipe in (free, pinned)] == [2, 1]
+    assert serving.announced(tmp_path)[0]["detector"] == 2
+    assert serving.await_version(tmp_path, "detector", 2, timeout_s=1) is None
+
+
+def test_detector_that_cannot_promise_what_a_recipe_asks_is_refused_once(
+    repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = hold(repository, Recipe(), state_dir=tmp_path)
+    publish(repository, model="detector", normal_scores=(0.1, 0.2))
+    assert not models.refresh_detector()
+    assert not models.has_new_detector()
+    assert not models.refresh_detector()
+    assert caplog.text.count("detector 2 is refused, the one before it goes on: recipe default: 2 normal images") == 1
+    assert models.versions()["detector"] == 1
+    assert set(serving.announced(tmp_path, "detector")[1]) == {2}
+    why = serving.await_version(tmp_path, "detector", 2, timeout_s=1)
+    assert why is not None
+    assert "the daemon refused detector 2" in why
+
+
+def test_detector_that_does_not_load_leaves_the_one_before_it_at_a_start_too(repository: Path, tmp_path: Path) -> None:
+    models = hold(repository, Recipe(), state_dir=tmp_path)
+    publish(repository, model="detector", normal_scores=tuple(k / 100 for k in range(60)))
+    (repository / "detector" / "2" / "model.onnx").write_bytes(b"no network")
+    assert not models.refresh_detector()
+    assert models.versions()["detector"] == 1
+    again = hold(repository, Recipe(), state_dir=tmp_path)
+    assert again.versions()["detector"] == 1
+    assert set(again.refused("detector")) == {2}

@@ -9,8 +9,8 @@ import pytest
 
 from semwatch.errors import ModelMismatch, PublishError
 from semwatch.models import choice, head_bank, model_repository
-from semwatch.models.head_swap import Swap
 from semwatch.models.inference import Embedded
+from semwatch.models.swap import Swap
 
 
 @pytest.fixture

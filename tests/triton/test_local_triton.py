@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ConfigError
 from semwatch.models import model_repository
-from semwatch.models.head_swap import Swap
+from semwatch.models.swap import Swap
 from semwatch.triton import background as triton_background
 from semwatch.triton import config as triton_config
 from semwatch.triton import control

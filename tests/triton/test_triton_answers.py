@@ -11,8 +11,8 @@ import pytest
 
 from semwatch.errors import ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
-from semwatch.models.head_swap import Swap
 from semwatch.models.inference import Embedded
+from semwatch.models.swap import Swap
 from semwatch.triton.client import Triton
 from semwatch.triton.server import LocalTriton
 from triton_line import backend_with_faults

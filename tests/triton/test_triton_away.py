@@ -19,8 +19,8 @@ from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ModelMismatch, ServiceUnavailable
 from semwatch.models import model_repository
-from semwatch.models.head_swap import Swap
 from semwatch.models.model_repository import Tensor
+from semwatch.models.swap import Swap
 from semwatch.system.files import file_sha256
 from semwatch.triton import control
 from semwatch.triton import view as triton_view

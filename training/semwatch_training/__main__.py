@@ -7,7 +7,8 @@ import typer
 
 from semwatch.errors import EXIT_CODES, SemwatchError
 from semwatch.intake import decoding
-from semwatch_training.data import datasets
+from semwatch_training.adapt import adapt_commands
+from semwatch_training.data import data_folders
 from semwatch_training.discovery import head_run
 from semwatch_training.engines import commands
 from semwatch_training.evaluation import whole_run
@@ -42,6 +43,7 @@ app.add_typer(experiment_app, name="experiment")
 app.command("export")(commands.export)
 app.command("retrain")(learning_commands.retrain)
 app.command("refit")(learning_commands.refit)
+app.command("adapt")(adapt_commands.adapt)
 
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
 REPOSITORY = Path("model_repository")
@@ -237,7 +239,7 @@ def memory(
 
     Serve it with `semwatch-train build --memory FILE`.
     """
-    images = [decoding.read(path)[0].field for path in datasets.folder_images(normals)]
+    images = [decoding.read(path)[0].field for path in data_folders.read_normals(normals)]
     trunks = memory_detector.Trunks(backbone.load(cache), backbone.load_efficientnet(cache))
     with Bars() as progress:
         made = fit_memory.fit(images, trunks, seed=seed, progress=progress)

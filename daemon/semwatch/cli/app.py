@@ -14,7 +14,7 @@ import typer
 from rich.logging import RichHandler
 from rich.progress import track
 
-from semwatch.cli import audit_log, models, quarantine, queue
+from semwatch.cli import adapt, audit_log, models, quarantine, queue
 from semwatch.cli import clusters as cluster_commands
 from semwatch.cli import install as install_commands
 from semwatch.cli import recipe as recipe_commands
@@ -152,6 +152,7 @@ def demo(
 
 
 app.command("logs", epilog=EPILOG)(logs)
+app.command("adapt", epilog=EPILOG)(adapt.adapt)
 app.command("redis", epilog=EPILOG)(redis_server)
 app.command("install", epilog=EPILOG)(install_commands.install)
 app.command("upgrade", epilog=EPILOG)(install_commands.upgrade_command)

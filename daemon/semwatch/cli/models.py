@@ -74,7 +74,7 @@ def rollback(
     _check_model(model)
     settings = load_site(site)
     repository = settings.models.repository
-    refused = serving.announced(settings.state_dir)[1] if model == "head" else {}
+    refused = serving.announced(settings.state_dir, model)[1]
     leaving, to = choice.way_back(repository, model, refused=refused)
     is_pinned = choice.pin_of(repository, model) is not None
     _note(settings, "model rolled back", {"model": model, "from": leaving, "to": to, "reason": reason})
@@ -111,7 +111,7 @@ def diff(site: SiteOption, model: ModelArgument, old: int, new: int, as_json: Js
 
 def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
     repository, runs = settings.models.repository, serving.daemon_runs(settings.state_dir)
-    announced, refused = serving.announced(settings.state_dir)
+    announced, refused = serving.announced(settings.state_dir, model)
     found = model_repository.versions(repository, model)
     chosen, pinned = (choice.choice(repository, model), choice.pin_of(repository, model)) if found else (0, None)
     rows = []
@@ -123,7 +123,7 @@ def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
             "chosen": version == chosen,
             "pinned": version == pinned,
             "withdrawn": choice.why_withdrawn(repository, model, version),
-            "refused": refused.get(version) if model == "head" else None,
+            "refused": refused.get(version),
             **_made(repository, model, version),
         }
         rows.append({**row, "state": _state(row, runs)})
@@ -140,7 +140,7 @@ def _made(repository: Path, model: str, version: int) -> dict[str, Any]:
 
 
 def _state(row: Mapping[str, Any], runs: bool) -> str:
-    comes = "not in service yet" if row["model"] == "head" else "comes at the daemon's next start"
+    comes = "comes at the daemon's next start" if row["model"] == "encoder" else "not in service yet"
     notes = {
         "serves": row["serves"],
         "chosen": row["chosen"] and not row["serves"],
@@ -169,10 +169,12 @@ def _show_outcome(settings: Site, model: str) -> None:
     if not serving.daemon_runs(settings.state_dir):
         say(f": {model} {version}, once the daemon runs", ("serves", "green"))
         return
-    if model != "head":
-        say(f": {model} {version} at the daemon's next start; only heads change while it runs", ("serves", "green"))
+    if model == "encoder":
+        say(
+            f": {model} {version} at the daemon's next start; encoders do not change while it runs", ("serves", "green")
+        )
         return
-    why_not = serving.await_head(settings.state_dir, version, timeout_s=ROLLBACK_TIMEOUT_S)
+    why_not = serving.await_version(settings.state_dir, model, version, timeout_s=ROLLBACK_TIMEOUT_S)
     if why_not is not None:
         raise ServiceUnavailable(why_not)
-    say(f": head {version}", ("serves", "green"))
+    say(f": {model} {version}", ("serves", "green"))

@@ -253,14 +253,23 @@ def _with_references(
 
 
 def gate_threshold(recipe: Recipe, models: Models) -> float:
-    """The raw score above which a page is searched: the recipe's own, or the conformal one of the detector's normals.
+    """The raw score above which a page is searched; see ``threshold_of``.
+
+    Raises:
+        ConfigError: too few normal images are known for the rate that the recipe asks.
+    """
+    return threshold_of(recipe, models.meta("detector"))
+
+
+def threshold_of(recipe: Recipe, detector: Meta) -> float:
+    """The recipe's own threshold of the gate, or the conformal one of the detector's normal images.
 
     Raises:
         ConfigError: too few normal images are known for the rate that the recipe asks.
     """
     if recipe.gate.threshold is not None:
         return recipe.gate.threshold
-    normal_scores = np.array(models.meta("detector").normal_scores)
+    normal_scores = np.array(detector.normal_scores)
     threshold = binarization.conformal_threshold(normal_scores, false_alarm_rate=recipe.gate.false_alarm_rate)
     if not np.isfinite(threshold):
         raise ConfigError(

@@ -1,8 +1,11 @@
 """What every runtime asks of a model version before it may serve, and of every batch before it is sent."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from semwatch.errors import ModelMismatch
+from semwatch.models.contract import check_pair
 from semwatch.models.model_repository import Arrays, Meta
 
 MAX_PROBE_DIFFERENCE = 1e-3
@@ -37,6 +40,19 @@ def check_fit(encoder: Meta, head: Meta) -> None:
         )
     if not head.labels:
         raise ModelMismatch("the head's meta.json names no classes; publish it again")
+
+
+def check_beside(meta: Meta, others: Mapping[str, Meta]) -> None:
+    """Refuse a version that does not go with the versions of the other models beside it; absent ones are not asked.
+
+    Raises:
+        ModelMismatch: see ``check_fit`` and ``contract.check_pair``.
+    """
+    beside = {**others, meta.model: meta}
+    if meta.model == "head" and "encoder" in beside:
+        check_fit(beside["encoder"], meta)
+    if meta.model != "head" and "detector" in beside and "encoder" in beside:
+        check_pair(beside["detector"], beside["encoder"])
 
 
 def check_probe(name: str, expected: Arrays, answered: Arrays) -> None:

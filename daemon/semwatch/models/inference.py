@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from semwatch.errors import ModelMismatch, ServiceUnavailable
 from semwatch.models import model_repository
-from semwatch.models.checks import check_inputs, check_probe
-from semwatch.models.contract import check_contract, check_pair
-from semwatch.models.head_swap import HeadSwap, Swap
+from semwatch.models.checks import check_beside, check_inputs, check_probe
+from semwatch.models.contract import check_contract
 from semwatch.models.model_repository import MODELS, Arrays, Meta
+from semwatch.models.swap import Fits, ModelSwap, Swap
 
 
 class ModelId(NamedTuple):
@@ -65,8 +65,11 @@ class Models(Protocol):
     def infer(self, model: str, inputs: Arrays, *, backlog: bool = False) -> Answer:
         """Ask a model about a batch, see ``Embedded.infer``."""
 
-    def refresh(self) -> Swap | None:
-        """Let the head that should serve now serve; None where it does already."""
+    def refresh(self, model: str = "head", *, fits: Fits | None = None) -> Swap | None:
+        """Let the head or detector that should serve now serve, see ``Embedded.refresh``; None where it does."""
+
+    def waits(self, model: str) -> bool:
+        """Whether another version of a model should serve, so that ``refresh`` has something to do."""
 
     def meta(self, model: str) -> Meta:
         """What travels with the version that would answer now."""
@@ -77,8 +80,8 @@ class Models(Protocol):
     def hashes(self) -> dict[str, str]:
         """Content hash of the version in service, by model."""
 
-    def refused(self) -> dict[int, str]:
-        """Versions of the head that could not be used, and why."""
+    def refused(self, model: str = "head") -> dict[int, str]:
+        """Versions of a model that could not be used, and why."""
 
     def close(self) -> None:
         """Let go of what is held."""
@@ -105,16 +108,16 @@ class Embedded:
         threads: int | None = None,
         models: Sequence[str] = MODELS,
     ) -> None:
-        self._repository, self._heads = repository, HeadSwap(repository, pins or {})
+        self._repository, self._swaps = repository, ModelSwap(repository, pins or {})
         # One network at a time has all the cores: two at once only evict each other's caches.
         self._turn = threading.Lock()
         self._threads = threads or len(os.sched_getaffinity(0))
         self._loaded: dict[str, _Loaded] = {}
-        for model in sorted(models, key=MODELS.index):  # a head is held against its encoder
+        for model in sorted(models, key=MODELS.index):  # an encoder is held against its detector, a head against it
             self._loaded[model] = (
-                self._heads.first(self._load_head, self._encoder())
-                if model == "head"
-                else self._load(model, self._heads.wanted(model))
+                self._load(model, self._swaps.wanted(model))
+                if model == "encoder"
+                else self._swaps.first(model, lambda number, model=model: self._load(model, number), self._check_beside)  # type: ignore[misc]
             )
 
     def __enter__(self) -> Self:
@@ -139,16 +142,31 @@ class Embedded:
         """
         return self._ask(self._loaded[model], inputs)
 
-    def refresh(self) -> Swap | None:
-        """Let the head that should serve now serve, without an answer missed; None where it does already.
+    def refresh(self, model: str = "head", *, fits: Fits | None = None) -> Swap | None:
+        """Let the head or detector that should serve now serve, without an answer missed; None where it does already.
 
-        The new head is loaded and proven on its probe beside the old one, then takes its place between two answers; see
-        ``HeadSwap.next``.
+        The new version is loaded and proven on its probe beside the old one, then takes its place between two answers;
+        see ``ModelSwap.next``. Call it for a detector when no image is in review: its gate goes with its scores.
+
+        Args:
+            model: "head" or "detector".
+            fits: what else a version must keep, beside what serves with it.
         """
-        swap, head = self._heads.next(self._loaded["head"].version, self._load_head, self._encoder())
-        if head is not None:
-            self._loaded = {**self._loaded, "head": head}
+
+        def check(meta: Meta) -> None:
+            self._check_beside(meta)
+            if fits is not None:
+                fits(meta)
+
+        serving = self._loaded[model].version
+        swap, loaded = self._swaps.next(model, serving, lambda number: self._load(model, number), check)
+        if loaded is not None:
+            self._loaded = {**self._loaded, model: loaded}
         return swap
+
+    def waits(self, model: str) -> bool:
+        """Whether another version of a model should serve, so that ``refresh`` has something to do."""
+        return self._swaps.waits(model, self._loaded[model].version)
 
     def meta(self, model: str) -> Meta:
         """What travels with the version that would answer now."""
@@ -162,9 +180,9 @@ class Embedded:
         """Content hash of the version in service, by model."""
         return {model: loaded.id.content_hash for model, loaded in self._loaded.items()}
 
-    def refused(self) -> dict[int, str]:
-        """Versions of the head that could not be used, and why."""
-        return self._heads.refused()
+    def refused(self, model: str = "head") -> dict[int, str]:
+        """Versions of a model that could not be used, and why."""
+        return self._swaps.refused(model)
 
     def close(self) -> None:
         """Let go of the networks' memory."""
@@ -181,17 +199,14 @@ class Embedded:
                 raise ServiceUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
         return Answer(dict(zip(names, values, strict=True)), loaded.id, loaded.meta)
 
-    def _encoder(self) -> Meta | None:
-        return self._loaded["encoder"].meta if "encoder" in self._loaded else None
-
-    def _load_head(self, version: int) -> _Loaded:
-        return self._load("head", version)
+    def _check_beside(self, meta: Meta) -> None:
+        check_beside(meta, {model: loaded.meta for model, loaded in self._loaded.items()})
 
     def _load(self, model: str, version: int) -> _Loaded:
         meta = model_repository.read_meta(self._repository, model, version)
         check_contract(meta)
-        if model == "encoder" and "detector" in self._loaded:
-            check_pair(self._loaded["detector"].meta, meta)
+        if model == "encoder":
+            self._check_beside(meta)
         path = model_repository.weights_path(self._repository, model, version, meta)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads

@@ -128,6 +128,7 @@ class Service:
         self._references = References({folder.source: folder for folder in site.folders}, self.recipes)
         self._next_beat = 0.0
         self._pause, self._log_again = "", 0.0
+        self._has_new_detector = False
         self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
         self._away = Backoff()
         self._publishing = Backoff()
@@ -190,7 +191,7 @@ class Service:
         # Work that once failed or killed the process is tried alone: it must not cost its neighbours an attempt.
         limit = 1 if self._has_retries() else self.site.limits.in_flight
         free = limit - len(self._working)
-        if reason or free <= 0:
+        if reason or free <= 0 or self._has_new_detector:
             wait(self._working, timeout=min(self._beat_s, TICK_S), return_when=FIRST_COMPLETED)
             if not self._working:
                 self._stop.wait(min(self._beat_s, TICK_S))
@@ -261,7 +262,7 @@ class Service:
         """Say what serves; at the first meeting, put an older site's found classes where learning looks."""
         assert self._handoff is not None
         assert self._presence is not None
-        self._presence.renew(self._models.versions(), self._models.refused_heads(), self._models.hashes())
+        self._presence.renew(self._models.versions(), self._models.refused(), self._models.hashes())
         if not self._are_classes_read:
             self._are_classes_read = True
             try:
@@ -280,6 +281,11 @@ class Service:
         self._next_beat = now + min(self._beat_s, TICK_S)
         if self._models.refresh():
             self._note_heads()
+        # A detector changes between two images: nothing is taken until those in review are done.
+        self._has_new_detector = self._models.has_new_detector()
+        if self._has_new_detector and not self._working:
+            self._models.refresh_detector()
+            self._has_new_detector = False
         self._forgetting.step()
         n_waiting, oldest_s = self._incoming.waiting()
         reason = self._reason_to_wait()

@@ -1,4 +1,4 @@
-"""The models that the daemon's recipes ask for: loaded once for each set of pins; heads are swapped while they answer.
+"""The models that the daemon's recipes ask for: loaded once for each set of pins; heads and detectors are swapped.
 
 What serves and what was refused is logged, counted, and announced in ``serving.json`` (see ``serving``), where a
 learning cycle and ``semwatch models`` look for it.
@@ -9,8 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from semwatch.errors import ConfigError, ModelMismatch
+from semwatch.line import pipeline
 from semwatch.models import model_repository
 from semwatch.models.inference import Embedded, Models
+from semwatch.models.model_repository import Meta
+from semwatch.models.swap import Swap
 from semwatch.service.metrics import Metrics
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.settings.site import Models as ModelSettings
@@ -36,11 +39,13 @@ class ModelsInService:
         self, settings: ModelSettings, recipes: Iterable[Recipe], *, state_dir: Path, metrics: Metrics
     ) -> None:
         self._repository, self._state_dir, self._metrics = settings.repository, state_dir, metrics
-        self.by_pins = load_models(settings, recipes)
+        self._recipes = tuple(recipes)
+        self.by_pins = load_models(settings, self._recipes)
         self._codes: dict[int, Mapping[str, int]] = {}
         self._is_announced = True
-        for version, why in self.refused_heads().items():
-            self._log_refused("head", version, why)
+        for model in ("detector", "head"):
+            for version, why in self.refused(model).items():
+                self._log_refused(model, version, why)
         self._announce()
 
     def of(self, recipe: Recipe) -> Models:
@@ -49,7 +54,26 @@ class ModelsInService:
 
     def refresh(self) -> bool:
         """Let newly published heads serve; answers under way are given by the old one. True where one serves now."""
-        swaps = [swap for models in self.by_pins.values() if (swap := models.refresh()) is not None]
+        return self._note([swap for models in self.by_pins.values() if (swap := models.refresh()) is not None])
+
+    def has_new_detector(self) -> bool:
+        """Whether a newly published detector waits until nothing is in review."""
+        return any(models.waits("detector") for models in self.by_pins.values())
+
+    def refresh_detector(self) -> bool:
+        """Let newly published detectors serve. Call it when nothing is in review; True where one serves now.
+
+        One whose normal images cannot promise what a recipe asks is refused.
+        """
+        swaps = []
+        for pins, models in self.by_pins.items():
+            recipes = [recipe for recipe in self._recipes if recipe.pins == pins]
+            swap = models.refresh("detector", fits=lambda meta, recipes=recipes: _check_gates(meta, recipes))  # type: ignore[misc]
+            swaps += [swap] if swap is not None else []
+        return self._note(swaps)
+
+    def _note(self, swaps: Sequence[Swap]) -> bool:
+        """Log, count and announce swaps; True where one serves now."""
         for swap in swaps:
             if swap.refused is None:
                 extra = about("swapped", models={swap.model: swap.version})
@@ -73,9 +97,9 @@ class ModelsInService:
         """Content hash of the version in service, by model."""
         return hashes_of(self.by_pins)
 
-    def refused_heads(self) -> dict[int, str]:
-        """Versions of the head that could not be used, and why."""
-        return {version: why for models in self.by_pins.values() for version, why in models.refused().items()}
+    def refused(self, model: str = "head") -> dict[int, str]:
+        """Versions of a model that could not be used, and why."""
+        return {version: why for models in self.by_pins.values() for version, why in models.refused(model).items()}
 
     def codes_of_head(self, version: int | None) -> Mapping[str, int]:
         """Fab codes of the classes that people named, as one version of the head knows them; none for None."""
@@ -92,13 +116,28 @@ class ModelsInService:
 
     def _announce(self) -> None:
         try:
-            serving.announce(self._state_dir, self.versions(), self.refused_heads(), hashes=self.hashes())
+            serving.announce(
+                self._state_dir,
+                self.versions(),
+                self.refused(),
+                refused_detectors=self.refused("detector"),
+                hashes=self.hashes(),
+            )
         except OSError as error:
             if self._is_announced:
                 log.warning("cannot say what serves, tried again until it works: %s", error)
             self._is_announced = False
         else:
             self._is_announced = True
+
+
+def _check_gates(detector: Meta, recipes: Iterable[Recipe]) -> None:
+    """Refuse a detector whose gate has no threshold for one of the recipes."""
+    for recipe in recipes:
+        try:
+            pipeline.threshold_of(recipe, detector)
+        except ConfigError as error:
+            raise ModelMismatch(str(error)) from error
 
 
 def versions_of(by_pins: Mapping[Pins, Models]) -> dict[str, int]:

@@ -23,25 +23,32 @@ def announce(
     versions: Mapping[str, int],
     refused_heads: Mapping[int, str],
     *,
+    refused_detectors: Mapping[int, str] = MappingProxyType({}),
     hashes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write down what serves, with its content hashes, and which heads were refused.
+    """Write down what serves, with its content hashes, and which heads and detectors were refused.
 
     Raises:
         OSError: the disk refused.
     """
     utc = utc_now()
-    announcement = {"utc": utc, "versions": dict(versions), "refused_heads": dict(refused_heads)}
-    announcement |= {"hashes": dict(hashes)}
+    announcement = {
+        "utc": utc,
+        "versions": dict(versions),
+        "refused_heads": dict(refused_heads),
+        "refused_detectors": dict(refused_detectors),
+        "hashes": dict(hashes),
+    }
     write_whole(state_dir / ANNOUNCED, json.dumps(announcement).encode())
 
 
-def announced(state_dir: Path) -> tuple[dict[str, int], dict[int, str]]:
-    """Versions that the daemon last said to serve, and the heads that it refused; empty where it never ran."""
+def announced(state_dir: Path, model: str = "head") -> tuple[dict[str, int], dict[int, str]]:
+    """Versions that the daemon last said to serve, and those of a model that it refused; empty where it never ran."""
     try:
         announcement = json.loads((state_dir / ANNOUNCED).read_bytes())
-        versions = {str(model): int(version) for model, version in announcement["versions"].items()}
-        return versions, {int(version): str(why) for version, why in announcement["refused_heads"].items()}
+        versions = {str(name): int(version) for name, version in announcement["versions"].items()}
+        refused = announcement.get(f"refused_{model}s", {})  # a daemon of an older release says it of heads alone
+        return versions, {int(version): str(why) for version, why in refused.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, {}
 
@@ -58,15 +65,15 @@ def daemon_runs(state_dir: Path) -> bool:
         return True
 
 
-def await_head(state_dir: Path, version: int, *, timeout_s: float) -> str | None:
-    """Wait until the running daemon serves a head; None when it does, else why it does not."""
+def await_version(state_dir: Path, model: str, version: int, *, timeout_s: float) -> str | None:
+    """Wait until the running daemon serves a head or detector; None when it does, else why it does not."""
     deadline = time.monotonic() + timeout_s
     while True:
-        versions, refused = announced(state_dir)
-        if versions.get("head") == version:
+        versions, refused = announced(state_dir, model)
+        if versions.get(model) == version:
             return None
         if version in refused:
-            return f"the daemon refused head {version}: {refused[version]}"
+            return f"the daemon refused {model} {version}: {refused[version]}"
         if time.monotonic() >= deadline:
-            return f"the daemon did not serve head {version} within {timeout_s:.0f} s; see its log"
+            return f"the daemon did not serve {model} {version} within {timeout_s:.0f} s; see its log"
         time.sleep(POLL_S)

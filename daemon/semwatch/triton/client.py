@@ -21,11 +21,11 @@ from tritonclient.utils import InferenceServerException
 
 from semwatch.errors import ConfigError, ModelMismatch, SemwatchError, ServiceUnavailable
 from semwatch.models import model_repository
-from semwatch.models.checks import check_inputs
-from semwatch.models.contract import check_contract, check_pair
-from semwatch.models.head_swap import HeadSwap, Swap
+from semwatch.models.checks import check_beside, check_inputs
+from semwatch.models.contract import check_contract
 from semwatch.models.inference import Answer, ModelId
 from semwatch.models.model_repository import MODELS, Arrays, Meta
+from semwatch.models.swap import Fits, ModelSwap, Swap
 from semwatch.settings import site
 from semwatch.triton import wire as triton_wire
 from semwatch.triton.config import BACKLOG, LIVE, max_batch
@@ -80,7 +80,7 @@ class Triton:
         control_secret_file: Path | None = None,
         models: Sequence[str] = MODELS,
     ) -> None:
-        self._repository, self._heads = repository, HeadSwap(repository, pins or {})
+        self._repository, self._swaps = repository, ModelSwap(repository, pins or {})
         self._url, self._timeout_s, self._attempts = url, timeout_s, attempts
         self._serving: dict[str, Version] = {}
         self._next_swap = 0.0
@@ -89,9 +89,11 @@ class Triton:
             self._server.await_live(timeout_s)
             for model in sorted(models, key=MODELS.index):  # a head is held against its encoder
                 self._serving[model] = (
-                    self._heads.first(self._load_head, self._encoder())
-                    if model == "head"
-                    else self._load(model, self._heads.wanted(model))
+                    self._load(model, self._swaps.wanted(model))
+                    if model == "encoder"
+                    else self._swaps.first(
+                        model, lambda number, model=model: self._load(model, number), self._check_beside
+                    )  # type: ignore[misc]
                 )
         except BaseException:
             self.close()
@@ -126,17 +128,27 @@ class Triton:
         answers = [self._ask(version, part, deadline, priority) for part in parts]
         return Answer(triton_wire.joined(version.meta, answers), version.id, version.meta)
 
-    def refresh(self) -> Swap | None:
-        """Let the head that should serve now serve, without an answer missed; None where it does already.
+    def refresh(self, model: str = "head", *, fits: Fits | None = None) -> Swap | None:
+        """Let the head or detector that should serve now serve, without an answer missed; None where it does already.
 
         As ``Embedded.refresh``: loaded beside the old one and proven, else refused once. A server that is away leaves
         everything as it is; the next refresh after a pause tries again.
         """
-        now = self._serving["head"]
-        swap, head = self._heads.next(now.number, lambda number: self._load_beside(number, now), self._encoder())
-        if head is not None:
-            self._serving = {**self._serving, "head": head}
+
+        def check(meta: Meta) -> None:
+            self._check_beside(meta)
+            if fits is not None:
+                fits(meta)
+
+        now = self._serving[model]
+        swap, loaded = self._swaps.next(model, now.number, lambda number: self._load_beside(number, now), check)
+        if loaded is not None:
+            self._serving = {**self._serving, model: loaded}
         return swap
+
+    def waits(self, model: str) -> bool:
+        """Whether another version of a model should serve, and it is time to try."""
+        return time.monotonic() >= self._next_swap and self._swaps.waits(model, self._serving[model].number)
 
     def meta(self, model: str) -> Meta:
         """What travels with the version that would answer now."""
@@ -150,9 +162,9 @@ class Triton:
         """Content hash of the version in service, by model."""
         return {model: version.id.content_hash for model, version in self._serving.items()}
 
-    def refused(self) -> dict[int, str]:
-        """Versions of the head that could not be used, and why."""
-        return self._heads.refused()
+    def refused(self, model: str = "head") -> dict[int, str]:
+        """Versions of a model that could not be used, and why."""
+        return self._swaps.refused(model)
 
     def close(self) -> None:
         """Close the connection; the server keeps its models."""
@@ -209,14 +221,11 @@ class Triton:
             return False
         return True
 
-    def _encoder(self) -> Meta | None:
-        return self._serving["encoder"].meta if "encoder" in self._serving else None
-
-    def _load_head(self, number: int) -> Version:
-        return self._load("head", number)
+    def _check_beside(self, meta: Meta) -> None:
+        check_beside(meta, {model: version.meta for model, version in self._serving.items()})
 
     def _load_beside(self, number: int, now: Version) -> Version | None:
-        """Load a head beside the one that serves; None where the server is away, and for a pause after that.
+        """Load a version beside the one that serves; None where the server is away, and for a pause after that.
 
         Raises:
             ModelMismatch: it may not serve.
@@ -224,13 +233,13 @@ class Triton:
         if time.monotonic() < self._next_swap:
             return None
         try:
-            return self._load("head", number, SWAP_TIMEOUT_S)
+            return self._load(now.meta.model, number, SWAP_TIMEOUT_S)
         except (ModelMismatch, ServiceUnavailable, ConfigError) as error:
-            # Where the one in service is not itself either, another server answers: that is not the new head's fault.
+            # Where the one in service is not itself either, another server answers: that is not the new one's fault.
             if isinstance(error, ModelMismatch) and self._still_serves(now):
                 raise
             self._next_swap = time.monotonic() + SWAP_PAUSE_S
-            log.warning("head %d waits until Triton can load it: %s", number, error)
+            log.warning("%s %d waits until Triton can load it: %s", now.meta.model, number, error)
             return None
 
     def _load(self, model: str, number: int, timeout_s: float = LOAD_TIMEOUT_S) -> Version:
@@ -242,8 +251,8 @@ class Triton:
         """
         meta = model_repository.read_meta(self._repository, model, number)
         check_contract(meta)
-        if model == "encoder" and "detector" in self._serving:
-            check_pair(self._serving["detector"].meta, meta)
+        if model == "encoder":
+            self._check_beside(meta)
         model_repository.weights_path(self._repository, model, number, meta)
         version = Version(ModelId(number, meta.content_hash), meta)
         try:

@@ -14,7 +14,7 @@ from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError, ImageError
 from semwatch.intake import decoding
 from semwatch_training.data import datasets
-from semwatch_training.data.data_folders import read, read_folder_per_class, read_lot, read_plain
+from semwatch_training.data.data_folders import read
 from semwatch_training.data.datasets import (
     DataSet,
     Sample,
@@ -313,15 +313,20 @@ def test_table_as_excel_saves_it_is_read(tmp_path):
 
 def test_images_without_a_row_are_not_part_of_the_set(tmp_path):
     save(plain(tmp_path) / "images" / "more.png", 9)
-    assert len(read_plain(tmp_path).train) == 2
+    assert len(read(tmp_path).train) == 2
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "its first line is ''; it must be image,label or image,label,split"),
-        ("image;label\na.png;void\n", "its first line is 'image;label'"),
-        ("image,label,spilt\na.png,void,test\n", "its first line is 'image,label,spilt'"),
+        ("", "its first line is ''; the nearest layout is a table of labels: it must be image,label or image,label,sp"),
+        ("image,lot\na.png,void\n", "its first line is 'image,lot'; the nearest layout is a table of labels"),
+        ("image,label,spilt\na.png,void,test\n", "its first line is 'image,label,spilt'; write split for 'spilt'"),
+        ("image,x,y,label\na.png,1,2,void\n", "its first line is 'image,x,y,label'; the nearest layout is"),
+        ("image,x,y,w,h,label\na.png,1,2,a,4,void\n", "line 2: the box '1,2,a,4' is not four numbers; write pixels"),
+        ("image,x,y,w,h,label\na.png,1,2,0,4,void\n", "line 2: the box '1,2,0,4' is empty; write x,y,w,h in pixels"),
+        ("image,x,y,w,h,label\na.png,1,2,inf,4,void\n", "line 2: the box '1,2,inf,4' is not four numbers"),
+        ("image,label\na.png,void\na.png,open\n", "line 3: a.png is 'open', and 'void' in line 2; keep one row .* box"),
         ("image,label\n", "no rows"),
         ("image,label\na.png\n", "line 2: 'a.png'; write 2 values"),
         ("image,label\na.png,void,test\n", "line 2: 'a.png,void,test'; write 2 values"),
@@ -331,8 +336,8 @@ def test_images_without_a_row_are_not_part_of_the_set(tmp_path):
         ("image,label\n../a.png,void\n", r"line 2: \.\./a\.png leads out of"),
         ("image,label\n/a.png,void\n", r"line 2: /a\.png leads out of"),
         ("image,label\n.,void\n", "line 2: .* does not exist"),
-        ("image,label\na.png,void\na.png,void\n", r"line 3: a\.png is 'a' again, after line 2; keep one row"),
-        ("image,label\na.png,void\na.bmp,void\n", r"line 3: a\.bmp is 'a' again, after line 2"),
+        ("image,label\na.png,void\na.png,void\n", r"line 3: a\.png again, after line 2; keep one row"),
+        ("image,label\na.png,void\na.bmp,void\n", r"line 3: a\.bmp has the mask of a\.png, line 2; rename one"),
         ("image,label,split\na.png,void,dev\n", "line 2: split 'dev'; write train or test"),
         ("image,label,split\na.png,void,\n", "line 2: split ''; write train or test"),
         ('image,label\n"a.png,void\n', "cannot be read .*save it as CSV with commas"),
@@ -341,6 +346,7 @@ def test_images_without_a_row_are_not_part_of_the_set(tmp_path):
 def test_bad_table_is_refused_with_line_and_remedy(tmp_path, text, message):
     save(tmp_path / "images" / "a.png", 1)
     save(tmp_path / "images" / "a.bmp", 2)
+    save(tmp_path / "masks" / "a.png", box=(0, 0, 5, 5))
     with pytest.raises(ConfigError, match=message):
         read(table(tmp_path, text))
 
@@ -349,11 +355,6 @@ def test_table_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "labels.csv").write_bytes(b"image,label\n\xff\xfe\n")
     with pytest.raises(ConfigError, match=r"labels\.csv: cannot be read .*in UTF-8"):
         read(tmp_path)
-
-
-def test_absent_table_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"labels\.csv: cannot be read"):
-        read_plain(tmp_path)
 
 
 def test_plain_folder_holds_labels_and_masks_to_what_is_asked(tmp_path):
@@ -402,7 +403,7 @@ def test_lot_gives_one_sample_per_defect_whose_mask_fills_its_box(lot):
 
 
 def test_lot_with_info_bars_and_with_images_of_several_defects_was_tested(lot):
-    test = read_lot(lot).test
+    test = read(lot).test
     assert {cv2.imread(str(s.image), cv2.IMREAD_UNCHANGED).shape[0] == 256 for s in test} == {True, False}
     several = [s for s in test if s.other_masks]
     assert several
@@ -498,24 +499,47 @@ def test_missing_mask_is_refused_where_masks_are_required(tmp_path):
     (mvtec(tmp_path) / "ground_truth" / "void" / "000_mask.png").unlink()
     assert read(tmp_path).test[1].mask is None
     with pytest.raises(ConfigError, match="1 defects have no mask"):
-        read_folder_per_class(tmp_path, require_masks=True)
+        read(tmp_path, require_masks=True)
 
 
 # ---- layouts told apart ----
 
 
-def test_folder_of_no_layout_is_refused_with_what_was_looked_for(tmp_path):
-    with pytest.raises(ConfigError, match=r"no data set; looked for labels\.csv .*one folder per class .*MTD.*SD-sal"):
-        read(tmp_path)
-    save(tmp_path / "images" / "a.png", 1)
-    with pytest.raises(ConfigError, match=r"no data set; looked for labels\.csv"):
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ((), r"there is no image in it; the nearest layout is a folder per class: put images into .*<label>/"),
+        (
+            ("a.png", "b.png"),
+            r"2 images and no labels; .* add labels\.csv with the first line image,label and a line",
+        ),
+        (("images/a.png",), r"1 images and no labels; the nearest layout is images with a table: add labels\.csv"),
+        (
+            ("a.png", "void/b.png"),
+            r"1 images lie beside the folders void; the nearest layout is a folder per class",
+        ),
+        (
+            ("a.png", "lots.csv"),
+            r"the nearest layout is images with a table, and lots\.csv is none: let its",
+        ),
+        (("images/a.png", "masks/b.png"), r"no file of masks/ marks anything .* name masks as .*, masks/a\.png"),
+        (("images/a.png", "labels/a.txt"), r"the nearest layout is YOLO's, .*; add classes\.txt with one name a line"),
+    ],
+)
+def test_folder_of_no_layout_is_refused_with_the_nearest_and_what_would_mend_it(tmp_path, made, message):
+    for seed, name in enumerate(made):
+        if name.endswith(".png"):
+            save(tmp_path / name, seed)
+        else:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("0 .5 .5 .1 .1\n")
+    with pytest.raises(ConfigError, match=message):
         read(tmp_path)
 
 
 def test_absent_folder_is_refused(tmp_path):
-    for reader in (read, read_folder_per_class):
-        with pytest.raises(ConfigError, match="is not a folder of images"):
-            reader(tmp_path / "absent")
+    with pytest.raises(ConfigError, match="is not a folder of images"):
+        read(tmp_path / "absent")
 
 
 # ---- public sets, in small ----

@@ -1,7 +1,8 @@
 """Data sets to learn from and to judge on: labelled image files, their pixels and masks, and the synthetic stages.
 
 Frame: image and mask are those of the field of view, the first page without its info bar, as the daemon reads it. A
-mask may be drawn on the whole page or on the field alone; the first is cut as the image was, so neither shifts.
+mask may be drawn on the whole page or on the field alone; the first is cut as the image was, so neither shifts. A box
+is always of the whole page, and stands for the mask that it fills.
 ``data_folders`` reads the layouts on disk.
 """
 
@@ -14,12 +15,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import DEFECT_FREE
+from semwatch.defects import DEFECT_FREE, Box
 from semwatch.errors import ConfigError
 from semwatch.intake import decoding
 from semwatch.line.scaling import resize
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph, render
 from semwatch_training.synthetic.shapes import NoRoom
+
+Place = Path | Box
+"""Where a defect lies: the file of its mask, or its box (x0, y0, x1, y1) in pixels of the page, half-open."""
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp")
 
@@ -28,6 +32,8 @@ SEED_TRAIN, SEED_HELD_OUT, SEED_HEAD = 1_000_000, 2_000_000, 3_000_000
 SEED_GOLDEN, SEED_EVALUATE, SEED_ENCODER = 3_500_000, 4_000_000, 5_000_000
 SEEDS_PER_TYPE = 50_000
 """Seeds that ``synthetic_set`` sets aside for its normal images, and for each type; far more than it draws."""
+MASK_FOLDERS = ("ground_truth", "masks", "mask", "gt")
+"""Folders of these names hold masks, wherever they lie."""
 MAX_SEEDS = 20
 """Seeds tried for one image: small fields have no room for some defects."""
 
@@ -39,9 +45,9 @@ class Sample:
     image: Path
     label: str
     """``DEFECT_FREE`` for a normal image."""
-    mask: Path | None = None
+    mask: Place | None = None
     """Where the defect lies; None for normal images and where nobody drew it."""
-    other_masks: tuple[Path, ...] = ()
+    other_masks: tuple[Place, ...] = ()
     """Of the image's other defects, each of which is a sample of its own."""
 
 
@@ -108,19 +114,41 @@ def load_mask(sample: Sample, size_hw: tuple[int, int], *, whole_image: bool = F
     mask without any defective pixel is accepted: MTD has four of them.
 
     Raises:
-        ConfigError: a defect without a mask, a mask of another size than field and page, or one not of 0 and 255.
+        ConfigError: a defect without a mask, a mask of another size than field and page, or one not of 0 and 255; a
+            box that leaves the page.
         ImageError: the mask is not a whole image.
     """
     if sample.label == DEFECT_FREE:
         return np.zeros(size_hw, np.bool_)
     if sample.mask is None:
         raise ConfigError(f"{sample.image}: no mask shows its {sample.label!r}; draw one or leave out pixel metrics")
-    paths = (sample.mask, *sample.other_masks) if whole_image else (sample.mask,)
-    masks: NDArray[np.bool_] = np.stack([_mask_of_field(path, sample.image, size_hw) for path in paths])
+    places = (sample.mask, *sample.other_masks) if whole_image else (sample.mask,)
+    masks: NDArray[np.bool_] = np.stack([_mask_of_field(place, sample.image, size_hw) for place in places])
     return np.asarray(masks.any(axis=0))
 
 
-def _mask_of_field(path: Path, image: Path, field_hw: tuple[int, int]) -> NDArray[np.bool_]:
+def _mask_of_field(place: Place, image: Path, field_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    return _drawn_mask(place, image, field_hw) if isinstance(place, Path) else _filled_box(place, image, field_hw)
+
+
+def _filled_box(box_xyxy: Box, image: Path, field_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    page = decoding.read(image)[0]
+    height, width = page.pixels.shape
+    x0, y0, x1, y1 = box_xyxy
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise ConfigError(
+            f"{image}: the box from ({x0}, {y0}) to ({x1}, {y1}) is empty or leaves the page of {width} x {height} px; "
+            f"give boxes in pixels of the whole image"
+        )
+    left, top, right, bottom = page.field_xyxy
+    if (bottom - top, right - left) != field_hw:
+        raise ConfigError(f"{image}: a box is asked for at another size than that of load_gray")
+    mask = np.zeros((height, width), np.bool_)
+    mask[y0:y1, x0:x1] = True
+    return mask[top:bottom, left:right]
+
+
+def _drawn_mask(path: Path, image: Path, field_hw: tuple[int, int]) -> NDArray[np.bool_]:
     mask = decoding.read(path, min_side_px=1)[0].pixels
     if 0 < mask.max() <= 127:
         raise ConfigError(f"{path}: gray levels only up to {mask.max()}; save the mask with 0 and 255")
@@ -266,14 +294,15 @@ def first_with_room(
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted.
+    """Image files below a folder, sorted; those in ``MASK_FOLDERS`` below it are no images.
 
     Raises:
         ConfigError: the folder is absent or holds no image.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder of images")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    below = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    found = sorted(path for path in below if not set(path.relative_to(folder).parts[:-1]) & set(MASK_FOLDERS))
     if not found:
         raise ConfigError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return found

@@ -1,13 +1,13 @@
 """The commands ``semwatch-train evaluate``: arguments -> ``evaluate`` -> report."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from semwatch.errors import ConfigError
-from semwatch.settings.recipe import Gate
-from semwatch_training.evaluation import evaluate, evaluate_real
+from semwatch.settings.recipe import Gate, Recipe, load_recipe
+from semwatch_training.evaluation import evaluate, evaluate_real, evaluate_service
 from semwatch_training.evaluation.evaluation_data import (
     CACHE,
     REPOSITORY,
@@ -72,13 +72,30 @@ def classification(
             "along true masks, where nothing is missed.",
         ),
     ] = True,
+    head: Annotated[
+        Literal["fitted", "service"],
+        typer.Option(
+            help="fitted: heads fitted on the images themselves, cross-validated. service: the head that serves, "
+            "beside the shipped one; the images need no masks."
+        ),
+    ] = "fitted",
+    recipe: Annotated[Path | None, typer.Option(help="Recipe whose gate and rule judge, with --head service.")] = None,
     false_alarm_rate: RateOption = GATE.false_alarm_rate,
     seeds: SeedsOption = 3,
     per_type: PerTypeOption = 40,
     cache: CacheOption = CACHE,
     as_json: JsonOption = False,
 ) -> None:
-    """Classification as fabs judge it: accuracy, purity, contribution, escapes; cross-validated over images."""
+    """Classification as fabs judge it: accuracy, purity, contribution, escapes; cross-validated over images.
+
+    With --head service nothing is fitted: the head in service is judged on your labelled images, as it serves.
+    """
+    if head == "service":
+        folder, settings = evaluate_service.refuse_synthetic(data), load_recipe(recipe) if recipe else Recipe()
+        with Bars() as progress:
+            result = evaluate_service.service(folder, repository=repository, recipe=settings, progress=progress)
+        finish(out, "Head in service", result, data, (), as_json=as_json)
+        return
     with Bars() as progress:
         result = evaluate.classification(
             Source(data, repository, per_type, cache),

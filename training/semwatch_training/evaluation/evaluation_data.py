@@ -35,8 +35,8 @@ REPOSITORY, CACHE = Path("model_repository"), Path(".cache")
 DataArgument = Annotated[
     str,
     typer.Argument(
-        help="Folder of labelled images (images, masks, labels.csv; a folder per class; Magnetic-Tile; "
-        "SD-saliency-900; a synthetic lot), or 'synthetic'."
+        help="Labelled images (a folder per class, a table of labels or boxes, masks, COCO, YOLO, public sets; see "
+        "docs/training.md), or 'synthetic'."
     ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder of the report: report.md, report.json, pictures.")]
@@ -172,10 +172,12 @@ def fingerprint(samples: Iterable[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(sample.label.encode())
-        for path in (sample.image, sample.mask, *sample.other_masks):
-            if path is not None:
-                found = path.stat()
-                digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}\n".encode())
+        for place in (sample.image, sample.mask, *sample.other_masks):
+            if isinstance(place, Path):
+                found = place.stat()
+                digest.update(f"{place.resolve()} {found.st_size} {found.st_mtime_ns}\n".encode())
+            else:
+                digest.update(f"{place}\n".encode())
     return digest.hexdigest()[:12]
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from semwatch.errors import ConfigError
 from semwatch.line.scaling import resize
 from semwatch.system import files
-from semwatch_training.data import datasets, world
+from semwatch_training.data import data_folders, datasets, world
 from semwatch_training.data.backgrounds import backgrounds
 from semwatch_training.families.branch.branch_views import (
     SIDE_SHARES,
@@ -282,7 +282,7 @@ def held_out_fields(n: int, stages: Sequence[str]) -> Iterator[Image]:
 
 def _split_normals(folder: Path, held_out: int, seed: int) -> tuple[list[Path], Iterator[NDArray[np.uint8]], int]:
     """Paths to learn from, images (H, W) kept for the gate, and how many those are: at most a quarter."""
-    paths = datasets.folder_images(folder)
+    paths = data_folders.read_normals(folder)
     if len(paths) < MIN_NORMALS:
         raise ConfigError(f"{folder} holds {len(paths)} images; a detector needs {MIN_NORMALS} normal ones or more")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()

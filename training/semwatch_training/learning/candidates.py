@@ -24,6 +24,8 @@ from semwatch_training.system.progress_bars import Progress
 
 COHESIVE = 0.05
 """Mean silhouette from which a class counts as one that stands out; the recipe's own threshold comes later."""
+SLACK = 1.25
+"""What may be farther from a class than its members are from each other, and still be one of it."""
 MAX_SOUGHT = 400
 """Unknowns among which classes are sought at once."""
 MAX_BANK = 2000
@@ -131,6 +133,22 @@ def _found(
 def _n_cohesive(found: Candidates) -> int:
     """Unknowns in classes that stand out."""
     return sum(c.size for c in found.classes if c.cohesion >= COHESIVE and c.size >= MIN_PER_CLASS)
+
+
+def is_inside(features: NDArray[np.float32], members: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which features (m, D) lie within the range of a class's members (n, D): (m,).
+
+    Inside is what lies no farther from its nearest member than members do from theirs, ``SLACK`` times. A class of one
+    has no range.
+    """
+    if len(members) < 2 or not len(features):
+        return np.zeros(len(features), np.bool_)
+    spread = np.concatenate((members, features)).std(axis=0) + 1e-6
+    own, others = (np.asarray(x / spread, np.float32) for x in (members, features))
+    among = squared_distances(own, own)
+    np.fill_diagonal(among, np.inf)
+    reach = float(among.min(axis=1).max())
+    return np.asarray(squared_distances(others, own).min(axis=1) <= SLACK**2 * max(reach, 1e-9), np.bool_)
 
 
 def split(features: NDArray[np.float32], parts: int, *, seed: int) -> NDArray[np.int64]:

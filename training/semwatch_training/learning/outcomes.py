@@ -6,13 +6,16 @@ that died after it had published leaves nothing to guess: the next one writes wh
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from semwatch.classes import clusters
 from semwatch.classes.clusters import Clusters
 from semwatch.classes.register import ClassRegister
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
-from semwatch_training.learning import decisions, promotion
+from semwatch_training.learning import candidates, decisions, promotion
 from semwatch_training.learning.base_head import BaseHead
 from semwatch_training.learning.decisions import DECISIONS, DecidedCrops
 from semwatch_training.learning.intake import Settlement
@@ -87,8 +90,41 @@ def settlements(base: BaseHead, decided: Clusters) -> dict[str, Settlement]:
     return known | {id_: ("rejected", k.id) for k in gone for id_ in k.members}
 
 
-def settlements_by_clustering(f: Findings) -> dict[str, Settlement]:
-    """Settlements of the records that clustering put beside what people rejected."""
+def inside_rejected(
+    known: Sequence[str | None], features: NDArray[np.float32], rejected: Bank, *, frozen_width: int
+) -> tuple[str | None, ...]:
+    """The known class of each unknown (m,); None where it is a rejected one in whose range the unknown does not lie.
+
+    Clustering gives every unknown to something: a rejection must not take along what merely lies nearest to it.
+
+    Args:
+        known: what clustering said.
+        features: (m, D) of the unknowns.
+        rejected: crops of rejected clusters under their stand-in labels.
+        frozen_width: leading features that are compared.
+    """
+    found = list(known)
+    for label in set(rejected.labels):
+        rows = [i for i, one in enumerate(known) if one == label]
+        inside = _in_range(features[rows], rejected, label, frozen_width)
+        for i, is_one in zip(rows, inside, strict=True):
+            found[i] = label if is_one else None
+    return tuple(found)
+
+
+def _in_range(features: NDArray[np.float32], rejected: Bank, label: str, frozen_width: int) -> NDArray[np.bool_]:
+    members = rejected.features[[one == label for one in rejected.labels]]
+    return candidates.is_inside(features[:, :frozen_width], members[:, :frozen_width])
+
+
+def settlements_by_clustering(f: Findings, rejected: Bank, *, frozen_width: int) -> dict[str, Settlement]:
+    """Settlements of the records that clustering put beside what people rejected, within its own range.
+
+    Args:
+        f: what was found; ``inside_rejected`` was applied.
+        rejected: crops of rejected clusters under their stand-in labels.
+        frozen_width: leading features that are compared.
+    """
     found: dict[str, Settlement] = {
         record.id: ("rejected", known.removeprefix(REJECTED))
         for record, known in zip(f.records, f.clustered.known, strict=True)
@@ -96,7 +132,9 @@ def settlements_by_clustering(f: Findings) -> dict[str, Settlement]:
     }
     for i, group in enumerate(f.groups):
         if f.is_rejected(i):
-            found |= dict.fromkeys(group.ids, ("rejected", f.ids[i]))
+            inside = _in_range(group.crops.features, rejected, REJECTED + f.ids[i], frozen_width)
+            alike = [id_ for id_, is_one in zip(group.ids, inside, strict=True) if is_one]
+            found |= dict.fromkeys(alike, ("rejected", f.ids[i]))
     return found
 
 

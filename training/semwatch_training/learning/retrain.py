@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -220,8 +220,11 @@ def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, decided_crops: 
             decided, crops, decided_crops.bank.labels, frozen_width=width, seed=c.seed
         )
         left = head_bank.chosen(crops, is_left)
-        known = head_bank.joined([decided_crops.bank, _rejected(c, decided)])
+        rejected = _rejected(c, decided)
+        known = head_bank.joined([decided_crops.bank, rejected])
         clustered = candidates.find(known, left.features, frozen_width=width, seed=c.seed, progress=c.progress)
+        inside = outcomes.inside_rejected(clustered.known, left.features, rejected, frozen_width=width)
+        clustered = replace(clustered, known=inside)
         groups = [*decided_crops.parts, *by_person, *new_classes.clustered_groups(clustered, left)]
     with c.report.step("identify"):
         before = decided
@@ -230,7 +233,7 @@ def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, decided_crops: 
         records = [record for record, is_one in zip(fresh, is_left, strict=True) if is_one]
         f = Findings(clustered, records, groups, ids, decided, accepted, refusals, revisions)
         new_classes.show_examples(c.handoff, before, f, c.archive)
-        alike = outcomes.settlements_by_clustering(f)
+        alike = outcomes.settlements_by_clustering(f, rejected, frozen_width=width)
         intake.settle(c.archive, alike, c.utc)
         c.claims.acknowledge(list(alike))
     return f

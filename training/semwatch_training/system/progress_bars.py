@@ -28,8 +28,13 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def pause(self) -> None:
+        """Let go of the terminal for a question; the next progress takes it again."""
+        self._progress.stop()
+
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` are done."""
+        self._progress.start()
         kind = what.split(" ", maxsplit=1)[0]
         if kind != self._kind:
             self._kind, self._task = kind, self._progress.add_task(what, total=total)

@@ -5,7 +5,8 @@ of the image itself, which have no weights (``own_statistics``), and the segment
 statistics beside the maps. The score of a place is a calibrated sum of the branch's logit and of the statistics, and so
 is the image's: the branch knows patterns like those it was trained on, the statistics ask only what is unusual here.
 How much each counts is fitted on kinds of layout that the branch was never shown (``train_intrinsic``): for places by
-what is most unusual in an image, for images by what tells one image from another.
+what is most unusual in an image, for images by what tells one image from another. Where normal images of the process
+are known, the distance to their places counts in the place of the image's own statistics (``own_normals``).
 
 Source: IC-DefectNCD's image-intrinsic detection, here without its reconstruction.
 """
@@ -25,6 +26,7 @@ from semwatch_training.families.branch.segmentation_branch import (
     standardise,
 )
 from semwatch_training.families.intrinsic import own_statistics
+from semwatch_training.families.intrinsic.own_normals import OwnNormals
 from semwatch_training.trunks.efficientnet import STAGES, EfficientNet, field_descriptor, patch_descriptor
 
 STRIDE_PX = 8
@@ -134,9 +136,9 @@ class IntrinsicGraph(nn.Module):
     in_fp32 = True
     """Calibration, scores and distances to known fields are, the branch is not."""
 
-    def __init__(self, trunk: EfficientNet, detector: IntrinsicDetector) -> None:
+    def __init__(self, trunk: EfficientNet, detector: IntrinsicDetector, normals: OwnNormals | None = None) -> None:
         super().__init__()
-        self.evidence, self.detector = OwnEvidence(trunk, detector.form), detector
+        self.evidence, self.detector, self.normals = OwnEvidence(trunk, detector.form), detector, normals
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return score map (B, H / 8, W / 8), raw score (B,), domain p-value (B,), ``field_descriptor``, and patches.
@@ -145,8 +147,15 @@ class IntrinsicGraph(nn.Module):
         defect, 0 or more: near 0 where all is normal, and linear in the logit where it is not.
         """
         fine, middle, coarse, statistics = self.evidence(image)
-        logits, raw = self.detector(fine, middle, coarse, statistics)
-        domain_p = self.detector.domain_p(described((middle, coarse)))
         maps = fine, middle, coarse
+        description = described((middle, coarse))
+        domain_p = self.detector.domain_p(description)
+        if self.normals is None or not self.normals.has_places:
+            logits, raw = self.detector(*maps, statistics)
+        else:
+            branch, calibration = self.detector.branch(*maps, statistics), cast(Tensor, self.detector.calibration)
+            logits, raw = self.normals(own_statistics.places(maps), branch, calibration)
+        if self.normals is not None:
+            domain_p = torch.maximum(domain_p, self.normals.domain_p(description))
         of_field = field_descriptor(maps), patch_descriptor(maps)
         return functional.softplus(logits), functional.softplus(raw), domain_p, *of_field

@@ -1,0 +1,123 @@
+"""Which version serves: chosen at a start, exchanged while the daemon runs, refused once. One rule for both runtimes.
+
+Heads change between two answers, detectors between two images, when nothing is in review. The encoder changes only at a
+start: features of one encoder must not meet a head of another.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from semwatch.errors import ModelMismatch
+from semwatch.models import choice, model_repository
+from semwatch.models.model_repository import Meta
+
+NO_VERSION = -1
+"""Refused under this number: it is not known which version should serve."""
+
+T = TypeVar("T")
+Fits = Callable[[Meta], None]
+"""Raises ModelMismatch where a version does not go with what else serves; such a version is not even loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One change of version, done or refused."""
+
+    model: str
+    version: int
+    refused: str | None = None
+    """Why the version may not serve; None: it serves now."""
+
+
+class ModelSwap:
+    """The choice of versions, and what was refused.
+
+    Args:
+        repository: the model repository.
+        pins: version by model; a model without a pin serves what ``choice`` says.
+    """
+
+    def __init__(self, repository: Path, pins: Mapping[str, int | None]) -> None:
+        self._repository, self._pins = repository, pins
+        self._refused: dict[str, dict[int, str]] = {}
+
+    def wanted(self, model: str) -> int:
+        """The version of a model that should serve.
+
+        Raises:
+            ModelMismatch: there is none, or the pinned one is absent.
+        """
+        pin = self._pins.get(model)
+        return choice.choice(self._repository, model) if pin is None else pin
+
+    def refused(self, model: str) -> dict[int, str]:
+        """Versions of a model that could not be used, and why."""
+        return dict(self._refused.get(model, {}))
+
+    def waits(self, model: str, serving: int) -> bool:
+        """Whether another version than the one that serves should, and was not refused."""
+        with suppress(ModelMismatch):
+            return self.wanted(model) not in (serving, *self._refused.get(model, {}))
+        return NO_VERSION not in self._refused.get(model, {})
+
+    def first(self, model: str, load: Callable[[int], T], fits: Fits) -> T:
+        """The version that should serve; where it cannot and nobody pinned it, the newest before it that can.
+
+        Args:
+            model: of which.
+            load: makes a version ready to answer, or raises ModelMismatch.
+            fits: see ``Fits``.
+
+        Raises:
+            ModelMismatch: none can; why the wanted one cannot.
+        """
+        wanted, *deputies = choice.to_try(self._repository, model, self._pins.get(model))
+        try:
+            return self._fitting(model, wanted, load, fits)
+        except ModelMismatch as error:
+            self._refuse(model, wanted, str(error))
+            for version in deputies:
+                with suppress(ModelMismatch):
+                    return self._fitting(model, version, load, fits)
+            raise
+
+    def next(
+        self, model: str, serving: int, load: Callable[[int], T | None], fits: Fits
+    ) -> tuple[Swap | None, T | None]:
+        """The version that takes the place of the one that serves, and what there is to say of it.
+
+        A version that cannot be used is refused, which is said once, and the old one goes on.
+
+        Args:
+            model: of which.
+            serving: the version that serves.
+            load: makes a version ready to answer, raises ModelMismatch, or gives None where that must wait.
+            fits: see ``Fits``.
+
+        Returns:
+            (swap, loaded) where it may take over, (swap, None) where it was just refused, else (None, None).
+        """
+        try:
+            version = self.wanted(model)
+        except ModelMismatch as error:
+            return self._refuse(model, NO_VERSION, str(error)), None
+        if version == serving or version in self._refused.get(model, {}):
+            return None, None
+        try:
+            loaded = self._fitting(model, version, load, fits)
+        except ModelMismatch as error:
+            return self._refuse(model, version, str(error)), None
+        return (None, None) if loaded is None else (Swap(model, version), loaded)
+
+    def _fitting(self, model: str, version: int, load: Callable[[int], T], fits: Fits) -> T:
+        fits(model_repository.read_meta(self._repository, model, version))
+        return load(version)
+
+    def _refuse(self, model: str, version: int, why: str) -> Swap | None:
+        refused = self._refused.setdefault(model, {})
+        is_news = refused.get(version) != why
+        refused[version] = why
+        return Swap(model, version, why) if is_news else None
