@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from factories import make_review
-from semwatch.intake import drop_folder
+from semwatch.intake import folder_rules
 from semwatch.intake.drop_folder import Incoming
 from semwatch.service import lot_tables
 from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.settings.site import Folder
 from semwatch.store import lot_table, results
 from semwatch.store.ledger import Ledger
+from semwatch.system.files import Stamp, stamp_of
 
 N = 20_000
 UTC = "2026-01-01T00:00:00Z"
@@ -28,22 +29,22 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def finish(ledger: Ledger, path: str, status_size: int, mtime_ns: int) -> None:
+def finish(ledger: Ledger, path: str, stamp: Stamp) -> None:
     sha256 = hashlib.sha256(path.encode()).hexdigest()
-    claim = ledger.claim("tool", path, sha256=sha256, size=status_size, mtime_ns=mtime_ns, now_utc=UTC)
+    claim = ledger.claim("tool", path, sha256=sha256, stamp=stamp, now_utc=UTC)
     ledger.finish(claim, outbox=[], audit={}, now_utc=UTC)
 
 
 @pytest.mark.timeout(1800)
 def test_scan_of_a_folder_in_which_all_is_done(tmp_path: Path) -> None:
     settings = Folder(path=tmp_path / "drop", source="tool", recipe=tmp_path, completeness="rename", polling=True)
-    folder = drop_folder.Folder(**settings.model_dump(exclude={"recipe"}))
+    folder = folder_rules.Folder(**settings.model_dump(exclude={"recipe"}))
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         for i in range(N):
             file = folder.path / f"lot{i % 40}" / f"image-{i:06d}.tif"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
-            finish(ledger, str(file.relative_to(folder.path)), 0, file.stat().st_mtime_ns)
+            finish(ledger, str(file.relative_to(folder.path)), stamp_of(file.stat()))
         clock = [0.0]
         with Incoming([folder], ledger.settled, reconcile_s=1, poll_s=1, clock=lambda: clock[0]) as incoming:
             costs = []
@@ -71,7 +72,7 @@ def test_one_more_result_in_a_large_lot_and_in_a_small_one(tmp_path: Path, monke
                 sha256 = hashlib.sha256(b"%d" % i).hexdigest()
                 review = replace(make_review(2, size_hw=(64, 64), path=f"lot/new-{i}.tif"), sha256=sha256)
                 paths = results.write(review, results_dir=folder)
-                claim = ledger.claim("tool-a", review.path, sha256=sha256, size=1, mtime_ns=1, now_utc=UTC)
+                claim = ledger.claim("tool-a", review.path, sha256=sha256, stamp=Stamp(1, 1), now_utc=UTC)
                 row = row_of(paths.json, folder, is_new=paths.is_new)
                 ledger.finish(claim, outbox=[], audit={}, now_utc=UTC, row=row)
                 wall, cpu = seconds(tables.step)

@@ -16,6 +16,7 @@ from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.store import lot_table, results
 from semwatch.store.ledger import Ledger
 from semwatch.store.lot_table import LOT
+from semwatch.system.files import Stamp
 
 UTC = "2025-03-01T08:00:00Z"
 
@@ -49,7 +50,7 @@ class Line:
 
     def finish(self, path: str, written: results.ReviewPaths) -> None:
         sha256 = results.read(written.json).sha256
-        claim = self.ledger.claim("tool-a", path, sha256=sha256, size=1, mtime_ns=1, now_utc=UTC)
+        claim = self.ledger.claim("tool-a", path, sha256=sha256, stamp=Stamp(1, 1), now_utc=UTC)
         row = row_of(written.json, self.results, is_new=written.is_new)
         self.ledger.finish(claim, outbox=[], audit={}, now_utc=UTC, row=row)
 

@@ -16,7 +16,7 @@ import typer
 
 from semwatch.cli.options import JsonOption, SiteOption, printable, say
 from semwatch.errors import ConfigError, SemwatchError
-from semwatch.intake import drop_folder
+from semwatch.intake import folder_rules
 from semwatch.operations import doctor
 from semwatch.operations.history import Event, History, collect
 from semwatch.settings.site import Folder, Site, load_site
@@ -137,7 +137,7 @@ def why_not_taken(folder: Folder, path: str) -> str | None:
         return f"it cannot be looked at ({error.strerror})"
     if not stat.S_ISREG(status.st_mode):
         return "it is no plain file, and links are not followed"
-    if any(drop_folder.is_temporary(part) for part in path.split("/")):
+    if any(folder_rules.is_temporary(part) for part in path.split("/")):
         return "its name is a temporary one; it is taken once the tool renames it"
     if not path.lower().endswith(folder.suffixes):
         return f"it is no image by its name: {', '.join(folder.suffixes)} are (folders.suffixes)"

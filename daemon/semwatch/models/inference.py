@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from semwatch.errors import ModelMismatch, ServiceUnavailable
+from semwatch.errors import FileUnavailable, ModelMismatch, ServiceUnavailable
 from semwatch.models import model_repository
 from semwatch.models.checks import check_inputs, check_probe
 from semwatch.models.contract import check_contract, check_pair
@@ -135,7 +135,7 @@ class Embedded:
 
         Raises:
             ModelMismatch: the arrays do not fit the model.
-            ServiceUnavailable: the runtime could not answer now (out of memory).
+            FileUnavailable: the runtime could not answer this batch (out of memory).
         """
         return self._ask(self._loaded[model], inputs)
 
@@ -178,7 +178,7 @@ class Embedded:
             try:
                 values = loaded.session.run(names, dict(inputs))
             except Exception as error:
-                raise ServiceUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
+                raise FileUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
         return Answer(dict(zip(names, values, strict=True)), loaded.id, loaded.meta)
 
     def _encoder(self) -> Meta | None:

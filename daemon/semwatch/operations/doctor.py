@@ -13,7 +13,7 @@ from pathlib import Path
 
 from semwatch.classes import clusters
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
-from semwatch.intake import drop_folder
+from semwatch.intake import folder_rules
 from semwatch.line import pipeline
 from semwatch.models import choice
 from semwatch.models.inference import Models
@@ -101,12 +101,12 @@ def _ledger_figures(ledger: Ledger) -> dict[str, object]:
 
 def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
     """Seconds since each file that waits was put there; None where the folder cannot be read."""
-    watched = drop_folder.Folder(**folder.model_dump(exclude={"recipe"}))
+    watched = folder_rules.Folder(**folder.model_dump(exclude={"recipe"}))
     try:
-        found = list(drop_folder.walk(watched, ""))
+        found = list(folder_rules.walk(watched, ""))
     except OSError:
         return None
-    files = [(path, status.st_size, status.st_mtime_ns) for path, status in found]
+    files = [(path, watched.stamp(status)) for path, status in found]
     settled = ledger.settled(folder.source, files) if ledger else set()
     # ctime, because copies keep the mtime of their original
     return [max(time.time() - status.st_ctime, 0.0) for path, status in found if path not in settled]
