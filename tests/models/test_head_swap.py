@@ -35,31 +35,31 @@ def loads(*damaged: int):
 
 
 def test_newest_serves_at_a_start(repository, encoder) -> None:
-    assert HeadSwap(repository, {}).first(loads(), encoder) == "head 3"
+    assert HeadSwap(repository, {}).first("head", loads(), encoder) == "head 3"
 
 
 def test_pinned_one_serves_or_nothing(repository, encoder) -> None:
-    assert HeadSwap(repository, {"head": 2}).first(loads(), encoder) == "head 2"
+    assert HeadSwap(repository, {"head": 2}).first("head", loads(), encoder) == "head 2"
     with pytest.raises(ModelMismatch, match="2 is damaged"):
-        HeadSwap(repository, {"head": 2}).first(loads(2), encoder)
+        HeadSwap(repository, {"head": 2}).first("head", loads(2), encoder)
 
 
 def test_deputy_serves_where_the_wanted_one_cannot_and_the_wanted_one_alone_is_refused(repository, encoder) -> None:
     heads = HeadSwap(repository, {})
-    assert heads.first(loads(3, 2), encoder) == "head 1"
+    assert heads.first("head", loads(3, 2), encoder) == "head 1"
     assert heads.refused() == {3: "3 is damaged"}
 
 
 def test_where_none_can_serve_the_wanted_one_says_why(repository, encoder) -> None:
     with pytest.raises(ModelMismatch, match="3 is damaged"):
-        HeadSwap(repository, {}).first(loads(1, 2, 3), encoder)
+        HeadSwap(repository, {}).first("head", loads(1, 2, 3), encoder)
 
 
 def test_head_of_another_encoder_is_not_even_loaded(repository, encoder) -> None:
     stranger = encoder.model_copy(update={"weights_sha256": "0" * 64})
     with pytest.raises(ModelMismatch, match="another encoder"):
-        HeadSwap(repository, {}).first(lambda version: pytest.fail(f"loaded {version}"), stranger)
-    assert HeadSwap(repository, {}).first(loads(), None) == "head 3"  # nobody asks
+        HeadSwap(repository, {}).first("head", lambda version: pytest.fail(f"loaded {version}"), stranger)
+    assert HeadSwap(repository, {}).first("head", loads(), None) == "head 3"  # nobody asks
 
 
 def test_next_one_takes_over_once(repository, encoder) -> None:

@@ -68,7 +68,7 @@ def test_empty_ledger_has_nothing_to_say(ledger: Ledger) -> None:
     assert ledger.n_unpublished() == 0
     assert ledger.audit_after(0, 10) == []
     assert ledger.listing("QUARANTINED") == []
-    assert ledger.n_done_since(T0) == 0
+    assert ledger.reviews_since(T0) == (0, None)
     assert ledger.paths_seen_before(T2, limit=10) == []
     assert (ledger.forget_paths([], seen_before_utc=T2), ledger.forget_work(T2), ledger.forget_notes(T2)) == (0, 0, 0)
     assert ledger.settled("tool", []) == set()
@@ -90,7 +90,7 @@ def test_finished_work_is_settled_with_its_messages_and_audit_line(ledger: Ledge
     ]
     assert [json.loads(line) for _, line in ledger.audit_after(0, 10)] == [{"path": "lot/a.tif"}]
     assert ledger.counts()["DONE"] == 1
-    assert (ledger.n_done_since(T1), ledger.n_done_since(T2)) == (1, 0)
+    assert (ledger.reviews_since(T1), ledger.reviews_since(T2)) == ((1, T1), (0, None))
 
 
 def test_settled_means_exactly_this_file(ledger: Ledger) -> None:
@@ -138,7 +138,7 @@ def test_quarantined_work_is_settled_until_it_is_requeued(ledger: Ledger) -> Non
     assert is_settled(ledger, "tool", "a.tif", 7, 1)
     [work] = ledger.listing("QUARANTINED")
     assert (work.path, work.reason, work.finished_utc) == ("a.tif", "not a TIFF", T1)
-    assert ledger.n_done_since(T0) == 0
+    assert ledger.reviews_since(T0) == (0, None)
     assert ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
     assert json.loads(ledger.audit_after(0, 10)[-1][1]) == {"event": "requeued"}
     assert not ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
@@ -383,6 +383,7 @@ def test_ledger_of_a_newer_layout_is_a_config_error(path: Path) -> None:
 def _without_layout_4(db: sqlite3.Connection) -> None:
     for later in ("INDEX suspects", "INDEX paths_to_look_at"):
         db.execute(f"DROP {later}")
+    db.execute("DROP TABLE duplicates")
     for later in ("work DROP deaths", "paths DROP ctime_ns", "paths DROP inode", "paths DROP look_again_utc"):
         db.execute(f"ALTER TABLE {later}")
 

@@ -172,16 +172,32 @@ def _why_the_line_waits(site: Site) -> Iterator[str]:
         yield "no daemon runs on this site: start it (semwatch run, or systemctl start semwatch)"
         return
     yield f"{state['waiting_files']} files wait, the oldest since {state['oldest_waiting_s']} s"
-    if int(str(state["disk_free_mb"])) < site.limits.min_free_mb:
-        yield f"the line pauses: {state['disk_free_mb']} MB free on the disk, less than {site.limits.min_free_mb}"
-    if site.redis and int(str(state["unpublished_records"] or 0)) >= site.redis.max_unpublished:
-        yield f"the line pauses: {state['unpublished_records']} records wait for Redis"
+    if state["paused"]:
+        yield f"the line pauses: {state['paused']}"
 
 
 def _all_files(folder: Path) -> Iterator[str]:
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            yield os.path.relpath(os.path.join(directory, name), folder)  # noqa: PTH118 - names need not be UTF-8
+    pending = [""]
+    while pending:  # not os.walk, which takes a tree of a thousand levels by recursion
+        below = pending.pop()
+        try:
+            with os.scandir(folder / below) as listing:
+                entries = list(listing)
+        except OSError:
+            continue
+        for entry in entries:
+            path = f"{below}/{entry.name}" if below else entry.name
+            if _is_folder(entry):
+                pending.append(path)
+            else:
+                yield path
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
 
 
 def _exists(file: Path) -> bool:

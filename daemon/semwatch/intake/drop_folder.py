@@ -27,7 +27,7 @@ from typing import Self
 
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.intake.folder_rules import Folder, complete_at, is_image, is_temporary, marked_by, status_of, walk
-from semwatch.intake.folder_scan import Found, FolderScan
+from semwatch.intake.folder_scan import FolderScan, Found
 from semwatch.intake.waiting import Waiting, backoff_s, by_folder
 from semwatch.intake.watch import Watch
 from semwatch.system.files import Stamp
@@ -178,7 +178,7 @@ class Incoming:
             self._hints.put_nowait(None)
 
     def waiting(self) -> tuple[int, float]:
-        """Return how many unsettled files wait, and for how many seconds the oldest has been known, in flight or not."""
+        """Return how many unsettled files wait, and for how many seconds the oldest, in flight or not, is known."""
         return self._waiting.count(self._clock())
 
     def close(self) -> None:

@@ -1,18 +1,22 @@
-"""Which head serves: chosen at a start, exchanged while others answer, refused once. One rule for both runtimes.
+"""Which version serves: chosen at a start, the head exchanged while others answer, a bad one refused once.
 
-Detector and encoder change only at a start: features of one encoder must not meet a head of another.
+One rule for both runtimes. Whatever is wrong with the files of a version, it is refused with the reason, and what
+served before goes on; a repository that cannot be read for a while changes nothing. Detector and encoder change only
+at a start: features of one encoder must not meet a head of another.
 """
 
+import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from semwatch.errors import ModelMismatch
+from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.models.checks import check_fit
 from semwatch.models.model_repository import Meta
+
+log = logging.getLogger(__name__)
 
 NO_VERSION = -1
 """Refused under this number: it is not known which head should serve."""
@@ -55,25 +59,31 @@ class HeadSwap:
         """Versions of the head that could not be used, and why."""
         return dict(self._refused)
 
-    def first(self, load: Callable[[int], T], encoder: Meta | None) -> T:
-        """The head that should serve; where it cannot and nobody pinned it, the newest before it that can.
+    def first(self, model: str, load: Callable[[int], T], encoder: Meta | None) -> T:
+        """The version that should serve; where it cannot and nobody pinned it, the newest before it that can.
 
         Args:
+            model: which.
             load: makes a version ready to answer, or raises ModelMismatch.
-            encoder: whose features it must read; None: nobody asks.
+            encoder: whose features a head must read; None: nobody asks.
 
         Raises:
             ModelMismatch: none can; why the wanted one cannot.
+            ServiceUnavailable: the repository or the server is away.
         """
-        wanted, *deputies = choice.to_try(self._repository, "head", self._pins.get("head"))
-        try:
-            return self._fitting(wanted, load, encoder)
-        except ModelMismatch as error:
-            self._refuse(wanted, str(error))
-            for version in deputies:
-                with suppress(ModelMismatch):
-                    return self._fitting(version, load, encoder)
-            raise
+        wanted, *deputies = choice.to_try(self._repository, model, self._pins.get(model))
+        why: ModelMismatch | None = None
+        for version in (wanted, *deputies):
+            try:
+                return self._fitting(model, version, load, encoder)
+            except ModelMismatch as error:
+                if (model, version) == ("head", wanted):
+                    self._refuse(version, str(error))
+                if deputies:
+                    log.error("%s %d cannot serve, the one before it is tried: %s", model, version, error)
+                why = why or error
+        assert why is not None
+        raise why
 
     def next(self, serving: int, load: Callable[[int], T | None], encoder: Meta | None) -> tuple[Swap | None, T | None]:
         """The head that takes the place of the one that serves, and what there is to say of it.
@@ -90,21 +100,33 @@ class HeadSwap:
         """
         try:
             version = self.wanted("head")
-        except ModelMismatch as error:
+        except (ModelMismatch, ServiceUnavailable) as error:
             return self._refuse(NO_VERSION, str(error)), None
+        self._refused.pop(NO_VERSION, None)  # should it happen again, it is said again
         if version == serving or version in self._refused:
             return None, None
         try:
-            head = self._fitting(version, load, encoder)
+            head = self._fitting("head", version, load, encoder)
         except ModelMismatch as error:
             return self._refuse(version, str(error)), None
         return (None, None) if head is None else (Swap("head", version), head)
 
-    def _fitting(self, version: int, load: Callable[[int], T], encoder: Meta | None) -> T:
-        """Load a head that was fitted on this encoder's features; another is not even loaded."""
-        if encoder is not None:
-            check_fit(encoder, model_repository.read_meta(self._repository, "head", version))
-        return load(version)
+    def _fitting(self, model: str, version: int, load: Callable[[int], T], encoder: Meta | None) -> T:
+        """Load a version; a head that was fitted on another encoder's features is not even loaded.
+
+        Raises:
+            ModelMismatch: it cannot serve, whatever was raised on its files.
+        """
+        try:
+            if encoder is not None:
+                check_fit(encoder, model_repository.read_meta(self._repository, model, version))
+            return load(version)
+        except (ModelMismatch, ServiceUnavailable, ConfigError):
+            raise
+        except Exception as error:  # damaged files make libraries raise anything
+            raise ModelMismatch(
+                f"{model} {version} cannot be used ({type(error).__name__}: {str(error)[:500]}); publish it again"
+            ) from error
 
     def _refuse(self, version: int, why: str) -> Swap | None:
         is_news = self._refused.get(version) != why

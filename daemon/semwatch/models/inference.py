@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -111,11 +112,8 @@ class Embedded:
         self._threads = threads or len(os.sched_getaffinity(0))
         self._loaded: dict[str, _Loaded] = {}
         for model in sorted(models, key=MODELS.index):  # a head is held against its encoder
-            self._loaded[model] = (
-                self._heads.first(self._load_head, self._encoder())
-                if model == "head"
-                else self._load(model, self._heads.wanted(model))
-            )
+            encoder = self._encoder() if model == "head" else None
+            self._loaded[model] = self._heads.first(model, partial(self._load, model), encoder)
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +143,7 @@ class Embedded:
         The new head is loaded and proven on its probe beside the old one, then takes its place between two answers; see
         ``HeadSwap.next``.
         """
-        swap, head = self._heads.next(self._loaded["head"].version, self._load_head, self._encoder())
+        swap, head = self._heads.next(self._loaded["head"].version, partial(self._load, "head"), self._encoder())
         if head is not None:
             self._loaded = {**self._loaded, "head": head}
         return swap
@@ -183,9 +181,6 @@ class Embedded:
 
     def _encoder(self) -> Meta | None:
         return self._loaded["encoder"].meta if "encoder" in self._loaded else None
-
-    def _load_head(self, version: int) -> _Loaded:
-        return self._load("head", version)
 
     def _load(self, model: str, version: int) -> _Loaded:
         meta = model_repository.read_meta(self._repository, model, version)

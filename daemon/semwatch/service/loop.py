@@ -3,9 +3,9 @@
 Start order: ledger (locks out a second daemon), models, metrics, folders; then READY. The loop, in one thread, hands
 files to workers, delivers the outbox and the audit log, and tells systemd that it is alive. Folders are looked at in a
 thread of their own, so what waits is counted during a pause too. A worker reviews one file from its bytes to the
-ledger's commit in straight code; whose fault a failure is, ``faults`` says. Stop order: take no more files, let those in flight finish
-within the bound, deliver what the outbox holds, close folders, models and ledger. A second signal leaves at once: the
-ledger brings the work back.
+ledger's commit in straight code; whose fault a failure is, ``faults`` says. Stop order: take no more files, let those
+in flight finish within the bound, deliver what the outbox holds, close folders, models and ledger. A second signal
+leaves at once: the ledger brings the work back.
 
 Crash safety: the result is on disk, whole, before the ledger says DONE; outbox records and the audit line are in the
 same transaction as DONE; deliveries are repeated until confirmed and are idempotent at the other end (stream id,
@@ -34,6 +34,7 @@ from semwatch.line.pipeline import ReferenceFile
 from semwatch.service import drift, faults, gate_watch, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.service.drift import Alarm, DriftWatch
+from semwatch.service.duplicates import Duplicates
 from semwatch.service.forgetting import Forgetting
 from semwatch.service.gate_watch import GateWatch
 from semwatch.service.late_look import LateLook, look_again_utc
@@ -120,6 +121,12 @@ class Service:
         self._note_heads()
         if site.metrics is not None:
             self.metrics.serve(site.metrics.host, site.metrics.port)
+        self._watch_folders()
+        self._start_beside_the_line()
+        self._set_aside_what_kills()
+
+    def _watch_folders(self) -> None:
+        site, keep = self.site, self._open
         folders = [Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
         self._incoming = keep.enter_context(
             Incoming(folders, self.ledger.settled, reconcile_s=site.reconcile_s, poll_s=site.poll_s)
@@ -137,8 +144,13 @@ class Service:
         self._log_again = 0.0
         self._away_because = ""
         self._folders_away = {source: Backoff() for source in self._places}
-        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
         self._away = Backoff()
+
+    def _start_beside_the_line(self) -> None:
+        """What follows reviews: tables, deliveries, drift, gates, re-review, forgetting."""
+        site, keep = self.site, self._open
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
+        self._duplicates = Duplicates(self.ledger, site.results_dir, self._messages_aside)
         self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
         keep.callback(self._drift.save, site.state_dir / drift.STATE)
@@ -161,7 +173,6 @@ class Service:
         self._forgetting = Forgetting(
             self.ledger, self._places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
         )
-        self._set_aside_what_kills()
 
     def run(self) -> bool:
         """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.
@@ -220,6 +231,7 @@ class Service:
             else:
                 self._note_fault(arrival, error)
             self._incoming.release(arrival)
+        self._duplicates.step()
         self._tables.step()
         self._late_look.step()
 
@@ -367,11 +379,12 @@ class Service:
         """Say that the line pauses and why, and that it goes on: in metrics, in a file, and once in the log."""
         for reason in pause.REASONS:
             self.metrics.paused.labels(reason).set(now is not None and now.reason == reason)
-        if (now and now.reason) == (self._pause and self._pause.reason) and self._is_pause_stated:
+        before = self._pause and self._pause.reason
+        if (now and now.reason) == before and self._is_pause_stated:
             return
-        if now is None and self._pause is not None:
-            log.info("goes on after a pause: %s", self._pause.reason)
-        elif now is not None and now.reason != "service away" and now.reason != (self._pause and self._pause.reason):
+        if now is None and before is not None:
+            log.info("goes on after a pause: %s", before)
+        elif now is not None and now.reason not in (before, "service away"):  # which has lines of its own
             # Redis and shares come back by themselves; a disk is freed, and a hang looked into, by a person.
             level = logging.WARNING if now.reason in ("Redis away", "results away") else logging.ERROR
             log.log(level, "paused: %s", now.sentence)
@@ -573,9 +586,9 @@ class Service:
         Raises:
             ServiceUnavailable: the results or the ledger are away; nothing was put aside.
         """
-        now_utc = utc_now()
+        now_utc, row = utc_now(), None
         try:
-            results.write_reason(
+            path, is_new = results.write_reason(
                 results_dir=self.site.results_dir,
                 source=work.source,
                 path=work.path,
@@ -585,6 +598,7 @@ class Service:
                 size=size,
                 quarantined_utc=now_utc,
             )
+            row = row_of(path, self.site.results_dir, is_new=is_new)
         except Exception as error:
             folder, results_dir = self._places.get(work.source, self.site.results_dir), self.site.results_dir
             if faults.scope_of(error, folder=folder, results_dir=results_dir) == "service":
@@ -598,10 +612,15 @@ class Service:
             "sha256": work.sha256,
             "reason": reason,
         }
-        self.ledger.quarantine(work, reason, audit=audit, now_utc=now_utc)
+        messages = self._messages_aside(work, now_utc)
+        self.ledger.quarantine(work, reason, audit=audit, now_utc=now_utc, row=row, outbox=messages)
         self.metrics.quarantined.labels(source=work.source).inc()
         extra = self._about(work, "quarantined")
         log.error("%s/%s quarantined: %s", work.source, work.path, reason, extra=extra)
+
+    def _messages_aside(self, work: Claim | Work, now_utc: str) -> list[OutboxItem]:
+        """What leaves for Redis with a file that has no result of its own."""
+        return []
 
     def _refuse_unread(self, arrival: Arrival, reason: str) -> None:
         """Quarantine a file that is not even read: its identity is its name and stamp."""

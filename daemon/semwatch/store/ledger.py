@@ -24,6 +24,7 @@ Layout, ``user_version`` 4, ``application_id`` "SEMW". Paths are BLOBs, because 
                                          ``utc``, where it may be forgotten, is when it was taken; since layout 3
     unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
+    duplicates source, path              with the content of others, not noted beside the results yet; since layout 4
     lot_rows seq, lot, result            what is not in the table of its lot yet, see ``lot_rows``; since layout 3
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
@@ -66,6 +67,7 @@ _LAYOUT_4 = (
     "ALTER TABLE paths ADD COLUMN ctime_ns INTEGER",
     "ALTER TABLE paths ADD COLUMN inode INTEGER",
     "ALTER TABLE paths ADD COLUMN look_again_utc TEXT",
+    "CREATE TABLE duplicates (source TEXT NOT NULL, path BLOB NOT NULL, PRIMARY KEY (source, path)) WITHOUT ROWID",
     "CREATE INDEX suspects ON work (first_seen_utc) WHERE deaths > 0 AND state = 'SEEN'",
     "CREATE INDEX paths_to_look_at ON paths (look_again_utc) WHERE look_again_utc IS NOT NULL",
 )
@@ -275,6 +277,10 @@ class Ledger:
                     (source, sha256, original, now_utc),
                 )
             _resolve(db, source, path, sha256, stamp, now_utc, look_again_utc)
+            if outcome in ("duplicate", "in-flight"):
+                db.execute("INSERT OR IGNORE INTO duplicates VALUES (?, ?)", (source, _blob(path)))
+            else:
+                db.execute("DELETE FROM duplicates WHERE source = ? AND path = ?", (source, _blob(path)))
         return Claim(outcome, source, sha256, path, attempts, _text(original), deaths)
 
     def finish(
@@ -303,11 +309,48 @@ class Ledger:
             lot_rows.add(db, row)
             _append_audit(db, audit)
 
-    def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
-        """Put claimed or waiting work aside for good, with the reason and its audit line, all or nothing."""
+    def quarantine(
+        self,
+        work: Claim | Work,
+        reason: str,
+        *,
+        audit: Mapping[str, object],
+        now_utc: str,
+        row: LotRow | None = None,
+        outbox: Sequence[OutboxItem] = (),
+    ) -> None:
+        """Put claimed or waiting work aside for good: reason, audit line, lot's row and messages, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, work, "state = 'QUARANTINED', reason = ?, finished_utc = ?", _clean(reason), now_utc)
+            lot_rows.add(db, row)
+            _add_messages(db, outbox)
             _append_audit(db, audit)
+
+    def duplicates(self, limit: int) -> list[Work]:
+        """Return duplicates that are not noted yet: the work that they are of, under their own path.
+
+        ``reason`` is the path of the original, ``state`` that of its work; work in flight is left out.
+        """
+        rows = self._file.rows(
+            "SELECT d.source, p.sha256, d.path, w.state, w.attempts, w.path, w.first_seen_utc, w.finished_utc, 0"
+            " FROM duplicates AS d JOIN paths AS p USING (source, path)"
+            " JOIN work AS w ON w.source = d.source AND w.sha256 = p.sha256"
+            " WHERE w.path != d.path AND w.state IN ('DONE', 'QUARANTINED') LIMIT ?",
+            (limit,),
+        )
+        return [
+            Work(source, sha256, _text(path), state, attempts, _text(original), *rest)
+            for source, sha256, path, state, attempts, original, *rest in rows
+        ]
+
+    def duplicate_noted(
+        self, source: str, path: str, *, row: LotRow | None = None, outbox: Sequence[OutboxItem] = ()
+    ) -> None:
+        """Note that a duplicate stands beside the results, with its lot's row and messages, all or nothing."""
+        with self._file.transaction() as db:
+            db.execute("DELETE FROM duplicates WHERE source = ? AND path = ?", (source, _blob(path)))
+            lot_rows.add(db, row)
+            _add_messages(db, outbox)
 
     def give_back(self, claim: Claim, reason: str, *, is_attempt: bool = False) -> None:
         """Let the work wait again: a service is away, or with ``is_attempt`` the work itself failed, which counts."""
@@ -351,10 +394,7 @@ class Ledger:
                 taken = db.execute("INSERT OR IGNORE INTO noted (id, utc) VALUES (?, ?)", (once, once_utc))
                 if taken.rowcount == 0:
                     return False
-            db.executemany(
-                "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
-                [(item.id, item.stream, item.payload) for item in outbox],
-            )
+            _add_messages(db, outbox)
             lot_rows.add(db, row)
             if audit is not None:
                 _append_audit(db, audit)
@@ -422,10 +462,14 @@ class Ledger:
         states: dict[State, int] = {"SEEN": 0, "CLAIMED": 0, "DONE": 0, "QUARANTINED": 0}
         return states | dict(self._file.rows("SELECT state, count(*) FROM work GROUP BY state"))
 
-    def n_done_since(self, utc: str) -> int:
-        """Count the work that became DONE at or after ``utc``."""
-        rows = self._file.rows("SELECT count(*) FROM work WHERE finished_utc >= ? AND state = 'DONE'", (utc,))
-        return int(rows[0][0])
+    def reviews_since(self, utc: str) -> tuple[int, str | None]:
+        """Count the reviews that were finished at or after ``utc``, and say when the first of them was."""
+        rows = self._file.rows(
+            "SELECT count(*), min(finished_utc) FROM work WHERE finished_utc >= ? AND state = 'DONE'"
+            " AND reason IS NULL",  # else it was done without a review, as a reference is
+            (utc,),
+        )
+        return int(rows[0][0]), rows[0][1]
 
     def listing(self, state: State, limit: int = 100) -> list[Work]:
         """Return work in one state, first seen first."""
@@ -437,7 +481,8 @@ class Ledger:
     def suspects(self, limit: int = 1000) -> list[Work]:
         """Return waiting work that the process has died on, first seen first."""
         rows = self._file.rows(
-            f"SELECT {self._work} FROM work WHERE deaths > 0 AND state = 'SEEN' ORDER BY first_seen_utc LIMIT ?", (limit,)
+            f"SELECT {self._work} FROM work WHERE deaths > 0 AND state = 'SEEN' ORDER BY first_seen_utc LIMIT ?",
+            (limit,),
         )
         return [Work(source, sha256, _text(path), *rest) for source, sha256, path, *rest in rows]
 
@@ -464,8 +509,8 @@ class Ledger:
     def seen_as(self, source: str, sha256: str) -> list[Seen]:
         """Return the files that hold this content as far as the ledger knows, first hashed first."""
         rows = self._file.rows(
-            f"SELECT path, size, mtime_ns, {self._ctime_ns}, {self._inode}, seen_utc FROM paths WHERE source = ? AND sha256 = ?"
-            " ORDER BY seen_utc, path",
+            f"SELECT path, size, mtime_ns, {self._ctime_ns}, {self._inode}, seen_utc FROM paths"
+            " WHERE source = ? AND sha256 = ? ORDER BY seen_utc, path",
             (source, sha256),
         )
         return [Seen(_text(path), Stamp(*stamp), seen_utc) for path, *stamp, seen_utc in rows]
@@ -623,6 +668,14 @@ def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values
     )
     if changed.rowcount != 1:
         raise RuntimeError(f"{work.source} {work.path!r} is not {state} any more")
+
+
+def _add_messages(db: sqlite3.Connection, outbox: Sequence[OutboxItem]) -> None:
+    """Let messages wait; those whose id waits already are left out."""
+    db.executemany(
+        "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
+        [(item.id, item.stream, item.payload) for item in outbox],
+    )
 
 
 def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:

@@ -1,6 +1,6 @@
 """Why the line pauses, in ``<state_dir>/paused.json``: for commands on the same machine.
 
-    {"utc": since when, "reason": one of ``REASONS``, "sentence": what is wrong}, or null fields while files are taken
+{"utc": since when, "reason": one of ``REASONS``, "sentence": what is wrong}, or null fields while files are taken
 """
 
 import json

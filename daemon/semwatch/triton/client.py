@@ -13,6 +13,7 @@ waits: others mend or exchange the server, and it serves again once it is what t
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -88,11 +89,8 @@ class Triton:
         try:
             self._server.await_live(timeout_s)
             for model in sorted(models, key=MODELS.index):  # a head is held against its encoder
-                self._serving[model] = (
-                    self._heads.first(self._load_head, self._encoder())
-                    if model == "head"
-                    else self._load(model, self._heads.wanted(model))
-                )
+                encoder = self._encoder() if model == "head" else None
+                self._serving[model] = self._heads.first(model, partial(self._load, model), encoder)
         except BaseException:
             self.close()
             raise
@@ -211,9 +209,6 @@ class Triton:
 
     def _encoder(self) -> Meta | None:
         return self._serving["encoder"].meta if "encoder" in self._serving else None
-
-    def _load_head(self, number: int) -> Version:
-        return self._load("head", number)
 
     def _load_beside(self, number: int, now: Version) -> Version | None:
         """Load a head beside the one that serves; None where the server is away, and for a pause after that.
