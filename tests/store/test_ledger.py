@@ -165,7 +165,7 @@ def test_work_waiting_for_a_replaced_content_does_not_wait_for_ever(ledger: Ledg
     finish(ledger, claim(ledger, "a.tif", "second", mtime_ns=2))
     [work] = ledger.listing("QUARANTINED")
     assert (work.sha256, work.reason) == (sha("first"), "replaced before it was reviewed")
-    assert claim(ledger, "b.tif", "first").outcome == "duplicate"  # says so; `requeue` brings it back
+    assert claim(ledger, "b.tif", "first").outcome == "retry"  # its content came again
 
 
 def test_replaced_content_that_lies_elsewhere_too_goes_on_waiting(ledger: Ledger) -> None:

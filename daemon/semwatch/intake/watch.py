@@ -44,6 +44,7 @@ class Watch(FileSystemEventHandler):
         self._identity: tuple[int, int] | None = None
         self._root = ""
         self._warned: set[str] = set()
+        self._is_without_events = False
 
     @property
     def is_observed(self) -> bool:
@@ -89,8 +90,10 @@ class Watch(FileSystemEventHandler):
         if not self.folder.polling and not self.is_observed and now >= self._observe_at:
             if self._observer is not None:
                 log.warning("the observer of drop folder %s died and is started anew", self.folder.path)
-            self._observe_at = now if self._observe() else now + retry_s
-            self.is_scan_wanted = True  # after the watch is set, so that nothing falls in between
+            if self._observe():
+                self.is_scan_wanted = True  # after the watch is set, so that nothing falls in between
+            else:
+                self._observe_at = now + retry_s
         return True
 
     def lose(self, error: OSError) -> None:
@@ -125,7 +128,10 @@ class Watch(FileSystemEventHandler):
             self._observer.schedule(self, self._root, recursive=self.folder.recursive, event_filter=_EVENTS)
             self._observer.start()
         except (OSError, RecursionError) as error:  # watchdog walks a tree of a thousand levels by recursion
-            log.warning("drop folder %s sends no events (%s), it is scanned instead", self.folder.path, error)
+            if not self._is_without_events:
+                log.warning("drop folder %s sends no events (%s), it is scanned instead", self.folder.path, error)
+            self._is_without_events = True
             self.stop()
             return False
+        self._is_without_events = False
         return True

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from semwatch.errors import SemwatchError
+from semwatch.service import faults
 from semwatch.service.lot_tables import row_of
 from semwatch.store import results
 from semwatch.store.ledger import Ledger, OutboxItem, Work
@@ -18,6 +19,8 @@ from semwatch.system.clock import utc_now
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
+RETRY_S = 30.0
+"""Until the next try while the results are away."""
 FILES_A_STEP = 5
 
 
@@ -51,6 +54,7 @@ class Duplicates:
     def _note(self, work: Work) -> None:
         now_utc, row = utc_now(), None
         try:
+            faults.check_results(self._results_dir)
             path, is_new = results.write_duplicate(
                 results_dir=self._results_dir,
                 source=work.source,
@@ -61,9 +65,10 @@ class Duplicates:
                 noted_utc=now_utc,
             )
             row = row_of(path, self._results_dir, is_new=is_new)
-        except (SemwatchError, OSError, RuntimeError) as error:  # its place is taken, or leads elsewhere
-            log.warning("%s/%s: its note is not beside the results: %s", work.source, printable(work.path), error)
-            if not self._results_dir.is_dir():
-                self._next = time.monotonic() + 30.0
+        except (SemwatchError, OSError, RuntimeError) as error:
+            if faults.scope_of(error, folder=self._results_dir, results_dir=self._results_dir) == "service":
+                self._next = time.monotonic() + RETRY_S
                 return
+            # Its place is taken, or leads elsewhere.
+            log.warning("%s/%s: its note is not beside the results: %s", work.source, printable(work.path), error)
         self._ledger.duplicate_noted(work.source, work.path, row=row, outbox=self._messages_of(work, now_utc))

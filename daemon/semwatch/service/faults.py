@@ -46,6 +46,18 @@ def scope_of(error: BaseException, *, folder: Path, results_dir: Path) -> Scope:
     return "file"
 
 
+def check_results(results_dir: Path) -> None:
+    """Make sure that the folder of the results is there: below a share that is away, nothing is to be written.
+
+    Raises:
+        ServiceUnavailable: it is not.
+    """
+    try:
+        os.scandir(results_dir).close()
+    except OSError as error:
+        raise ServiceUnavailable(f"{results_dir} cannot be reached: {error.strerror}") from error
+
+
 def can_list(folder: Path) -> bool:
     """Whether a folder can be looked into."""
     try:

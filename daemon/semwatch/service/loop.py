@@ -50,6 +50,7 @@ from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem, Work
 from semwatch.store.pause import Pause
 from semwatch.store.review_record import printable
 from semwatch.streams import records
+from semwatch.streams.records import Outcome
 from semwatch.system.clock import utc_now
 from semwatch.system.files import make_folder
 from semwatch.system.journal import about
@@ -150,7 +151,7 @@ class Service:
         """What follows reviews: tables, deliveries, drift, gates, re-review, forgetting."""
         site, keep = self.site, self._open
         self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
-        self._duplicates = Duplicates(self.ledger, site.results_dir, self._messages_aside)
+        self._duplicates = Duplicates(self.ledger, site.results_dir, self._messages_of_duplicate)
         self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
         keep.callback(self._drift.save, site.state_dir / drift.STATE)
@@ -196,6 +197,7 @@ class Service:
                     self._reap()
                     self._reread()
                     self._deliver()
+                    self._note_quiet()
                 except ServiceUnavailable as error:  # the disk under ledger or audit log
                     self._note_away(error)
                     self._stop.wait(TICK_S)
@@ -257,6 +259,12 @@ class Service:
         if self._away.failed() or time.monotonic() >= self._log_again:
             self._log_again = time.monotonic() + LOG_AGAIN_S
             log.error("the line waits: %s", self._away_because)
+
+    def _note_quiet(self) -> None:
+        """With no file left to show that what was away answers, a whole turn of the loop shows it."""
+        is_idle = not self._working and self._incoming.waiting()[0] == 0
+        if is_idle and not self._away.is_waiting() and self._away.worked():
+            log.info("what was away answers again: %s", self._away_because)
 
     def _scope_of(self, of: Arrival | Claim, error: BaseException) -> faults.Scope:
         return faults.scope_of(error, folder=self._places[of.source], results_dir=self.site.results_dir)
@@ -479,7 +487,7 @@ class Service:
             is_attempt and claim.attempts + 1 >= self.site.limits.max_attempts
         ):
             why = f"gave up after {claim.attempts + 1} attempts: {faults.in_words(error)}"
-            self._quarantine(claim, why, size)
+            self._set_aside(claim, why, size)
         else:
             self.ledger.give_back(claim, faults.in_words(error), is_attempt=is_attempt)
 
@@ -532,6 +540,7 @@ class Service:
             reference_file=reference,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
+        faults.check_results(self.site.results_dir)
         paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
         found = records.records(review)
         messages = notices.messages(found, paths.record) if self._publisher else []
@@ -588,6 +597,7 @@ class Service:
         """
         now_utc, row = utc_now(), None
         try:
+            faults.check_results(self.site.results_dir)
             path, is_new = results.write_reason(
                 results_dir=self.site.results_dir,
                 source=work.source,
@@ -612,22 +622,50 @@ class Service:
             "sha256": work.sha256,
             "reason": reason,
         }
-        messages = self._messages_aside(work, now_utc)
+        messages = self._messages_aside(work, "refused", reason, now_utc)
         self.ledger.quarantine(work, reason, audit=audit, now_utc=now_utc, row=row, outbox=messages)
         self.metrics.quarantined.labels(source=work.source).inc()
         extra = self._about(work, "quarantined")
         log.error("%s/%s quarantined: %s", work.source, work.path, reason, extra=extra)
 
-    def _messages_aside(self, work: Claim | Work, now_utc: str) -> list[OutboxItem]:
+    def _messages_aside(self, work: Claim | Work, outcome: Outcome, reason: str, now_utc: str) -> list[OutboxItem]:
         """What leaves for Redis with a file that has no result of its own."""
-        return []
+        recipe = self.recipes.get(work.source)
+        if self._publisher is None or recipe is None:
+            return []
+        message = notices.aside_message(
+            site=self.site.name,
+            source=work.source,
+            path=work.path,
+            sha256=work.sha256,
+            recipe=recipe,
+            outcome=outcome,
+            reason=reason,
+            utc=now_utc,
+        )
+        return [OutboxItem(*message)]
+
+    def _messages_of_duplicate(self, work: Work, now_utc: str) -> list[OutboxItem]:
+        return self._messages_aside(work, "duplicate", f"the content of {work.reason}", now_utc)
 
     def _refuse_unread(self, arrival: Arrival, reason: str) -> None:
         """Quarantine a file that is not even read: its identity is its name and stamp."""
         stand_in = hashlib.sha256(f"{arrival.path}\0{arrival.stamp}".encode(errors="surrogateescape"))
         claim = self._claim(arrival, stand_in.hexdigest())
         if claim.is_mine:
-            self._quarantine(claim, reason, arrival.size)
+            self._set_aside(claim, reason, arrival.size)
+
+    def _set_aside(self, claim: Claim, reason: str, size: int) -> None:
+        """Quarantine claimed work; where a service is away, the work waits.
+
+        Raises:
+            ServiceUnavailable: one is.
+        """
+        try:
+            self._quarantine(claim, reason, size)
+        except ServiceUnavailable:
+            self.ledger.give_back(claim, reason)
+            raise
 
     def _note_not_mine(self, claim: Claim) -> None:
         if claim.outcome == "duplicate":

@@ -75,6 +75,8 @@ class LotTables:
         if now < self._next and not is_last:
             return
         self._next = now + INTERVAL_S
+        if not os.access(self._results_dir, os.X_OK):  # a share that is away: what waits, waits
+            return
         waiting = [] if is_last else [lot for lot, until in self._not_before.items() if until > now]
         while rows := self._rows.new(ROWS_A_STEP, but=waiting):
             waiting += self._append(rows)

@@ -105,6 +105,8 @@ _KIND = Kind(
 )
 LOCK_S = 0.3
 _FILES_A_QUERY = 500
+_REPLACED = "replaced before it was reviewed"
+"""Reason of work that nobody can do any more; should its content come again, it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +267,9 @@ class Ledger:
         """
         with self._file.transaction() as db:
             row = db.execute(
-                "SELECT state, attempts, deaths, path FROM work WHERE source = ? AND sha256 = ?", (source, sha256)
+                "SELECT CASE reason WHEN ? THEN 'SEEN' ELSE state END, attempts, deaths, path FROM work"
+                " WHERE source = ? AND sha256 = ?",
+                (_REPLACED, source, sha256),
             ).fetchone()
             state, attempts, deaths, original = row if row else (None, 0, 0, _blob(path))
             outcome = _outcome(state, is_same_path=original == _blob(path))
@@ -273,7 +277,8 @@ class Ledger:
                 original = _blob(path)
                 db.execute(
                     "INSERT INTO work (source, sha256, path, state, first_seen_utc) VALUES (?, ?, ?, 'CLAIMED', ?)"
-                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = excluded.path",
+                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = excluded.path, reason = NULL,"
+                    " finished_utc = NULL",
                     (source, sha256, original, now_utc),
                 )
             _resolve(db, source, path, sha256, stamp, now_utc, look_again_utc)
@@ -652,10 +657,10 @@ def _resolve(
     )
     if before is not None and before[0] != sha256:
         db.execute(
-            "UPDATE work SET state = 'QUARANTINED', reason = 'replaced before it was reviewed', finished_utc = ?"
+            "UPDATE work SET state = 'QUARANTINED', reason = ?, finished_utc = ?"
             " WHERE source = ? AND sha256 = ? AND state = 'SEEN'"
             " AND NOT EXISTS (SELECT 1 FROM paths WHERE paths.source = work.source AND paths.sha256 = work.sha256)",
-            (now_utc, source, before[0]),
+            (_REPLACED, now_utc, source, before[0]),
         )
 
 
