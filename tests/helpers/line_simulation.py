@@ -201,7 +201,11 @@ class Process:
         service._review = self._review  # type: ignore[method-assign]
         service._messages_aside = lambda *_: []  # type: ignore[method-assign]
         service._meet_learning = lambda: None  # type: ignore[method-assign]
-        service._set_aside_what_kills()
+        try:
+            service._set_aside_what_kills()
+        except BaseException:
+            self.ledger.close()
+            raise
 
     def _review(self, claim: Any, data: bytes, *_: Any) -> None:
         """What stands for models and results: content says what becomes of it."""
@@ -267,6 +271,7 @@ def simulated(world: World) -> Iterator[None]:
     for name in ("claim", "finish", "quarantine", "give_back", "mark_published", "forget_audit"):
         ledgers[name] = _with_effects(world, name, real[name])
     stamp_now = lambda file, like: world.files[file.relative_to(DROP).as_posix()][1]  # noqa: E731
+    clock = SimpleNamespace(monotonic=lambda: world.now, perf_counter=lambda: world.now)
     with ExitStack() as stack:
         for owner, name, value in (
             (decoding, "read_file", read_file),
@@ -276,7 +281,8 @@ def simulated(world: World) -> Iterator[None]:
             (faults, "check_results", lambda _: None),
             (faults, "is_there", lambda file: file.relative_to(DROP).as_posix() in world.files),
             (faults, "stamp_now", stamp_now),
-            (delivery.time, "monotonic", lambda: world.now),
+            (delivery, "time", clock),
+            (loop, "time", clock),
             *((Ledger, name, value) for name, value in ledgers.items()),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -9,11 +9,15 @@ import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from semwatch.system.files import Stamp
 
 Key = tuple[str, str]
 """Source and path."""
+MOST_AT_ONCE = 5000
+"""Files that are moved or forgotten before others get a turn: a million at once would hold up the line. While more
+than that become ready at one moment, the oldest of those that were moved goes first."""
 
 
 @dataclass(slots=True)
@@ -57,9 +61,10 @@ class Waiting:
             return self._files.get(key)
 
     def paths(self, source: str) -> list[str]:
-        """Paths of one source's files that are not in flight."""
+        """Paths of one source's files, in flight or not."""
         with self.lock:
-            return [path for (its, path), file in self._files.items() if its == source and not file.in_flight]
+            keys = list(self._files)
+        return [path for its, path in keys if its == source]
 
     def put(self, key: Key, stamp: Stamp, *, due_at: float, now: float) -> None:
         """Take a file that is new or has changed; one in flight stays as it is."""
@@ -75,12 +80,14 @@ class Waiting:
 
     def drop(self, keys: Iterable[Key], *, in_flight: bool = False) -> None:
         """Forget files; those in flight only where it is said."""
-        with self.lock:
-            for key in keys:
-                file = self._files.get(key)
-                if file is not None and file.in_flight <= in_flight:
-                    self._n_in_flight -= file.in_flight
-                    del self._files[key]
+        left = iter(keys)
+        while some := list(islice(left, MOST_AT_ONCE)):
+            with self.lock:
+                for key in some:
+                    file = self._files.get(key)
+                    if file is not None and file.in_flight <= in_flight:
+                        self._n_in_flight -= file.in_flight
+                        del self._files[key]
 
     def reschedule(self, key: Key, *, due_at: float | None = None, not_before: float | None = None) -> None:
         """Let a file be due, or come again, at another time; back from flight where it was in flight."""
@@ -159,7 +166,9 @@ class Waiting:
             if self._held.get(source, -math.inf) > now:
                 continue
             ready = self._ready[source]
-            while later and later[0][0] <= now:
+            for _ in range(MOST_AT_ONCE):
+                if not later or later[0][0] > now:
+                    break
                 _, path, turn = heapq.heappop(later)
                 if self._is_turn(source, path, turn):
                     heapq.heappush(ready, (self._files[source, path].stamp.mtime_ns, path, turn))

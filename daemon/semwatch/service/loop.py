@@ -252,7 +252,13 @@ class Service:
             self._incoming.hold(arrival.source, backoff.left_s())
         else:
             is_bug = not isinstance(error, SemwatchError | OSError | MemoryError)
-            log.warning("%s waits, the others go on: %s", arrival.path, why, extra=extra, exc_info=is_bug and error)
+            log.warning(
+                "%s waits in its folder, the others go on: %s",
+                arrival.path,
+                why,
+                extra=extra,
+                exc_info=is_bug and error,
+            )
 
     def _note_away(self, error: BaseException) -> None:
         self._away_because = faults.in_words(error)
@@ -287,7 +293,7 @@ class Service:
             return Pause("disk full", f"disk nearly full, {free / 1e6:.0f} MB free")
         redis = self.site.redis
         if redis is not None and (n := self.ledger.n_unpublished()) >= redis.max_unpublished:
-            return Pause("Redis away", f"{n} records wait for Redis")
+            return Pause("Redis away", f"Redis away, {n} records wait for it")
         return None
 
     def _why_away(self) -> Pause:
