@@ -34,6 +34,7 @@ from semwatch.service.delivery import Backoff
 from semwatch.service.loop import Service
 from semwatch.service.metrics import Metrics
 from semwatch.settings.recipe import Recipe
+from semwatch.store import results
 from semwatch.store.ledger import Ledger, OutboxItem
 from semwatch.system.files import Stamp
 
@@ -198,7 +199,7 @@ class Process:
         service._away, service._publishing, service._folders_away = Backoff(), Backoff(), {SOURCE: Backoff()}
         service._away_because, service._log_again = "", 0.0
         service._publisher, service._audit = SimulatedPublisher(world), SimulatedAudit(world)  # type: ignore[assignment]
-        service._review = self._review  # type: ignore[method-assign]
+        service._review = self._review  # type: ignore[method-assign,assignment]
         service._messages_aside = lambda *_: []  # type: ignore[method-assign]
         service._meet_learning = lambda: None  # type: ignore[method-assign]
         try:
@@ -275,7 +276,7 @@ def simulated(world: World) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, value in (
             (decoding, "read_file", read_file),
-            (loop.results, "write_reason", write_reason),
+            (results, "write_reason", write_reason),
             (faults, "can_write", lambda _: not world.is_results_away),
             (faults, "can_list", lambda _: True),
             (faults, "check_results", lambda _: None),

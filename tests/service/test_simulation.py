@@ -1,5 +1,6 @@
 """Intake and delivery under thousands of schedules of faults and deaths; planted mistakes are caught."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from semwatch.errors import ServiceUnavailable
 from semwatch.service import delivery, faults, loop
 from semwatch.service.loop import Service
 from semwatch.store import ledger as ledger_module
+from semwatch.store import results
 from semwatch.store.ledger import Ledger
 
 N_SCHEDULES = int(os.environ.get("SEMWATCH_SCHEDULES", "150"))
@@ -66,7 +68,11 @@ def finished_before_its_result() -> Any:
     def review(self: simulation.Process, claim: Any, data: bytes, *_: Any) -> None:
         write = self.world.write_result
         later: list[Callable[[], None]] = []
-        self.world.write_result = lambda path, sha256: later.append(lambda: write(path, sha256))  # type: ignore[method-assign]
+
+        def written_later(path: str, sha256: str, **_: Any) -> None:
+            later.append(lambda: write(path, sha256))
+
+        self.world.write_result = written_later  # type: ignore[method-assign]
         try:
             real(self, claim, data)
         finally:
@@ -91,7 +97,7 @@ def forgotten_before_it_is_in_the_audit_log() -> Any:
     def deliver(ledger: Ledger, audit: Any) -> None:
         while lines := ledger.audit_after(audit.last_seq, delivery.BATCH):
             ledger.forget_audit(lines[-1][0])
-            audit.append([(seq, delivery.json.loads(text)) for seq, text in lines])
+            audit.append([(seq, json.loads(text)) for seq, text in lines])
 
     return mock.patch.object(loop, "deliver_audit", deliver)
 
@@ -130,7 +136,7 @@ def service_away_counts_an_attempt() -> Any:
 
 def quarantine_fails_with_its_reason() -> Any:
     def quarantine(self: Service, work: Any, reason: str, size: int) -> None:
-        loop.results.write_reason(path=work.path, sha256=work.sha256, reason=reason)
+        results.write_reason(path=work.path, sha256=work.sha256, reason=reason)
         real(self, work, reason, size)
 
     real = Service._quarantine

@@ -98,7 +98,7 @@ _KIND = Kind(
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
         2: (*_LAYOUT_3, "ALTER TABLE noted ADD COLUMN utc TEXT"),
         # What had attempts then had died with the process.
-        3: (*_LAYOUT_4, "UPDATE work SET deaths = attempts"),
+        3: (*_LAYOUT_4, "UPDATE work SET deaths = attempts WHERE attempts > 0"),
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
