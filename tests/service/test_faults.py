@@ -58,8 +58,6 @@ def names(site: Site) -> set[str]:
 def failing(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, part: str, error: Callable[[], Exception]
 ) -> list[bool]:
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, part: str, error: Callable[[], Exception]
-) -> list[bool]:
     """Let a function fail where ``part`` is among its arguments, until the list that is given back is emptied."""
     real, fails = getattr(owner, name), [True]
 
