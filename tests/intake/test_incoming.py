@@ -732,6 +732,25 @@ def test_scan_asks_the_ledger_once_for_many_files(drop: Path, settled: Settled) 
     assert settled.n_asked == n_scanned
 
 
+def test_settled_file_that_is_written_anew_in_place_is_not_lost_among_new_ones(drop: Path, settled: Settled) -> None:
+    clock = Clock()
+    file = put(drop / "live.tif")
+    settled.settle_as_it_is(file, has_inodes=False)
+    folder = watched(drop, polling=True, steady_s=5.0)
+    with Incoming([folder], settled, reconcile_s=1000.0, poll_s=1.0, clock=clock) as incoming:
+        assert incoming.arrivals(0.0) == []
+        with file.open("r+b") as opened:
+            opened.write(b"other")
+        os.utime(file, (1e9, 1e9))
+        incoming.look_at("tool", "live.tif")  # as an event does
+        assert incoming.arrivals(0.0) == []
+        put(drop / "new.tif")
+        clock.now += 2.0
+        assert incoming.arrivals(0.0) == []
+        clock.now += 5.0
+        assert paths(incoming.arrivals(0.0, limit=5)) == ["live.tif", "new.tif"]
+
+
 def test_file_that_is_settled_no_more_arrives_with_the_next_scan(drop: Path, settled: Settled) -> None:
     """As one that a person takes out of quarantine."""
     file = put(drop / "a.tif")

@@ -23,6 +23,7 @@ from semwatch.service.loop import Service
 from semwatch.settings.site import load_site
 from semwatch.store import pause
 from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.system import files
 from semwatch.system.files import Stamp, stamp_of
 
 WAIT_S = 60.0
@@ -199,13 +200,19 @@ def test_thousand_nested_folders_hold_up_nothing(tmp_path: Path, tiny_repository
         below = os.open("d", os.O_RDONLY, dir_fd=deep)
         os.close(deep)
         deep = below
-    (Path(f"/proc/self/fd/{deep}") / "deep.png").write_bytes(png(2))
     os.close(deep)
     try:
         with running(site):
-            wait_for(lambda: _counts(site)["DONE"] == 2)  # rglob would take the results by recursion
+            wait_for(lambda: names(site) == {"good.png"})
     finally:
-        subprocess.run(["rm", "-rf", site.drop, site.results], check=True)
+        subprocess.run(["rm", "-rf", site.drop], check=True)
+
+
+def test_folders_of_any_depth_are_made_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "sync_folder", lambda _: None)  # a thousand flushes take long
+    files.make_folder(tmp_path.joinpath(*["d"] * 1100))
+    assert (tmp_path / "d" / "d").is_dir()
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
 def test_lot_among_the_results_that_leads_elsewhere_holds_up_no_other(tmp_path: Path, tiny_repository: Path) -> None:
@@ -225,8 +232,6 @@ def test_lot_among_the_results_that_leads_elsewhere_holds_up_no_other(tmp_path: 
 
 
 def _counts(site: Site) -> dict[str, int]:
-    if not (site.state / LEDGER).exists():
-        return {"DONE": 0}
     with Ledger(site.state / LEDGER, read_only=True) as ledger:
         return {str(state): n for state, n in ledger.counts().items()}
 

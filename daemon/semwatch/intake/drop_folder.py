@@ -100,7 +100,7 @@ class Incoming:
             is_image=lambda name: is_image(folder, name),
             is_temporary=is_temporary,
             recursive=folder.recursive,
-            take=lambda found: self._look(folder, found),
+            take=lambda found: self._look_unless_closed(folder, found),
             clock=self._clock,
         )
 
@@ -204,7 +204,7 @@ class Incoming:
             try:
                 self._look_around(self._until_check_s())
             except ServiceUnavailable as error:
-                if not is_away:
+                if not is_away and not self._closed.is_set():
                     log.warning("drop folders are looked at again once the ledger can be asked: %s", error)
                 is_away = True
                 self._closed.wait(RETRY_S)
@@ -282,10 +282,13 @@ class Incoming:
 
     def _forget_vanished(self, source: str, listed: dict[str, set[str] | None]) -> None:
         """Forget files that a listing of their folder did not show, and those of folders that are gone."""
+        rules = self._watches[source].folder
         for folder, paths in by_folder(self._waiting.paths(source)).items():
             if folder in listed:
                 there = listed[folder] or set()
-                self._waiting.drop((source, path) for path in paths if path not in there)
+                # One that was settled once, and was written anew in place, is passed over by a listing.
+                missing = [path for path in paths if path not in there and status_of(rules, path) is None]
+                self._waiting.drop((source, path) for path in missing)
 
     def _look_at_all(self, folder: Folder, found: Iterator[tuple[str, stat_result]]) -> None:
         """Take note of what a walk finds, the ledger asked once for many."""
@@ -315,6 +318,12 @@ class Incoming:
                 self._waiting.put((source, path), stamps[path], due_at=due_at, now=now)
         self._news.set()
         return settled
+
+    def _look_unless_closed(self, folder: Folder, found: Found) -> set[str]:
+        """Look, as a scan does, which may take long: closing does not wait for its end."""
+        if self._closed.is_set():
+            raise ServiceUnavailable("the drop folders are closed")
+        return self._look(folder, found)
 
     def _is_as_it_was(self, folder: Folder, path: str, status: stat_result, now: float) -> bool:
         """Say whether a file waits already, as it is; one in flight is looked at again when it is released."""
