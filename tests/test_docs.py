@@ -236,6 +236,7 @@ def field_tables() -> dict[str, list[str]]:
 def described() -> dict[str, list[str]]:
     """What the tables must hold: the keys of the published schemas and of the two other files."""
     wanted = {"lot.csv": list(lot_table.LOT_COLUMNS), "reason.json": list(review_record.ReasonRecord.model_fields)}
+    wanted["duplicate.json"] = list(review_record.DuplicateRecord.model_fields)
     for path in (ROOT / "daemon").rglob("*.schema.json"):
         schema = json.loads(path.read_text())
         wanted[path.name] = list(schema["properties"])

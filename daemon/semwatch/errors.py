@@ -4,11 +4,12 @@
     ├── ConfigError          settings or recipe are wrong: stop, the message says what to fix
     ├── ModelMismatch        model repository and daemon do not fit each other: stop, the message says what to fix
     ├── ImageError           this file cannot be reviewed: quarantine it with the reason, go on with the next
-    ├── ServiceUnavailable   Redis, the models or the disk are away: back off, keep the same file, lose nothing
+    ├── ServiceUnavailable   Redis, the models or a disk are away: back off, lose nothing
+    │   └── FileUnavailable  work on this one file failed, another try may mend it: the file waits, no other does
     └── PublishError         a new model version could not be published: keep the old one
 
-Drivers' errors are translated where the driver is used; anything that is not in this tree is a bug and may crash the
-daemon: the ledger brings the work back.
+Drivers' errors are translated where the driver is used. Anything that is not in this tree is a bug. In the work on one
+file it is that file's (``service.faults``); anywhere else it may crash the daemon: the ledger brings the work back.
 """
 
 from collections.abc import Mapping
@@ -35,11 +36,16 @@ class ServiceUnavailable(SemwatchError):
     """A service that the line needs is away for now: wait and try the same file again."""
 
 
+class FileUnavailable(ServiceUnavailable):
+    """Work on one file failed in a way that another try may mend: let that file wait."""
+
+
 class PublishError(SemwatchError):
     """A model version could not be published; what served before goes on serving."""
 
 
 EXIT_CODES: Mapping[type[SemwatchError], int] = MappingProxyType(
-    {ConfigError: 2, ModelMismatch: 3, ServiceUnavailable: 4}
+    {ConfigError: 2, ModelMismatch: 3, ServiceUnavailable: 4, FileUnavailable: 4}
 )
-"""What a command ends with; any other error of ours is 1. The units' restart rules hang on them."""
+"""What a command ends with; any other error of ours is 1. The units' restart rules hang on them: 2 and 3 are for what
+only a person can mend, such as settings, and are not tried again."""

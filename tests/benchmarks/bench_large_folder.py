@@ -1,6 +1,8 @@
-"""A drop folder of 20,000 reviewed files and a lot of 20,000 results: what a scan and what one more result cost."""
+"""A drop folder of a million reviewed files and a lot of 20,000 results: what a scan and what one more result cost."""
 
 import hashlib
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from factories import make_review
-from semwatch.intake import drop_folder
+from semwatch.intake import folder_rules as drop_rules
 from semwatch.intake.drop_folder import Incoming
 from semwatch.service import lot_tables
 from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.settings.site import Folder
 from semwatch.store import lot_table, results
 from semwatch.store.ledger import Ledger
+from semwatch.system.files import Stamp, stamp_of
 
 N = 20_000
+N_FILES = int(os.environ.get("SEMWATCH_FILES", "1000000"))
 UTC = "2026-01-01T00:00:00Z"
 
 
@@ -28,30 +32,52 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def finish(ledger: Ledger, path: str, status_size: int, mtime_ns: int) -> None:
-    sha256 = hashlib.sha256(path.encode()).hexdigest()
-    claim = ledger.claim("tool", path, sha256=sha256, size=status_size, mtime_ns=mtime_ns, now_utc=UTC)
-    ledger.finish(claim, outbox=[], audit={}, now_utc=UTC)
+def reviewed(ledger: Ledger, folder: drop_rules.Folder, n: int, n_lots: int) -> None:
+    """Make files, and a ledger that has reviewed them."""
+    for lot in range(n_lots):
+        place = folder.path / f"lot{lot}" if n_lots > 1 else folder.path
+        place.mkdir(parents=True, exist_ok=True)
+        for i in range(lot, n, n_lots):
+            os.close(os.open(place / f"image-{i:07d}.tif", os.O_CREAT | os.O_WRONLY, 0o644))
+        rows = [
+            (os.fsencode(os.path.relpath(entry.path, folder.path)), *stamp_of(entry.stat()))
+            for entry in os.scandir(place)
+        ]
+        with ledger._file.transaction() as db:
+            db.executemany(
+                "INSERT INTO work (source, sha256, path, state, first_seen_utc, finished_utc)"
+                " VALUES ('tool', hex(?1), ?1, 'DONE', '2026', '2026')",
+                [row[:1] for row in rows],
+            )
+            db.executemany("INSERT INTO paths VALUES ('tool', ?1, ?2, ?3, hex(?1), '2026', ?4, ?5, NULL)", rows)
 
 
-@pytest.mark.timeout(1800)
-def test_scan_of_a_folder_in_which_all_is_done(tmp_path: Path) -> None:
-    settings = Folder(path=tmp_path / "drop", source="tool", recipe=tmp_path, completeness="rename", polling=True)
-    folder = drop_folder.Folder(**settings.model_dump(exclude={"recipe"}))
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("n_lots", [40, 1])
+def test_scans_of_a_folder_in_which_all_is_done(tmp_path: Path, n_lots: int) -> None:
+    settings = Folder(path=tmp_path / "drop", source="tool", recipe=tmp_path, completeness="rename")
+    folder = drop_rules.Folder(**settings.model_dump(exclude={"recipe"}))
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        for i in range(N):
-            file = folder.path / f"lot{i % 40}" / f"image-{i:06d}.tif"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
-            finish(ledger, str(file.relative_to(folder.path)), 0, file.stat().st_mtime_ns)
-        clock = [0.0]
-        with Incoming([folder], ledger.settled, reconcile_s=1, poll_s=1, clock=lambda: clock[0]) as incoming:
-            costs = []
-            for _ in range(6):
-                clock[0] += 10
-                costs.append(seconds(lambda: incoming.arrivals(0.0)))
-    wall, cpu = min(costs[1:])
-    print(f"\na scan of {N} settled files: {wall:.2f} s, {cpu:.2f} s of processor time")
+        reviewed(ledger, folder, N_FILES, n_lots)
+        incoming = Incoming([folder], ledger.settled, reconcile_s=3600, poll_s=3600)
+        scan, costs = incoming._scans["tool"], {}
+        for name in ("full", "again", "nothing new", "one new file"):
+            if name == "one new file":
+                (folder.path / f"lot{n_lots - 1}" if n_lots > 1 else folder.path).joinpath("new.tif").touch()
+            time.sleep(3.5)
+            costs[name] = seconds(scan.run)
+        print(f"\n{N_FILES} settled files in {n_lots} folders, wall and processor time of a scan:")
+        for name, (wall, cpu) in costs.items():
+            print(f"  {name}: {wall:.2f} s, {cpu:.2f} s")
+        assert incoming.waiting()[0] == 1
+        incoming.look_anew()
+        incoming.start()
+        longest, end = 0.0, time.monotonic() + costs["full"][0]
+        while time.monotonic() < end:
+            longest = max(longest, seconds(lambda: incoming.arrivals(0.02, limit=2))[0] - 0.02)
+        incoming.close()
+        print(f"  the loop beside a full scan: held up for {longest * 1000:.0f} ms at most")
+    shutil.rmtree(tmp_path / "drop")
 
 
 @pytest.mark.timeout(1800)
@@ -71,7 +97,7 @@ def test_one_more_result_in_a_large_lot_and_in_a_small_one(tmp_path: Path, monke
                 sha256 = hashlib.sha256(b"%d" % i).hexdigest()
                 review = replace(make_review(2, size_hw=(64, 64), path=f"lot/new-{i}.tif"), sha256=sha256)
                 paths = results.write(review, results_dir=folder)
-                claim = ledger.claim("tool-a", review.path, sha256=sha256, size=1, mtime_ns=1, now_utc=UTC)
+                claim = ledger.claim("tool-a", review.path, sha256=sha256, stamp=Stamp(1, 1), now_utc=UTC)
                 row = row_of(paths.json, folder, is_new=paths.is_new)
                 ledger.finish(claim, outbox=[], audit={}, now_utc=UTC, row=row)
                 wall, cpu = seconds(tables.step)

@@ -23,6 +23,7 @@ from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger, OutboxItem
 from semwatch.streams.records import records
 from semwatch.system.clock import utc_now
+from semwatch.system.files import stamp_of
 from semwatch_training.synthetic import lot_images
 
 N = 24
@@ -84,8 +85,7 @@ def _review_one(
     lap("read")
     sha256 = hashlib.sha256(data).hexdigest()
     lap("hash")
-    status = path.stat()
-    claim = ledger.claim("b", path.name, sha256=sha256, size=len(data), mtime_ns=status.st_mtime_ns, now_utc=utc_now())
+    claim = ledger.claim("b", path.name, sha256=sha256, stamp=stamp_of(path.stat()), now_utc=utc_now())
     lap("ledger claim")
     models.seconds = 0.0
     review = pipeline.review(

@@ -25,6 +25,7 @@ from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis, find_executable
 from semwatch.streams.handoff import Cycle, Handoff, Wish, wish_message
 from semwatch.streams.unknowns import Publisher
+from semwatch.system.files import Stamp
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -332,7 +333,7 @@ def test_status_with_redis_tells_its_depths_and_without_an_answer_none(
     site = make_site(tmp_path / "b", tiny_repository, redis_url=redis_url)
     assert status(semwatch, site)["redis"] == {"unknowns": 0, "results": 0}
     assert "redis unknowns 0, results 0" in semwatch("status", "--site", site.file).words
-    assert status(semwatch, make_site(tmp_path / "c", tiny_repository, redis_url=NOWHERE))["redis"] is None
+    assert status(semwatch, make_site(tmp_path / "c", tiny_repository, redis_url=NOWHERE))["redis"].startswith("away: ")
 
 
 def test_status_tells_folders_and_models_that_are_away(semwatch, tmp_path) -> None:
@@ -391,7 +392,7 @@ def test_audit_verify_notices_lines_cut_off_at_the_end_where_the_ledger_lies_bes
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         for seq in (1, 2, 3):  # the third still waits to be appended, which is no fault
             sha256 = str(seq) * 64
-            claim = ledger.claim("s", f"{seq}", sha256=sha256, size=1, mtime_ns=1, now_utc="2026-01-01T00:00:00Z")
+            claim = ledger.claim("s", f"{seq}", sha256=sha256, stamp=Stamp(1, 1), now_utc="2026-01-01T00:00:00Z")
             ledger.finish(claim, outbox=[], audit={"event": "reviewed"}, now_utc="2026-01-01T00:00:00Z")
         ledger.forget_audit(2)
     assert semwatch("audit", "verify", log).code == 0
@@ -451,7 +452,7 @@ def test_requeued_file_that_has_gone_is_asked_for(semwatch, tmp_path, tiny_repos
     site = make_site(tmp_path / "site", tiny_repository)
     with Ledger(site.state / "ledger.sqlite") as ledger:
         now_utc = "2026-01-01T00:00:00Z"
-        claim = ledger.claim(SOURCE, "gone.png", sha256="ab" * 32, size=1, mtime_ns=1, now_utc=now_utc)
+        claim = ledger.claim(SOURCE, "gone.png", sha256="ab" * 32, stamp=Stamp(1, 1), now_utc=now_utc)
         ledger.quarantine(claim, "broken", audit={"event": "quarantined"}, now_utc=now_utc)
     said = semwatch("quarantine", "requeue", "--site", site.file, "ab")
     assert said.code == 0

@@ -17,6 +17,7 @@ from semwatch.store import results
 from semwatch.store.audit import AuditLog
 from semwatch.store.ledger import Ledger
 from semwatch.store.review_record import VerdictRecord
+from semwatch.system.files import Stamp
 
 NOWHERE = "redis://127.0.0.1:1/0"
 
@@ -159,7 +160,7 @@ def test_requeued_image_waits_and_says_so(semwatch, own) -> None:
 
 def test_attempts_that_died_are_told_with_their_limit(semwatch, own) -> None:
     with Ledger(own.state / "ledger.sqlite") as ledger:
-        ledger.claim(SOURCE, "late.png", sha256="c" * 64, size=1, mtime_ns=1, now_utc="2026-01-01T00:00:00Z")
+        ledger.claim(SOURCE, "late.png", sha256="c" * 64, stamp=Stamp(1, 1), now_utc="2026-01-01T00:00:00Z")
     told = story(semwatch, own, "late.png")
     assert told["state"] == "CLAIMED"
     with Ledger(own.state / "ledger.sqlite"):
@@ -333,7 +334,7 @@ def test_json_of_what_waits_is_for_machines(semwatch, own) -> None:
 def test_file_name_that_is_no_utf_8_has_its_story(semwatch, own) -> None:
     sha = "d" * 64
     with Ledger(own.state / "ledger.sqlite") as ledger:
-        ledger.claim(SOURCE, "lot\udcff/a.png", sha256=sha, size=1, mtime_ns=1, now_utc="2026-01-01T00:00:00Z")
+        ledger.claim(SOURCE, "lot\udcff/a.png", sha256=sha, stamp=Stamp(1, 1), now_utc="2026-01-01T00:00:00Z")
     assert story(semwatch, own, "lot\udcff/a.png")["path"] == "lot\\xff/a.png"
     said = semwatch("logs", sha[:8], "--site", own.file)
     assert (said.code, said.out.splitlines()[0]) == (0, f"{SOURCE}/lot\\xff/a.png")

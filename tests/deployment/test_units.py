@@ -337,6 +337,8 @@ def test_prometheus_accepts_the_rules() -> None:
 CASES = {  # alert: series that make it fire within 65 minutes, and those that must not
     "SemwatchDown": ('up{job="semwatch"}', "0x65", "1x65"),
     "SemwatchImageWaits": ("semwatch_oldest_waiting_seconds", "0+60x65", "0x65"),
+    "SemwatchPaused": ('semwatch_paused{reason="results away"}', "0x55 1x10", "0x50 1x3 0x12"),
+    "SemwatchFilesFail": ('semwatch_errors_total{service="file"}', "0+2x65", "0x30 0+1x10 10x25"),
     "SemwatchLineWaits": ('semwatch_errors_total{service="line"}', "0+1x65", "3x65"),
     "SemwatchRecordsWait": ("semwatch_unpublished_records", "5x65", "0x10 5x5 0x50"),
     "SemwatchQuarantine": ('semwatch_quarantined_total{source="a"}', "0x30 0+1x35", "0x64 1"),

@@ -23,6 +23,7 @@ from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.settings.fields import EXAMPLES
 from semwatch.store import ledger as ledger_module
 from semwatch.store.ledger import Ledger, OutboxItem
+from semwatch.system.files import Stamp
 
 OLD, NEW = "0.1.0", "0.2.0"
 UTC = "2026-01-01T00:00:00Z"
@@ -144,7 +145,7 @@ def review(path: Path, n: int) -> None:
     with Ledger(path) as ledger:
         done = ledger.counts()["DONE"]
         for i in range(done, done + n):
-            claim = ledger.claim("t", f"{i}.tif", sha256=f"{i:064d}", size=1, mtime_ns=1, now_utc=UTC)
+            claim = ledger.claim("t", f"{i}.tif", sha256=f"{i:064d}", stamp=Stamp(1, 1), now_utc=UTC)
             items = [OutboxItem("s", str(i), b"record")]
             ledger.finish(claim, outbox=items, audit={"event": "reviewed"}, now_utc=UTC)
 

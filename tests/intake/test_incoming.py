@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.intake.drop_folder import Arrival, Folder, Incoming, is_temporary
+from semwatch.intake.drop_folder import Arrival, Incoming
+from semwatch.intake.folder_rules import Folder, is_temporary
 from semwatch.settings import site
 from semwatch.store.ledger import Ledger
+from semwatch.system.files import Stamp, stamp_of
 
 # watchdog 7.1 watches a new directory twice when its event and the walk of its parent meet, says so, and goes on.
 pytestmark = pytest.mark.filterwarnings("ignore:Callback with id:RuntimeWarning")
@@ -31,18 +33,21 @@ class Settled:
     """Stands where the ledger stands: what was settled, and a count of the questions."""
 
     def __init__(self) -> None:
-        self.files: set[tuple[str, str, int, int]] = set()
+        self.files: set[tuple[str, str, Stamp]] = set()
         self.n_asked = 0
         self.is_away = False
 
-    def __call__(self, source: str, files: Sequence[tuple[str, int, int]]) -> set[str]:
+    def __call__(self, source: str, files: Sequence[tuple[str, Stamp]]) -> set[str]:
         self.n_asked += 1
         if self.is_away:
             raise ServiceUnavailable("the disk is full")
-        return {path for path, size, mtime_ns in files if (source, path, size, mtime_ns) in self.files}
+        return {path for path, stamp in files if (source, path, stamp) in self.files}
 
     def settle(self, arrival: Arrival) -> None:
-        self.files.add((arrival.source, arrival.path, arrival.size, arrival.mtime_ns))
+        self.files.add((arrival.source, arrival.path, arrival.stamp))
+
+    def settle_as_it_is(self, file: Path, *, has_inodes: bool = True) -> None:
+        self.files.add(("tool", file.name, stamp_of(file.stat(), has_inodes=has_inodes)))
 
 
 class Clock:
@@ -125,12 +130,12 @@ def test_empty_folder_has_no_arrivals(watch: Callable[..., Incoming], drop: Path
 def test_file_that_lay_there_at_start_arrives(watch: Callable[..., Incoming], drop: Path) -> None:
     file = put(drop / "lot 7" / "wafer" / "a b.TIF", b"12345")
     [arrival] = watch(renamed(drop)).arrivals(SOON_S)
-    assert arrival == Arrival("tool", "lot 7/wafer/a b.TIF", file, 5, file.stat().st_mtime_ns)
+    assert arrival == Arrival("tool", "lot 7/wafer/a b.TIF", file, stamp_of(file.stat()))
 
 
 def test_settled_file_does_not_arrive(watch: Callable[..., Incoming], drop: Path, settled: Settled) -> None:
     file = put(drop / "a.tif")
-    settled.files.add(("tool", "a.tif", 5, file.stat().st_mtime_ns))
+    settled.settle_as_it_is(file)
     assert watch(renamed(drop)).arrivals(QUIET_S) == []
 
 
@@ -622,7 +627,7 @@ def test_folder_without_events_is_scanned_instead(
     def refuse(**_: object) -> None:
         raise OSError(errno.EMFILE, "inotify instance limit reached")
 
-    monkeypatch.setattr("semwatch.intake.drop_folder.InotifyObserver", refuse)
+    monkeypatch.setattr("semwatch.intake.watch.InotifyObserver", refuse)
     incoming = watch(renamed(drop))
     assert incoming.arrivals(QUIET_S) == []
     put(drop / "a.tif")
@@ -683,8 +688,8 @@ def test_steady_stream_into_workers_and_the_real_ledger_loses_and_doubles_nothin
 
         def work(arrival: Arrival) -> None:
             digest = hashlib.sha256(arrival.file.read_bytes()).hexdigest()
-            size, mtime_ns, now = arrival.size, arrival.mtime_ns, "2025-03-01T08:00:00Z"
-            held = ledger.claim("tool", arrival.path, sha256=digest, size=size, mtime_ns=mtime_ns, now_utc=now)
+            now = "2025-03-01T08:00:00Z"
+            held = ledger.claim("tool", arrival.path, sha256=digest, stamp=arrival.stamp, now_utc=now)
             if held.outcome == "new" and arrival.path.endswith("3.tif"):
                 ledger.give_back(held, "away")
             elif held.is_mine:
@@ -717,20 +722,39 @@ def test_scan_asks_the_ledger_once_for_many_files(drop: Path, settled: Settled) 
     for i in range(1200):
         file = drop / f"{i}.tif"
         file.touch()
-        settled.files.add(("tool", file.name, 0, file.stat().st_mtime_ns))
+        settled.settle_as_it_is(file, has_inodes=False)
     put(drop / "new.tif")
     with Incoming([renamed(drop, polling=True)], settled, reconcile_s=1000.0, poll_s=1000.0) as incoming:
         assert paths(incoming.arrivals(0.0, limit=5)) == ["new.tif"]
         n_scanned = settled.n_asked
         assert incoming.arrivals(0.0) == []
-    assert n_scanned == 3
+    assert n_scanned == 2  # one look at all, and the last look at what is handed out
     assert settled.n_asked == n_scanned
+
+
+def test_settled_file_that_is_written_anew_in_place_is_not_lost_among_new_ones(drop: Path, settled: Settled) -> None:
+    clock = Clock()
+    file = put(drop / "live.tif")
+    settled.settle_as_it_is(file, has_inodes=False)
+    folder = watched(drop, polling=True, steady_s=5.0)
+    with Incoming([folder], settled, reconcile_s=1000.0, poll_s=1.0, clock=clock) as incoming:
+        assert incoming.arrivals(0.0) == []
+        with file.open("r+b") as opened:
+            opened.write(b"other")
+        os.utime(file, (1e9, 1e9))
+        incoming.look_at("tool", "live.tif")  # as an event does
+        assert incoming.arrivals(0.0) == []
+        put(drop / "new.tif")
+        clock.now += 2.0
+        assert incoming.arrivals(0.0) == []
+        clock.now += 5.0
+        assert paths(incoming.arrivals(0.0, limit=5)) == ["live.tif", "new.tif"]
 
 
 def test_file_that_is_settled_no_more_arrives_with_the_next_scan(drop: Path, settled: Settled) -> None:
     """As one that a person takes out of quarantine."""
     file = put(drop / "a.tif")
-    settled.files.add(("tool", "a.tif", 5, file.stat().st_mtime_ns))
+    settled.settle_as_it_is(file, has_inodes=False)
     with Incoming([renamed(drop, polling=True)], settled, reconcile_s=0.05, poll_s=0.05) as incoming:
         assert incoming.arrivals(QUIET_S) == []
         settled.files.clear()

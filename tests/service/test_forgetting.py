@@ -13,6 +13,7 @@ from semwatch.service import forgetting
 from semwatch.service.forgetting import Forgetting
 from semwatch.store.ledger import Ledger
 from semwatch.system.clock import utc_of
+from semwatch.system.files import stamp_of
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
 KEEP_DAYS, REREAD_DAYS = 10.0, 20.0
@@ -48,14 +49,11 @@ class Site:
         reviewed = []
         for source, drop in self.drops.items():
             for file in sorted(path for path in drop.rglob("*") if path.is_file()):
-                path, status = str(file.relative_to(drop)), file.stat()
-                as_it_is = path, status.st_size, status.st_mtime_ns
-                if self.ledger.settled(source, [as_it_is]):
+                path, stamp = str(file.relative_to(drop)), stamp_of(file.stat())
+                if self.ledger.settled(source, [(path, stamp)]):
                     continue
                 now_utc, sha256 = utc_of(self.now), file.read_bytes().hex()
-                claim = self.ledger.claim(
-                    source, path, sha256=sha256, size=status.st_size, mtime_ns=status.st_mtime_ns, now_utc=now_utc
-                )
+                claim = self.ledger.claim(source, path, sha256=sha256, stamp=stamp, now_utc=now_utc)
                 if claim.is_mine:
                     self.ledger.finish(claim, outbox=[], audit={}, now_utc=now_utc)
                     reviewed.append(path)

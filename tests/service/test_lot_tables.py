@@ -1,6 +1,7 @@
 """Tables of lots follow results: appended where that is enough, written anew where it is not, whole after any crash."""
 
 import csv
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.store import lot_table, results
 from semwatch.store.ledger import Ledger
 from semwatch.store.lot_table import LOT
+from semwatch.system.files import Stamp
 
 UTC = "2025-03-01T08:00:00Z"
 
@@ -49,7 +51,7 @@ class Line:
 
     def finish(self, path: str, written: results.ReviewPaths) -> None:
         sha256 = results.read(written.json).sha256
-        claim = self.ledger.claim("tool-a", path, sha256=sha256, size=1, mtime_ns=1, now_utc=UTC)
+        claim = self.ledger.claim("tool-a", path, sha256=sha256, stamp=Stamp(1, 1), now_utc=UTC)
         row = row_of(written.json, self.results, is_new=written.is_new)
         self.ledger.finish(claim, outbox=[], audit={}, now_utc=UTC, row=row)
 
@@ -182,13 +184,18 @@ def test_disk_that_refuses_around_an_append_leaves_no_row_twice(
         def refused(*arguments: Any) -> None:
             if refuses == "the table":
                 real(*arguments)
-            raise ServiceUnavailable("the disk is full")
+                raise ServiceUnavailable("the disk is full")
+            raise ServiceUnavailable("the disk is full") from sqlite3.OperationalError()
 
         patch.setattr(
             *((lot_table, "append") if refuses == "the table" else (line.ledger.lot_rows, "mark_listed")), refused
         )
-        with pytest.raises(ServiceUnavailable):
-            line.step()
+        if refuses == "the table":
+            line.step()  # the tables wait, not the line
+        else:
+            with pytest.raises(ServiceUnavailable):
+                line.step()
+    line.now += lot_tables.RETRY_S
     line.step()
     assert line.rows("lot") == ["a.tif", "b.tif"]
     assert sorted(line.rows("other")) == ["a.tif", "b.tif"]
@@ -198,6 +205,35 @@ def test_disk_that_refuses_around_an_append_leaves_no_row_twice(
     line.step()
     assert line.anew == before, "and from then on rows are appended again"
     assert line.rows("lot") == ["a.tif", "b.tif", "c.tif"]
+
+
+def test_table_that_cannot_be_written_holds_up_no_other(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    line.review("lot/a.tif", "other/a.tif")
+    (line.results / "tool-a" / "lot" / LOT).mkdir()
+    for _ in range(3):
+        line.step()
+    assert line.rows("other") == ["a.tif"]
+    assert sum("tool-a/lot waits" in record.message for record in caplog.records) == 1
+    line.review("other/b.tif")
+    line.step()
+    assert line.rows("other") == ["a.tif", "b.tif"]
+    (line.results / "tool-a" / "lot" / LOT).rmdir()
+    line.now += lot_tables.RETRY_S
+    line.step()
+    assert line.rows("lot") == ["a.tif"]
+
+
+def test_tables_that_are_gone_or_behind_are_found_after_a_start(line: Line) -> None:
+    line.review("gone/a.tif", "behind/a.tif", "whole/a.tif")
+    line.step()
+    line.write("behind/b.tif")
+    (line.results / "tool-a" / "gone" / LOT).unlink()
+    line.anew.clear()
+    line.restart()
+    line.step()
+    assert line.rows("gone") == ["a.tif"]
+    assert line.rows("behind") == ["a.tif", "b.tif"]
+    assert line.anew["whole"] == 0
 
 
 def test_result_on_disk_that_the_ledger_does_not_have_yet_is_listed_once(line: Line) -> None:

@@ -11,6 +11,7 @@ from semwatch.service.references import References, read_reference
 from semwatch.settings.recipe import Recipe
 from semwatch.settings.site import Folder
 from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.system.files import Stamp
 from semwatch_training.synthetic.pairs import render_pair
 
 RECIPE = Recipe.model_validate({"reference": {"pattern": "*_ref", "wait_s": 10.0}})
@@ -41,7 +42,7 @@ def known(tmp_path: Path, clock: Clock) -> References:
 
 
 def arrival(folder: Path, path: str = "lot/a.png") -> Arrival:
-    return Arrival("sem1", path, folder / path, 1, 1)
+    return Arrival("sem1", path, folder / path, Stamp(1, 1))
 
 
 def test_image_waits_for_its_reference_until_it_is_there(known, clock, tmp_path) -> None:

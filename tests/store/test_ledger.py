@@ -24,6 +24,7 @@ from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.store import ledger as ledger_module
 from semwatch.store.ledger import Claim, Ledger, OutboxItem
 from semwatch.store.unknown_features import UnknownFeatures
+from semwatch.system.files import Stamp
 
 T0, T1, T2 = "2025-03-01T08:00:00Z", "2025-03-01T08:00:10Z", "2025-03-01T08:00:20Z"
 DAEMON = ROOT / "daemon"
@@ -46,11 +47,11 @@ def sha(content: str) -> str:
 
 def claim(ledger: Ledger, path: str, content: str | None = None, *, source: str = "tool", mtime_ns: int = 1) -> Claim:
     digest = sha(path if content is None else content)
-    return ledger.claim(source, path, sha256=digest, size=7, mtime_ns=mtime_ns, now_utc=T0)
+    return ledger.claim(source, path, sha256=digest, stamp=Stamp(7, mtime_ns), now_utc=T0)
 
 
 def is_settled(ledger: Ledger, source: str, path: str, size: int, mtime_ns: int) -> bool:
-    return ledger.settled(source, [(path, size, mtime_ns)]) == {path}
+    return ledger.settled(source, [(path, Stamp(size, mtime_ns))]) == {path}
 
 
 def finish(ledger: Ledger, held: Claim, *ids: str, now_utc: str = T1) -> None:
@@ -67,7 +68,7 @@ def test_empty_ledger_has_nothing_to_say(ledger: Ledger) -> None:
     assert ledger.n_unpublished() == 0
     assert ledger.audit_after(0, 10) == []
     assert ledger.listing("QUARANTINED") == []
-    assert ledger.n_done_since(T0) == 0
+    assert ledger.reviews_since(T0) == (0, None)
     assert ledger.paths_seen_before(T2, limit=10) == []
     assert (ledger.forget_paths([], seen_before_utc=T2), ledger.forget_work(T2), ledger.forget_notes(T2)) == (0, 0, 0)
     assert ledger.settled("tool", []) == set()
@@ -89,7 +90,7 @@ def test_finished_work_is_settled_with_its_messages_and_audit_line(ledger: Ledge
     ]
     assert [json.loads(line) for _, line in ledger.audit_after(0, 10)] == [{"path": "lot/a.tif"}]
     assert ledger.counts()["DONE"] == 1
-    assert (ledger.n_done_since(T1), ledger.n_done_since(T2)) == (1, 0)
+    assert (ledger.reviews_since(T1), ledger.reviews_since(T2)) == ((1, T1), (0, None))
 
 
 def test_settled_means_exactly_this_file(ledger: Ledger) -> None:
@@ -137,7 +138,7 @@ def test_quarantined_work_is_settled_until_it_is_requeued(ledger: Ledger) -> Non
     assert is_settled(ledger, "tool", "a.tif", 7, 1)
     [work] = ledger.listing("QUARANTINED")
     assert (work.path, work.reason, work.finished_utc) == ("a.tif", "not a TIFF", T1)
-    assert ledger.n_done_since(T0) == 0
+    assert ledger.reviews_since(T0) == (0, None)
     assert ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
     assert json.loads(ledger.audit_after(0, 10)[-1][1]) == {"event": "requeued"}
     assert not ledger.requeue("tool", sha("a.tif"), audit={"event": "requeued"})
@@ -164,7 +165,7 @@ def test_work_waiting_for_a_replaced_content_does_not_wait_for_ever(ledger: Ledg
     finish(ledger, claim(ledger, "a.tif", "second", mtime_ns=2))
     [work] = ledger.listing("QUARANTINED")
     assert (work.sha256, work.reason) == (sha("first"), "replaced before it was reviewed")
-    assert claim(ledger, "b.tif", "first").outcome == "duplicate"  # says so; `requeue` brings it back
+    assert claim(ledger, "b.tif", "first").outcome == "retry"  # its content came again
 
 
 def test_replaced_content_that_lies_elsewhere_too_goes_on_waiting(ledger: Ledger) -> None:
@@ -256,9 +257,9 @@ def test_many_files_are_asked_for_at_once_and_each_is_itself(ledger: Ledger) -> 
         finish(ledger, claim(ledger, name))
     ledger.quarantine(claim(ledger, names[1]), "no TIFF", audit={}, now_utc=T1)
     ledger.give_back(claim(ledger, names[2]), "away")
-    assert ledger.settled("tool", [(name, 7, 1) for name in names]) == {*names[::100], names[1]}
-    assert ledger.settled("other", [(name, 7, 1) for name in names]) == set()
-    assert ledger.settled("tool", [(name, 7, 2) for name in names]) == set()
+    assert ledger.settled("tool", [(name, Stamp(7, 1)) for name in names]) == {*names[::100], names[1]}
+    assert ledger.settled("other", [(name, Stamp(7, 1)) for name in names]) == set()
+    assert ledger.settled("tool", [(name, Stamp(7, 2)) for name in names]) == set()
 
 
 # --- what is forgotten ---------------------------------------------------------------------------------------------
@@ -375,8 +376,26 @@ def test_ledger_of_a_newer_layout_is_a_config_error(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 3.*backup"):
+    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 4.*backup"):
         Ledger(path)
+
+
+def _without_layout_4(db: sqlite3.Connection) -> None:
+    for later in ("INDEX suspects", "INDEX paths_to_look_at"):
+        db.execute(f"DROP {later}")
+    db.execute("DROP TABLE duplicates")
+    for later in ("work DROP deaths", "paths DROP ctime_ns", "paths DROP inode", "paths DROP look_again_utc"):
+        db.execute(f"ALTER TABLE {later}")
+
+
+def of_layout_3(path: Path) -> None:
+    """What the release before the second look left."""
+    with Ledger(path) as ledger:
+        finish(ledger, claim(ledger, "a.tif"), "m")
+        claim(ledger, "b.tif")
+    with closing(sqlite3.connect(path)) as db, db:
+        _without_layout_4(db)
+        db.execute("PRAGMA user_version = 3")
 
 
 def of_layout_1(path: Path) -> None:
@@ -387,6 +406,7 @@ def of_layout_1(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db, db:
         for later in ("TABLE noted", "TABLE unknowns", "TABLE lot_rows", "INDEX paths_by_content"):
             db.execute(f"DROP {later}")
+        _without_layout_4(db)
         db.execute("PRAGMA user_version = 1")
 
 
@@ -404,7 +424,7 @@ def of_layout_2(path: Path) -> None:
         db.execute("PRAGMA user_version = 2")
 
 
-@pytest.mark.parametrize("left", [of_layout_1, of_layout_2])
+@pytest.mark.parametrize("left", [of_layout_1, of_layout_2, of_layout_3])
 def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: Path, left) -> None:
     left(path)
     with Ledger(path) as ledger:
@@ -414,7 +434,7 @@ def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: P
         assert ledger.note(audit={"event": "x"}, once="x")
         assert not ledger.note(audit={"event": "x"}, once="x")
     with closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        assert db.execute("PRAGMA user_version").fetchone() == (4,)
         migrated = layout_of(db)
     Ledger(path.with_name("new.sqlite")).close()
     with closing(sqlite3.connect(path.with_name("new.sqlite"))) as db:
@@ -425,6 +445,9 @@ def test_older_ledger_may_be_looked_at_but_not_written_beside_the_daemon(path: P
     of_layout_1(path)
     with Ledger(path, read_only=True) as reader:
         assert reader.counts()["DONE"] == 1
+        assert is_settled(reader, "tool", "a.tif", 7, 1)
+        assert [work.path for work in reader.listing("CLAIMED")] == ["b.tif"]
+        assert [seen.stamp for seen in reader.seen_as("tool", sha("a.tif"))] == [Stamp(7, 1)]
     with pytest.raises(ConfigError, match="older semwatch; the daemon"):
         Ledger(path, exclusive=False)
     with closing(sqlite3.connect(path)) as db:
@@ -624,7 +647,7 @@ def test_file_that_kills_the_process_reaches_quarantine(path: Path) -> None:
     code = (
         "import os, sys, pathlib; from semwatch.store.ledger import Ledger\n"
         "ledger = Ledger(pathlib.Path(sys.argv[1]))\n"
-        "held = ledger.claim('tool', 'a.tif', sha256='ab', size=7, mtime_ns=1, now_utc='2025-03-01T08:00:00Z')\n"
+        "held = ledger.claim('tool', 'a.tif', sha256='ab', stamp=(7, 1, None, None), now_utc='2025-03-01T08:00:00Z')\n"
         "if held.attempts < 3: os.kill(os.getpid(), 9)\n"
         "ledger.quarantine(held, 'killed the process', audit={}, now_utc='2025-03-01T08:00:00Z')\n"
     )
@@ -642,6 +665,7 @@ import hashlib, os, random, sys, time
 from pathlib import Path
 from semwatch.store.ledger import Ledger, OutboxItem
 from semwatch.store.unknown_features import UnknownFeatures
+from semwatch.system.files import Stamp
 ledger_path, published, n, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng, now = random.Random(seed), "2025-03-01T08:00:00Z"
 stream = os.open(published, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -649,9 +673,9 @@ with Ledger(ledger_path) as ledger:
     print("open", flush=True)
     for i in sorted(range(n), key=lambda _: rng.random()):
         name, sha = f"{i}.tif", hashlib.sha256(str(i // 2).encode()).hexdigest()  # every content lies there twice
-        if ledger.settled("tool", [(name, i, i)]):
+        if ledger.settled("tool", [(name, Stamp(i, i))]):
             continue
-        held = ledger.claim("tool", name, sha256=sha, size=i, mtime_ns=i, now_utc=now)
+        held = ledger.claim("tool", name, sha256=sha, stamp=Stamp(i, i), now_utc=now)
         if held.is_mine:
             time.sleep(rng.random() * 0.002)
             if rng.random() < 0.1:

@@ -418,7 +418,7 @@ def test_missing_result_says_so(tmp_path: Path) -> None:
 
 
 def test_reason_says_why_and_what_to_do(tmp_path: Path) -> None:
-    path = results.write_reason(
+    path, is_new = results.write_reason(
         results_dir=tmp_path,
         source="tool-a",
         path="lot/a.tif",
@@ -428,7 +428,7 @@ def test_reason_says_why_and_what_to_do(tmp_path: Path) -> None:
         size=17,
         quarantined_utc="2025-03-01T12:00:00Z",
     )
-    assert path == tmp_path / "tool-a" / "lot" / "a.tif.reason.json"
+    assert (path, is_new) == (tmp_path / "tool-a" / "lot" / "a.tif.reason.json", True)
     reason = json.loads(path.read_text())
     assert (reason["reason"], reason["attempts"], reason["size"]) == ("not a TIFF: \\xff", 3, 17)
     assert "requeue" in reason["what_to_do"]

@@ -128,7 +128,7 @@ def _result(folder: Path) -> list[Path]:
 
 def _reason(folder: Path) -> list[Path]:
     said = {"source": "tool", "path": "lot/a.tif", "sha256": "a" * 64, "reason": "cut", "quarantined_utc": UTC}
-    return [results.write_reason(results_dir=folder, attempts=1, size=3, **said)]
+    return [results.write_reason(results_dir=folder, attempts=1, size=3, **said)[0]]
 
 
 def _kept_revision(folder: Path) -> list[Path]:

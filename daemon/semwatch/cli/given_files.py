@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from semwatch.intake import drop_folder
+from semwatch.intake import folder_rules
 from semwatch.settings.site import IMAGE_SUFFIXES
 from semwatch.store import results
 
@@ -22,5 +22,5 @@ def _inside(folder: Path) -> Iterator[Path]:
     for file in folder.rglob("*"):
         if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.endswith(results.OVERLAY):
             continue
-        if file.is_file() and not any(map(drop_folder.is_temporary, file.relative_to(folder).parts)):
+        if file.is_file() and not any(map(folder_rules.is_temporary, file.relative_to(folder).parts)):
             yield file

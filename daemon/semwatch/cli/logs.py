@@ -16,7 +16,7 @@ import typer
 
 from semwatch.cli.options import JsonOption, SiteOption, printable, say
 from semwatch.errors import ConfigError, SemwatchError
-from semwatch.intake import drop_folder
+from semwatch.intake import folder_rules
 from semwatch.operations import doctor
 from semwatch.operations.history import Event, History, collect
 from semwatch.settings.site import Folder, Site, load_site
@@ -137,7 +137,7 @@ def why_not_taken(folder: Folder, path: str) -> str | None:
         return f"it cannot be looked at ({error.strerror})"
     if not stat.S_ISREG(status.st_mode):
         return "it is no plain file, and links are not followed"
-    if any(drop_folder.is_temporary(part) for part in path.split("/")):
+    if any(folder_rules.is_temporary(part) for part in path.split("/")):
         return "its name is a temporary one; it is taken once the tool renames it"
     if not path.lower().endswith(folder.suffixes):
         return f"it is no image by its name: {', '.join(folder.suffixes)} are (folders.suffixes)"
@@ -172,16 +172,32 @@ def _why_the_line_waits(site: Site) -> Iterator[str]:
         yield "no daemon runs on this site: start it (semwatch run, or systemctl start semwatch)"
         return
     yield f"{state['waiting_files']} files wait, the oldest since {state['oldest_waiting_s']} s"
-    if int(str(state["disk_free_mb"])) < site.limits.min_free_mb:
-        yield f"the line pauses: {state['disk_free_mb']} MB free on the disk, less than {site.limits.min_free_mb}"
-    if site.redis and int(str(state["unpublished_records"] or 0)) >= site.redis.max_unpublished:
-        yield f"the line pauses: {state['unpublished_records']} records wait for Redis"
+    if state["paused"]:
+        yield f"the line pauses: {state['paused']}"
 
 
 def _all_files(folder: Path) -> Iterator[str]:
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            yield os.path.relpath(os.path.join(directory, name), folder)  # noqa: PTH118 - names need not be UTF-8
+    pending = [""]
+    while pending:  # not os.walk, which takes a tree of a thousand levels by recursion
+        below = pending.pop()
+        try:
+            with os.scandir(folder / below) as listing:
+                entries = list(listing)
+        except OSError:
+            continue
+        for entry in entries:
+            path = f"{below}/{entry.name}" if below else entry.name
+            if _is_folder(entry):
+                pending.append(path)
+            else:
+                yield path
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
 
 
 def _exists(file: Path) -> bool:

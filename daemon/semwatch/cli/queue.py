@@ -222,6 +222,8 @@ def _result_line(summary: ResultSummary) -> str:
     counts = ", ".join(f"{n} {name}" for name, n in found.items()) or "no defects"
     if summary.n_by_quality:
         counts += "; quality: " + ", ".join(f"{n} {name}" for name, n in summary.n_by_quality.items())
+    if summary.outcome != "reviewed":
+        counts = f"{summary.outcome}: {summary.reason}"
     return f"{summary.reviewed_utc}  {summary.source}/{summary.path}  score {scores}  {counts}"
 
 

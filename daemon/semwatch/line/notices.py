@@ -6,9 +6,10 @@ All of it is made from the ``ReviewRecord``, so that what others read is what st
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from semwatch.store.review_record import DefectRecord, ReviewRecord
+from semwatch.settings.recipe import Recipe
+from semwatch.store.review_record import DefectRecord, ReviewRecord, printable
 from semwatch.streams import records
-from semwatch.streams.records import Message, Record, ResultSummary
+from semwatch.streams.records import Message, Outcome, Record, ResultSummary
 from semwatch.system.journal import about
 
 Place = tuple[int, int]
@@ -58,6 +59,31 @@ def summary(result: ReviewRecord) -> ResultSummary:
         n_no_image=sum(not page.quality.is_image for page in result.pages),
         n_by_quality=count_flags(result),
     )
+
+
+def aside_message(
+    *, site: str, source: str, path: str, sha256: str, recipe: Recipe, outcome: Outcome, reason: str, utc: str
+) -> Message:
+    """The results stream's message of a file without a result of its own: refused, or the content of another."""
+    made = ResultSummary(
+        id=records.result_id(site, source, sha256, printable(path), recipe.id, {outcome: 1}, 1),
+        reviewed_utc=utc,
+        source=source,
+        path=printable(path),
+        sha256=sha256,
+        recipe_name=recipe.name,
+        recipe_id=recipe.id,
+        model_versions={},
+        image_scores=(),
+        n_defects=0,
+        n_by_kind={},
+        n_by_label={},
+        site=site,
+        n_no_image=1,
+        outcome=outcome,
+        reason=printable(reason),
+    )
+    return records.RESULTS, made.id, records.pack(records.encode_result(made))
 
 
 def audit_entry(result: ReviewRecord, name: str, *, before: ReviewRecord | None = None) -> dict[str, object]:

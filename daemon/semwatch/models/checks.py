@@ -8,6 +8,7 @@ from semwatch.errors import ModelMismatch
 from semwatch.models.contract import check_pair
 from semwatch.models.model_repository import Arrays, Meta
 
+MAX_LABEL_CHARS = 200
 MAX_PROBE_DIFFERENCE = 1e-3
 """Largest difference to the expected answer, relative to its largest value."""
 
@@ -38,8 +39,33 @@ def check_fit(encoder: Meta, head: Meta) -> None:
             "this head was trained on another encoder's features; pin the encoder it belongs to in the recipe, or "
             "fit a head on this encoder with `semwatch-train head`"
         )
+    check_labels(head)
+
+
+def check_labels(head: Meta) -> None:
+    """Refuse a head whose classes are not those that it answers for.
+
+    Raises:
+        ModelMismatch: it names none, one twice, another number than it answers for, or one that is no name.
+    """
+    again = "publish it again"
     if not head.labels:
-        raise ModelMismatch("the head's meta.json names no classes; publish it again")
+        raise ModelMismatch(f"the head's meta.json names no classes; {again}")
+    if len(set(head.labels)) != len(head.labels):
+        raise ModelMismatch(f"the head's meta.json names a class twice; {again}")
+    for output in ("logits", "p_values"):
+        tensor = head.outputs.get(output)
+        if tensor is not None and tensor.shape != (len(head.labels),):
+            raise ModelMismatch(
+                f"the head's meta.json names {len(head.labels)} classes, its {output} have the shape {tensor.shape}; "
+                f"{again}"
+            )
+    names = (*head.labels, *head.codes)
+    odd = [name for name in names if not (0 < len(name) <= MAX_LABEL_CHARS and name.isprintable())]
+    if odd:
+        raise ModelMismatch(f"the head's meta.json names a class {odd[0][:40]!r}, which is no name; {again}")
+    if any(abs(code) >= 2**63 for code in head.codes.values()):
+        raise ModelMismatch(f"the head's meta.json has a code beyond 64 bits; {again}")
 
 
 def check_beside(meta: Meta, others: Mapping[str, Meta]) -> None:
@@ -66,6 +92,13 @@ def check_probe(name: str, expected: Arrays, answered: Arrays) -> None:
     Raises:
         ModelMismatch: an output is absent, of another shape, or off by more than ``MAX_PROBE_DIFFERENCE``.
     """
+    try:
+        _compare(name, expected, answered)
+    except (TypeError, ValueError, ArithmeticError) as error:  # numpy on arrays that hold no numbers
+        raise ModelMismatch(f"the probe of {name} cannot be compared ({error}); publish it again") from error
+
+
+def _compare(name: str, expected: Arrays, answered: Arrays) -> None:
     for output, values in expected.items():
         if output not in answered or answered[output].shape != values.shape:
             raise ModelMismatch(f"{name} gives no {output} of the shape that its probe says; publish it again")

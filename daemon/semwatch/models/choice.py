@@ -7,13 +7,14 @@ Without a pin the newest version that is not withdrawn serves. Versions are neve
 what it leaves behind, and the next publication serves by itself. Both files appear by one rename.
 """
 
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from semwatch.errors import ModelMismatch, PublishError
+from semwatch.errors import ModelMismatch, PublishError, ServiceUnavailable
 from semwatch.models import crop_store, head_bank, model_repository
 from semwatch.models.model_repository import Meta
 from semwatch.system import files
@@ -62,15 +63,19 @@ def pin_of(repository: Path, model: str) -> int | None:
 
     Raises:
         ModelMismatch: the pin file holds no version number.
+        ServiceUnavailable: it cannot be read now.
     """
     path = repository / model / PINNED
     try:
-        text = path.read_text("ascii", errors="replace").strip()
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            text = file.read(64).decode("ascii", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError as error:
+        raise ModelMismatch(f"{path} must hold a version number alone; delete it, or pin again") from error
     except OSError as error:
-        raise ModelMismatch(f"{path} cannot be read: {error.strerror}") from error
-    if not (text.isdigit() and int(text) > 0):
+        raise ServiceUnavailable(f"{path} cannot be read now: {error.strerror}") from error
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
         raise ModelMismatch(f"{path} must hold a version number alone; delete it, or pin again")
     return int(text)
 
@@ -95,11 +100,20 @@ def pin(repository: Path, model: str, version: int | None) -> None:
 
 
 def why_withdrawn(repository: Path, model: str, version: int) -> str | None:
-    """Why a version may not serve; None where it may."""
+    """Why a version may not serve; None where it may.
+
+    Raises:
+        ServiceUnavailable: that cannot be read now.
+    """
+    path = repository / model / f"{version}{WITHDRAWN}"
     try:
-        return (repository / model / f"{version}{WITHDRAWN}").read_text("utf-8", errors="replace").strip()
-    except FileNotFoundError:
+        return path.read_text("utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError:
+        return f"{path} lies there, which is no file"
+    except OSError as error:
+        raise ServiceUnavailable(f"{path} cannot be read now: {error.strerror}") from error
 
 
 def withdraw(repository: Path, model: str, version: int, reason: str) -> None:

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -17,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from semwatch.errors import ModelMismatch, ServiceUnavailable
+from semwatch.errors import FileUnavailable, ModelMismatch, ServiceUnavailable
 from semwatch.models import model_repository
 from semwatch.models.checks import check_beside, check_inputs, check_probe
 from semwatch.models.contract import check_contract
@@ -114,11 +115,7 @@ class Embedded:
         self._threads = threads or len(os.sched_getaffinity(0))
         self._loaded: dict[str, _Loaded] = {}
         for model in sorted(models, key=MODELS.index):  # an encoder is held against its detector, a head against it
-            self._loaded[model] = (
-                self._load(model, self._swaps.wanted(model))
-                if model == "encoder"
-                else self._swaps.first(model, lambda number, model=model: self._load(model, number), self._check_beside)  # type: ignore[misc]
-            )
+            self._loaded[model] = self._swaps.first(model, partial(self._load, model), self._check_beside)
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +135,7 @@ class Embedded:
 
         Raises:
             ModelMismatch: the arrays do not fit the model.
-            ServiceUnavailable: the runtime could not answer now (out of memory).
+            FileUnavailable: the runtime could not answer this batch (out of memory).
         """
         return self._ask(self._loaded[model], inputs)
 
@@ -158,8 +155,7 @@ class Embedded:
             if fits is not None:
                 fits(meta)
 
-        serving = self._loaded[model].version
-        swap, loaded = self._swaps.next(model, serving, lambda number: self._load(model, number), check)
+        swap, loaded = self._swaps.next(model, self._loaded[model].version, partial(self._load, model), check)
         if loaded is not None:
             self._loaded = {**self._loaded, model: loaded}
         return swap
@@ -196,7 +192,7 @@ class Embedded:
             try:
                 values = loaded.session.run(names, dict(inputs))
             except Exception as error:
-                raise ServiceUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
+                raise FileUnavailable(f"the embedded {loaded.meta.model} could not answer: {error}") from error
         return Answer(dict(zip(names, values, strict=True)), loaded.id, loaded.meta)
 
     def _check_beside(self, meta: Meta) -> None:

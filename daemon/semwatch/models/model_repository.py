@@ -15,6 +15,7 @@ against the hash in ``meta.json``.
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 import zipfile
@@ -25,9 +26,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from semwatch.errors import ModelMismatch, PublishError
+from semwatch.errors import ModelMismatch, PublishError, ServiceUnavailable
 from semwatch.system.files import file_sha256, make_folder, place_folder
 
 MODELS = ("detector", "encoder", "head")
@@ -35,6 +36,11 @@ WEIGHTS = "model.onnx"
 META = "meta.json"
 PROBE = "probe.npz"
 """Arrays ``input.<name>`` and ``output.<name>``: a few samples, and the answers of what the version was made from."""
+
+MAX_META_BYTES = 64 << 20
+MAX_ARRAYS_BYTES = 2 << 30
+"""Larger files are not ours, and are refused unread."""
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 OPEN = -1
 """A side of a tensor that may have any size."""
@@ -114,11 +120,20 @@ class Meta(BaseModel):
 
 
 def versions(repository: Path, model: str) -> list[int]:
-    """Published versions of a model, ascending; empty where there are none."""
+    """Published versions of a model, ascending; empty where there are none.
+
+    Raises:
+        ServiceUnavailable: the folder cannot be read now.
+    """
     folder = repository / model
-    if not folder.is_dir():
+    try:
+        return sorted(
+            int(entry.name) for entry in folder.iterdir() if _VERSION.fullmatch(entry.name) and (entry / META).is_file()
+        )
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and (entry / META).is_file())
+    except OSError as error:
+        raise ServiceUnavailable(f"the model repository {folder} cannot be read now: {error.strerror}") from error
 
 
 def latest(repository: Path, model: str) -> int:
@@ -144,11 +159,12 @@ def read_meta(repository: Path, model: str, version: int) -> Meta:
     """
     path = repository / model / str(version) / META
     try:
-        meta = Meta.model_validate_json(path.read_bytes())
+        meta = Meta.model_validate_json(_whole(path, MAX_META_BYTES))
+        _ = meta.content_sha256  # which a version is known by
     except FileNotFoundError as error:
         raise ModelMismatch(f"{model} version {version} is not in the model repository {repository}") from error
-    except (OSError, ValidationError) as error:
-        raise ModelMismatch(f"{path} cannot be used: {error}") from error
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise ModelMismatch(f"{path} cannot be used: {str(error)[:500]}; publish the version again") from error
     if meta.model != model:
         raise ModelMismatch(f"{path} describes a {meta.model}, not a {model}")
     return meta
@@ -192,11 +208,34 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         ModelMismatch: the file is absent or damaged.
     """
     try:
-        content = io.BytesIO(path.read_bytes())  # read first: numpy leaves the file of a damaged archive open
+        content = io.BytesIO(_whole(path, MAX_ARRAYS_BYTES))  # read first: numpy leaves a damaged archive open
+        with zipfile.ZipFile(content) as archive:
+            if sum(info.file_size for info in archive.infolist()) > MAX_ARRAYS_BYTES:
+                raise ValueError(f"its arrays have more than {MAX_ARRAYS_BYTES} bytes")
         with np.load(content, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ModelMismatch(f"{path} cannot be used: {error}; publish the version again") from error
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # zip, zlib and numpy each raise their own on damaged bytes
+        raise ModelMismatch(
+            f"{path} cannot be used: {type(error).__name__}: {str(error)[:500]}; publish the version again"
+        ) from error
+    odd = sorted(name for name, array in arrays.items() if not isinstance(array, np.ndarray))
+    if odd:
+        raise ModelMismatch(f"{path} holds what is no array: {odd[0]!r}; publish the version again")
+    return arrays
+
+
+def _whole(path: Path, max_bytes: int) -> bytes:
+    """The content of a file that is not larger than it may be.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger.
+    """
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    return data
 
 
 def write_probe(path: Path, inputs: "Arrays", outputs: "Arrays") -> None:
@@ -238,4 +277,4 @@ def publish(repository: Path, meta: Meta, weights: Path, *, beside: Mapping[str,
 def _next(folder: Path) -> int:
     """One above every number that was ever given: a withdrawn version that was deleted leaves its number behind."""
     numbers = (entry.name.removesuffix(".withdrawn") for entry in folder.iterdir())
-    return max((int(number) for number in numbers if number.isdigit()), default=0) + 1
+    return max((int(number) for number in numbers if _VERSION.fullmatch(number)), default=0) + 1

@@ -1,18 +1,22 @@
 """Which version serves: chosen at a start, exchanged while the daemon runs, refused once. One rule for both runtimes.
 
 Heads change between two answers, detectors between two images, when nothing is in review. The encoder changes only at a
-start: features of one encoder must not meet a head of another.
+start: features of one encoder must not meet a head of another. Whatever is wrong with the files of a version, it is
+refused with the reason, and what served before goes on; a repository that cannot be read for a while changes nothing.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from semwatch.errors import ModelMismatch
+from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.models.model_repository import Meta
+
+log = logging.getLogger(__name__)
 
 NO_VERSION = -1
 """Refused under this number: it is not known which version should serve."""
@@ -59,7 +63,7 @@ class ModelSwap:
 
     def waits(self, model: str, serving: int) -> bool:
         """Whether another version than the one that serves should, and was not refused."""
-        with suppress(ModelMismatch):
+        with suppress(ModelMismatch, ServiceUnavailable):
             return self.wanted(model) not in (serving, *self._refused.get(model, {}))
         return NO_VERSION not in self._refused.get(model, {})
 
@@ -73,16 +77,21 @@ class ModelSwap:
 
         Raises:
             ModelMismatch: none can; why the wanted one cannot.
+            ServiceUnavailable: the repository or the server is away.
         """
         wanted, *deputies = choice.to_try(self._repository, model, self._pins.get(model))
-        try:
-            return self._fitting(model, wanted, load, fits)
-        except ModelMismatch as error:
-            self._refuse(model, wanted, str(error))
-            for version in deputies:
-                with suppress(ModelMismatch):
-                    return self._fitting(model, version, load, fits)
-            raise
+        why: ModelMismatch | None = None
+        for version in (wanted, *deputies):
+            try:
+                return self._fitting(model, version, load, fits)
+            except ModelMismatch as error:
+                if version == wanted:
+                    self._refuse(model, version, str(error))
+                if deputies:
+                    log.error("%s %d cannot serve, the one before it is tried: %s", model, version, error)
+                why = why or error
+        assert why is not None
+        raise why
 
     def next(
         self, model: str, serving: int, load: Callable[[int], T | None], fits: Fits
@@ -102,8 +111,9 @@ class ModelSwap:
         """
         try:
             version = self.wanted(model)
-        except ModelMismatch as error:
+        except (ModelMismatch, ServiceUnavailable) as error:
             return self._refuse(model, NO_VERSION, str(error)), None
+        self._refused.get(model, {}).pop(NO_VERSION, None)  # should it happen again, it is said again
         if version == serving or version in self._refused.get(model, {}):
             return None, None
         try:
@@ -113,8 +123,20 @@ class ModelSwap:
         return (None, None) if loaded is None else (Swap(model, version), loaded)
 
     def _fitting(self, model: str, version: int, load: Callable[[int], T], fits: Fits) -> T:
-        fits(model_repository.read_meta(self._repository, model, version))
-        return load(version)
+        """Load a version; one that does not go with what else serves is not even loaded.
+
+        Raises:
+            ModelMismatch: it cannot serve, whatever was raised on its files.
+        """
+        try:
+            fits(model_repository.read_meta(self._repository, model, version))
+            return load(version)
+        except (ModelMismatch, ServiceUnavailable, ConfigError):
+            raise
+        except Exception as error:  # damaged files make libraries raise anything
+            raise ModelMismatch(
+                f"{model} {version} cannot be used ({type(error).__name__}: {str(error)[:500]}); publish it again"
+            ) from error
 
     def _refuse(self, model: str, version: int, why: str) -> Swap | None:
         refused = self._refused.setdefault(model, {})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from semwatch.classes import clusters
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
-from semwatch.intake import drop_folder
+from semwatch.intake import folder_rules
 from semwatch.line import pipeline
 from semwatch.models import choice
 from semwatch.models.inference import Models
@@ -24,12 +24,13 @@ from semwatch.service.gate_watch import GateWatch
 from semwatch.service.models_in_service import load_models, versions_of
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import DEFAULT_NAME, Folder, Site
-from semwatch.store import serving
+from semwatch.store import pause, serving
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.streams.handoff import Cycle
-from semwatch.system.clock import utc_of
+from semwatch.system.clock import moment_of, utc_of
 
 RATE_WINDOW_S = 300
+MIN_RATE_WINDOW_S = 30
 LEDGER_FIGURES = ("reviews_per_minute", "seen", "claimed", "done", "quarantined", "unpublished_records")
 
 
@@ -49,7 +50,8 @@ class Check:
 def status(site: Site) -> dict[str, object]:
     """Whether the daemon runs, waiting files, rate, queue depths, models chosen and in service, learning, disk left.
 
-    The keys are always the same; None where something cannot be asked.
+    The keys are always the same; None where something cannot be asked. ``redis`` has the depths of the queues, or says
+    "not configured" or "away: ...".
 
     Raises:
         ConfigError: the ledger is broken.
@@ -63,6 +65,7 @@ def status(site: Site) -> dict[str, object]:
     waiting = [age for found in ages.values() for age in found or ()]
     return {
         "daemon_running": is_running,
+        "paused": _pause_in_words(site, is_running),
         "waiting_files": len(waiting),
         "oldest_waiting_s": round(max(waiting, default=0.0)),
         "folders_away": [source for source, found in ages.items() if found is None],
@@ -73,7 +76,7 @@ def status(site: Site) -> dict[str, object]:
         "alarms": [text for _, texts in sorted(_alarms(site).items()) for text in texts],
         "gates": _gate_sentences(site),
         "disk_free_mb": _free_mb(site.results_dir),
-        "redis": _or_none(partial(_depths, site)) if site.redis else "not configured",
+        "redis": _redis_figures(site),
     }
 
 
@@ -81,7 +84,7 @@ def examine(site: Site) -> list[Check]:
     """Check everything the daemon needs before it can work, and everything a person can mend."""
     checks = [_name_check(site), *(_folder_check(folder) for folder in site.folders)]
     checks += [_writable("results folder", site.results_dir), _writable("state folder", site.state_dir)]
-    checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER)]
+    checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER), *_pause_checks(site)]
     if site.models.runtime == "triton":
         checks.append(_try("Triton", partial(_triton_in_words, site.models.triton.url)))
     checks += [*_model_checks(site), *_learning_checks(site), *_alarm_checks(site)]
@@ -91,22 +94,54 @@ def examine(site: Site) -> list[Check]:
 
 
 def _ledger_figures(ledger: Ledger) -> dict[str, object]:
-    since = utc_of(datetime.now(UTC) - timedelta(seconds=RATE_WINDOW_S))
     return {
-        "reviews_per_minute": round(ledger.n_done_since(since) / RATE_WINDOW_S * 60, 1),
+        "reviews_per_minute": _rate(ledger, datetime.now(UTC)),
         **{state.lower(): n for state, n in ledger.counts().items()},
         "unpublished_records": ledger.n_unpublished(),
     }
 
 
+def _rate(ledger: Ledger, now: datetime) -> float:
+    """Reviews a minute, since the first one of the last ``RATE_WINDOW_S``: a line that has just begun is not slow."""
+    n, first_utc = ledger.reviews_since(utc_of(now - timedelta(seconds=RATE_WINDOW_S)))
+    if first_utc is None:
+        return 0.0
+    passed_s = (now - moment_of(first_utc)).total_seconds()
+    return round(n / max(passed_s, MIN_RATE_WINDOW_S) * 60, 1)
+
+
+def _pause_in_words(site: Site, is_running: bool | None) -> str | None:
+    """Why a running daemon takes no file, and since when; None where it takes files, or does not run."""
+    found = pause.stated(site.state_dir) if is_running else None
+    return None if found is None else f"{found[0].reason} since {found[1]}: {found[0].sentence}"
+
+
+def _pause_checks(site: Site) -> Iterator[Check]:
+    """Whether a running daemon takes files."""
+    is_running = _is_running(site)
+    if is_running:
+        why = _pause_in_words(site, is_running)
+        remedy = "see docs/night.md, SemwatchPaused; it goes on by itself once the cause is gone"
+        yield Check("line", why is None, why or "takes files", "" if why is None else remedy)
+
+
+def _redis_figures(site: Site) -> dict[str, int] | str:
+    """Depths of the queues, or why there are none."""
+    try:
+        depths = _depths(site)
+    except SemwatchError as error:
+        return f"away: {error}"
+    return "not configured" if depths is None else depths
+
+
 def _waiting_ages(folder: Folder, ledger: Ledger | None) -> list[float] | None:
     """Seconds since each file that waits was put there; None where the folder cannot be read."""
-    watched = drop_folder.Folder(**folder.model_dump(exclude={"recipe"}))
+    watched = folder_rules.Folder(**folder.model_dump(exclude={"recipe"}))
     try:
-        found = list(drop_folder.walk(watched, ""))
+        found = list(folder_rules.walk(watched, ""))
     except OSError:
         return None
-    files = [(path, status.st_size, status.st_mtime_ns) for path, status in found]
+    files = [(path, watched.stamp(status)) for path, status in found]
     settled = ledger.settled(folder.source, files) if ledger else set()
     # ctime, because copies keep the mtime of their original
     return [max(time.time() - status.st_ctime, 0.0) for path, status in found if path not in settled]
@@ -193,6 +228,8 @@ def _writable(name: str, folder: Path) -> Check:
 
 def _disk_check(site: Site) -> Check:
     free_mb = _free_mb(site.results_dir)
+    if free_mb is None:
+        return Check("disk", False, f"{site.results_dir} cannot be reached", "mount the share, or mend its disk")
     detail = f"{free_mb} MB free, the line pauses under {site.limits.min_free_mb}"
     return Check("disk", free_mb >= site.limits.min_free_mb, detail, "free some space or lower limits.min_free_mb")
 
@@ -334,13 +371,18 @@ def _counted(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{n} {what.lower()}" for what, n in counts)
 
 
-def _free_mb(folder: Path) -> int:
-    return round(shutil.disk_usage(_existing(folder)).free / 1e6)
+def _free_mb(folder: Path) -> int | None:
+    """Room on the disk of a folder; None where it cannot be asked."""
+    try:
+        return round(shutil.disk_usage(_existing(folder)).free / 1e6)
+    except OSError:
+        return None
 
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    # Not Path.exists, which raises where a share is away.
+    return next(place for place in (folder, *folder.parents) if os.access(place, os.F_OK) or place == place.parent)
 
 
 def _try(name: str, look: Callable[[], str]) -> Check:

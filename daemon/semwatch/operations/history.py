@@ -21,6 +21,7 @@ from semwatch.store.ledger import Ledger, OutboxItem, Work
 from semwatch.store.review_record import ReasonRecord, ReviewRecord, printable
 from semwatch.streams import records
 from semwatch.system.clock import utc_of
+from semwatch.system.files import Stamp, stamp_of
 
 JOURNAL_TIMEOUT_S = 20.0
 MAX_JOURNAL_LINES = 1000
@@ -85,7 +86,11 @@ def ledger_events(ledger: Ledger, work: Work) -> Iterator[Event]:
     """What the ledger knows: the files of this content, when it was taken, and how that ended."""
     for seen in ledger.seen_as(work.source, work.sha256):
         name = printable(seen.path)
-        yield Event(_utc(seen.mtime_ns / 1e9), "file", f"{name} was written, {seen.size} bytes (its own time)")
+        yield Event(
+            _utc(seen.stamp.mtime_ns / 1e9),
+            "file",
+            f"{name} was written, {max(seen.stamp.size, 0)} bytes (its own time)",
+        )
         if seen.path != work.path:
             yield Event(seen.seen_utc, "ledger", f"{name} has the same content: a duplicate of {printable(work.path)}")
         elif seen.seen_utc != work.first_seen_utc:
@@ -173,17 +178,18 @@ def current_state(site: Site, ledger: Ledger, work: Work) -> Iterator[str]:
         yield f"no drop folder of the site has the source {work.source} any more"
         return
     for seen in ledger.seen_as(work.source, work.sha256):
-        yield f"{printable(seen.path)} {_in_folder(folder, seen.path, seen.size, seen.mtime_ns)}"
+        yield f"{printable(seen.path)} {_in_folder(folder, seen.path, seen.stamp)}"
 
 
-def _in_folder(folder: Folder, path: str, size: int, mtime_ns: int) -> str:
+def _in_folder(folder: Folder, path: str, reviewed: Stamp) -> str:
     try:
         status = (folder.path / path).lstat()
     except FileNotFoundError:
         return "is no longer in the drop folder"
     except OSError as error:
         return f"cannot be looked at in the drop folder: {error.strerror}"
-    if (status.st_size, status.st_mtime_ns) == (size, mtime_ns):
+    now = stamp_of(status)
+    if all(was in (None, is_) for was, is_ in zip(reviewed, now, strict=True)):
         return "lies in the drop folder as it was reviewed"
     return "was written again since: what lies in the drop folder now is looked at as new"
 

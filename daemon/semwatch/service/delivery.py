@@ -26,7 +26,7 @@ class Backoff:
     def failed(self) -> bool:
         """Note a failure; True for the first in a row."""
         self._n_failures += 1
-        self._until = time.monotonic() + min(MAX_BACKOFF_S, 0.25 * 2**self._n_failures)
+        self._until = time.monotonic() + min(MAX_BACKOFF_S, 0.25 * 2 ** min(self._n_failures, 30))
         return self._n_failures == 1
 
     def worked(self) -> bool:
@@ -34,6 +34,15 @@ class Backoff:
         had_failed = self._n_failures > 0
         self._n_failures, self._until = 0, 0.0
         return had_failed
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the last try failed."""
+        return self._n_failures > 0
+
+    def left_s(self) -> float:
+        """Seconds until the next try."""
+        return max(0.0, self._until - time.monotonic())
 
     def is_waiting(self) -> bool:
         """Say whether the service is left alone now."""

@@ -1,10 +1,11 @@
 """The daemon's life: start, the loop, stop.
 
 Start order: ledger (locks out a second daemon), models, metrics, folders; then READY. The loop, in one thread, hands
-files to workers, delivers the outbox and the audit log, and tells systemd that it is alive. A worker reviews one file
-from its bytes to the ledger's commit in straight code. Stop order: take no more files, let those in flight finish
-within the bound, deliver what the outbox holds, close folders, models and ledger. A second signal leaves at once: the
-ledger brings the work back.
+files to workers, delivers the outbox and the audit log, and tells systemd that it is alive. Folders are looked at in a
+thread of their own, so what waits is counted during a pause too. A worker reviews one file from its bytes to the
+ledger's commit in straight code; whose fault a failure is, ``faults`` says. Stop order: take no more files, let those
+in flight finish within the bound, deliver what the outbox holds, close folders, models and ledger. A second signal
+leaves at once: the ledger brings the work back.
 
 Crash safety: the result is on disk, whole, before the ledger says DONE; outbox records and the audit line are in the
 same transaction as DONE; deliveries are repeated until confirmed and are idempotent at the other end (stream id,
@@ -19,31 +20,37 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from pathlib import Path
 from types import MappingProxyType
 
 from semwatch.defects import Review
-from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
-from semwatch.intake import decoding, drop_folder
+from semwatch.errors import ConfigError, FileUnavailable, ImageError, SemwatchError, ServiceUnavailable
+from semwatch.intake import decoding
 from semwatch.intake.drop_folder import Arrival, Incoming
+from semwatch.intake.folder_rules import Folder
 from semwatch.line import notices, pipeline
 from semwatch.line.class_codes import class_codes
 from semwatch.line.pipeline import ReferenceFile
-from semwatch.service import drift, gate_watch, learning_side, migration, rereview
+from semwatch.service import drift, faults, gate_watch, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
 from semwatch.service.drift import Alarm, DriftWatch
+from semwatch.service.duplicates import Duplicates
 from semwatch.service.forgetting import Forgetting
 from semwatch.service.gate_watch import GateWatch
+from semwatch.service.late_look import LateLook, look_again_utc
 from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.service.references import References
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site
-from semwatch.store import results
+from semwatch.store import pause, results
 from semwatch.store.audit import AUDIT, AuditLog
-from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem
+from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem, Work
+from semwatch.store.pause import Pause
 from semwatch.store.review_record import printable
 from semwatch.streams import records
+from semwatch.streams.records import Outcome
 from semwatch.system.clock import utc_now
 from semwatch.system.files import make_folder
 from semwatch.system.journal import about
@@ -52,7 +59,6 @@ from semwatch.system.notify import Notifier, watchdog_interval_s
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-_AWAY = "a service is away"
 LOG_AGAIN_S = 60.0
 """Seconds after which a fault that lasts is logged again."""
 BESIDE_WORK_S = 0.02
@@ -88,12 +94,10 @@ class Service:
 
     def _start(self) -> None:
         site, keep = self.site, self._open
-        for folder in (site.state_dir, site.results_dir):
-            try:
-                make_folder(folder)
-            except OSError as error:
-                raise ConfigError(f"{folder} cannot be made ({error.strerror}); make it, or name another") from error
+        _make(site.state_dir, waits=False)
         self.ledger = keep.enter_context(Ledger(site.state_dir / LEDGER))
+        if not any(self.ledger.counts().values()):  # later, a folder that is not there is a share that is away
+            _make(site.results_dir, waits=True)
         self._audit = keep.enter_context(AuditLog(site.state_dir / AUDIT))
         if self._audit.last_seq > self.ledger.last_audit_seq():
             raise ConfigError(
@@ -118,7 +122,13 @@ class Service:
         self._note_heads()
         if site.metrics is not None:
             self.metrics.serve(site.metrics.host, site.metrics.port)
-        folders = [drop_folder.Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
+        self._watch_folders()
+        self._start_beside_the_line()
+        self._set_aside_what_kills()
+
+    def _watch_folders(self) -> None:
+        site, keep = self.site, self._open
+        folders = [Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
         self._incoming = keep.enter_context(
             Incoming(folders, self.ledger.settled, reconcile_s=site.reconcile_s, poll_s=site.poll_s)
         )
@@ -126,11 +136,23 @@ class Service:
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
         self._references = References({folder.source: folder for folder in site.folders}, self.recipes)
+        self._places = {folder.source: folder.path for folder in site.folders}
+        self._late_look = LateLook(self.ledger, self._places, self._incoming)
+        keep.callback(self._late_look.close)
         self._next_beat = 0.0
-        self._pause, self._log_again = "", 0.0
         self._has_new_detector = False
-        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
+        self._pause: Pause | None = None
+        self._is_pause_stated = False
+        self._log_again = 0.0
+        self._away_because = ""
+        self._folders_away = {source: Backoff() for source in self._places}
         self._away = Backoff()
+
+    def _start_beside_the_line(self) -> None:
+        """What follows reviews: tables, deliveries, drift, gates, re-review, forgetting."""
+        site, keep = self.site, self._open
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
+        self._duplicates = Duplicates(self.ledger, site.results_dir, self._messages_of_duplicate)
         self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
         keep.callback(self._drift.save, site.state_dir / drift.STATE)
@@ -150,9 +172,8 @@ class Service:
         )
         keep.callback(self._rereview.close)
         self._has_more_to_reread = False
-        places = {folder.source: folder.path for folder in site.folders}
         self._forgetting = Forgetting(
-            self.ledger, places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
+            self.ledger, self._places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
         )
 
     def run(self) -> bool:
@@ -161,8 +182,10 @@ class Service:
         Such a review's thread cannot be ended: the caller leaves the process without waiting for it, and the ledger
         brings the work back.
 
-        An exception that is not in the error tree is a bug: it ends the daemon, and the ledger counts the attempt.
+        An exception that is not in the error tree is a bug: in the work on a file it counts as a failed attempt at that
+        file, elsewhere it ends the daemon.
         """
+        self._incoming.start()
         self._notifier.ready()
         self.metrics.ready.set(1)
         versions = self._models.versions()
@@ -175,10 +198,9 @@ class Service:
                     self._reap()
                     self._reread()
                     self._deliver()
+                    self._note_quiet()
                 except ServiceUnavailable as error:  # the disk under ledger or audit log
-                    if self._away.failed() or time.monotonic() >= self._log_again:
-                        self._log_again = time.monotonic() + LOG_AGAIN_S
-                        log.error("the line waits: %s", error)
+                    self._note_away(error)
                     self._stop.wait(TICK_S)
         finally:
             all_finished = self._shut_down()
@@ -187,11 +209,11 @@ class Service:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _take_files(self) -> None:
-        reason = self._reason_to_wait()
-        # Work that once failed or killed the process is tried alone: it must not cost its neighbours an attempt.
-        limit = 1 if self._has_retries() else self.site.limits.in_flight
-        free = limit - len(self._working)
-        if reason or free <= 0 or self._has_new_detector:
+        # Work that killed the process is tried alone: it must not cost its neighbours an attempt. So is the first file
+        # after a service was away.
+        is_one_alone = self._away.is_down or self._has_suspects()
+        free = (1 if is_one_alone else self.site.limits.in_flight) - len(self._working)
+        if self._reason_to_wait() or free <= 0 or self._has_new_detector:
             wait(self._working, timeout=min(self._beat_s, TICK_S), return_when=FIRST_COMPLETED)
             if not self._working:
                 self._stop.wait(min(self._beat_s, TICK_S))
@@ -204,17 +226,55 @@ class Service:
     def _reap(self) -> None:
         for future in [future for future in self._working if future.done()]:
             arrival, _ = self._working.pop(future)
-            try:
-                future.result()
-            except ServiceUnavailable as error:
-                self._away.failed()
-                self.metrics.errors.labels(service="line").inc()
-                log.warning("%s waits in its folder: %s", arrival.path, error, extra=self._about(arrival, "waits"))
+            error = future.exception()
+            if error is None:
+                self._folders_away[arrival.source].worked()
+                if self._away.worked():
+                    log.info("what was away answers again: %s", self._away_because)
             else:
-                self._away.worked()
-            finally:
-                self._incoming.release(arrival)
+                self._note_fault(arrival, error)
+            self._incoming.release(arrival)
+        self._duplicates.step()
         self._tables.step()
+        self._late_look.step()
+
+    def _note_fault(self, arrival: Arrival, error: BaseException) -> None:
+        """Say what failed, and let wait who has to: the file, its folder, or the line."""
+        scope, why = self._scope_of(arrival, error), faults.in_words(error)
+        self.metrics.errors.labels(service="line" if scope == "service" else scope).inc()
+        extra = self._about(arrival, "waits")
+        if scope == "service":
+            self._note_away(error)
+            log.warning("%s waits in its folder: %s", arrival.path, why, extra=extra)
+        elif scope == "folder":
+            backoff = self._folders_away[arrival.source]
+            if backoff.failed():
+                log.warning("the files of %s wait: %s", arrival.source, why, extra=extra)
+            self._incoming.hold(arrival.source, backoff.left_s())
+        else:
+            is_bug = not isinstance(error, SemwatchError | OSError | MemoryError)
+            log.warning(
+                "%s waits in its folder, the others go on: %s",
+                arrival.path,
+                why,
+                extra=extra,
+                exc_info=is_bug and error,
+            )
+
+    def _note_away(self, error: BaseException) -> None:
+        self._away_because = faults.in_words(error)
+        if self._away.failed() or time.monotonic() >= self._log_again:
+            self._log_again = time.monotonic() + LOG_AGAIN_S
+            log.error("the line waits: %s", self._away_because)
+
+    def _note_quiet(self) -> None:
+        """With no file left to show that what was away answers, a whole turn of the loop shows it."""
+        is_idle = not self._working and self._incoming.waiting()[0] == 0
+        if is_idle and not self._away.is_waiting() and self._away.worked():
+            log.info("what was away answers again: %s", self._away_because)
+
+    def _scope_of(self, of: Arrival | Claim, error: BaseException) -> faults.Scope:
+        return faults.scope_of(error, folder=self._places[of.source], results_dir=self.site.results_dir)
 
     def _reread(self) -> None:
         """Judge unknowns again after a swap, a slice at a time: a long one between files, a short one beside them."""
@@ -223,24 +283,46 @@ class Service:
     def _is_in_review(self, source: str, path: str) -> bool:
         return any((a.source, printable(a.path)) == (source, path) for a, _ in self._working.values())
 
-    def _reason_to_wait(self) -> str | None:
+    def _reason_to_wait(self) -> Pause | None:
         """Why no file is taken now; files wait in the folder, which is the buffer."""
         if self._away.is_waiting():
-            return _AWAY
-        free_mb = shutil.disk_usage(self.site.results_dir).free / 1e6
-        if free_mb < self.site.limits.min_free_mb:
-            return f"disk nearly full, {free_mb:.0f} MB free"
+            return self._why_away()
+        free, why = self._free_bytes()
+        if free is None:
+            return Pause("results away", f"{self.site.results_dir} cannot be reached: {why}")
+        if free < self.site.limits.min_free_mb * 1e6:
+            return Pause("disk full", f"disk nearly full, {free / 1e6:.0f} MB free")
         redis = self.site.redis
-        if redis is not None and self.ledger.n_unpublished() >= redis.max_unpublished:
-            return "Redis away"
+        if redis is not None and (n := self.ledger.n_unpublished()) >= redis.max_unpublished:
+            return Pause("Redis away", f"Redis away, {n} records wait for it")
         return None
 
-    def _has_retries(self) -> bool:
-        places = {folder.source: folder.path for folder in self.site.folders}
+    def _why_away(self) -> Pause:
+        return Pause("service away", self._away_because)
+
+    def _free_bytes(self) -> tuple[int | None, str]:
+        """Room for results; None and why where their folder cannot be reached."""
+        try:
+            return shutil.disk_usage(self.site.results_dir).free, ""
+        except OSError as error:
+            return None, error.strerror or str(error)
+
+    def _has_suspects(self) -> bool:
+        """Whether work that the process died on lies in its folder, waiting for another try."""
         return any(
-            work.attempts and work.source in places and (places[work.source] / work.path).exists()
-            for work in self.ledger.listing("SEEN", limit=10)
+            work.source in self._places and faults.is_there(self._places[work.source] / work.path)
+            for work in self.ledger.suspects()
         )
+
+    def _set_aside_what_kills(self) -> None:
+        """A crash loop names itself: what the process died on again and again is tried no more."""
+        for work in self.ledger.suspects():
+            if work.attempts >= self.site.limits.max_attempts and work.source in self.recipes:
+                why = f"gave up after {work.attempts} attempts that failed or ended the process"
+                try:
+                    self._quarantine(work, why, 0)
+                except ServiceUnavailable as error:
+                    log.warning("%s is set aside when it comes up again: %s", work.path, error)
 
     def _deliver(self) -> None:
         """Hand the outbox to Redis and the audit lines to their file."""
@@ -287,22 +369,25 @@ class Service:
             self._models.refresh_detector()
             self._has_new_detector = False
         self._forgetting.step()
+        if self.ledger.others_wrote():
+            self._incoming.look_anew()  # someone took a file out of quarantine
         n_waiting, oldest_s = self._incoming.waiting()
-        reason = self._reason_to_wait()
         longest_s = max((now - start for _, start in self._working.values()), default=0.0)
         if longest_s < self.site.limits.review_timeout_s:
             self._notifier.watchdog()
+            # Between two tries of a service that is away nothing has changed yet.
+            reason = self._why_away() if self._away.is_down else self._reason_to_wait()
         else:
-            reason = f"a review hangs, since {longest_s:.0f} s"
-        self._log_pause(reason)
+            reason = Pause("review hangs", f"a review hangs, since {longest_s:.0f} s")
+        self._say_pause(reason)
         self._notifier.status(
-            f"{n_waiting} waiting, {len(self._working)} in review" + (f"; paused: {reason}" if reason else "")
+            f"{n_waiting} waiting, {len(self._working)} in review" + (f"; paused: {reason.sentence}" if reason else "")
         )
         self.metrics.in_flight.set(len(self._working))
         self.metrics.waiting_files.set(n_waiting)
         self.metrics.oldest_waiting_seconds.set(oldest_s)
         self.metrics.unpublished_records.set(self.ledger.n_unpublished())
-        self.metrics.disk_free_bytes.set(shutil.disk_usage(self.site.results_dir).free)
+        self.metrics.disk_free_bytes.set(self._free_bytes()[0] or 0)
         for (source, what), value in self._drift.values().items():
             self.metrics.drift.labels(source, what).set(value)
         if now >= self._next_drift:
@@ -310,17 +395,25 @@ class Service:
             self._drift.save(self.site.state_dir / drift.STATE)
             self._gates.save(self.site.state_dir / gate_watch.STATE)
 
-    def _log_pause(self, reason: str | None) -> None:
-        """Say once that the line pauses and why, and once that it goes on; a service away has lines of its own."""
-        what = (reason or "").partition(",")[0]
-        if what in (self._pause, _AWAY):
+    def _say_pause(self, now: Pause | None) -> None:
+        """Say that the line pauses and why, and that it goes on: in metrics, in a file, and once in the log."""
+        for reason in pause.REASONS:
+            self.metrics.paused.labels(reason).set(now is not None and now.reason == reason)
+        before = self._pause and self._pause.reason
+        if (now and now.reason) == before and self._is_pause_stated:
             return
-        if what:
-            # Redis comes back by itself; a disk is freed, and a hang looked into, by a person.
-            log.log(logging.WARNING if what == "Redis away" else logging.ERROR, "paused: %s", reason)
-        else:
-            log.info("goes on after a pause: %s", self._pause)
-        self._pause = what
+        if now is None and before is not None:
+            log.info("goes on after a pause: %s", before)
+        elif now is not None and now.reason not in (before, "service away"):  # which has lines of its own
+            # Redis and shares come back by themselves; a disk is freed, and a hang looked into, by a person.
+            level = logging.WARNING if now.reason in ("Redis away", "results away") else logging.ERROR
+            log.log(level, "paused: %s", now.sentence)
+        self._pause = now
+        try:
+            pause.state(self.site.state_dir, now)
+            self._is_pause_stated = True
+        except OSError:
+            self._is_pause_stated = False  # again at the next beat
 
     def _shut_down(self) -> bool:
         self._notifier.stopping()
@@ -330,6 +423,7 @@ class Service:
             for future, (arrival, _) in self._working.items():
                 if future.done() and (error := future.exception()):
                     log.error("a review failed while stopping: %s", error, extra=self._about(arrival, "waits"))
+            self._say_pause(None)
             self._tables.step(is_last=True)
             self._deliver()
             if self._presence is not None:
@@ -347,43 +441,76 @@ class Service:
         start = time.perf_counter()
         if self._references.waits(arrival):
             return  # it comes again
-        try:
-            data = decoding.read_file(arrival.file)
-        except ImageError as error:
-            if arrival.file.exists():  # else the tool took it away again; nothing was promised
-                self._refuse_unread(arrival, str(error))
+        data = self._read(arrival)
+        if data is None:
             return
-        if len(data) != arrival.size:
-            return  # still growing; it comes again
         partner = self._references.partner_of(arrival)
         if partner is not None:
             self._note_reference(arrival, data, partner)
             return
-        claim = self._claim(arrival, hashlib.sha256(data).hexdigest())
+        claim = self._claim(arrival, hashlib.sha256(data).hexdigest(), look_again_utc=look_again_utc(arrival.stamp))
         if not claim.is_mine:
             self._note_not_mine(claim)
             return
+        try:
+            self._review_or_refuse(claim, arrival, data, start)
+        except Exception as error:
+            self._give_back(claim, arrival, error, len(data))
+            raise
+
+    def _read(self, arrival: Arrival) -> bytes | None:
+        """Read a file; None where it comes again, is gone, or was refused."""
+        try:
+            data = decoding.read_file(arrival.file)
+        except (ImageError, ServiceUnavailable) as error:
+            is_there, is_locked = faults.is_there(arrival.file), isinstance(error.__cause__, PermissionError)
+            if isinstance(error, ImageError) and not is_there:
+                return None  # the tool took it away again; nothing was promised
+            is_refused = isinstance(error, ImageError) and not is_locked
+            if is_refused or (is_there and self._is_hopeless(arrival, error)):
+                self._refuse_unread(arrival, str(error))
+                return None
+            if is_locked:  # rights may come a moment later than the file
+                raise FileUnavailable(str(error)) from error
+            raise
+        # Still growing, or written meanwhile: it comes again.
+        is_as_it_was = faults.stamp_now(arrival.file, like=arrival.stamp) == arrival.stamp
+        return data if is_as_it_was and len(data) == arrival.size else None
+
+    def _is_hopeless(self, arrival: Arrival, error: BaseException) -> bool:
+        """Whether a file that can neither be read nor have its result written has been tried for long enough."""
+        return self._incoming.failing_s(arrival) >= faults.PATIENCE_S and self._scope_of(arrival, error) == "file"
+
+    def _review_or_refuse(self, claim: Claim, arrival: Arrival, data: bytes, start: float) -> None:
         if claim.attempts >= self.site.limits.max_attempts:
-            self._quarantine(
-                claim, f"gave up after {claim.attempts} attempts that failed or ended the process", len(data)
-            )
+            why = f"gave up after {claim.attempts} attempts that failed or ended the process"
+            self._quarantine(claim, why, len(data))
             return
         try:
             self._review(claim, data, self._references.read(arrival), start)
         except ImageError as error:
             self._quarantine(claim, str(error), len(data))
-        except ServiceUnavailable as error:
-            self.ledger.give_back(claim, str(error))
-            raise
 
-    def _claim(self, arrival: Arrival, sha256: str) -> Claim:
+    def _give_back(self, claim: Claim, arrival: Arrival, error: Exception, size: int) -> None:
+        """After a failure: let the work wait, or put it aside where it failed by itself and often enough."""
+        is_of_disk = faults.is_of_disk(error)
+        is_attempt = not is_of_disk and self._scope_of(claim, error) == "file"
+        if (is_of_disk and self._is_hopeless(arrival, error)) or (
+            is_attempt and claim.attempts + 1 >= self.site.limits.max_attempts
+        ):
+            why = f"gave up after {claim.attempts + 1} attempts: {faults.in_words(error)}"
+            self._set_aside(claim, why, size)
+        else:
+            self.ledger.give_back(claim, faults.in_words(error), is_attempt=is_attempt)
+
+    def _claim(self, arrival: Arrival, sha256: str, *, look_again_utc: str | None = None) -> Claim:
         return self.ledger.claim(
             arrival.source,
             arrival.path,
             sha256=sha256,
-            size=arrival.size,
-            mtime_ns=arrival.mtime_ns,
+            stamp=arrival.stamp,
             now_utc=utc_now(),
+            look_again_utc=look_again_utc,
         )
 
     def _note_reference(self, arrival: Arrival, data: bytes, partner: str) -> None:
@@ -425,6 +552,7 @@ class Service:
             reference_file=reference,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
+        faults.check_results(self.site.results_dir)
         paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
         found = records.records(review)
         messages = notices.messages(found, paths.record) if self._publisher else []
@@ -447,10 +575,10 @@ class Service:
             dict(review.model_versions), extra=notices.journal_fields(paths.record),
         )  # fmt: skip
 
-    def _about(self, it: Arrival | Claim | Alarm, event: str) -> dict[str, dict[str, str]]:
+    def _about(self, it: Arrival | Claim | Work | Alarm, event: str) -> dict[str, dict[str, str]]:
         """The journal's fields of a file, or of a drop folder."""
         recipe, image = self.recipes[it.source], None if isinstance(it, Alarm) else it.path
-        sha256 = it.sha256 if isinstance(it, Claim) else None
+        sha256 = it.sha256 if isinstance(it, Claim | Work) else None
         return about(event, it.source, image, sha256, recipe=recipe.name, recipe_id=recipe.id)
 
     def _watch_drift(self, review: Review) -> None:
@@ -473,39 +601,83 @@ class Service:
             audit = {"event": "gate", "utc": utc_now(), "source": claim.source, "recipe_id": recipe.id}
             self.ledger.note(audit={**audit, "threshold": change.threshold, "before": change.before})
 
-    def _quarantine(self, claim: Claim, reason: str, size: int) -> None:
-        now_utc = utc_now()
-        results.write_reason(
-            results_dir=self.site.results_dir,
-            source=claim.source,
-            path=claim.path,
-            sha256=claim.sha256,
-            reason=reason,
-            attempts=claim.attempts + 1,
-            size=size,
-            quarantined_utc=now_utc,
-        )
+    def _quarantine(self, work: Claim | Work, reason: str, size: int) -> None:
+        """Put work aside with its reason. What is wrong with its place among the results cannot keep it from that.
+
+        Raises:
+            ServiceUnavailable: the results or the ledger are away; nothing was put aside.
+        """
+        now_utc, row = utc_now(), None
+        try:
+            faults.check_results(self.site.results_dir)
+            path, is_new = results.write_reason(
+                results_dir=self.site.results_dir,
+                source=work.source,
+                path=work.path,
+                sha256=work.sha256,
+                reason=reason,
+                attempts=work.attempts + 1,
+                size=size,
+                quarantined_utc=now_utc,
+            )
+            row = row_of(path, self.site.results_dir, is_new=is_new)
+        except Exception as error:
+            folder, results_dir = self._places.get(work.source, self.site.results_dir), self.site.results_dir
+            if faults.scope_of(error, folder=folder, results_dir=results_dir) == "service":
+                raise
+            reason = f"{reason} (the reason is not beside the results: {faults.in_words(error)})"
         audit = {
             "event": "quarantined",
             "utc": now_utc,
-            "source": claim.source,
-            "path": claim.path,
-            "sha256": claim.sha256,
+            "source": work.source,
+            "path": work.path,
+            "sha256": work.sha256,
             "reason": reason,
         }
-        self.ledger.quarantine(claim, reason, audit=audit, now_utc=now_utc)
-        self.metrics.quarantined.labels(source=claim.source).inc()
-        extra = self._about(claim, "quarantined")
-        log.error("%s/%s quarantined: %s", claim.source, claim.path, reason, extra=extra)
+        messages = self._messages_aside(work, "refused", reason, now_utc)
+        self.ledger.quarantine(work, reason, audit=audit, now_utc=now_utc, row=row, outbox=messages)
+        self.metrics.quarantined.labels(source=work.source).inc()
+        extra = self._about(work, "quarantined")
+        log.error("%s/%s quarantined: %s", work.source, work.path, reason, extra=extra)
+
+    def _messages_aside(self, work: Claim | Work, outcome: Outcome, reason: str, now_utc: str) -> list[OutboxItem]:
+        """What leaves for Redis with a file that has no result of its own."""
+        recipe = self.recipes.get(work.source)
+        if self._publisher is None or recipe is None:
+            return []
+        message = notices.aside_message(
+            site=self.site.name,
+            source=work.source,
+            path=work.path,
+            sha256=work.sha256,
+            recipe=recipe,
+            outcome=outcome,
+            reason=reason,
+            utc=now_utc,
+        )
+        return [OutboxItem(*message)]
+
+    def _messages_of_duplicate(self, work: Work, now_utc: str) -> list[OutboxItem]:
+        return self._messages_aside(work, "duplicate", f"the content of {work.reason}", now_utc)
 
     def _refuse_unread(self, arrival: Arrival, reason: str) -> None:
-        """Quarantine a file that is not even read: its identity is its size and name."""
-        stand_in = hashlib.sha256(
-            f"{arrival.path}\0{arrival.size}\0{arrival.mtime_ns}".encode(errors="surrogateescape")
-        )
+        """Quarantine a file that is not even read: its identity is its name and stamp."""
+        stand_in = hashlib.sha256(f"{arrival.path}\0{arrival.stamp}".encode(errors="surrogateescape"))
         claim = self._claim(arrival, stand_in.hexdigest())
         if claim.is_mine:
-            self._quarantine(claim, reason, arrival.size)
+            self._set_aside(claim, reason, arrival.size)
+
+    def _set_aside(self, claim: Claim, reason: str, size: int) -> None:
+        """Quarantine claimed work; where a service is away, the work waits.
+
+        Raises:
+            ServiceUnavailable: one is.
+        """
+        try:
+            self._quarantine(claim, reason, size)
+        except ServiceUnavailable:
+            self.ledger.give_back(claim, reason)
+            raise
 
     def _note_not_mine(self, claim: Claim) -> None:
         if claim.outcome == "duplicate":
@@ -513,6 +685,26 @@ class Service:
             extra = self._about(claim, "duplicate")
             text = "%s/%s has the content of %s: not reviewed again"
             log.info(text, claim.source, claim.path, claim.original, extra=extra)
+
+
+def _make(folder: Path, *, waits: bool) -> None:
+    """Make a folder of the site.
+
+    Args:
+        folder: to be made.
+        waits: the line waits for it where it cannot be made now.
+
+    Raises:
+        ConfigError: something else lies there.
+        ServiceUnavailable: it cannot be made now.
+    """
+    try:
+        make_folder(folder)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{folder} cannot be made ({error.strerror}); make it, or name another") from error
+    except OSError as error:
+        if not waits:
+            raise ServiceUnavailable(f"{folder} cannot be made now ({error.strerror}); mend its disk") from error
 
 
 def _flags_in_words(review: Review) -> str:

@@ -16,6 +16,7 @@ from semwatch.defects import DEFECT_FREE, NO_IMAGE, Domain, QualityName, Review,
 from semwatch.errors import ConfigError
 from semwatch.models.model_repository import MODELS
 from semwatch.service.drift import WATCHED
+from semwatch.store.pause import REASONS
 from semwatch.store.review_record import ReviewRecord
 
 STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -26,8 +27,8 @@ SEVEREST_FIRST: tuple[VerdictKind, ...] = ("unknown", "novel", "non-decidable", 
 FILE_VERDICTS: tuple[str, ...] = (*SEVEREST_FIRST[:-1], NO_IMAGE, SEVEREST_FIRST[-1])
 """What a file may count under: a page without an image is graver than a page without a defect."""
 
-SERVICES = ("line", "redis")
-"""What can be away: models or disk, and the streams."""
+SERVICES = ("line", "redis", "folder", "file")
+"""What can be away or fail: models or disk, the streams, a drop folder, a file by itself."""
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -55,6 +56,8 @@ class Metrics:
             self.errors.labels(service)
         for model in MODELS:
             self.swap_refused.labels(model)
+        for reason in REASONS:
+            self.paused.labels(reason)
         self._endpoint: tuple[WSGIServer, threading.Thread] | None = None
 
     def observe(self, review: Review) -> None:
@@ -121,7 +124,7 @@ class Metrics:
         self.flagged = counter("pages_flagged_total", "Pages by what is wrong with them.", "source", "flag")
         self.quarantined = counter("quarantined_total", "Files that could not be reviewed.", "source")
         self.duplicates = counter("duplicates_total", "Files whose content was reviewed before.", "source")
-        self.errors = counter("errors_total", "Times a service was away.", "service")
+        self.errors = counter("errors_total", "Times a service or folder was away, or a file failed.", "service")
         self.swap_refused = counter("swap_refused_total", "Versions that were refused at load.", "model")
         self.revised = counter(
             "revised_total", "Results judged again after a swap, by their severest verdict now.", "source", "verdict"
@@ -132,10 +135,13 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"semwatch_{name}", text, labels, registry=self.registry)
 
-        self.ready = gauge("ready", "1 while the daemon takes files, else 0.")
+        self.ready = gauge("ready", "1 once the daemon has started, in a pause too, else 0; see paused.")
+        self.paused = gauge("paused", "1 while no file is taken for this reason, else 0.", "reason")
         self.in_flight = gauge("in_flight", "Files under review.")
         self.waiting_files = gauge("waiting_files", "Files that wait in the drop folders.")
-        self.oldest_waiting_seconds = gauge("oldest_waiting_seconds", "Age of the file that waits longest, 0 if none.")
+        self.oldest_waiting_seconds = gauge(
+            "oldest_waiting_seconds", "Age of the file that waits or is under review longest, 0 if none."
+        )
         self.unpublished_records = gauge("unpublished_records", "Records not yet in Redis.")
         self.disk_free_bytes = gauge("disk_free_bytes", "Free space for results.")
         self.model_version = gauge("model_version", "Version that answered last.", "model")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.line import pipeline
-from semwatch.models import model_repository
 from semwatch.models.inference import Embedded, Models
 from semwatch.models.model_repository import Meta
 from semwatch.models.swap import Swap
@@ -42,6 +41,7 @@ class ModelsInService:
         self._recipes = tuple(recipes)
         self.by_pins = load_models(settings, self._recipes)
         self._codes: dict[int, Mapping[str, int]] = {}
+        self._remember_codes()
         self._is_announced = True
         for model in ("detector", "head"):
             for version, why in self.refused(model).items():
@@ -80,6 +80,7 @@ class ModelsInService:
                 log.info("%s %d serves from now on", swap.model, swap.version, extra=extra)
             else:
                 self._log_refused(swap.model, swap.version, swap.refused)
+        self._remember_codes()
         if swaps or not self._is_announced:
             self._announce()
         return any(swap.refused is None for swap in swaps)
@@ -105,9 +106,12 @@ class ModelsInService:
         """Fab codes of the classes that people named, as one version of the head knows them; none for None."""
         if version is None:
             return {}
-        if version not in self._codes:
-            self._codes[version] = model_repository.read_meta(self._repository, "head", version).codes
-        return self._codes[version]
+        return self._codes.get(version, {})
+
+    def _remember_codes(self) -> None:
+        """Of each head that serves or has served: a review may end after the swap, and the files may be gone."""
+        for models in self.by_pins.values():
+            self._codes[models.versions()["head"]] = models.meta("head").codes
 
     def _log_refused(self, model: str, version: int, why: str) -> None:
         self._metrics.swap_refused.labels(model=model).inc()

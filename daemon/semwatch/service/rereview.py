@@ -190,7 +190,8 @@ class Rereview:
             return
         try:
             self._revise(results.review_path(self._results_dir, source, path), sha256, fitting)
-        except ImageError as error:  # broken, out of the results folder, or in the way of a kept revision
+        except (ImageError, OSError, RuntimeError) as error:
+            # Broken, out of the results folder, in a folder that may not be searched, or in the way of a kept revision.
             self.counts.stale += len(fitting)
             log.warning("not read again: %s", error, extra=about("not read again", source, path, sha256))
 

@@ -3,16 +3,19 @@
 Whether a file is settled is never stored, it follows: its path resolves to a content, and that content's work is
 finished. So a duplicate of something still in flight becomes settled with it, and comes back if the original fails.
 
-Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
+Layout, ``user_version`` 4, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
 
     work     source, sha256     primary key: a content reviewed for one tool is one piece of work
              path               where the content lay when it was claimed last, relative to the drop folder
              state              SEEN (waits) | CLAIMED (in flight) | DONE | QUARANTINED
-             attempts           tries that died with the process
+             attempts           tries that failed, those that died with the process included
+             deaths             tries that died with the process; since layout 4
              reason             why it was given back or quarantined, or done without a review (a reference)
              first_seen_utc, finished_utc
     paths    source, path       primary key
              size, mtime_ns     the file as it was when it was hashed
+             ctime_ns, inode    the same, NULL where they are not known; since layout 4
+             look_again_utc     when it is to be hashed once more, NULL: never; since layout 4
              sha256             what it hashed to
              seen_utc           when it was hashed; later, when it was last found lying there still
     outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
@@ -21,6 +24,7 @@ Layout, ``user_version`` 3, ``application_id`` "SEMW". Paths are BLOBs, because 
                                          ``utc``, where it may be forgotten, is when it was taken; since layout 3
     unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
+    duplicates source, path              with the content of others, not noted beside the results yet; since layout 4
     lot_rows seq, lot, result            what is not in the table of its lot yet, see ``lot_rows``; since layout 3
 
 ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
@@ -42,6 +46,7 @@ from semwatch.errors import ConfigError
 from semwatch.store import lot_rows, unknown_features
 from semwatch.store.lot_rows import LotRow, LotRows
 from semwatch.store.unknown_features import UnknownFeatures
+from semwatch.system.files import Stamp
 from semwatch.system.sqlite_file import Kind, SqliteFile
 
 log = logging.getLogger(__name__)
@@ -56,6 +61,15 @@ _LAYOUT_3 = (
     *unknown_features.SCHEMA,
     *lot_rows.SCHEMA,
     "CREATE INDEX paths_by_content ON paths (source, sha256)",
+)
+_LAYOUT_4 = (
+    "ALTER TABLE work ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE paths ADD COLUMN ctime_ns INTEGER",
+    "ALTER TABLE paths ADD COLUMN inode INTEGER",
+    "ALTER TABLE paths ADD COLUMN look_again_utc TEXT",
+    "CREATE TABLE duplicates (source TEXT NOT NULL, path BLOB NOT NULL, PRIMARY KEY (source, path)) WITHOUT ROWID",
+    "CREATE INDEX suspects ON work (first_seen_utc) WHERE deaths > 0 AND state = 'SEEN'",
+    "CREATE INDEX paths_to_look_at ON paths (look_again_utc) WHERE look_again_utc IS NOT NULL",
 )
 _KIND = Kind(
     noun="ledger",
@@ -77,17 +91,22 @@ _KIND = Kind(
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
         "CREATE TABLE noted (id TEXT PRIMARY KEY, utc TEXT) WITHOUT ROWID",
         *_LAYOUT_3,
+        *_LAYOUT_4,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
         1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
         2: (*_LAYOUT_3, "ALTER TABLE noted ADD COLUMN utc TEXT"),
+        # What had attempts then had died with the process.
+        3: (*_LAYOUT_4, "UPDATE work SET deaths = attempts WHERE attempts > 0"),
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
 )
 LOCK_S = 0.3
 _FILES_A_QUERY = 500
+_REPLACED = "replaced before it was reviewed"
+"""Reason of work that nobody can do any more; should its content come again, it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +131,7 @@ class Work:
     reason: str | None
     first_seen_utc: str
     finished_utc: str | None
+    deaths: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +139,7 @@ class Seen:
     """One file as it was when it was last hashed."""
 
     path: str
-    size: int
-    mtime_ns: int
+    stamp: Stamp
     seen_utc: str
 
 
@@ -136,10 +155,11 @@ class Claim:
     sha256: str
     path: str
     attempts: int
-    """Tries that died with the process before this one. At the caller's limit: quarantine, do not try. Work that has
-    attempts is best tried alone: what kills the process must not cost its neighbours an attempt."""
+    """Tries that failed before this one. At the caller's limit: quarantine, do not try."""
     original: str
     """Path of the file that this content is, or was, reviewed from."""
+    deaths: int = 0
+    """Tries that died with the process: such work is tried alone, for it must not cost its neighbours an attempt."""
 
     @property
     def is_mine(self) -> bool:
@@ -168,12 +188,21 @@ class Ledger:
             self._unlock()
             raise
         self.lot_rows = LotRows(self._file)
+        self._data_version = 0
+        self._set_columns()
         try:
             if self._lock_fd is not None:
                 self._recover()
         except BaseException:
             self.close()
             raise
+
+    def _set_columns(self) -> None:
+        """A reader takes a ledger that the daemon has not brought up to date yet as it is."""
+        is_older = not self._file.rows("SELECT 1 FROM pragma_table_info('work') WHERE name = 'deaths'")
+        self._deaths = "0" if is_older else "deaths"
+        self._ctime_ns, self._inode = ("NULL", "NULL") if is_older else ("paths.ctime_ns", "paths.inode")
+        self._work = f"source, sha256, path, state, attempts, reason, first_seen_utc, finished_utc, {self._deaths}"
 
     def __enter__(self) -> Self:
         return self
@@ -193,43 +222,71 @@ class Ledger:
 
     # --- the life of one piece of work -----------------------------------------------------------------------------
 
-    def settled(self, source: str, files: Sequence[tuple[str, int, int]]) -> set[str]:
+    def settled(self, source: str, files: Sequence[tuple[str, Stamp]]) -> set[str]:
         """Say which of these files were finished, done or in quarantine, exactly as they are.
 
         Args:
             source: of all of them.
-            files: path, size and mtime_ns of each.
+            files: path and stamp of each.
         """
         found: set[str] = set()
         for start in range(0, len(files), _FILES_A_QUERY):
             asked = files[start : start + _FILES_A_QUERY]
             rows = self._file.rows(
-                f"WITH asked (path, size, mtime_ns) AS (VALUES {', '.join(['(?, ?, ?)'] * len(asked))})"
+                "WITH asked (path, size, mtime_ns, ctime_ns, inode) AS"
+                f" (VALUES {', '.join(['(?, ?, ?, ?, ?)'] * len(asked))})"
                 # CROSS JOIN keeps the order: each file that was asked for is looked up by its key
                 " SELECT asked.path FROM asked CROSS JOIN paths USING (path, size, mtime_ns)"
-                " JOIN work USING (source, sha256) WHERE source = ? AND state IN ('DONE', 'QUARANTINED')",
-                [*chain.from_iterable((_blob(path), size, mtime_ns) for path, size, mtime_ns in asked), source],
+                " JOIN work USING (source, sha256) WHERE source = ? AND state IN ('DONE', 'QUARANTINED')"
+                f" AND coalesce(asked.ctime_ns = {self._ctime_ns}, TRUE)"
+                f" AND coalesce(asked.inode = {self._inode}, TRUE)",
+                [*chain.from_iterable((_blob(path), *stamp) for path, stamp in asked), source],
             )
             found.update(_text(path) for (path,) in rows)
         return found
 
-    def claim(self, source: str, path: str, *, sha256: str, size: int, mtime_ns: int, now_utc: str) -> Claim:
-        """Ask for the work on one hashed file. A path must be in one worker's hands at a time, as ``Incoming`` does."""
+    def claim(
+        self,
+        source: str,
+        path: str,
+        *,
+        sha256: str,
+        stamp: Stamp,
+        now_utc: str,
+        look_again_utc: str | None = None,
+    ) -> Claim:
+        """Ask for the work on one hashed file. A path must be in one worker's hands at a time, as ``Incoming`` does.
+
+        Args:
+            source: of the file.
+            path: of the file.
+            sha256: of its content, or what stands for it.
+            stamp: the file as it was when it was read.
+            now_utc: the time.
+            look_again_utc: when its content is to be compared once more; None: never.
+        """
         with self._file.transaction() as db:
             row = db.execute(
-                "SELECT state, attempts, path FROM work WHERE source = ? AND sha256 = ?", (source, sha256)
+                "SELECT CASE reason WHEN ? THEN 'SEEN' ELSE state END, attempts, deaths, path FROM work"
+                " WHERE source = ? AND sha256 = ?",
+                (_REPLACED, source, sha256),
             ).fetchone()
-            state, attempts, original = row if row else (None, 0, _blob(path))
+            state, attempts, deaths, original = row if row else (None, 0, 0, _blob(path))
             outcome = _outcome(state, is_same_path=original == _blob(path))
             if outcome in ("new", "retry"):
                 original = _blob(path)
                 db.execute(
                     "INSERT INTO work (source, sha256, path, state, first_seen_utc) VALUES (?, ?, ?, 'CLAIMED', ?)"
-                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = excluded.path",
+                    " ON CONFLICT DO UPDATE SET state = 'CLAIMED', path = excluded.path, reason = NULL,"
+                    " finished_utc = NULL",
                     (source, sha256, original, now_utc),
                 )
-            _resolve(db, source, path, sha256=sha256, size=size, mtime_ns=mtime_ns, now_utc=now_utc)
-        return Claim(outcome, source, sha256, path, attempts, _text(original))
+            _resolve(db, source, path, sha256, stamp, now_utc, look_again_utc)
+            if outcome in ("duplicate", "in-flight"):
+                db.execute("INSERT OR IGNORE INTO duplicates VALUES (?, ?)", (source, _blob(path)))
+            else:
+                db.execute("DELETE FROM duplicates WHERE source = ? AND path = ?", (source, _blob(path)))
+        return Claim(outcome, source, sha256, path, attempts, _text(original), deaths)
 
     def finish(
         self,
@@ -257,16 +314,53 @@ class Ledger:
             lot_rows.add(db, row)
             _append_audit(db, audit)
 
-    def quarantine(self, work: Claim | Work, reason: str, *, audit: Mapping[str, object], now_utc: str) -> None:
-        """Put claimed or waiting work aside for good, with the reason and its audit line, all or nothing."""
+    def quarantine(
+        self,
+        work: Claim | Work,
+        reason: str,
+        *,
+        audit: Mapping[str, object],
+        now_utc: str,
+        row: LotRow | None = None,
+        outbox: Sequence[OutboxItem] = (),
+    ) -> None:
+        """Put claimed or waiting work aside for good: reason, audit line, lot's row and messages, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, work, "state = 'QUARANTINED', reason = ?, finished_utc = ?", _clean(reason), now_utc)
+            lot_rows.add(db, row)
+            _add_messages(db, outbox)
             _append_audit(db, audit)
 
-    def give_back(self, claim: Claim, reason: str) -> None:
-        """Let the work wait again because a service is away; no attempt is counted."""
+    def duplicates(self, limit: int) -> list[Work]:
+        """Return duplicates that are not noted yet: the work that they are of, under their own path.
+
+        ``reason`` is the path of the original, ``state`` that of its work; work in flight is left out.
+        """
+        rows = self._file.rows(
+            "SELECT d.source, p.sha256, d.path, w.state, w.attempts, w.path, w.first_seen_utc, w.finished_utc, 0"
+            " FROM duplicates AS d JOIN paths AS p USING (source, path)"
+            " JOIN work AS w ON w.source = d.source AND w.sha256 = p.sha256"
+            " WHERE w.path != d.path AND w.state IN ('DONE', 'QUARANTINED') LIMIT ?",
+            (limit,),
+        )
+        return [
+            Work(source, sha256, _text(path), state, attempts, _text(original), *rest)
+            for source, sha256, path, state, attempts, original, *rest in rows
+        ]
+
+    def duplicate_noted(
+        self, source: str, path: str, *, row: LotRow | None = None, outbox: Sequence[OutboxItem] = ()
+    ) -> None:
+        """Note that a duplicate stands beside the results, with its lot's row and messages, all or nothing."""
         with self._file.transaction() as db:
-            _leave(db, claim, "state = 'SEEN', reason = ?", _clean(reason))
+            db.execute("DELETE FROM duplicates WHERE source = ? AND path = ?", (source, _blob(path)))
+            lot_rows.add(db, row)
+            _add_messages(db, outbox)
+
+    def give_back(self, claim: Claim, reason: str, *, is_attempt: bool = False) -> None:
+        """Let the work wait again: a service is away, or with ``is_attempt`` the work itself failed, which counts."""
+        with self._file.transaction() as db:
+            _leave(db, claim, f"state = 'SEEN', reason = ?, attempts = attempts + {is_attempt:d}", _clean(reason))
 
     def requeue(self, source: str, sha256: str, *, audit: Mapping[str, object]) -> bool:
         """Let quarantined work wait again with no attempts counted; False where nothing such is in quarantine.
@@ -275,7 +369,7 @@ class Ledger:
         """
         with self._file.transaction() as db:
             changed = db.execute(
-                "UPDATE work SET state = 'SEEN', attempts = 0, reason = 'requeued', finished_utc = NULL"
+                "UPDATE work SET state = 'SEEN', attempts = 0, deaths = 0, reason = 'requeued', finished_utc = NULL"
                 " WHERE source = ? AND sha256 = ? AND state = 'QUARANTINED'",
                 (source, sha256),
             )
@@ -305,10 +399,7 @@ class Ledger:
                 taken = db.execute("INSERT OR IGNORE INTO noted (id, utc) VALUES (?, ?)", (once, once_utc))
                 if taken.rowcount == 0:
                     return False
-            db.executemany(
-                "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
-                [(item.id, item.stream, item.payload) for item in outbox],
-            )
+            _add_messages(db, outbox)
             lot_rows.add(db, row)
             if audit is not None:
                 _append_audit(db, audit)
@@ -376,17 +467,27 @@ class Ledger:
         states: dict[State, int] = {"SEEN": 0, "CLAIMED": 0, "DONE": 0, "QUARANTINED": 0}
         return states | dict(self._file.rows("SELECT state, count(*) FROM work GROUP BY state"))
 
-    def n_done_since(self, utc: str) -> int:
-        """Count the work that became DONE at or after ``utc``."""
-        rows = self._file.rows("SELECT count(*) FROM work WHERE finished_utc >= ? AND state = 'DONE'", (utc,))
-        return int(rows[0][0])
+    def reviews_since(self, utc: str) -> tuple[int, str | None]:
+        """Count the reviews that were finished at or after ``utc``, and say when the first of them was."""
+        rows = self._file.rows(
+            "SELECT count(*), min(finished_utc) FROM work WHERE finished_utc >= ? AND state = 'DONE'"
+            " AND reason IS NULL",  # else it was done without a review, as a reference is
+            (utc,),
+        )
+        return int(rows[0][0]), rows[0][1]
 
     def listing(self, state: State, limit: int = 100) -> list[Work]:
         """Return work in one state, first seen first."""
         rows = self._file.rows(
-            "SELECT source, sha256, path, state, attempts, reason, first_seen_utc, finished_utc FROM work"
-            " WHERE state = ? ORDER BY first_seen_utc LIMIT ?",
-            (state, limit),
+            f"SELECT {self._work} FROM work WHERE state = ? ORDER BY first_seen_utc LIMIT ?", (state, limit)
+        )
+        return [Work(source, sha256, _text(path), *rest) for source, sha256, path, *rest in rows]
+
+    def suspects(self, limit: int = 1000) -> list[Work]:
+        """Return waiting work that the process has died on, first seen first."""
+        rows = self._file.rows(
+            f"SELECT {self._work} FROM work WHERE deaths > 0 AND state = 'SEEN' ORDER BY first_seen_utc LIMIT ?",
+            (limit,),
         )
         return [Work(source, sha256, _text(path), *rest) for source, sha256, path, *rest in rows]
 
@@ -397,6 +498,7 @@ class Ledger:
         """
         values: tuple[str | bytes, ...]
         columns = "w.source, w.sha256, w.path, state, attempts, reason, first_seen_utc, finished_utc"
+        columns += f", {self._deaths}"
         if digits:
             sql, values = "SELECT w.path, w.source, w.sha256 FROM work AS w WHERE sha256 GLOB ?", (f"{digits}*",)
         else:
@@ -412,10 +514,43 @@ class Ledger:
     def seen_as(self, source: str, sha256: str) -> list[Seen]:
         """Return the files that hold this content as far as the ledger knows, first hashed first."""
         rows = self._file.rows(
-            "SELECT path, size, mtime_ns, seen_utc FROM paths WHERE source = ? AND sha256 = ? ORDER BY seen_utc, path",
+            f"SELECT path, size, mtime_ns, {self._ctime_ns}, {self._inode}, seen_utc FROM paths"
+            " WHERE source = ? AND sha256 = ? ORDER BY seen_utc, path",
             (source, sha256),
         )
-        return [Seen(_text(path), *rest) for path, *rest in rows]
+        return [Seen(_text(path), Stamp(*stamp), seen_utc) for path, *stamp, seen_utc in rows]
+
+    # --- a second look at young files --------------------------------------------------------------------------------
+
+    def to_look_at_again(self, now_utc: str, limit: int) -> list[tuple[str, str, str]]:
+        """Return source, path and sha256 of finished files whose content is to be compared now, longest due first."""
+        rows = self._file.rows(
+            "SELECT source, paths.path, sha256 FROM paths JOIN work USING (source, sha256)"
+            " WHERE look_again_utc <= ? AND state IN ('DONE', 'QUARANTINED') ORDER BY look_again_utc LIMIT ?",
+            (now_utc, limit),
+        )
+        return [(source, _text(path), sha256) for source, path, sha256 in rows]
+
+    def looked_at_again(self, source: str, path: str, *, next_utc: str | None = None) -> None:
+        """Note that a file was compared, or that it shall be at a later time."""
+        with self._file.transaction() as db:
+            db.execute(
+                "UPDATE paths SET look_again_utc = ? WHERE source = ? AND path = ?", (next_utc, source, _blob(path))
+            )
+
+    def doubt(self, source: str, path: str) -> None:
+        """Let a file count as one that was never hashed: its content is another than the one that was reviewed."""
+        with self._file.transaction() as db:
+            db.execute(
+                "UPDATE paths SET size = -1, look_again_utc = NULL WHERE source = ? AND path = ?",
+                (source, _blob(path)),
+            )
+
+    def others_wrote(self) -> bool:
+        """Say whether another process has written into the ledger since this was last asked."""
+        version = int(self._file.rows("PRAGMA data_version")[0][0])
+        changed, self._data_version = version != self._data_version, version
+        return changed
 
     def unpublished_with(self, text: bytes, limit: int = 1000) -> list[OutboxItem]:
         """Return messages that wait and whose payload holds ``text``, such as a sha256, oldest first."""
@@ -486,8 +621,8 @@ class Ledger:
     def _recover(self) -> None:
         with self._file.transaction() as db:
             found = db.execute(
-                "UPDATE work SET state = 'SEEN', attempts = attempts + 1, reason = 'the process died on it'"
-                " WHERE state = 'CLAIMED'"
+                "UPDATE work SET state = 'SEEN', attempts = attempts + 1, deaths = deaths + 1,"
+                " reason = 'the process died on it' WHERE state = 'CLAIMED'"
             )
             lot_rows.recover(db)
         if found.rowcount:
@@ -504,20 +639,28 @@ def _outcome(state: State | None, *, is_same_path: bool) -> Outcome:
 
 
 def _resolve(
-    db: sqlite3.Connection, source: str, path: str, *, sha256: str, size: int, mtime_ns: int, now_utc: str
+    db: sqlite3.Connection,
+    source: str,
+    path: str,
+    sha256: str,
+    stamp: Stamp,
+    now_utc: str,
+    look_again_utc: str | None,
 ) -> None:
     """Note what the path holds now. Work that waited for what it held before cannot be done any more."""
     before = db.execute("SELECT sha256 FROM paths WHERE source = ? AND path = ?", (source, _blob(path))).fetchone()
     db.execute(
-        "INSERT OR REPLACE INTO paths (source, path, size, mtime_ns, sha256, seen_utc) VALUES (?, ?, ?, ?, ?, ?)",
-        (source, _blob(path), size, mtime_ns, sha256, now_utc),
+        "INSERT OR REPLACE INTO paths"
+        " (source, path, size, mtime_ns, ctime_ns, inode, sha256, seen_utc, look_again_utc)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (source, _blob(path), *stamp, sha256, now_utc, look_again_utc),
     )
     if before is not None and before[0] != sha256:
         db.execute(
-            "UPDATE work SET state = 'QUARANTINED', reason = 'replaced before it was reviewed', finished_utc = ?"
+            "UPDATE work SET state = 'QUARANTINED', reason = ?, finished_utc = ?"
             " WHERE source = ? AND sha256 = ? AND state = 'SEEN'"
             " AND NOT EXISTS (SELECT 1 FROM paths WHERE paths.source = work.source AND paths.sha256 = work.sha256)",
-            (now_utc, source, before[0]),
+            (_REPLACED, now_utc, source, before[0]),
         )
 
 
@@ -530,6 +673,14 @@ def _leave(db: sqlite3.Connection, work: Claim | Work, assignments: str, *values
     )
     if changed.rowcount != 1:
         raise RuntimeError(f"{work.source} {work.path!r} is not {state} any more")
+
+
+def _add_messages(db: sqlite3.Connection, outbox: Sequence[OutboxItem]) -> None:
+    """Let messages wait; those whose id waits already are left out."""
+    db.executemany(
+        "INSERT OR IGNORE INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
+        [(item.id, item.stream, item.payload) for item in outbox],
+    )
 
 
 def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:

@@ -5,6 +5,7 @@ lot_rows   seq      never used twice
            result   name of the review.json whose rows are new; NULL: the lot's table is to be written anew
 """
 
+import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,15 +31,16 @@ class LotRows:
     def __init__(self, file: SqliteFile) -> None:
         self._file = file
 
-    def new(self, limit: int) -> list[tuple[int, LotRow]]:
+    def new(self, limit: int, *, but: Sequence[str] = ()) -> list[tuple[int, LotRow]]:
         """Return the oldest results whose rows can be appended, with the number to name in ``mark_listed``.
 
-        Those of lots whose table is to be written anew are left out.
+        Those of lots whose table is to be written anew are left out, and those of the lots of ``but``.
         """
         rows = self._file.rows(
             "SELECT seq, lot, result FROM lot_rows WHERE result IS NOT NULL AND lot NOT IN"
-            " (SELECT lot FROM lot_rows WHERE result IS NULL) ORDER BY seq LIMIT ?",
-            (limit,),
+            " (SELECT lot FROM lot_rows WHERE result IS NULL UNION SELECT value FROM json_each(?))"
+            " ORDER BY seq LIMIT ?",
+            (json.dumps(list(but)), limit),
         )
         return [(seq, LotRow(lot, result)) for seq, lot, result in rows]
 

@@ -1,6 +1,8 @@
 """The table of a lot: ``lot.csv`` beside its results, a row for each defect, and one for each page without any.
 
-It is derived from the folder's review.json files and says nothing that they do not. Rows of new results are appended;
+A file that was refused has one row, so has a duplicate; their ``page_verdict`` says so, and ``reason`` why.
+
+It is derived from the folder's JSON files and says nothing that they do not. Rows of new results are appended;
 where a result has changed, the table is written anew, in the order of the names. One writer per table at a time.
 """
 
@@ -13,7 +15,8 @@ from pathlib import Path
 
 from semwatch.errors import ImageError
 from semwatch.store import results
-from semwatch.store.review_record import DefectRecord, PageRecord, ReviewRecord
+from semwatch.store.results import AnyRecord
+from semwatch.store.review_record import DefectRecord, DuplicateRecord, PageRecord, ReasonRecord, ReviewRecord
 from semwatch.system import files
 
 log = logging.getLogger(__name__)
@@ -22,7 +25,7 @@ LOT = "lot.csv"
 LOT_COLUMNS = (
     "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
     "gate_threshold", "page_verdict", "domain", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
-    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision", "quality",
+    "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision", "quality", "reason",
 )  # fmt: skip
 
 
@@ -34,21 +37,32 @@ def iter_lot(lot_dir: Path) -> Iterator[ReviewRecord]:
     Raises:
         ServiceUnavailable: the disk cannot be read.
     """
-    return (record for _, record in _current(lot_dir))
+    return (record for _, record in _current(lot_dir) if isinstance(record, ReviewRecord))
 
 
-def _current(lot_dir: Path) -> Iterator[tuple[Path, ReviewRecord]]:
+def names(lot_dir: Path) -> list[str]:
+    """Names of the files that tables are made of, by image; of an image that has a result, that one.
+
+    Raises:
+        ServiceUnavailable: the disk cannot be read.
+    """
     with results.disk(lot_dir):
-        names = [path.name for path in lot_dir.iterdir()] if lot_dir.is_dir() else []
-    stems = sorted(name.removesuffix(results.REVIEW) for name in names if name.endswith(results.REVIEW))
-    for stem in stems:
-        path = lot_dir / f"{stem}{results.REVIEW}"
+        found = [path.name for path in lot_dir.iterdir()] if lot_dir.is_dir() else []
+    by_image: dict[str, str] = {}
+    for suffix in reversed(results.IN_TABLES):  # a later one takes the place of an earlier
+        by_image |= {name.removesuffix(suffix): name for name in found if name.endswith(suffix)}
+    return [by_image[image] for image in sorted(by_image)]
+
+
+def _current(lot_dir: Path) -> Iterator[tuple[Path, AnyRecord]]:
+    for name in names(lot_dir):
+        path = lot_dir / name
         try:
-            record = results.read(path)
+            record = results.read_any(path)
         except ImageError as error:
             log.warning("left out of the lot: %s", error)
             continue
-        if results.is_current(path, record):
+        if not isinstance(record, ReviewRecord) or results.is_current(path, record):
             yield path, record
 
 
@@ -56,7 +70,7 @@ def write(lot_dir: Path) -> list[Path]:
     """Write the table anew from all results of the folder; it takes time in proportion to them.
 
     Returns:
-        The review.json files that are in it.
+        The JSON files that are in it.
 
     Raises:
         ServiceUnavailable: the disk is full or broken.
@@ -68,7 +82,7 @@ def write(lot_dir: Path) -> list[Path]:
     return paths
 
 
-def append(lot_dir: Path, records: Sequence[ReviewRecord]) -> int | None:
+def append(lot_dir: Path, records: Sequence[AnyRecord]) -> int | None:
     """Append the rows of new results, in their order.
 
     Returns:
@@ -107,10 +121,25 @@ def _lines(lot_dir: Path, paths: list[Path]) -> Iterator[bytes]:
         paths.append(path)
 
 
-def _rows(record: ReviewRecord) -> Iterator[bytes]:
+def _rows(record: AnyRecord) -> Iterator[bytes]:
+    if not isinstance(record, ReviewRecord):
+        yield _csv_line(_row_aside(record))
+        return
     for page in record.pages:
         for defect in page.defects or [None]:
-            yield _csv_line(_row(record, page, defect))
+            yield _csv_line([*_row(record, page, defect), None])
+
+
+def _row_aside(record: ReasonRecord | DuplicateRecord) -> list[object]:
+    """The row of a file without a result of its own."""
+    if isinstance(record, ReasonRecord):
+        verdict, utc, reason = "refused", record.quarantined_utc, record.reason
+    else:
+        verdict, utc, reason = "duplicate", record.noted_utc, f"the content of {record.original}"
+    row: dict[str, object] = dict.fromkeys(LOT_COLUMNS)
+    row |= {"source": record.source, "path": record.path, "sha256": record.sha256, "reviewed_utc": utc}
+    row |= {"page_verdict": verdict, "reason": " ".join(reason.split())}
+    return list(row.values())
 
 
 def _csv_line(cells: Sequence[object]) -> bytes:
@@ -128,7 +157,7 @@ def _row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None) ->
     ]  # fmt: skip
     flags = " ".join(flag.name for flag in page.quality.flags)
     if defect is None:
-        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 2), record.revision, flags]
+        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 3), record.revision, flags]
     verdict = defect.verdict
     nearest = ([near.label for near in verdict.nearest] + [None, None])[:2]
     return [

@@ -6,6 +6,7 @@ A result lives beside the others of its lot, in ``results_dir/<source>/<folder o
     <image>.review.json                                          written last: where it is, the result is whole
     <image>.r<r>.review.json                                     kept revision r, when a later head has judged again
     <image>.reason.json                                          instead of these, for an image in quarantine
+    <image>.duplicate.json                                       instead, for one with the content of another image
     <image>.<first 8 of its sha256>.*                            kept results of other content under the same name
     lot.csv                                                      see ``lot_table``
 
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -32,6 +34,7 @@ from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.store import overlay
 from semwatch.store.review_record import (
     SCHEMA_VERSION,
+    DuplicateRecord,
     PageRecord,
     ReasonRecord,
     ReviewRecord,
@@ -45,12 +48,19 @@ from semwatch.system.faults import first_fault
 
 log = logging.getLogger(__name__)
 
-REVIEW, OVERLAY, REASON = ".review.json", ".overlay.png", ".reason.json"
+REVIEW, OVERLAY, REASON, DUPLICATE = ".review.json", ".overlay.png", ".reason.json", ".duplicate.json"
+IN_TABLES = (REVIEW, REASON, DUPLICATE)
+"""Ends of the names of what the table of a lot is made of."""
+AnyRecord = ReviewRecord | ReasonRecord | DuplicateRecord
 _BESIDE_SUFFIX = re.compile(r"(\.p\d+)?\.overlay\.png|\.r\d+\.review\.json")
 """What goes with a review.json."""
 MAX_NAME_BYTES = 200
 """Longer names are shortened, so that the longest suffix still fits into a file system's 255 bytes."""
 MAX_PATH_BYTES = 3800
+_ASIDE: Mapping[str, type[ReasonRecord] | type[DuplicateRecord]] = MappingProxyType(
+    {REASON: ReasonRecord, DUPLICATE: DuplicateRecord}
+)
+"""What may stand instead of a result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +73,7 @@ class ReviewPaths:
     record: ReviewRecord
     """What ``json`` holds."""
     is_new: bool
-    """False where there was a result under this name before."""
+    """False where there was a result, a reason or a duplicate's note under this name before."""
 
 
 # --- write and read ------------------------------------------------------------------------------------------------
@@ -91,9 +101,7 @@ def write(
     target = _named(stem, REVIEW)
     with disk(target):
         files.make_folder(stem.parent)
-        is_new = not target.exists()
-        if not is_new:
-            _keep_other(stem, record.sha256)
+        is_new = _make_room(stem, record.sha256)
         overlays = []
         for page in review.pages:
             picture = overlay.draw(page, caption=_caption(review))
@@ -101,6 +109,7 @@ def write(
             files.write_whole(overlays[-1], overlay.encode_png(picture))
         record = record.model_copy(update={"revision": _next_revision(target)})
         _write_record(target, record)
+        _remove(stem, REASON, DUPLICATE)
     return ReviewPaths(target, tuple(overlays), record, is_new)
 
 
@@ -131,6 +140,26 @@ def is_current(path: Path, record: ReviewRecord) -> bool:
     return path.name == _shortened(PurePosixPath(record.path).name) + REVIEW
 
 
+def read_any(path: Path) -> AnyRecord:
+    """Read a review.json, reason.json or duplicate.json, told apart by its name.
+
+    Raises:
+        ImageError: there is none, or it is broken, or not ours.
+        ServiceUnavailable: the disk cannot be read.
+    """
+    kind = next((kind for suffix, kind in _ASIDE.items() if path.name.endswith(suffix)), None)
+    if kind is None:
+        return read(path)
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ImageError(f"there is nothing at {path}") from error
+    except OSError as error:
+        raise ServiceUnavailable(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ImageError(f"{path} is not whole: {first_fault(error)}") from error
+
+
 def write_reason(
     *,
     results_dir: Path,
@@ -141,8 +170,13 @@ def write_reason(
     attempts: int,
     size: int,
     quarantined_utc: str,
-) -> Path:
+) -> tuple[Path, bool]:
     """Write beside the results why an image is in quarantine and what to do about it.
+
+    A result of other content under the same name is kept, as ``write`` keeps it.
+
+    Returns:
+        Where, and whether nothing lay under this name before.
 
     Raises:
         ImageError: the path leads out of ``results_dir``.
@@ -158,12 +192,52 @@ def write_reason(
         reason=printable(reason),
         what_to_do="Mend the cause, then drop the image again under a new name or requeue it; the original is kept.",
     )
-    stem = _stem(results_dir, source, path)
-    target = _named(stem, REASON)
+    return _write_aside(_stem(results_dir, source, path), REASON, record)
+
+
+def write_duplicate(
+    *, results_dir: Path, source: str, path: str, sha256: str, original: str, is_refused: bool, noted_utc: str
+) -> tuple[Path, bool]:
+    """Write beside the results whose content an image has; as ``write_reason``.
+
+    Raises:
+        ImageError: the path leads out of ``results_dir``.
+        ServiceUnavailable: the disk is full or broken.
+    """
+    other = review_path(results_dir, source, original)
+    record = DuplicateRecord(
+        source=printable(source),
+        path=printable(path),
+        sha256=sha256,
+        noted_utc=noted_utc,
+        original=printable(original),
+        result=None if is_refused else other.relative_to(results_dir).as_posix(),
+    )
+    return _write_aside(_stem(results_dir, source, path), DUPLICATE, record)
+
+
+def _write_aside(stem: Path, suffix: str, record: ReasonRecord | DuplicateRecord) -> tuple[Path, bool]:
+    """Write what stands instead of a result: of one image there is one of the three."""
+    target = _named(stem, suffix)
     with disk(target):
         files.make_folder(stem.parent)
+        is_new = _make_room(stem, record.sha256)
         _write_record(target, record)
-    return target
+        _remove(stem, *(other for other in _ASIDE if other != suffix))
+    return target, is_new
+
+
+def _make_room(stem: Path, sha256: str) -> bool:
+    """Keep a result of other content under another name; return whether nothing lies under this one."""
+    has_result = _named(stem, REVIEW).exists()
+    if has_result:
+        _keep_other(stem, sha256)
+    return not has_result and not any(_named(stem, suffix).exists() for suffix in _ASIDE)
+
+
+def _remove(stem: Path, *suffixes: str) -> None:
+    for suffix in suffixes:
+        _named(stem, suffix).unlink(missing_ok=True)
 
 
 def _keep_other(stem: Path, sha256: str) -> None:
@@ -335,7 +409,7 @@ def _shortened(name: str) -> str:
     return f"{kept}~{hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def _write_record(target: Path, record: ReviewRecord | ReasonRecord) -> None:
+def _write_record(target: Path, record: AnyRecord) -> None:
     files.write_whole(target, record.model_dump_json(indent=2).encode() + b"\n")
 
 

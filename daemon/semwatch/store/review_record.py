@@ -207,6 +207,18 @@ class ReasonRecord(_Record):
     what_to_do: str
 
 
+class DuplicateRecord(_Record):
+    """Which image has the content of this one, and was reviewed or refused in its place."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    source: str
+    path: str
+    sha256: str
+    noted_utc: str
+    original: str = Field(description="Path of the other image.")
+    result: str | None = Field(description="Its review.json, relative to the results; null: it is in quarantine.")
+
+
 def to_record(
     review: Review,
     class_codes: Mapping[str, int] | None = None,

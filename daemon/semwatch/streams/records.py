@@ -104,6 +104,9 @@ class Record:
     """(C,) what it was told of the defect's places; as above."""
 
 
+Outcome = Literal["reviewed", "refused", "duplicate"]
+
+
 @dataclass(frozen=True, slots=True)
 class ResultSummary:
     """What became of one file, for systems that follow along; the whole result is on the tool's own disk."""
@@ -137,6 +140,11 @@ class ResultSummary:
     """Pages without an image: blank, or an info bar alone; no model was asked."""
     n_by_quality: Mapping[str, int] = field(default_factory=dict)
     """Pages by what is wrong with them; ``blank`` and ``info-bar`` are those without an image."""
+    outcome: Outcome = "reviewed"
+    """What became of the file. One that was refused, or has the content of another, has no result of its own: all
+    counts are 0, but ``n_no_image`` is 1, so that nobody takes it for a clean one."""
+    reason: str = ""
+    """Why it was refused, or of which image it has the content; empty where it was reviewed."""
 
 
 def records(review: Review) -> list[Record]:

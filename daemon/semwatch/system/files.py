@@ -15,10 +15,46 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 MODE = 0o644
 _TAIL_BYTES = 1 << 16
+
+
+# --- what tells one state of a file from another ---------------------------------------------------------------------
+
+
+class Stamp(NamedTuple):
+    """A file as its folder shows it, without reading it.
+
+    The time of change (``ctime``) and the inode also tell content that was put under an old name with its old size and
+    time of writing. None: not known, or not to be relied on; then it is not compared.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int | None = None
+    inode: int | None = None
+
+
+_INT64 = 1 << 63
+
+
+def stamp_of(status: os.stat_result, *, has_inodes: bool = True) -> Stamp:
+    """What ``status`` says. Times beyond what a database holds, such as the year 2300, stand at the end of its range.
+
+    Args:
+        status: of the file.
+        has_inodes: False where the file system makes inode numbers up anew, as network shares may.
+    """
+    return Stamp(
+        status.st_size, _as_int64(status.st_mtime_ns), _as_int64(status.st_ctime_ns),
+        status.st_ino % _INT64 if has_inodes else None,
+    )  # fmt: skip
+
+
+def _as_int64(nanoseconds: int) -> int:
+    return max(-_INT64, min(_INT64 - 1, nanoseconds))
 
 
 # --- whole files -----------------------------------------------------------------------------------------------------
@@ -78,11 +114,14 @@ def place(partial: Path, path: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, so that they outlive a power cut; one that is there stays as it is."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
+    missing = []
+    for place in (folder, *folder.parents):  # no recursion: a drop folder may be a thousand levels deep
+        if place.is_dir():
+            break
+        missing.append(place)
+    for place in reversed(missing):
+        place.mkdir(exist_ok=True)
+        sync_folder(place.parent)
 
 
 def place_folder(staging: Path, folder: Path) -> None:
