@@ -24,6 +24,7 @@ from types import MappingProxyType
 from semwatch.defects import Review
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.intake import decoding, drop_folder
+from semwatch.intake.decoders import Decoders
 from semwatch.intake.drop_folder import Arrival, Incoming
 from semwatch.line import notices, pipeline
 from semwatch.line.class_codes import class_codes
@@ -100,6 +101,10 @@ class Service:
                 f"{self._audit.path} ends at line {self._audit.last_seq}, further than the ledger has ever counted: it "
                 f"belongs to an earlier ledger; move it aside, keep it, and start again"
             )
+        limits = site.limits  # a decoder for each worker, started while the models load
+        self._decoders = keep.enter_context(
+            Decoders(limits.in_flight, cpu_s=limits.decode_cpu_s, max_pixels=limits.max_image_px)
+        )
         self.metrics = Metrics(self.recipes)
         keep.callback(self.metrics.close)
         self._models = ModelsInService(
@@ -125,7 +130,9 @@ class Service:
         self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
-        self._references = References({folder.source: folder for folder in site.folders}, self.recipes)
+        self._references = References(
+            {folder.source: folder for folder in site.folders}, self.recipes, decode=self._decoders.decode
+        )
         self._next_beat = 0.0
         self._pause, self._log_again = "", 0.0
         self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
@@ -417,6 +424,7 @@ class Service:
             max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
             reference_file=reference,
+            decode=self._decoders.decode,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
         paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
