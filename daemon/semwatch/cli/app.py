@@ -260,7 +260,7 @@ def _log_to_stderr(level: int, form: LogFormat) -> None:
         handler = RichHandler(console=err, show_path=False)
     else:
         handler = logging.StreamHandler()
-        text = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+        text = journal.TextFormatter("%(levelname)s %(name)s: %(message)s")
         handler.setFormatter(journal.JsonFormatter() if form == "json" else text)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if journal.is_for_machines(logging.getLogger()):  # a traceback is one entry, not a line for each of its lines
