@@ -46,6 +46,15 @@ def owner_on_the_way(path: Path) -> tuple[int, int]:
     return 0, 0
 
 
+def is_roots_alone(path: Path) -> bool:
+    """Say whether nobody but root can change what lies at a path: for what root is about to run."""
+    if owner_on_the_way(path) != (0, 0):
+        return False
+    real = Path(os.path.realpath(path))
+    modes = [part.stat().st_mode for part in (*real.parents, real) if part.exists()]
+    return all(mode & stat.S_ISVTX or not mode & (stat.S_IWGRP | stat.S_IWOTH) for mode in modes)
+
+
 @contextmanager
 def of_owner(path: Path) -> Iterator[None]:
     """Do what root does within the block with no more rights than the owner of a path has; without root, nothing.
