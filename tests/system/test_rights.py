@@ -13,8 +13,10 @@ from semwatch.deployment.backups import Kept
 from semwatch.deployment.installation import copy_models
 from semwatch.deployment.installed_files import REPOSITORY, STATE
 from semwatch.deployment.releases import Place
+from semwatch.errors import ConfigError
 from semwatch.store import serving
 from semwatch.system import rights
+from semwatch.triton.setup import set_up
 
 THEM = 54321
 
@@ -187,3 +189,20 @@ def test_copied_models_are_their_folders_owners_and_a_link_in_the_source_is_refu
     with pytest.raises(OSError, match="symbolic links"):
         copy_models(place, source, dry_run=False)
     assert not (repository / "detector" / "7").exists()
+
+
+@needs_root
+def test_root_sets_triton_up_in_no_folder_that_another_may_change(place: Place) -> None:
+    """Root ran the interpreter that the folder's owner had put there."""
+    folder = theirs(place.root / "triton")
+    with pytest.raises(ConfigError, match="not root's alone"):
+        set_up(folder)
+    with pytest.raises(ConfigError, match="not root's alone"):
+        set_up(folder / "deeper")
+    shared = place.root / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(ConfigError, match="not root's alone"):
+        set_up(shared / "triton")
+    assert list(folder.iterdir()) == []
+    assert rights.is_roots_alone(place.root / "mine")

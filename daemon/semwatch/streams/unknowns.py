@@ -41,6 +41,8 @@ from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, fault_o
 logger = logging.getLogger(__name__)
 
 SENT_TTL_S = 3 * 24 * 3600
+LEARNERS = "learners"
+"""The group that learning reads with."""
 PREFIX, TIMEOUT_S = "semwatch", 5.0
 """Where nothing is said; a site's settings say the same."""
 
@@ -281,7 +283,8 @@ local function bury(id, fields, deliveries, why)
   local added = redis.pcall('XADD', KEYS[2], '*', unpack(letter))
   if type(added) == 'table' and added.err then return 0 end
   redis.call('XACK', KEYS[1], ARGV[1], id)
-  return redis.call('XDEL', KEYS[1], id)
+  if deletes then redis.call('XDEL', KEYS[1], id) end
+  return 1
 end
 """
 # ARGV[2..]: consumer, min idle ms, first id, owner ('' = any), n, max deliveries, idle ms from which one counts.
@@ -325,7 +328,7 @@ _ACK = """
 local n = 0
 for i = 2, #ARGV do
   n = n + redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
-  redis.call('XDEL', KEYS[1], ARGV[i])
+  if deletes then redis.call('XDEL', KEYS[1], ARGV[i]) end
 end
 return n
 """
@@ -392,6 +395,9 @@ class Consumer(Generic[T]):
     Two things alone make an entry a dead letter: it is no entry of its stream by the format itself, or it was handed
     out ``max_deliveries`` times, each at least ``counts_after_s`` after the one before, and never acknowledged. A
     consumer that ends at once and is started again thus condemns nothing for a while, a decoder that fails nothing.
+
+    One that ``looks_on``, in a group of its own, takes nothing from the others: what it acknowledges or puts aside
+    stays in the stream.
     """
 
     def __init__(
@@ -401,13 +407,16 @@ class Consumer(Generic[T]):
         decoder: Callable[[Mapping[bytes, bytes]], T],
         *,
         name: str,
-        group: str = "learners",
+        group: str = LEARNERS,
         prefix: str = PREFIX,
         max_deliveries: int = 5,
         counts_after_s: float = 120.0,
+        looks_on: bool = False,
     ) -> None:
         self._client = client
-        self._kind = stream
+        if looks_on and group == LEARNERS:
+            raise ValueError(f"who looks on needs a group of its own: {LEARNERS} is learning's")
+        self._kind, self._looks_on = stream, looks_on
         self._stream = redis_key(prefix, stream)
         self._dead = redis_key(prefix, stream, "dead")
         self._decoder = decoder
@@ -435,7 +444,7 @@ class Consumer(Generic[T]):
         return []
 
     def ack(self, claimed: Sequence[Claimed[T]]) -> int:
-        """Say that the work is done, which deletes it; return how many were still pending.
+        """Say that the work is done, which deletes it unless we look on; return how many were still pending.
 
         Raises:
             ServiceUnavailable: Redis is away; ack again, which does no harm.
@@ -548,7 +557,8 @@ class Consumer(Generic[T]):
         return bool(self._eval(_BURY, [self._stream, self._dead], self._name, entry_id, reason))
 
     def _eval(self, script: str, keys: Sequence[str], *args: str | int) -> Any:
-        return self._with_group(lambda: self._client.eval(script, len(keys), *keys, self._group, *args))
+        text = f"local deletes = {'false' if self._looks_on else 'true'}\n{script}"
+        return self._with_group(lambda: self._client.eval(text, len(keys), *keys, self._group, *args))
 
     def _with_group(self, call: Callable[[], Any]) -> Any:
         """Call; where stream or group is not there (first use, deleted under us), make it and call once more."""
