@@ -473,24 +473,27 @@ def test_entries_have_the_fields_that_the_page_names() -> None:
     assert [field.encode() for field, of in rows if of == "both"] == list(result_summary(review(1)))
 
 
-def test_consumer_of_our_own_library_runs_as_it_is_written(redis_server: Any, client: Any, tmp_path: Path) -> None:
+def test_consumer_of_our_own_library_reads_both_streams_and_takes_nothing_from_learning(
+    redis_server: Any, client: Any, tmp_path: Path
+) -> None:
     code = at_address(snippet("python", "unknowns.Consumer("), redis_server.url)
     publish(client, 1)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(line.split()[:2] for line in done.stdout.splitlines()) == [
-        ["lot7/1.tif", "non-decidable"],
-        ["lot7/1.tif", "unknown"],
-    ]
-    assert client.xlen("semwatch:unknowns") == 0  # acknowledged
+    with Reader(sys.executable, "-W", "error", "-c", code, cwd=tmp_path) as reader:
+        first = reader.lines(3)
+        publish(client, 2)
+        second = reader.lines(3)
+        wait_until_acknowledged(client, "my-station")
+        redis_server.stop()
+        redis_server.start()
+        publish(client, 3)
+        third = reader.lines(3)
+    for seed, said in ((1, first), (2, second), (3, third)):
+        words = sorted(line.split()[1] for line in said)
+        assert {line.split()[0] for line in said} == {f"lot7/{seed}.tif"}
+        assert words == sorted(["unknown", "non-decidable", words[-1] if words[-1][0] == "{" else words[0]])
+    learner = unknowns.Consumer(client, records.UNKNOWNS, records.decode, name="learning")
+    assert len(learner.claim(10, min_idle_s=1)) == 6
+    assert client.xlen("semwatch:results") == 3
 
 
 @pytest.mark.skipif(

@@ -8,6 +8,7 @@ from semwatch.cli.app import app
 from semwatch.cli.options import err
 from semwatch.errors import EXIT_CODES, SemwatchError
 from semwatch.system import journal
+from semwatch.system.text import escaped
 
 log = logging.getLogger("semwatch")
 
@@ -20,7 +21,10 @@ def main() -> None:
         if journal.is_for_machines(logging.getLogger()):
             log.error("%s: %s", type(error).__name__, error)
         else:
-            err.print(Text.assemble((type(error).__name__, "red"), f": {error}"), soft_wrap=True)
+            err.print(
+                Text.assemble((type(error).__name__, "red"), f": {escaped(str(error), keeps_lines=True)}"),
+                soft_wrap=True,
+            )
         raise SystemExit(EXIT_CODES.get(type(error), 1)) from error
 
 

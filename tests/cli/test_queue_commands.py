@@ -15,7 +15,7 @@ import redis
 import yaml
 
 from factories import make_review, make_verdict, messages, result_summary
-from semwatch.errors import ConfigError
+from semwatch.errors import ServiceUnavailable
 from semwatch.streams import queues, records, unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.handoff import Handoff
@@ -356,7 +356,7 @@ def test_documented_rights_of_a_learner_are_enough_and_each_is_needed(server, cl
             if missing is None:
                 learn(mine)
             else:
-                with pytest.raises(ConfigError, match="ACL"):
+                with pytest.raises(ServiceUnavailable, match="ACL"):
                     learn(mine)
 
 

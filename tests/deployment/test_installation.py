@@ -232,7 +232,7 @@ def test_first_settings_load_and_point_at_the_layout(tmp_path: Path) -> None:
     assert (site.results_dir, site.state_dir) == (Path("/srv/semwatch/results"), Path("/var/lib/semwatch"))
     assert site.models.repository == Path("/srv/semwatch/model_repository")
     assert site.redis is not None
-    assert site.redis.url == "redis://127.0.0.1:6379/0"
+    assert site.redis.url == "unix:///run/semwatch-redis/redis.sock"
     assert load_recipe(site.folders[0].recipe) == load_recipe(EXAMPLES / "recipe.yaml")
     assert at(tmp_path, SITE).read_text().count("#") > 30  # the comments came along
 

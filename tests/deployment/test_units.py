@@ -33,7 +33,7 @@ WHERE = {  # drop-in: the units that it is for
     "remote-triton.conf": DAEMONS,
     "remote-redis.conf": (*DAEMONS, *CYCLES),
     "remote-metrics.conf": DAEMONS,
-    "redis-socket.conf": ("semwatch-redis.service",),
+    "redis-port.conf": ("semwatch-redis.service",),
     "distribution-redis.conf": ("redis-server.service",),
 }
 
@@ -135,7 +135,7 @@ def test_systemd_finds_nothing_wrong_with_a_drop_in(staged: Path, drop_in: str) 
             (name, ("triton.conf", "remote-triton.conf", "remote-redis.conf", "network-share.conf"), 15)
             for name in DAEMONS
         ),
-        ("semwatch-redis.service", ("redis-socket.conf",), 15),
+        ("semwatch-redis.service", ("redis-port.conf",), 15),
         ("semwatch-triton.service", ("gpu.conf",), 25),
     ],
 )

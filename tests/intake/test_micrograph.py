@@ -15,74 +15,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from image_files import (
+    ALPHA,
+    COLOR,
+    GRAY,
+    GRAY_RGB,
+    RAMP,
+    VALID,
+    Gray,
+    encoded,
+    patched,
+    png,
+    sem,
+    tiff,
+    with_tag,
+)
 from paths import DATA
 from semwatch.defects import Box, Micrograph
 from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.intake import decoding
 from semwatch.intake.info_bar import find_field
 
-Gray = NDArray[np.uint8]
-
-
-def sem(H: int = 96, W: int = 80, seed: int = 0) -> Gray:
-    """Noisy vertical lines."""
-    lines = 90 + 80 * (np.arange(W) // 20 % 2)
-    return (lines + 8 * np.random.default_rng(seed).standard_normal((H, W))).clip(0, 255).astype(np.uint8)
-
-
-def tiff(*pages: NDArray[Any], **options: Any) -> bytes:
-    file = io.BytesIO()
-    with tifffile.TiffWriter(file, bigtiff=options.pop("bigtiff", False), byteorder=options.pop("order", "<")) as out:
-        for page in pages:
-            out.write(page, metadata=None, **{"photometric": "rgb" if page.ndim == 3 else "minisblack", **options})
-    return file.getvalue()
-
-
-def encoded(extension: str, pixels: NDArray[Any], *options: int) -> bytes:
-    return cv2.imencode(extension, pixels, options)[1].tobytes()
-
-
-def png(W: int, H: int, bits: int, color: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    header = struct.pack(">IIBBBBB", W, H, bits, color, 0, 0, 0)
-    body = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    signed = ((struct.pack(">I", len(c)), kind + c, struct.pack(">I", zlib.crc32(kind + c))) for kind, c in body)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(b"".join(parts) for parts in signed)
-
-
-def patched(data: bytes, at: int, new: bytes) -> bytes:
-    return data[:at] + new + data[at + len(new) :]
-
-
-def with_tag(data: bytes, code: int, value: int) -> bytes:
-    """A little-endian classic TIFF whose first page says ``value`` (LONG) in a tag it already has."""
-    start = struct.unpack_from("<I", data, 4)[0]
-    (n_tags,) = struct.unpack_from("<H", data, start)
-    entries = [start + 2 + 12 * i for i in range(n_tags)]
-    (entry,) = (e for e in entries if struct.unpack_from("<H", data, e)[0] == code)
-    return patched(data, entry, struct.pack("<HHII", code, 4, 1, value))
-
 
 def only(data: bytes, **limits: int) -> Micrograph:
     (page,) = decoding.decode(data, name="a.tif", **limits)
     return page
-
-
-GRAY = sem()
-COLOR = np.dstack([GRAY, GRAY[::-1], GRAY[:, ::-1]])
-GRAY_RGB = np.dstack([GRAY] * 3)
-ALPHA = np.arange(GRAY.size, dtype=np.uint8).reshape(GRAY.shape)
-RAMP = np.stack([np.arange(256) * 257] * 3).astype(np.uint16)
-VALID = {
-    "png": encoded(".png", GRAY),
-    "jpeg": encoded(".jpg", GRAY),
-    "progressive": encoded(".jpg", COLOR, cv2.IMWRITE_JPEG_PROGRESSIVE, 1),
-    "bmp": encoded(".bmp", GRAY),
-    "tiff": tiff(GRAY),
-    "two pages": tiff(GRAY, GRAY[::-1]),
-    "LZW": tiff(GRAY, compression="lzw", predictor=True),
-    "tiled JPEG": tiff(GRAY, compression="jpeg", tile=(32, 32)),
-    "16-bit float": tiff(GRAY.astype(np.float16)),
-}
 
 
 # ---- what is not an image ----
@@ -154,7 +111,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("form", BOMBS)
 def test_header_that_promises_too_many_pixels_is_refused(form: str) -> None:
-    with pytest.raises(ImageError, match="60000 x 60000 px, over 67200000"):
+    with pytest.raises(
+        ImageError,
+        match=r"60000 x 60000 px, 3600 million, over 67\.2; tile it or raise limits\.max_image_mpx in site\.yaml",
+    ):
         decoding.decode(BOMBS[form], name="x")
 
 
@@ -171,12 +131,66 @@ def test_header_without_pixels_is_refused(form: str) -> None:
 
 
 def test_tile_that_promises_more_pixels_than_its_page_may_have_is_refused() -> None:
-    with pytest.raises(ImageError, match="tiles over"):
+    with pytest.raises(ImageError, match="tiles of"):
         decoding.decode(with_tag(VALID["tiled JPEG"], 322, 2**30), name="x")
     data = VALID["tiled JPEG"]
     frame = data.index(b"\xff\xc0")
-    with pytest.raises(ImageError, match="JPEG tile over"):
+    with pytest.raises(ImageError, match="a JPEG tile of"):
         decoding.decode(patched(data, frame + 5, struct.pack(">HH", 60000, 60000)), name="x")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (encoded(".png", np.zeros((32, 3201), np.uint8)), "3201 x 32 px, one side over 100 times the other"),
+        (
+            patched(VALID["progressive"], len(VALID["progressive"]) - 2, b"\xff\xda" * 64 + b"\xff\xd9"),
+            "scans, over 64",
+        ),
+        (
+            tiff(np.zeros((32769, 400), np.uint8), rowsperstrip=1, compression="zlib"),
+            "32769 strips or tiles, over 32768",
+        ),
+    ],
+    ids=["aspect", "scans", "strips"],
+)
+def test_header_that_promises_too_much_work_is_refused_with_the_measure(data: bytes, words: str) -> None:
+    with pytest.raises(ImageError, match=words):
+        decoding.decode(data, name="x")
+
+
+def test_bytes_of_a_page_count_as_they_are_decoded_not_as_they_are_gray() -> None:
+    wide = tiff(np.zeros((64, 64, 4), np.float64), extrasamples=["unassalpha"])
+    with pytest.raises(ImageError, match=r"64 x 64 px of 256 bits, 0 MB, over 0 MB; .*limits\.max_image_mpx"):
+        decoding.decode(wide, name="x", max_pixels=64 * 64)
+    assert only(wide, max_pixels=4 * 64 * 64).pixels.shape == (64, 64)
+
+
+def test_bmp_whose_color_masks_would_divide_by_zero_is_refused() -> None:
+    def bmp(*masks: int) -> bytes:
+        head = struct.pack("<IHHI", 66 + 2 * 64 * 64, 0, 0, 66)
+        info = struct.pack("<IiiHHIIiiII", 40, 64, 64, 1, 16, 3, 0, 0, 0, 0, 0)
+        return b"BM" + head + info + struct.pack("<III", *masks) + bytes(2 * 64 * 64)
+
+    assert only(bmp(0xF800, 0x07E0, 0x001F)).pixels.shape == (64, 64)
+    for masks in (
+        (0, 0, 0),
+        (0xF800, 0x07E0, 0),
+        (0xF800, 0xF800, 0x1F),
+        (0xA800, 0x07E0, 0x1F),
+        (1 << 31, 0x7E0, 0x1F),
+    ):
+        with pytest.raises(ImageError, match="color masks"):
+            decoding.decode(bmp(*masks), name="x")
+
+
+@pytest.mark.parametrize("code", [256, 258, 273, 278])
+def test_tag_of_another_type_or_number_than_writers_give_is_refused(code: int) -> None:
+    data = with_tag(VALID["tiff"], code, 64)
+    start = data.index(struct.pack("<HHI", code, 4, 1))
+    for kind, n_values in ((2, 3), (5, 1), (4, 0)):
+        with pytest.raises(ImageError, match=f"tag {code} holds {n_values} values of type {kind}"):
+            decoding.decode(patched(data, start, struct.pack("<HHI", code, kind, n_values)), name="x")
 
 
 def test_shortest_side_decides_what_is_too_small() -> None:
@@ -194,7 +208,7 @@ def test_largest_page_of_8192_px_is_read() -> None:
 def test_pages_beyond_the_limit_are_refused_not_left_out() -> None:
     data = tiff(*[GRAY] * 5)
     assert len(decoding.decode(data, name="x", max_pages=5)) == 5
-    with pytest.raises(ImageError, match="more than 4 pages"):
+    with pytest.raises(ImageError, match=r"more than 4 pages; split the file or raise limits\.max_pages in site\.yaml"):
         decoding.decode(data, name="x", max_pages=4)
 
 

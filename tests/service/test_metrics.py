@@ -4,10 +4,12 @@ import gc
 import re
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
@@ -16,8 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from factories import make_review, make_verdict
 from semwatch.defects import Quality, QualityFlag, Verdict, VerdictKind
 from semwatch.errors import ConfigError
+from semwatch.service import metrics_server
 from semwatch.service.drift import WATCHED
 from semwatch.service.metrics import SEVEREST_FIRST, STAGE_BUCKETS_S, Metrics, verdict_of
+from semwatch.service.metrics_server import MAX_CONNECTIONS
 from semwatch.store.review_record import to_record
 
 HOST = "127.0.0.1"
@@ -269,3 +273,36 @@ def test_defect_is_graver_than_a_page_without_image() -> None:
     whole = make_review(1, n_pages=2, verdicts=[make_verdict("unknown")])
     blank = replace(whole.pages[0], score_map=None, defects=(), quality=Quality(is_image=False))
     assert verdict_of(replace(whole, pages=(blank, whole.pages[1]))) == "unknown"
+
+
+def test_idle_connections_take_no_place_from_prometheus() -> None:
+    """1,021 idle connections once took every descriptor of the daemon."""
+    metrics = Metrics(["tool-a"])
+    port = metrics.serve(HOST, 0)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    idle = []
+    try:
+        for _ in range(200):
+            idle.append(socket.create_connection((HOST, port), timeout=5))
+            idle[-1].sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
+        with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=10) as answer:
+            assert b"semwatch_ready" in answer.read()
+        deadline = time.monotonic() + 10
+        while (ours := len(list(Path("/proc/self/fd").iterdir())) - before - len(idle)) > MAX_CONNECTIONS:
+            assert time.monotonic() < deadline, ours
+            time.sleep(0.05)
+        assert threading.active_count() < MAX_CONNECTIONS + 20
+    finally:
+        for connection in idle:
+            connection.close()
+        metrics.close()
+
+
+def test_a_connection_that_dawdles_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_server, "REQUEST_S", 0.3)
+    metrics = Metrics()
+    port = metrics.serve(HOST, 0)
+    with socket.create_connection((HOST, port), timeout=10) as slow:
+        slow.sendall(b"GET /met")
+        assert slow.recv(1) == b""  # the server hung up
+    metrics.close()

@@ -6,7 +6,7 @@ import time
 import pytest
 import redis
 
-from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.errors import ServiceUnavailable
 from semwatch.streams import handoff as handoff_module
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.handoff import Cycle, Handoff, Serving, Wish, wish_message
@@ -44,12 +44,12 @@ def test_what_serves_is_known_until_the_daemon_ends_or_dies(handoff: Handoff, cl
     assert handoff.serving("fab-1") is None
 
 
-def test_foreign_content_is_a_settings_error_that_says_what_to_do(handoff: Handoff, client: redis.Redis) -> None:
+def test_foreign_content_is_a_service_away_that_says_what_to_do(handoff: Handoff, client: redis.Redis) -> None:
     client.set("semwatch:serving:fab-1", "[1, 2")
-    with pytest.raises(ConfigError, match="prefix of its own"):
+    with pytest.raises(ServiceUnavailable, match="prefix of its own"):
         handoff.serving("fab-1")
     client.set("semwatch:wishes", "no stream")
-    with pytest.raises(ConfigError, match="choose another"):
+    with pytest.raises(ServiceUnavailable, match="choose another"):
         handoff.wishes()
 
 

@@ -68,7 +68,7 @@ def make_messages(n: int) -> list[Message]:
 
 
 def make_consumer(client: redis.Redis, name: str = "a", **options: Any) -> Consumer[Record]:
-    return Consumer(client, UNKNOWNS, decode, name=name, **options)
+    return Consumer(client, UNKNOWNS, decode, name=name, **{"counts_after_s": 0.0, **options})
 
 
 def numbers(claimed: list[Claimed[Record]]) -> list[int]:
@@ -297,6 +297,23 @@ BROKEN: dict[str, tuple[Callable[[Fields], Fields], str]] = {
     "wrong kind": (lambda f: _with_meta(f, kind="known"), "kind"),
     "box of three": (lambda f: _with_meta(f, box_xyxy=[1, 2, 3]), "box_xyxy"),
     "score not a number": (lambda f: _with_meta(f, image_score=None), "image_score"),
+    "score infinite": (lambda f: {**f, b"meta": f[b"meta"][:-1] + b',"image_score":1e999}'}, "not finite"),
+    "score NaN": (lambda f: {**f, b"meta": f[b"meta"][:-1] + b',"image_score":NaN}'}, "no number of JSON"),
+    "meta nested": (lambda f: _with_meta(f, more=[[[[[[[[[1]]]]]]]]]), "nested deeper"),
+    "meta nested beyond the parser": (
+        lambda f: {**f, b"meta": b'{"x":' + b"[" * 30000 + b"]" * 30000 + b"}"},
+        "nested",
+    ),
+    "meta too long": (lambda f: _with_meta(f, path="x" * 70000), "bytes, over"),
+    "a number of 6000 digits": (lambda f: {**f, b"meta": f[b"meta"][:-1] + b',"y":' + b"9" * 6000 + b"}"}, "digits"),
+    "area out of bounds": (lambda f: _with_meta(f, area_px=2**62), "out of all bounds"),
+    "area negative": (lambda f: _with_meta(f, area_px=-1), "negative"),
+    "empty crop": (lambda f: _with_meta(f, crop_xyxy=[0, 0, 0, 0]), "no box"),
+    "box inside out": (lambda f: _with_meta(f, box_xyxy=[5, 5, -5, -5]), "no box"),
+    "no time": (lambda f: _with_meta(f, created_utc="zzzz"), "created_utc"),
+    "half a character": (lambda f: _with_meta(f, path="\ud800"), "not Unicode"),
+    "features endless": (lambda f: {**f, b"features": bytes(5 << 20)}, "bytes, over"),
+    "crop beyond all encoders": (lambda f: {**f, b"crop_png": _png(np.zeros((1025, 1025), np.uint8))}, "1025 x 1025"),
 }
 
 
@@ -453,7 +470,7 @@ def test_full_server_pushes_back_and_nothing_is_lost(publisher: Publisher, clien
 
 def test_failed_add_leaves_no_mark(publisher: Publisher, client: redis.Redis) -> None:
     client.set(STREAM, "not a stream")
-    with pytest.raises(ConfigError, match="choose another"):
+    with pytest.raises(ServiceUnavailable, match="choose another"):
         publisher.publish(make_messages(1))
     client.delete(STREAM)
     publisher.publish(make_messages(1))
@@ -506,7 +523,7 @@ def test_password_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         connect("redis://127.0.0.1", password_file=tmp_path / "none")
 
 
-def test_password_is_read_from_its_file_and_a_wrong_one_is_a_settings_error(
+def test_password_is_read_from_its_file_and_a_wrong_one_is_a_server_that_is_away(
     server: EmbeddedRedis, client: redis.Redis, tmp_path: Path
 ) -> None:
     (tmp_path / "right").write_text("s3cret\n")
@@ -519,18 +536,18 @@ def test_password_is_read_from_its_file_and_a_wrong_one_is_a_settings_error(
             for password_file in (tmp_path / "wrong", None):
                 with (
                     connect(server.url, password_file=password_file) as wrong,
-                    pytest.raises(ConfigError, match="password_file"),
+                    pytest.raises(ServiceUnavailable, match="password_file"),
                 ):
                     Publisher(wrong).publish(make_messages(3))
     finally:
         client.config_set("requirepass", "")
 
 
-def test_password_for_a_server_without_one_is_a_settings_error(
+def test_password_for_a_server_without_one_is_a_server_that_is_away(
     server: EmbeddedRedis, client: redis.Redis, tmp_path: Path
 ) -> None:
     (tmp_path / "password").write_text("s3cret")
-    with connect(server.url, password_file=tmp_path / "password") as mine, pytest.raises(ConfigError):
+    with connect(server.url, password_file=tmp_path / "password") as mine, pytest.raises(ServiceUnavailable):
         Publisher(mine).ping()
 
 
@@ -555,17 +572,90 @@ def test_rights_that_the_docstring_names_are_enough(server: EmbeddedRedis, clien
         assert publisher.depths()[UNKNOWNS].length == 2
 
 
-def test_missing_right_is_a_settings_error_and_leaves_no_mark(
+def test_missing_right_is_a_server_that_is_away_and_leaves_no_mark(
     server: EmbeddedRedis, client: redis.Redis, tmp_path: Path
 ) -> None:
     _make_user(client, "~semwatch:*", "+@connection", "+eval", "+exists", "+set")
     (tmp_path / "pw").write_text("pw")
     with connect(server.url, username="edge", password_file=tmp_path / "pw") as mine:
-        with pytest.raises(ConfigError, match="ACL"):
+        with pytest.raises(ServiceUnavailable, match="ACL"):
             Publisher(mine).publish(make_messages(1))
-        with pytest.raises(ConfigError, match="ACL"):
+        with pytest.raises(ServiceUnavailable, match="ACL"):
             make_consumer(mine).claim(1, min_idle_s=60)
     assert client.dbsize() == 0
+
+
+NO_REDIS = [
+    b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    b":seven\r\n",
+    b"$9999999999999\r\n",
+    b"*100000\r\n",
+    b"*1\r\n" * 5000,
+    b"\xff\xfe\x00\r\n" * 9,
+    b"-\r\n",
+    b"+OK\r\n" * 9,
+    b"$-7\r\n",
+    b"",
+]
+
+
+@pytest.mark.parametrize("said", NO_REDIS, ids=range(len(NO_REDIS)))
+def test_another_server_on_the_port_is_a_redis_that_is_away(said: bytes) -> None:
+    def stranger() -> None:
+        listening.settimeout(20)
+        try:
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.settimeout(5)
+                    connection.recv(1 << 16)
+                    connection.sendall(said)
+        except OSError:
+            return
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        url = f"redis://127.0.0.1:{listening.getsockname()[1]}"
+        thread = threading.Thread(target=stranger, daemon=True)
+        thread.start()
+        with connect(url, timeout_s=1.0) as client:
+            with pytest.raises(ServiceUnavailable):
+                Publisher(client).publish(make_messages(1))
+            with pytest.raises(ServiceUnavailable):
+                make_consumer(client).claim(1, min_idle_s=60)
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+
+
+def test_a_stream_whose_ids_are_used_up_is_a_redis_that_is_away(publisher: Publisher, client: redis.Redis) -> None:
+    client.xadd(STREAM, {"x": "y"}, id="18446744073709551615-18446744073709551615")
+    with pytest.raises(ServiceUnavailable, match=r"takes no more entries.*rename its key"):
+        publisher.publish(make_messages(1))
+    client.rename(STREAM, "aside")
+    publisher.publish(make_messages(1))
+    assert client.xlen(STREAM) == 1
+
+
+def test_a_password_that_is_changed_is_read_anew(server: EmbeddedRedis, client: redis.Redis, tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("first")
+    client.config_set("requirepass", "first")
+    try:
+        with connect(server.url, password_file=password) as mine:
+            Publisher(mine).publish(make_messages(1))
+            client.config_set("requirepass", "second")
+            mine.connection_pool.disconnect()
+            with pytest.raises(ServiceUnavailable):
+                Publisher(mine).publish(make_messages(2))
+            password.unlink()
+            with pytest.raises(ServiceUnavailable):
+                Publisher(mine).publish(make_messages(2))
+            password.write_text("second")
+            Publisher(mine).publish(make_messages(2))
+    finally:
+        client.config_set("requirepass", "")
+    assert client.xlen(STREAM) == 2
 
 
 # --- consumer --------------------------------------------------------------------------------------------------------
@@ -683,6 +773,48 @@ def test_dead_letter_says_why_and_can_be_sent_again(publisher: Publisher, client
     again = claim_all(consumer, n=50)
     assert numbers(again) == list(range(120))
     assert_same(again[7].record, make_record(7))
+
+
+def test_a_wrong_decoder_condemns_nothing_and_says_so(publisher: Publisher, client: redis.Redis) -> None:
+    """``records.decode`` on results once moved every entry to the dead letters."""
+    publisher.publish(
+        [(RESULTS, f"{i:032x}", pack({**result_summary(make_review(0)), b"id": b"%032x" % i})) for i in range(5)]
+    )
+    wrong = Consumer(client, RESULTS, decode, name="mes", group="mes")
+    for _ in range(7):
+        with pytest.raises(ConfigError, match=r"sound entry.*is it the decoder of this stream"):
+            wrong.claim(4, min_idle_s=60)
+    assert client.xlen("semwatch:results:dead") == 0
+    right = Consumer(client, RESULTS, decode_result, name="mes", group="mes")
+    found = list(itertools.chain.from_iterable(iter(lambda: right.claim(4, min_idle_s=60), [])))
+    assert [(int(item.record.id, 16), item.n_deliveries) for item in found] == [(i, 1) for i in range(5)]
+
+
+def test_a_decoder_that_fails_on_its_own_account_condemns_nothing(publisher: Publisher, client: redis.Redis) -> None:
+    publisher.publish(make_messages(2))
+
+    def failing(fields: Any) -> Any:
+        return fields[b"no such field"]
+
+    with pytest.raises(ConfigError, match="KeyError"):
+        Consumer(client, UNKNOWNS, failing, name="a").claim(2, min_idle_s=60)
+    assert client.xlen(DEAD) == 0
+    assert numbers(claim_all(make_consumer(client, "b"))) == [0, 1]
+
+
+def test_a_consumer_that_ends_at_once_and_is_started_again_condemns_nothing_for_a_while(
+    publisher: Publisher, client: redis.Redis
+) -> None:
+    publisher.publish(make_messages(1))
+    for _ in range(20):
+        (item,) = make_consumer(client, max_deliveries=3, counts_after_s=0.5).claim(1, min_idle_s=3600)
+        assert item.n_deliveries == 1
+    for n in (2, 3):
+        time.sleep(0.6)
+        (item,) = make_consumer(client, max_deliveries=3, counts_after_s=0.5).claim(1, min_idle_s=3600)
+        assert item.n_deliveries == n
+    assert make_consumer(client, max_deliveries=3, counts_after_s=0.5).claim(1, min_idle_s=3600) == []
+    assert client.xlen(DEAD) == 1
 
 
 @pytest.mark.parametrize("broken", ["newer schema", "cut features", "cut crop", "no schema"])

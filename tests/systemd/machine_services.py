@@ -79,9 +79,8 @@ def test_f_triton_stopped_and_killed_under_load(layer: Layer, note: Note) -> Non
 
 def _use_triton(machine: Machine) -> None:
     """Install the server from its wheel, offline, and let the daemon ask it."""
-    semwatch(machine, "triton", "setup", "--folder", "/var/lib/semwatch-triton", timeout_s=300,
+    semwatch(machine, "triton", "setup", "--folder", "/opt/semwatch/triton", timeout_s=300,
              PIP_NO_INDEX="1", PIP_FIND_LINKS="/wheels")  # fmt: skip
-    machine.run("chown", "-R", "semwatch-triton:semwatch-triton", "/var/lib/semwatch-triton")
     drop_in(machine, DAEMON, machine.path("/usr/share/doc/semwatch/drop-ins/triton.conf").read_text())
     change(machine, SITE, models={"repository": "/srv/semwatch/model_repository", "runtime": "triton"})
     machine.run("systemctl", "start", TRITON, timeout_s=150)

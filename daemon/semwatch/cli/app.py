@@ -41,6 +41,7 @@ from semwatch.demo.learning import run_learning_demo
 from semwatch.demo.one_lot import run_demo
 from semwatch.errors import ConfigError, ImageError
 from semwatch.intake import decoding, pairing
+from semwatch.intake.decoders import Decoders
 from semwatch.intake.pairing import references_of
 from semwatch.line import pipeline
 from semwatch.line.class_codes import class_codes
@@ -119,9 +120,9 @@ def review(
         files = {name: file for name, file in files.items() if pairing.partner_of(name, settings.reference) is None}
     if not files:
         raise ConfigError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, paths))}")
-    with Embedded(repository, pins=settings.pins.model_dump()) as models:
+    with Decoders() as decoders, Embedded(repository, pins=settings.pins.model_dump()) as models:
         rows = [
-            _review_file(file, name, settings, models, results_dir, reference)
+            _review_file(file, name, settings, models, results_dir, reference, decoders.decode)
             for name, file in track(
                 files.items(), "reviewing", console=err, transient=True, disable=not err.is_terminal
             )
@@ -192,7 +193,13 @@ def doctor_command(site: SiteOption, as_json: JsonOption = False) -> None:
 
 
 def _review_file(
-    file: Path, name: str, recipe: Recipe, models: Embedded, results_dir: Path, reference: Path | None
+    file: Path,
+    name: str,
+    recipe: Recipe,
+    models: Embedded,
+    results_dir: Path,
+    reference: Path | None,
+    decode: decoding.Decode,
 ) -> dict[str, Any]:
     try:
         data = decoding.read_file(file)
@@ -206,6 +213,7 @@ def _review_file(
             models=models,
             reviewed_utc=utc_now(),
             reference_file=read_reference([reference] if reference else beside),
+            decode=decode,
         )
         written = results.write(found, results_dir=results_dir, **class_codes(recipe, models.meta("head").codes))
     except ImageError as error:
@@ -253,7 +261,7 @@ def _log_to_stderr(level: int, form: LogFormat) -> None:
         handler = RichHandler(console=err, show_path=False)
     else:
         handler = logging.StreamHandler()
-        text = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+        text = journal.TextFormatter("%(levelname)s %(name)s: %(message)s")
         handler.setFormatter(journal.JsonFormatter() if form == "json" else text)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     if journal.is_for_machines(logging.getLogger()):  # a traceback is one entry, not a line for each of its lines

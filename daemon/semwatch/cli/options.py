@@ -1,6 +1,5 @@
 """What every command shares: options, the exit codes in words, and how text reaches the terminal."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from semwatch.settings.fields import EXAMPLES
+from semwatch.system.text import escaped
 
 EPILOG = (
     "Exit codes: 0 all well; 1 done, but some files could not be reviewed or some checks failed; 2 settings, recipe or "
@@ -36,8 +36,8 @@ def table(*columns: str, **looks: Any) -> Table:
 
 
 def printable(text: str, style: str = "") -> Text:
-    """Text as it stands: brackets are no markup, and bytes of a file name that are not UTF-8 stand as \\xNN."""
-    return Text(os.fsencode(text).decode("utf-8", "backslashreplace"), style)
+    """Text as it stands: brackets are no markup, and what would move the cursor or is no UTF-8 stands as \\xNN."""
+    return Text(escaped(text, keeps_lines=True), style)
 
 
 def say(text: str, mark: tuple[str, str] = ("", "")) -> None:

@@ -113,6 +113,7 @@ def serve(
     view: Annotated[
         Path | None, typer.Option(help="Folder that the server reads; without it the one beside the repository.")
     ] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder of log and lock; without it the server's own.")] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="Longest wait for the start, in seconds.")] = START_TIMEOUT_S,
 ) -> None:
     """Run the server in the foreground until SIGTERM, for systemd: it is told when it answers and while it does.
@@ -129,6 +130,7 @@ def serve(
         settings=_settings(threads, target, engines, precision),
         view=view,
         control_secret_file=secret_file,
+        state=state,
         timeout_s=timeout_s,
     )
     notifier = Notifier(os.environ)

@@ -9,7 +9,6 @@
 so that ``cp`` brings any of it back by hand; the five newest are kept. Heads themselves are never touched.
 """
 
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from semwatch.deployment.installed_files import REPOSITORY, SETTINGS, STATE, set
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError
 from semwatch.settings.site import Site, load_site
-from semwatch.system import files
+from semwatch.system import files, rights
 
 BACKUPS = Path("/var/lib/semwatch-install/backups")
 KEEP = 5
@@ -59,7 +58,8 @@ def kept_files(at: Place, tools: Sequence[str]) -> Kept:
         files |= {reached(at, folder.recipe) for folder in site.folders} if site else set()
     settings = at.on_disk(SETTINGS).rglob("*")
     files |= {path for path in settings if path.is_file() and not path.is_symlink()}
-    return Kept(tuple(databases), tuple(sorted(path for path in files if path.is_file())))
+    there = (path for path in files if path.is_file() and not path.is_symlink())
+    return Kept(tuple(databases), tuple(sorted(there)))
 
 
 def take(at: Place, kept: Kept, name: str) -> Path:
@@ -76,9 +76,9 @@ def take(at: Place, kept: Kept, name: str) -> Path:
     partial.mkdir()
     try:
         for path in kept.files:
-            shutil.copy2(path, _made(partial / path.relative_to(at.root)))
+            _made(partial / path.relative_to(at.root)).write_bytes(rights.read_no_link(path))
         for path in filter(Path.is_file, kept.databases):
-            _copy_database(path, _made(partial / path.relative_to(at.root)))
+            _take_database(path, _made(partial / path.relative_to(at.root)))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -106,10 +106,7 @@ def put_back(at: Place, backup: Path, databases: Sequence[Path]) -> None:
     for path in databases:
         copy = backup / path.relative_to(at.root)
         if copy.is_file():
-            queued, last = _audit(path) if path.name == LEDGER and path.is_file() else ([], 0)
-            _copy_database(copy, path)
-            if last:
-                _count_on(path, queued, last)
+            _put_database(copy, path, counts_on=path.name == LEDGER)
 
 
 def put_back_older(at: Place, kept: Kept, version: str) -> list[Path]:
@@ -120,7 +117,9 @@ def put_back_older(at: Place, kept: Kept, version: str) -> list[Path]:
     newer = []
     for path in filter(Path.is_file, kept.databases):
         copy = left[-1] / path.relative_to(at.root)
-        if copy.is_file() and _layout(path) > _layout(copy):
+        with rights.of_owner(path):
+            layout = _layout(path)
+        if copy.is_file() and layout > _layout(copy):
             newer.append(path)
     put_back(at, left[-1], newer)
     return newer
@@ -156,13 +155,31 @@ def _with_wal(databases: Sequence[Path]) -> Iterator[Path]:
         yield from (file for end in _ENDS if (file := path.with_name(path.name + end)).is_file())
 
 
-def _copy_database(source: Path, target: Path) -> None:
-    """Copy by SQLite's online backup: whole or not at all, WAL included; owner and mode of ``target`` stay."""
-    is_new = not target.exists()
-    with _open(source) as read, closing(sqlite3.connect(target, timeout=BUSY_S)) as written:
-        read.backup(written)
-    if is_new and os.geteuid() == 0:
-        os.chown(target, target.parent.stat().st_uid, target.parent.stat().st_gid)
+def _take_database(source: Path, target: Path) -> None:
+    """Copy a service's database into a backup by SQLite's online backup, WAL included.
+
+    The service's rights are taken for all of it: SQLite makes and follows files beside the database. So ``target``,
+    in a folder of root, is opened before, and needs no file beside it.
+    """
+    with closing(sqlite3.connect(target, isolation_level=None)) as written:
+        written.execute("PRAGMA journal_mode = OFF")
+        written.execute("PRAGMA locking_mode = EXCLUSIVE")
+        written.execute("BEGIN EXCLUSIVE")
+        written.execute("COMMIT")
+        with rights.of_owner(source), _open(source) as read:
+            read.backup(written)
+
+
+def _put_database(copy: Path, target: Path, *, counts_on: bool) -> None:
+    """Put a database back, whole or not at all, with its owner's rights; see ``put_back`` for ``counts_on``."""
+    with closing(sqlite3.connect(f"{copy.absolute().as_uri()}?immutable=1", uri=True)) as read:
+        read.execute("SELECT count(*) FROM sqlite_master").fetchone()  # opened here: its folder is root's
+        with rights.of_owner(target):
+            queued, last = _audit(target) if counts_on and target.is_file() else ([], 0)
+            with closing(sqlite3.connect(target, timeout=BUSY_S)) as written:
+                read.backup(written)
+            if last:
+                _count_on(target, queued, last)
 
 
 def _audit(ledger: Path) -> tuple[list[tuple[int, str]], int]:

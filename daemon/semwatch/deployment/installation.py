@@ -27,7 +27,7 @@ from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.models import choice, crop_store, head_bank, model_repository
 from semwatch.models.model_repository import MODELS
-from semwatch.system import files
+from semwatch.system import files, rights
 
 KEPT = Path("/var/lib/semwatch-install")
 RECORD = KEPT / "installed.json"
@@ -134,24 +134,28 @@ def apply(at: Place, steps: Sequence[Step], before: Record | None, after: Record
 def copy_models(at: Place, source: Path, *, dry_run: bool) -> list[str]:
     """Publish the versions of a built model repository that this machine has not; return them as ``model/version``.
 
-    The crops that its heads were fitted on come along. What is there stays as it is. The owner is the one of the
-    repository's folder.
+    The crops that its heads were fitted on come along. What is there stays as it is. Root reads with the rights of the
+    source's owner and writes with those of the repository's, whose the copy is then.
 
     Raises:
         ModelMismatch: no models in ``source``, or a version that is not whole.
         OSError: the disk refused.
     """
     repository = at.on_disk(REPOSITORY)
-    given = {model: model_repository.versions(source, model) for model in MODELS}
+    with rights.of_owner(source):
+        given = {model: model_repository.versions(source, model) for model in MODELS}
     if not all(given.values()):
         missing = ", ".join(model for model, found in given.items() if not found)
         raise ModelMismatch(f"{source} has no {missing}; give a built repository (`semwatch-train build`)")
     if not dry_run:
+        files.make_folder(repository)
         _copy_crops(source, repository)  # first, so that no head lacks what it was fitted on
     copied = []
     for model, found in given.items():
         for version in sorted(set(found) - set(model_repository.versions(repository, model))):
-            model_repository.weights_path(source, model, version, model_repository.read_meta(source, model, version))
+            with rights.of_owner(source):
+                meta = model_repository.read_meta(source, model, version)
+                model_repository.weights_path(source, model, version, meta)
             copied.append(f"{model}/{version}")
             if not dry_run:
                 _copy_version(source / model, repository / model, version)
@@ -160,36 +164,53 @@ def copy_models(at: Place, source: Path, *, dry_run: bool) -> list[str]:
 
 def _copy_crops(source: Path, repository: Path) -> None:
     """Copy the crops that the heads of ``source`` were fitted on; those that are there stay."""
-    for path in crop_store.copy(source, repository, head_bank.banks_of(source)):
-        _give(path, repository, 0o644)
-        _give(path.parent, repository, stat.S_IMODE(repository.stat().st_mode))
+    with rights.of_owner(source):
+        shards = set[str]().union(*(crop_store.named_by(bank) for bank in head_bank.banks_of(source)))
+    for shard in sorted(shards):
+        path = crop_store.path_of(source, shard)
+        if not path.exists():
+            continue
+        content = rights.read_no_link(path)
+        if hashlib.sha256(content).hexdigest() != shard:
+            raise ModelMismatch(f"{path} is not what was kept there (sha256 differs); take it from a backup")
+        with rights.of_owner(repository):
+            crop_store.place(repository, content)
+            _like(crop_store.path_of(repository, shard).parent, repository)
 
 
 def _copy_version(source: Path, folder: Path, version: int) -> None:
-    repository = folder.parent
-    files.make_folder(repository)
-    if not folder.exists():
-        folder.mkdir()
-        _give(folder, repository, stat.S_IMODE(repository.stat().st_mode))  # its set-gid bit too: Triton reads by group
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-    try:
-        shutil.copytree(source / str(version), staging, dirs_exist_ok=True, copy_function=shutil.copyfile)
-        for path in (staging, *staging.rglob("*")):
-            _give(path, repository, 0o755 if path.is_dir() else 0o644)
+    """Copy one version: read with the rights of the source's owner, written with those of the repository's."""
+    with rights.of_owner(source):
+        found = _files_below(source / str(version))
         withdrawn = source / f"{version}{choice.WITHDRAWN}"
-        if withdrawn.is_file():  # first, so that it never serves
-            files.write_whole(folder / withdrawn.name, withdrawn.read_bytes())
-            _give(folder / withdrawn.name, repository, 0o644)
-        files.place_folder(staging, folder / str(version))
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        reason = rights.read_no_link(withdrawn) if withdrawn.is_file() else None
+    with rights.of_owner(folder):
+        if not folder.exists():
+            folder.mkdir()
+            _like(folder, folder.parent)  # its set-gid bit too: Triton reads by group
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+        try:
+            for name, content in found.items():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).write_bytes(content)
+            for path in (staging, *staging.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            if reason is not None:  # first, so that it never serves
+                files.write_whole(folder / withdrawn.name, reason)
+            files.place_folder(staging, folder / str(version))
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
-def _give(path: Path, like: Path, mode: int) -> None:
-    if os.geteuid() == 0:
-        os.chown(path, like.stat().st_uid, like.stat().st_gid)
-    path.chmod(mode)
+def _files_below(folder: Path) -> dict[Path, bytes]:
+    """The files of a folder by their path in it; a link is refused by the system."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    return {path.relative_to(folder): rights.read_no_link(path) for path in paths}
+
+
+def _like(folder: Path, above: Path) -> None:
+    folder.chmod(stat.S_IMODE(above.stat().st_mode))
 
 
 def _step(at: Place, path: Path, content: bytes, recorded: str | None, *, puts_back: bool) -> Step:

@@ -26,8 +26,8 @@ SETTINGS = Path("/etc/semwatch")
 STATE = Path("/var/lib/semwatch")
 DATA = Path("/srv/semwatch")
 REPOSITORY = DATA / "model_repository"
-REDIS_URL = "redis://127.0.0.1:6379/0"
-"""Where semwatch-redis.service listens, as the distribution's Redis does."""
+REDIS_URL = "unix:///run/semwatch-redis/redis.sock"
+"""Where semwatch-redis.service listens."""
 
 _UNIT_SUFFIXES = (".service", ".timer", ".path", ".target")
 _TAKEN = frozenset({"results", "drop", "model_repository", "learning", "quarantine"})

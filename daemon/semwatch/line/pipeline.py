@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from semwatch.defects import Box, Defect, Domain, GateSource, Micrograph, PageReview, Reference, Review, ScoreMap
 from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.intake import decoding, quality
-from semwatch.intake.decoding import LIMITS
+from semwatch.intake.decoding import LIMITS, Decode
 from semwatch.line import binarization, detection, inputs, reference
 from semwatch.line.binarization import Region
 from semwatch.line.classification import classify, domain_of, size_feature
@@ -87,6 +88,7 @@ def review(
     max_pixels: int = LIMITS.max_image_px,
     max_pages: int = LIMITS.max_pages,
     reference_file: ReferenceFile | None = None,
+    decode: Decode | None = None,
 ) -> Review:
     """Review one image file.
 
@@ -104,6 +106,7 @@ def review(
         max_pages: of one file.
         reference_file: picture of the same place to compare with; None where the recipe names none. A file with as many
             pages gives each its own, another file its first page.
+        decode: what decodes; None: this process.
 
     Raises:
         ImageError: the file cannot be reviewed, now or later.
@@ -112,8 +115,9 @@ def review(
     """
     timings = dict.fromkeys(STAGES, 0.0)
     with _timed(timings, "decode"):
-        micrographs = decoding.decode(data, name=path, max_pixels=max_pixels, max_pages=max_pages)
-        micrographs, references = _with_references(micrographs, reference_file, recipe, max_pixels, max_pages)
+        decoded = partial(decode or decoding.decode, max_pixels=max_pixels, max_pages=max_pages)
+        micrographs = decoded(data, name=path)
+        micrographs, references = _with_references(micrographs, reference_file, recipe, decoded)
     with _timed(timings, "detect"):
         compared = [reference.compared(*pair, recipe.reference) for pair in zip(micrographs, references, strict=True)]
     pairs = list(zip(micrographs, compared, strict=True))
@@ -227,8 +231,7 @@ def _with_references(
     micrographs: tuple[Micrograph, ...],
     given: ReferenceFile | None,
     recipe: Recipe,
-    max_pixels: int,
-    max_pages: int,
+    decode: Decode,
 ) -> tuple[tuple[Micrograph, ...], list[tuple[str, Micrograph | None, str] | None]]:
     """Return the pages to review, and for each the name of its reference, the reference, and why there is none."""
     n_reference = recipe.reference.page
@@ -236,7 +239,7 @@ def _with_references(
         if given.data is None:
             return micrographs, [(given.name, None, given.reason)] * len(micrographs)
         try:
-            pages = decoding.decode(given.data, name=given.name, max_pixels=max_pixels, max_pages=max_pages)
+            pages = decode(given.data, name=given.name)
         except ImageError as error:
             return micrographs, [(given.name, None, f"the reference cannot be read: {error}")] * len(micrographs)
         is_page_by_page = len(pages) == len(micrographs)

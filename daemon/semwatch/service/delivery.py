@@ -15,19 +15,25 @@ from semwatch.streams.unknowns import Publisher
 
 BATCH = 100
 MAX_BACKOFF_S = 30.0
+SAY_AGAIN_S = 60.0
+"""Seconds after which a service that is still away is said again."""
 
 
 class Backoff:
     """How long to leave a service alone: 0.5, 1, 2 ... 30 s after failures in a row."""
 
     def __init__(self) -> None:
-        self._n_failures, self._until = 0, 0.0
+        self._n_failures, self._until, self._say_again = 0, 0.0, 0.0
 
     def failed(self) -> bool:
-        """Note a failure; True for the first in a row."""
+        """Note a failure; True where it is to be said: for the first in a row, and once a minute after it."""
+        now = time.monotonic()
         self._n_failures += 1
-        self._until = time.monotonic() + min(MAX_BACKOFF_S, 0.25 * 2 ** min(self._n_failures, 30))
-        return self._n_failures == 1
+        self._until = now + min(MAX_BACKOFF_S, 0.25 * 2 ** min(self._n_failures, 30))
+        is_said = self._n_failures == 1 or now >= self._say_again
+        if is_said:
+            self._say_again = now + SAY_AGAIN_S
+        return is_said
 
     def worked(self) -> bool:
         """Note a success; True where it ends a row of failures."""

@@ -26,6 +26,7 @@ from types import MappingProxyType
 from semwatch.defects import Review
 from semwatch.errors import ConfigError, FileUnavailable, ImageError, SemwatchError, ServiceUnavailable
 from semwatch.intake import decoding
+from semwatch.intake.decoders import Decoders
 from semwatch.intake.drop_folder import Arrival, Incoming
 from semwatch.intake.folder_rules import Folder
 from semwatch.line import notices, pipeline
@@ -104,6 +105,10 @@ class Service:
                 f"{self._audit.path} ends at line {self._audit.last_seq}, further than the ledger has ever counted: it "
                 f"belongs to an earlier ledger; move it aside, keep it, and start again"
             )
+        limits = site.limits  # a decoder for each worker, started while the models load
+        self._decoders = keep.enter_context(
+            Decoders(limits.in_flight, cpu_s=limits.decode_cpu_s, max_pixels=limits.max_image_px)
+        )
         self.metrics = Metrics(self.recipes)
         keep.callback(self.metrics.close)
         self._models = ModelsInService(
@@ -135,7 +140,9 @@ class Service:
         self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
-        self._references = References({folder.source: folder for folder in site.folders}, self.recipes)
+        self._references = References(
+            {folder.source: folder for folder in site.folders}, self.recipes, decode=self._decoders.decode
+        )
         self._places = {folder.source: folder.path for folder in site.folders}
         self._late_look = LateLook(self.ledger, self._places, self._incoming)
         keep.callback(self._late_look.close)
@@ -550,6 +557,7 @@ class Service:
             max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
             reference_file=reference,
+            decode=self._decoders.decode,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))
         faults.check_results(self.site.results_dir)

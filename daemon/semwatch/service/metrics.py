@@ -4,18 +4,17 @@ Labels are bounded: sources come from the site settings, class labels from the h
 services from the code. An image name, a lot or an error text never becomes a label.
 """
 
-import threading
 from collections.abc import Iterable
 from datetime import datetime
 from typing import get_args
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from semwatch.defects import DEFECT_FREE, NO_IMAGE, Domain, QualityName, Review, VerdictKind
 from semwatch.errors import ConfigError
 from semwatch.models.model_repository import MODELS
 from semwatch.service.drift import WATCHED
+from semwatch.service.metrics_server import MetricsServer
 from semwatch.store.pause import REASONS
 from semwatch.store.review_record import ReviewRecord
 
@@ -29,7 +28,6 @@ FILE_VERDICTS: tuple[str, ...] = (*SEVEREST_FIRST[:-1], NO_IMAGE, SEVEREST_FIRST
 
 SERVICES = ("line", "redis", "folder", "file")
 """What can be away or fail: models or disk, the streams, a drop folder, a file by itself."""
-CLOSE_TIMEOUT_S = 5.0
 
 
 class Metrics:
@@ -58,7 +56,7 @@ class Metrics:
             self.swap_refused.labels(model)
         for reason in REASONS:
             self.paused.labels(reason)
-        self._endpoint: tuple[WSGIServer, threading.Thread] | None = None
+        self._endpoint: MetricsServer | None = None
 
     def observe(self, review: Review) -> None:
         """Count one finished review: verdicts, pages, defects, stage times, model versions, time of the last review."""
@@ -90,24 +88,20 @@ class Metrics:
         """
         self.close()
         try:
-            self._endpoint = start_http_server(port, addr=host, registry=self.registry)
+            self._endpoint = MetricsServer(host, port, self.registry)
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise ConfigError(
                 f"metrics cannot be served at {host}:{port} ({why}): "
                 "set metrics.host and metrics.port in the site settings to a free address of this machine"
             ) from error
-        return int(self._endpoint[0].server_port)
+        return int(self._endpoint.server_port)
 
     def close(self) -> None:
         """Stop the endpoint and free its port; harmless where there is none."""
-        if self._endpoint is None:
-            return
-        server, thread = self._endpoint
-        self._endpoint = None
-        server.shutdown()
-        server.server_close()
-        thread.join(CLOSE_TIMEOUT_S)
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            endpoint.close()
 
     def _add_counters(self) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:

@@ -32,9 +32,10 @@ class References:
         folders: Mapping[str, Folder],
         recipes: Mapping[str, Recipe],
         *,
+        decode: decoding.Decode = decoding.decode,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._folders, self._recipes, self._clock = folders, recipes, clock
+        self._folders, self._recipes, self._decode, self._clock = folders, recipes, decode, clock
         self._lock = threading.Lock()
         self._first_seen: dict[tuple[str, str], float] = {}
 
@@ -47,7 +48,7 @@ class References:
         places = self._places(arrival)
         if not places:
             return False
-        is_here = _first_whole(places) is not None
+        is_here = _first_whole(places, self._decode) is not None
         key, now = (arrival.source, arrival.path), self._clock()
         with self._lock:
             first = self._first_seen.setdefault(key, now)
@@ -88,12 +89,12 @@ def read_reference(places: Sequence[Path]) -> ReferenceFile | None:
         return ReferenceFile(place.name, None, f"the reference cannot be read: {error}")
 
 
-def _first_whole(places: Sequence[Path]) -> Path | None:
+def _first_whole(places: Sequence[Path], decode: decoding.Decode) -> Path | None:
     """Return the first of these files that is there and whole; one that is still being written cannot be decoded."""
     for place in places:
         if place.is_file() and not place.is_symlink():
             try:
-                decoding.read(place)
+                decoding.read(place, by=decode)
             except ImageError:
                 continue
             return place

@@ -131,6 +131,8 @@ class Limits(Settings):
     """Largest page in millions of pixels (8192 x 8192 fits); a larger one is quarantined."""
     max_pages: Count = 64
     """Most pages of one file; a file with more is quarantined."""
+    decode_cpu_s: Annotated[float, Field(ge=1, le=600)] = 30.0
+    """Seconds of computing, four times that by the clock, that decoding one file may take before it is quarantined."""
     max_attempts: Count = 5
     """Attempts at one file before it is quarantined."""
     review_timeout_s: Positive = 300.0

@@ -18,6 +18,7 @@ from semwatch.store import results
 from semwatch.store.results import AnyRecord
 from semwatch.store.review_record import DefectRecord, DuplicateRecord, PageRecord, ReasonRecord, ReviewRecord
 from semwatch.system import files
+from semwatch.system.text import for_spreadsheet
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,9 @@ def _row_aside(record: ReasonRecord | DuplicateRecord) -> list[object]:
 
 def _csv_line(cells: Sequence[object]) -> bytes:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
+    # Names are anybody's: a cell must neither end its line nor be a formula to who opens the table.
+    safe = [for_spreadsheet(cell) if isinstance(cell, str) else cell for cell in cells]
+    csv.writer(line, lineterminator="\n").writerow(safe)
     return line.getvalue().encode()
 
 

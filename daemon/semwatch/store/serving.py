@@ -5,6 +5,7 @@ The daemon writes it at its start and at every swap. Learning never reads it, se
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +57,8 @@ def announced(state_dir: Path, model: str = "head") -> tuple[dict[str, int], dic
 def daemon_runs(state_dir: Path) -> bool:
     """Whether a daemon holds the ledger of this folder."""
     try:
-        with (state_dir / f"{LEDGER}.lock").open("rb") as side:
+        fd = os.open(state_dir / f"{LEDGER}.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as side:  # root asks too: it neither follows a link nor waits for a pipe
             fcntl.flock(side, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except FileNotFoundError:

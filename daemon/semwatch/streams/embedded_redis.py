@@ -9,6 +9,7 @@ The folder holds ``appendonly.aof`` or ``appendonlydir/`` (Redis' own), ``redis.
 """
 
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -163,6 +164,21 @@ class EmbeddedRedis:
         if _TAKEN in output:
             return f"port {self._port} on 127.0.0.1 is taken: name a free one, or 0 to have one picked"
         return f"redis-server ended while it started; mend what it says (all of it is in {self._log_path}):\n{output}"
+
+
+SERVICE_RULES = "+@all -@admin -@dangerous -script +info"
+"""What the clients of a service may do: all that works on data; not CONFIG, DEBUG, MODULE, REPLICAOF, SHUTDOWN and the
+like, and no scripts beside those that a client brings with its call."""
+
+
+def service_user(password: str | None) -> str:
+    """The line of a configuration that names the only user of a service; the server knows a password by its hash.
+
+    >>> service_user(None)
+    'user default on nopass ~* &* +@all -@admin -@dangerous -script +info\\n'
+    """
+    word = "nopass" if password is None else f"resetpass #{hashlib.sha256(password.encode()).hexdigest()}"
+    return f"user default on {word} ~* &* {SERVICE_RULES}\n"
 
 
 def options(folder: Path, *, port: int | None, socket_path: Path | None = None, socket_mode: str = "700") -> list[str]:

@@ -15,6 +15,7 @@ review and Redis, the ledger's outbox keeps either as one ``pack``ed blob.
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -49,7 +50,16 @@ Message = tuple[str, str, bytes]
 
 T = TypeVar("T")
 
-_MAX_CROP_PX = 4096
+_MAX_CROP_PX = 1024
+"""Encoders so far ask for 224; a crop of 4096 in some bytes of PNG would be 17 MB in memory."""
+_MAX_META_BYTES, _MAX_META_DEPTH = 1 << 16, 8
+"""Ours is 1 to 3 kB, three deep."""
+_MAX_FLOATS = 1 << 20
+"""Of features or of a soft mask; ours are at most some ten thousand."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", re.ASCII)
+_MAX_NUMBER = 2**31
+"""No page, place, area or count is as large; 2**31 squared still fits what reads it."""
 
 _OF_DETECTOR = ("field_features", "region_features")
 """Fields of an entry that are there only where the encoder asked."""
@@ -224,7 +234,16 @@ def decode(fields: Mapping[bytes, bytes]) -> Record:
         "crop": _crop(_field(fields, b"crop_png")),
     }
     arrays |= {name: _floats(fields, name.encode()) for name in _OF_DETECTOR if name.encode() in fields}
-    return _validated(_record_type(), fields, arrays)
+    record = _validated(_record_type(), fields, arrays)
+    for name in ("box_xyxy", "crop_xyxy"):
+        x0, y0, x1, y1 = getattr(record, name)
+        if not (x0 < x1 and y0 < y1):
+            raise ValueError(f"{name} is {(x0, y0, x1, y1)}: no box")
+    if min(record.page, record.defect_id, record.area_px) < 0:
+        raise ValueError("page, defect_id or area_px is negative")
+    if not _UTC.fullmatch(record.created_utc):
+        raise ValueError(f"created_utc is {record.created_utc[:40]!r}: wanted 2026-01-31T12:00:00Z")
+    return record
 
 
 def encode_result(summary: ResultSummary) -> Fields:
@@ -240,6 +259,18 @@ def decode_result(fields: Mapping[bytes, bytes]) -> ResultSummary:
         ValueError: Not a summary of this schema; the message says plainly why.
     """
     return _validated(_summary_type(), fields, {})
+
+
+def fault_of(stream: str, fields: Mapping[bytes, bytes]) -> str | None:
+    """Why an entry is none of its stream by the format; None where it is sound, or the stream is not one of these."""
+    reader = {UNKNOWNS: decode, RESULTS: decode_result}.get(stream)
+    if reader is None:
+        return None
+    try:
+        reader(fields)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def unknown_id(site: str, source: str, sha256: str, page: int, box_xyxy: Box, defect_id: int) -> str:
@@ -319,14 +350,48 @@ def _validated(kind: TypeAdapter[T], fields: Mapping[bytes, bytes], arrays: Mapp
     id_ = _field(fields, b"id").decode("ascii")
     if not re.fullmatch("[0-9a-f]{32}", id_):
         raise ValueError(f"id {id_[:40]!r} is not 32 hex digits")
-    meta = json.loads(_field(fields, b"meta"))
-    if not isinstance(meta, dict):
-        raise ValueError("meta is not a JSON object")
+    meta = _meta(_field(fields, b"meta"))
     try:
         return kind.validate_python({**meta, "id": id_, **arrays})
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
         raise ValueError(f"meta does not fit: {'; '.join(wrong[:3])}") from None
+
+
+def _meta(text: bytes) -> dict[str, Any]:
+    """Parse ``meta``, no further than a record of ours goes: in size, depth and numbers."""
+    if len(text) > _MAX_META_BYTES:
+        raise ValueError(f"meta has {len(text)} bytes, over {_MAX_META_BYTES}")
+    try:
+        meta = json.loads(text, parse_constant=_not_a_number)
+    except RecursionError:
+        raise ValueError("meta is nested too deep") from None
+    if not isinstance(meta, dict):
+        raise ValueError("meta is not a JSON object")
+    _check_values(meta, _MAX_META_DEPTH)
+    return meta
+
+
+def _not_a_number(text: str) -> float:
+    raise ValueError(f"meta holds {text}, which is no number of JSON")
+
+
+def _check_values(value: object, depth: int) -> None:
+    if depth == 0:
+        raise ValueError(f"meta is nested deeper than {_MAX_META_DEPTH}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("meta holds a number that is not finite")
+    if isinstance(value, int) and abs(value) >= _MAX_NUMBER:
+        raise ValueError(f"meta holds a number out of all bounds: {str(value)[:40]}")
+    if isinstance(value, str) and _SURROGATE.search(value):
+        raise ValueError("meta holds characters that are not Unicode")
+    if isinstance(value, dict):
+        for key, below in value.items():
+            _check_values(key, depth)
+            _check_values(below, depth - 1)
+    elif isinstance(value, list):
+        for below in value:
+            _check_values(below, depth - 1)
 
 
 def _field(fields: Mapping[bytes, bytes], name: bytes) -> bytes:
@@ -337,6 +402,8 @@ def _field(fields: Mapping[bytes, bytes], name: bytes) -> bytes:
 
 def _floats(fields: Mapping[bytes, bytes], name: bytes) -> NDArray[np.float32]:
     data = _field(fields, name)
+    if len(data) > 4 * _MAX_FLOATS:
+        raise ValueError(f"{name.decode()} has {len(data)} bytes, over {4 * _MAX_FLOATS}")
     if len(data) % 4:
         raise ValueError(f"{name.decode()} is cut short: {len(data)} bytes are no whole number of float32")
     values = np.frombuffer(data, "<f4").astype(np.float32)

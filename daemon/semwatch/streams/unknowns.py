@@ -25,7 +25,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,14 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from semwatch.errors import ConfigError, ServiceUnavailable
-from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, unpack
+from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
+from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, fault_of, unpack
 
 logger = logging.getLogger(__name__)
 
 SENT_TTL_S = 3 * 24 * 3600
+LEARNERS = "learners"
+"""The group that learning reads with."""
 PREFIX, TIMEOUT_S = "semwatch", 5.0
 """Where nothing is said; a site's settings say the same."""
 
@@ -75,11 +77,14 @@ def connect(
     attempt_s = max(timeout_s / 2, 0.5)
     options: dict[str, Any] = {"ssl_ca_certs": str(ca_file)} if ca_file is not None else {}
     try:
+        credentials = _Credentials(username, password_file)
         if password_file is not None:
-            options["password"] = password_file.read_text("utf-8").rstrip("\r\n")
+            credentials.get_credentials()  # refused here rather than at the first call
+            options["credential_provider"] = credentials
+        else:
+            options["username"] = username
         return redis.Redis.from_url(
             url,
-            username=username,
             protocol=2,  # one shape of answers, whatever the server's and the client's versions
             socket_timeout=attempt_s,
             socket_connect_timeout=attempt_s,
@@ -92,18 +97,39 @@ def connect(
         raise ConfigError(f"the Redis address cannot be used: {error}") from error
 
 
+class _Credentials(redis.CredentialProvider):
+    """User and password, read at each connection: a password that was changed is known without a restart."""
+
+    def __init__(self, username: str | None, password_file: Path | None) -> None:
+        self._username, self._password_file = username, password_file
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        password = self._password_file.read_text("utf-8").rstrip("\r\n") if self._password_file else ""
+        return (self._username, password) if self._username else (password,)
+
+
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn the driver's errors into ours.
+    """Turn whatever a server may do to its client into one error: it is away for us, whatever it says.
+
+    A refusal, another program's key or another server on the port is mended at the server, by a person, while the
+    line goes on; so none of them is a fault of our settings that would end a process. A stranger's answers raise
+    anything in the driver.
 
     Raises:
-        ServiceUnavailable: Redis is away or full.
-        ConfigError: Redis refuses us, is too old, or holds something else under a key of ours.
+        ServiceUnavailable: Redis is away or full, refuses us, or answers what no Redis would; says what to mend.
     """
     try:
         yield
+    except SemwatchError:
+        raise
     except redis.RedisError as error:
-        raise _as_ours(error) from error
+        raise ServiceUnavailable(_in_words(error)) from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise ServiceUnavailable(
+            f"Redis does not answer as one ({what}): is another program at its address?"
+        ) from error
 
 
 _REFUSED = (
@@ -119,17 +145,19 @@ _AWAY_WORDS = re.compile(r"\b(OOM|MISCONF|READONLY|LOADING|BUSY|MASTERDOWN|NOREP
 _TOO_OLD_WORDS = re.compile(r"unknown command|Unknown Redis command", re.IGNORECASE)
 
 
-def _as_ours(error: redis.RedisError) -> Exception:
-    message = str(error)
+def _in_words(error: redis.RedisError) -> str:
+    message = str(error)[:300]
     if isinstance(error, _REFUSED) or _REFUSED_WORDS.search(message):
-        return ConfigError(f"Redis refuses us ({message}): check username, password_file and the user's ACL")
+        return f"Redis refuses us ({message}): check username, password_file and the user's ACL"
     if isinstance(error, _AWAY) or _AWAY_WORDS.search(message):
-        return ServiceUnavailable(f"Redis is away or full: {message}")
+        return f"Redis is away or full: {message}"
     if "WRONGTYPE" in message:
-        return ConfigError("a key of ours is not a stream: something else uses this prefix, choose another")
+        return "a key of ours is not a stream: something else uses this prefix, choose another"
     if _TOO_OLD_WORDS.search(message):
-        return ConfigError(f"this server lacks what we need ({message}): Redis 6.2 or newer, or Valkey")
-    return error  # a bug of ours
+        return f"this server lacks what we need ({message}): Redis 6.2 or newer, or Valkey"
+    if "equal or smaller than" in message or "has exhausted" in message:
+        return f"a stream takes no more entries ({message}): rename its key, then entries are added again"
+    return f"Redis does not take what we ask ({message}): is it one that we can use?"
 
 
 def redis_key(prefix: str, *parts: str) -> str:
@@ -177,7 +205,6 @@ class Publisher:
 
         Raises:
             ServiceUnavailable: Redis is away or full. Some may have arrived; publish all of them again later.
-            ConfigError: Redis refuses us.
         """
         if items:
             self.ping()  # without a password, a server hangs up on a long message before it says NOAUTH
@@ -189,8 +216,7 @@ class Publisher:
         """Ask the server for an answer.
 
         Raises:
-            ServiceUnavailable: There is none.
-            ConfigError: Redis refuses us.
+            ServiceUnavailable: There is none that we can use.
         """
         with translated():
             self._client.ping()
@@ -199,8 +225,7 @@ class Publisher:
         """Measure both streams, by name.
 
         Raises:
-            ServiceUnavailable: Redis is away.
-            ConfigError: Redis refuses us.
+            ServiceUnavailable: Redis is away or refuses us.
         """
         with translated():
             return {stream: self._depth(stream) for stream in (UNKNOWNS, RESULTS)}
@@ -258,10 +283,11 @@ local function bury(id, fields, deliveries, why)
   local added = redis.pcall('XADD', KEYS[2], '*', unpack(letter))
   if type(added) == 'table' and added.err then return 0 end
   redis.call('XACK', KEYS[1], ARGV[1], id)
-  return redis.call('XDEL', KEYS[1], id)
+  if deletes then redis.call('XDEL', KEYS[1], id) end
+  return 1
 end
 """
-# ARGV[2..]: consumer, min idle ms, first id, owner ('' = any), n, max deliveries.
+# ARGV[2..]: consumer, min idle ms, first id, owner ('' = any), n, max deliveries, idle ms from which one counts.
 # One script rather than XAUTOCLAIM: 6.2 reports deleted entries there without their ids, so they could not be cleared.
 _TAKE = (
     _BURY_ONE
@@ -270,7 +296,7 @@ local range = {'XPENDING', KEYS[1], ARGV[1], 'IDLE', ARGV[3], ARGV[4], '+', ARGV
 if ARGV[5] ~= '' then range[#range + 1] = ARGV[5] end
 local last, taken = '', {}
 for _, pending in ipairs(redis.call(unpack(range))) do
-  local id, deliveries = pending[1], pending[4]
+  local id, idle, deliveries = pending[1], pending[3], pending[4]
   local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
   last = id
   if not entry then
@@ -278,8 +304,10 @@ for _, pending in ipairs(redis.call(unpack(range))) do
   elseif deliveries >= tonumber(ARGV[7]) then
     bury(id, entry[2], deliveries, 'delivered ' .. deliveries .. ' times and never acknowledged')
   else
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, id, 'RETRYCOUNT', deliveries + 1, 'JUSTID')
-    taken[#taken + 1] = {id, entry[2], deliveries + 1}
+    local keeps = {}
+    if idle >= tonumber(ARGV[8]) then deliveries = deliveries + 1 else keeps = {'IDLE', idle} end
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, id, 'RETRYCOUNT', deliveries, 'JUSTID', unpack(keeps))
+    taken[#taken + 1] = {id, entry[2], deliveries}
   end
 end
 return {last, taken}
@@ -300,7 +328,7 @@ _ACK = """
 local n = 0
 for i = 2, #ARGV do
   n = n + redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
-  redis.call('XDEL', KEYS[1], ARGV[i])
+  if deletes then redis.call('XDEL', KEYS[1], ARGV[i]) end
 end
 return n
 """
@@ -362,7 +390,14 @@ class Consumer(Generic[T]):
     """One reader of one stream in a group, as in ``Consumer(client, UNKNOWNS, decode, name="line-3")``.
 
     ``name`` is the same after a restart and belongs to one process at a time: by it, work that a killed process held is
-    found again. An entry that was handed out ``max_deliveries`` times and never acknowledged becomes a dead letter.
+    found again.
+
+    Two things alone make an entry a dead letter: it is no entry of its stream by the format itself, or it was handed
+    out ``max_deliveries`` times, each at least ``counts_after_s`` after the one before, and never acknowledged. A
+    consumer that ends at once and is started again thus condemns nothing for a while, a decoder that fails nothing.
+
+    One that ``looks_on``, in a group of its own, takes nothing from the others: what it acknowledges or puts aside
+    stays in the stream.
     """
 
     def __init__(
@@ -372,44 +407,47 @@ class Consumer(Generic[T]):
         decoder: Callable[[Mapping[bytes, bytes]], T],
         *,
         name: str,
-        group: str = "learners",
+        group: str = LEARNERS,
         prefix: str = PREFIX,
         max_deliveries: int = 5,
+        counts_after_s: float = 120.0,
+        looks_on: bool = False,
     ) -> None:
         self._client = client
+        if looks_on and group == LEARNERS:
+            raise ValueError(f"who looks on needs a group of its own: {LEARNERS} is learning's")
+        self._kind, self._looks_on = stream, looks_on
         self._stream = redis_key(prefix, stream)
         self._dead = redis_key(prefix, stream, "dead")
         self._decoder = decoder
         self._name = name
         self._group = group
-        self._max_deliveries = max_deliveries
+        self._max_deliveries, self._counts_after_ms = max_deliveries, int(counts_after_s * 1000)
         self._own_from: str | None = "-"  # how far the work of our last life has been handed out again; None: all of it
 
     def claim(self, n: int, *, min_idle_s: float, block_s: float = 0.0) -> list[Claimed[T]]:
         """Take up to ``n`` entries: what we held before a restart, else what others left idle, else new ones.
 
         Fewer may come although more wait; nothing comes only if nothing waits (for ``block_s``, where given).
-        ``min_idle_s`` must be longer than the longest job: who is idle longer loses its work to whoever asks. What
-        cannot be decoded becomes a dead letter.
+        ``min_idle_s`` must be longer than the longest job and ``counts_after_s`` together: who is idle longer loses its
+        work to whoever asks.
 
         Raises:
             ServiceUnavailable: Redis is away. What was taken meanwhile comes again after ``min_idle_s``.
-            ConfigError: Redis refuses us.
+            ConfigError: the decoder fails on a sound entry; what was taken is given back.
         """
         deadline = time.monotonic() + block_s
-        with translated():
-            while entries := self._own(n) or self._take("-", "", n, min_idle_s)[1] or self._new(n, deadline):
-                claimed, n_buried = self._decoded(entries)
-                if claimed or not n_buried:
-                    return claimed
+        while entries := self._next(n, min_idle_s, deadline):
+            claimed, n_buried = self._decoded(entries)
+            if claimed or not n_buried:
+                return claimed
         return []
 
     def ack(self, claimed: Sequence[Claimed[T]]) -> int:
-        """Say that the work is done, which deletes it; return how many were still pending.
+        """Say that the work is done, which deletes it unless we look on; return how many were still pending.
 
         Raises:
             ServiceUnavailable: Redis is away; ack again, which does no harm.
-            ConfigError: Redis refuses us.
         """
         if not claimed:
             return 0
@@ -422,7 +460,6 @@ class Consumer(Generic[T]):
 
         Raises:
             ServiceUnavailable: Redis is away; the work comes free after ``min_idle_s`` by itself.
-            ConfigError: Redis refuses us.
         """
         if not claimed:
             return 0
@@ -434,8 +471,7 @@ class Consumer(Generic[T]):
         """Put one entry aside with the reason; False where it was no longer ours or Redis is full.
 
         Raises:
-            ServiceUnavailable: Redis is away.
-            ConfigError: Redis refuses us.
+            ServiceUnavailable: Redis is away or refuses us.
         """
         with translated():
             return self._bury(claimed.entry_id, reason)
@@ -444,8 +480,7 @@ class Consumer(Generic[T]):
         """List up to ``n`` dead letters, oldest first.
 
         Raises:
-            ServiceUnavailable: Redis is away.
-            ConfigError: Redis refuses us.
+            ServiceUnavailable: Redis is away or refuses us.
         """
         with translated():
             letters: Any = self._client.xrange(self._dead, count=n)
@@ -456,7 +491,6 @@ class Consumer(Generic[T]):
 
         Raises:
             ServiceUnavailable: Redis is away or full; what is not back yet is still a dead letter.
-            ConfigError: Redis refuses us.
         """
         n_back = 0
         with translated():
@@ -464,6 +498,10 @@ class Consumer(Generic[T]):
             while newest and (n := self._client.eval(_REQUEUE, 2, self._stream, self._dead, newest[0][0], 50)):
                 n_back += n
         return n_back
+
+    def _next(self, n: int, min_idle_s: float, deadline: float) -> list[_Entry]:
+        with translated():
+            return self._own(n) or self._take("-", "", n, min_idle_s)[1] or self._new(n, deadline)
 
     def _own(self, n: int) -> list[_Entry]:
         """Hand out again, page by page, what this name held when the process started."""
@@ -478,7 +516,8 @@ class Consumer(Generic[T]):
         """Take over pending entries; return the last id that was looked at ("" for none) and what was taken."""
         keys = [self._stream, self._dead]
         idle_ms = int(min_idle_s * 1000)
-        last, taken = self._eval(_TAKE, keys, self._name, idle_ms, first, owner, n, self._max_deliveries)
+        counts = self._max_deliveries, self._counts_after_ms
+        last, taken = self._eval(_TAKE, keys, self._name, idle_ms, first, owner, n, *counts)
         entries = [(id_.decode(), dict(zip(flat[::2], flat[1::2], strict=True)), count) for id_, flat, count in taken]
         return last.decode(), entries
 
@@ -498,16 +537,28 @@ class Consumer(Generic[T]):
         for id_, fields, n_deliveries in entries:
             try:
                 claimed.append(Claimed(id_, n_deliveries, self._decoder(fields)))
-            except ValueError as error:
-                logger.warning("%s %s cannot be read: %s", self._stream, id_, error)
-                n_buried += self._bury(id_, str(error))
+            except Exception as error:
+                why = fault_of(self._kind, fields)
+                if why is None:
+                    with suppress(ServiceUnavailable), translated():
+                        self._eval(
+                            _GIVE_BACK, [self._stream], self._name, _GIVEN_BACK, *(entry[0] for entry in entries)
+                        )
+                    raise ConfigError(
+                        f"this decoder cannot read {self._stream} {id_}, which is a sound entry "
+                        f"({type(error).__name__}: {error}): is it the decoder of this stream?"
+                    ) from error
+                logger.warning("%s %s cannot be read: %s", self._stream, id_, why)
+                with translated():
+                    n_buried += self._bury(id_, why)
         return claimed, n_buried
 
     def _bury(self, entry_id: str, reason: str) -> bool:
         return bool(self._eval(_BURY, [self._stream, self._dead], self._name, entry_id, reason))
 
     def _eval(self, script: str, keys: Sequence[str], *args: str | int) -> Any:
-        return self._with_group(lambda: self._client.eval(script, len(keys), *keys, self._group, *args))
+        text = f"local deletes = {'false' if self._looks_on else 'true'}\n{script}"
+        return self._with_group(lambda: self._client.eval(text, len(keys), *keys, self._group, *args))
 
     def _with_group(self, call: Callable[[], Any]) -> Any:
         """Call; where stream or group is not there (first use, deleted under us), make it and call once more."""

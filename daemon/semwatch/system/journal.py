@@ -32,6 +32,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
+from semwatch.system.text import escaped
+
 SOCKET = "/run/systemd/journal/socket"
 IDENTIFIER = "semwatch"
 PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
@@ -167,6 +169,14 @@ class JournalHandler(logging.Handler):
             self._fallback.handle(record)
 
 
+class TextFormatter(logging.Formatter):
+    """Text for people: control characters spelled out, and every further line set in, so that none can be forged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Say one record."""
+        return escaped(super().format(record), keeps_lines=True).replace("\n", "\n    ")
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: ``time`` (UTC), ``level``, and the journal's fields in lower case."""
 
@@ -178,13 +188,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({"time": time, "level": record.levelname, **fields, **numbers}, ensure_ascii=False)
 
 
-class PrefixFormatter(logging.Formatter):
+class PrefixFormatter(TextFormatter):
     """Every line behind its ``<priority>``, which journald reads from a service's standard error."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Say one record."""
         prefix = f"<{priority(record.levelno)}>"
-        return "\n".join(f"{prefix}{line}" for line in super().format(record).splitlines())
+        return "\n".join(f"{prefix}{line}" for line in super().format(record).split("\n"))
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, str]:
@@ -192,7 +202,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, str]:
     extra: Mapping[str, str] = getattr(record, "journal", {})
     return {
         **extra,
-        "MESSAGE": _PLAIN.format(record),
+        "MESSAGE": escaped(_PLAIN.format(record), keeps_lines=True),  # journalctl shows others as a blob
         "PRIORITY": str(priority(record.levelno)),
         "SYSLOG_IDENTIFIER": IDENTIFIER,
         "LOGGER": record.name,

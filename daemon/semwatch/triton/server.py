@@ -4,8 +4,8 @@
 (``view``). It is a child process that ends with this one: a small launcher sets ``PR_SET_PDEATHSIG`` and then
 becomes the server by ``exec``, as in ``embedded_redis``.
 
-    <folder>/triton.log     what server and models say
-    <folder>/triton.lock    held by the server itself
+    <state>/triton.log     what server and models say
+    <state>/triton.lock    held by the server itself
 
 Whoever may load models may run code: the server listens on this machine alone, loads for those alone who know its
 secret (``control``), and its folder is its user's.
@@ -55,7 +55,7 @@ class LocalTriton:
     Linux sends the death signal when that *thread* ends.
 
     Args:
-        folder: where ``set_up`` installed it; log and lock go there too.
+        folder: where ``set_up`` installed it.
         repository: the model repository; it is not changed.
         grpc_port: port on loopback; 0 takes a free one and keeps it over restarts.
         http_port: the same for health questions over HTTP.
@@ -63,6 +63,7 @@ class LocalTriton:
         view: the folder to serve; None: the one beside the repository.
         environment: Python environment of the models; None: the one that ``set_up`` made.
         control_secret_file: holds the secret of those who may load models; None: a new one in the view at each start.
+        state: where log and lock go; None: into the folder too.
         timeout_s: longest wait for the start.
     """
 
@@ -77,9 +78,11 @@ class LocalTriton:
         view: Path | None = None,
         environment: Path | None = None,
         control_secret_file: Path | None = None,
+        state: Path | None = None,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._made = Installation(folder.absolute())
+        self._state = (state or folder).absolute()
         self._repository = repository.absolute()
         self._ports = (grpc_port, http_port)
         self._settings = settings
@@ -109,7 +112,7 @@ class LocalTriton:
     @property
     def log(self) -> Path:
         """What server and models say."""
-        return self._made.folder / _LOG
+        return self._state / _LOG
 
     def start(self) -> None:
         """Start the server and wait until it answers; does nothing while it runs.
@@ -185,7 +188,7 @@ class LocalTriton:
 
     def _lock(self, deadline: float) -> int:
         """Take the folder's lock and return its descriptor; a server that is about to end gets until ``deadline``."""
-        fd = os.open(self._made.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(self._state / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +198,7 @@ class LocalTriton:
                 if time.monotonic() > deadline:
                     os.close(fd)
                     raise ConfigError(
-                        f"another Triton runs from {self._made.folder}: use its address, or end it with `semwatch "
+                        f"another Triton runs from {self._state}: use its address, or end it with `semwatch "
                         f"triton down --folder {self._made.folder}`"
                     ) from None
                 time.sleep(_POLL_S)
@@ -207,7 +210,7 @@ class LocalTriton:
         for _ in range(_PORT_TRIES if 0 in asked else 1):  # somebody may take a free port before the server
             self._ports = (asked[0] or child_server.free_port(), asked[1] or child_server.free_port())
             log_from = self._spawn(lock_fd)
-            if self._wait_ready(deadline, log_from):
+            if self._wait_ready(deadline):
                 return None
             hung = self.pid is not None
             self.stop(timeout_s=1.0)
@@ -225,19 +228,24 @@ class LocalTriton:
         executable = str(self._made.server / "bin" / "tritonserver")
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
             files.rename(self.log, self.log.with_suffix(".log.1"))
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, control.gate() as gate:
             log_from = log.tell()
             self._process = subprocess.Popen(
-                child_server.dying_with_us(executable, *self._options()),
+                child_server.dying_with_us(*gate.command(executable), *self._options()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=(lock_fd,),
-                env=self._variables(),
+                env={**self._variables(), **control.variables(self._secret)},
                 start_new_session=True,  # the models' processes end with it; a Ctrl-C is for the daemon
             )
-        os.ftruncate(lock_fd, 0)
-        os.pwrite(lock_fd, str(self._process.pid).encode(), 0)
+            os.ftruncate(lock_fd, 0)
+            os.pwrite(lock_fd, str(self._process.pid).encode(), 0)
+            try:
+                gate.open_to(self._process, executable, self._secret)
+            except ConfigError:
+                self.stop(timeout_s=0.1)
+                raise
         return log_from
 
     def _variables(self) -> dict[str, str]:
@@ -272,15 +280,10 @@ class LocalTriton:
             *loaded,
         ]
 
-    def _wait_ready(self, deadline: float, log_from: int) -> bool:
+    def _wait_ready(self, deadline: float) -> bool:
         """Wait for our own child's answer; False where it ended or the deadline passed."""
         assert self._process is not None
-        is_hidden = False
         while self._process.poll() is None and time.monotonic() < deadline:
-            if not is_hidden and self.log.stat().st_size > log_from:  # it speaks: it has read its options
-                is_hidden = True
-                if not control.hide(self._process.pid, self._secret):
-                    logger.warning("Triton's secret stays readable in its command line for this machine's users")
             # A stranger on our port answers too; then our child ends within a moment, and says why.
             if ask(self._ports[1], "/v2/health/live") is not None and self._listens():
                 return True
@@ -295,7 +298,7 @@ class LocalTriton:
 
     @property
     def _shm_prefix(self) -> str:
-        return f"semwatch-{hashlib.sha256(os.fsencode(self._made.folder)).hexdigest()[:12]}-"
+        return f"semwatch-{hashlib.sha256(os.fsencode(self._state)).hexdigest()[:12]}-"
 
     def _sweep(self) -> None:
         """Delete shared memory that a killed server of this folder left behind; only while its lock is ours."""

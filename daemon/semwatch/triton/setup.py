@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from semwatch.errors import ConfigError
-from semwatch.system import files
+from semwatch.system import files, rights
 from semwatch.triton.config import Target
 
 SERVER = "nvidia-pytriton==0.7.0"
@@ -93,9 +93,14 @@ def set_up(folder: Path, target: Target = "onnx-python") -> Installation:
         return made
     if _PYTHON not in PYTHONS:
         raise ConfigError(f"the local Triton needs Python {' or '.join(PYTHONS)}, this is {_PYTHON}: run it from one")
+    if os.geteuid() == 0 and not rights.is_roots_alone(made.folder):
+        raise ConfigError(
+            f"{made.folder} is not root's alone: root would run what its owner puts there. Take a folder such as "
+            f"/opt/semwatch/triton, which the server reads, or do it as the owner (`sudo -u USER`)"
+        )
     try:
         shutil.rmtree(made.venv, ignore_errors=True)  # half of an earlier try, or another release's
-        made.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made.folder.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
         _command([sys.executable, "-m", "venv", str(made.venv)], "make a Python environment (Debian: python3-venv)")
         pip = [str(made.venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         # Its own requirements are those of a Python binding that nobody uses here.

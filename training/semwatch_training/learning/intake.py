@@ -1,7 +1,6 @@
 """Unknowns that a cycle learns from: claimed in Redis, kept in the archive, sorted, encoded."""
 
 import hashlib
-import json
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +35,8 @@ ACK_ATTEMPTS, ACK_PAUSE_S = 5, 1.0
 EMBED_BATCH = 16
 LARGEST = float(np.finfo(np.float16).max)
 """Of a feature: a bank keeps them in half precision."""
-OUT_OF_BOUNDS = 2**31
-"""No page, place or area of a micrograph is as large."""
+MAX_BYTES = 1 << 30
+"""Of arrays that one cycle claims: 4000 records of ours hold some 400 MB."""
 
 SETTLED_FOR_GOOD: tuple[Settled, ...] = ("learned", "explained", "duplicate", "rejected")
 """States of a record that make another one of the same defect a duplicate; one that was forgotten may come again."""
@@ -61,13 +60,20 @@ class Claims:
     def take(self, n: int, progress: Progress) -> list[Record]:
         """Claim up to n entries, those of a cycle that died first; return their records, each once.
 
+        Fewer come where they hold more than ``MAX_BYTES``; the next cycle takes the rest.
+
         Raises:
             ServiceUnavailable: Redis is away; the next cycle takes them again.
         """
-        n_held = 0
-        while n_held < n and (batch := self.queue.claim(min(CLAIM, n - n_held), min_idle_s=ABANDONED_S)):
+        n_held = n_bytes = 0
+        while (
+            n_held < n
+            and n_bytes < MAX_BYTES
+            and (batch := self.queue.claim(min(CLAIM, n - n_held), min_idle_s=ABANDONED_S))
+        ):
             for item in batch:
                 self.by_id.setdefault(item.record.id, []).append(item)
+                n_bytes += item.record.crop.nbytes + item.record.features.nbytes + item.record.soft_mask.nbytes
             n_held += len(batch)
             progress("claimed", n_held, n_held)
         return [items[0].record for items in self.by_id.values()]
@@ -112,7 +118,9 @@ def learner() -> str:
 
 def consumer(client: Client, prefix: str) -> Consumer[Record]:
     """The learner of this machine."""
-    return Consumer(client, records.UNKNOWNS, decoded, name=learner(), prefix=prefix, max_deliveries=MAX_DELIVERIES)
+    return Consumer(
+        client, records.UNKNOWNS, records.decode, name=learner(), prefix=prefix, max_deliveries=MAX_DELIVERIES
+    )
 
 
 def connect(site: Site) -> tuple[Client, str]:
@@ -131,23 +139,6 @@ def connect(site: Site) -> tuple[Client, str]:
         timeout_s=site.redis.timeout_s,
     )
     return client, site.redis.prefix
-
-
-def decoded(fields: Mapping[bytes, bytes]) -> Record:
-    """Read a record that the archive can keep; one that it cannot would stop every cycle.
-
-    Raises:
-        ValueError: it is damaged; the message says plainly how.
-    """
-    record = records.decode(fields)
-    numbers = (record.page, record.defect_id, *record.box_xyxy, *record.crop_xyxy)
-    if record.area_px < 0 or max(map(abs, (*numbers, record.area_px))) >= OUT_OF_BOUNDS:
-        raise ValueError(f"page, place or area is out of all bounds: {str((*numbers, record.area_px))[:200]}")
-    try:
-        json.dumps(json.loads(fields[b"meta"]), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("meta holds characters that are not Unicode") from None
-    return record
 
 
 def _in_batches(act: Callable[[Sequence[Claimed[Record]]], int], claims: Sequence[Claimed[Record]]) -> None:

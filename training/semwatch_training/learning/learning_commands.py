@@ -5,16 +5,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import markup
 from threadpoolctl import threadpool_limits
 
 from semwatch.errors import ConfigError
 from semwatch.settings.fields import EXAMPLES
 from semwatch.settings.site import load_site
+from semwatch.system.text import escaped
 from semwatch_training.learning import refit as refitting
 from semwatch_training.learning.retrain import run_cycle
 from semwatch_training.system.progress_bars import Bars, console
 
 MARKS = {"learned": "green", "refused": "red"}
+REFUSED = 10
+"""Exit code of a cycle that did its work and whose candidate does not serve; 1 is an error, as everywhere."""
+
+
+def in_markup(text: str) -> str:
+    """Text of others within markup: names of classes may hold anything."""
+    return markup.escape(escaped(text, keeps_lines=True))
 
 
 def retrain(
@@ -25,7 +34,7 @@ def retrain(
     """Learn once from the unknowns that wait in Redis: find new classes, fit a head, prove it, swap it in.
 
     Made for a timer: with too few unknowns, with nothing new or beside another cycle it reports that and exits with 0.
-    A candidate that is refused on the golden set does not serve; it is kept with its report, and the exit code is 1.
+    A candidate that is refused on the golden set does not serve; it is kept with its report, and the exit code is 10.
     """
     settings = load_site(site)
     # Two threads gain nothing here, and beside the line that works on they cost four times the time.
@@ -41,11 +50,11 @@ def retrain(
         typer.echo(json.dumps(values))
     else:
         mark = MARKS.get(outcome.status, "yellow")
-        console.print(f"[{mark}]{outcome.status}[/]: {outcome.sentence}", soft_wrap=True, highlight=False)
+        console.print(f"[{mark}]{outcome.status}[/]: {in_markup(outcome.sentence)}", soft_wrap=True, highlight=False)
         if outcome.report is not None:
             console.print(f"report in {outcome.report / 'report.md'}", soft_wrap=True, highlight=False)
     if outcome.status == "refused":
-        raise typer.Exit(1)
+        raise typer.Exit(REFUSED)
 
 
 def refit(
