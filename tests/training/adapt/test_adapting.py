@@ -50,10 +50,17 @@ def make_images(top: Path) -> None:
         save(top / "labels" / "bar" / f"{seed}.png", dark)
 
 
+def detector() -> IntrinsicGraph:
+    """A detector of random weights to which every process is a strange one."""
+    graph = intrinsic_graph()
+    graph.detector.domain_distances.zero_()
+    return graph
+
+
 def make_repository(folder: Path) -> Path:
     encoder = encoder_graph()
     width = encoder.frozen_width + SHAPE.width
-    publish(export.exported(intrinsic_graph(), normal_scores=[i / 1000 for i in range(60)]), folder)
+    publish(export.exported(detector(), normal_scores=[i / 1000 for i in range(60)]), folder)
     version = publish(smg_vit_export.exported(encoder), folder)
     publish_head(
         head(width, encoder.frozen_width), folder, encoder_version=version, provenance={"made_from": "shipped"},
@@ -63,7 +70,7 @@ def make_repository(folder: Path) -> Path:
 
 
 def load(_: int) -> tuple[IntrinsicGraph, str]:
-    return intrinsic_graph(), "tiny"
+    return detector(), "tiny"
 
 
 def run(top: Path, *, yes: bool, labels: Path | None = None, recipe: Recipe = RECIPE) -> Outcome:

@@ -3,16 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
 
 from semwatch.errors import ConfigError
+from semwatch.models.model_repository import Meta, Tensor
 from semwatch_training.adapt.own_detector import suspects
 from semwatch_training.families.intrinsic import own_normals
 from semwatch_training.families.intrinsic.own_normals import OwnNormals, Seen
 from semwatch_training.families.intrinsic.own_statistics import SHRINKAGE
+from semwatch_training.publishing import export
 
 CALIBRATION = np.array([[0.9, 0.5, -3.0], [0.6, 0.04, -0.4]])
 
@@ -134,17 +135,14 @@ def test_export_answers_what_torch_computes(tmp_path: Path) -> None:
     for name in ("mean", "precision", "of_place"):
         getattr(described, name).copy_(getattr(normals, name))
     graph = Alone(described).eval()
-    given = rng.normal(size=(2, 4, 8, 8)), rng.normal(size=(2, 8, 8)), 3 * rng.normal(size=(2, 3))
-    arrays = tuple(x.astype(np.float32) for x in given)
-    program = torch.onnx.export(
-        graph, tuple(map(torch.from_numpy, arrays)), dynamo=True, opset_version=20, verbose=False
+    inputs = {"places": (4, 8, 8), "branch": (8, 8), "description": (3,)}
+    outputs = {"logits": (8, 8), "raw": (), "domain_p": ()}
+    meta = Meta(
+        model="detector",
+        created_utc="2026-01-01T00:00:00Z",
+        inputs={name: Tensor(dtype="float32", shape=shape) for name, shape in inputs.items()},
+        outputs={name: Tensor(dtype="float32", shape=shape) for name, shape in outputs.items()},
     )
-    assert program is not None
-    program.save(tmp_path / "alone.onnx")
-    session = ort.InferenceSession(tmp_path / "alone.onnx", providers=["CPUExecutionProvider"])
-    names = [tensor.name for tensor in session.get_inputs()]
-    found = session.run(None, dict(zip(names, arrays, strict=True)))
-    with torch.no_grad():
-        expected = graph(*map(torch.from_numpy, arrays))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert np.allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-5)
+    export.to_onnx(graph, meta, tmp_path / "alone.onnx")
+    batches = [export.random_inputs(meta, batch=batch, seed=batch) for batch in (1, 3)]
+    assert export.parity(graph, meta, tmp_path / "alone.onnx", batches).worst < export.MAX_RELATIVE_DIFFERENCE

@@ -143,7 +143,8 @@ def is_inside(features: NDArray[np.float32], members: NDArray[np.float32]) -> ND
     """
     if len(members) < 2 or not len(features):
         return np.zeros(len(features), np.bool_)
-    spread = np.concatenate((members, features)).std(axis=0) + 1e-6
+    spread = members.std(axis=0)  # of the members alone: strangers must not widen what they are measured by
+    spread = spread + 0.1 * spread.mean() + 1e-6
     own, others = (np.asarray(x / spread, np.float32) for x in (members, features))
     among = squared_distances(own, own)
     np.fill_diagonal(among, np.inf)
