@@ -26,7 +26,7 @@ from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.system import files
 from semwatch.system.files import Stamp, stamp_of
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 UTC = "2026-01-01T00:00:00Z"
 
 

@@ -302,7 +302,7 @@ class Incoming:
         """
         now, source = self._clock(), folder.source
         stamps = {path: folder.stamp(status) for path, status in files}
-        is_same = {path: self._is_as_it_was(folder, path, status, now) for path, status in files}
+        is_same = {path: self._is_as_it_was(folder, path, status, stamps[path], now) for path, status in files}
         asked = [path for path in stamps if is_last or not is_same[path]]
         if not asked:
             return set()
@@ -325,14 +325,14 @@ class Incoming:
             raise ServiceUnavailable("the drop folders are closed")
         return self._look(folder, found)
 
-    def _is_as_it_was(self, folder: Folder, path: str, status: stat_result, now: float) -> bool:
+    def _is_as_it_was(self, folder: Folder, path: str, status: stat_result, stamp: Stamp, now: float) -> bool:
         """Say whether a file waits already, as it is; one in flight is looked at again when it is released."""
         key = folder.source, path
         with self._waiting.lock:
             file = self._waiting.get(key)
             if file is None or file.in_flight:
                 return file is not None
-            if file.stamp != folder.stamp(status):
+            if file.stamp != stamp:
                 return False
         due_at = complete_at(folder, path, status, now)
         with self._waiting.lock:
