@@ -352,10 +352,13 @@ def _validated(kind: TypeAdapter[T], fields: Mapping[bytes, bytes], arrays: Mapp
         raise ValueError(f"id {id_[:40]!r} is not 32 hex digits")
     meta = _meta(_field(fields, b"meta"))
     try:
-        return kind.validate_python({**meta, "id": id_, **arrays})
+        found = kind.validate_python({**meta, "id": id_, **arrays})
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
         raise ValueError(f"meta does not fit: {'; '.join(wrong[:3])}") from None
+    plain = kind.dump_python(found, exclude=set(arrays))
+    _check_values(plain, _MAX_META_DEPTH)  # text such as "1e999" has become a number
+    return found
 
 
 def _meta(text: bytes) -> dict[str, Any]:
@@ -389,7 +392,7 @@ def _check_values(value: object, depth: int) -> None:
         for key, below in value.items():
             _check_values(key, depth)
             _check_values(below, depth - 1)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for below in value:
             _check_values(below, depth - 1)
 
