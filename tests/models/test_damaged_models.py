@@ -258,14 +258,13 @@ def test_random_damage_of_any_file_is_refused_or_harmless(repository: Path) -> N
     place(repository)
     n_refused = 0
     with Embedded(repository, threads=1) as models:
-        encoder = models._encoder()
         for _ in range(N_DAMAGES):
             name = rng.choice(sorted(contents))
             folder = repository / "head" if name in (choice.PINNED, "2.withdrawn") else repository / "head/2"
             (folder / name).write_bytes(_damaged(rng, contents[name]))
             try:
                 choice.to_try(repository, "head")
-                models._heads._fitting("head", 2, lambda version: models._load("head", version), encoder)
+                models._swaps._fitting("head", 2, lambda version: models._load("head", version), models._check_beside)
                 head_bank.read(repository / "head/2" / head_bank.BANK)
             except (ModelMismatch, ServiceUnavailable):
                 n_refused += 1

@@ -85,6 +85,7 @@ def test_announcement_that_the_disk_refused_is_warned_of_once_and_made_up_for(
 def test_codes_are_those_of_the_version_that_answered(repository: Path, tmp_path: Path) -> None:
     models = hold(repository, Recipe(), state_dir=tmp_path)
     publish(repository, codes={"bridge": 7})
+    assert models.refresh()
     assert models.codes_of_head(None) == {}
     assert [dict(models.codes_of_head(version)) for version in (1, 2)] == [{}, {"bridge": 7}]
 

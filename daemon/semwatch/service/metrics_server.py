@@ -41,14 +41,15 @@ class MetricsServer(socketserver.ThreadingMixIn, HTTPServer):
         self._open: dict[socket.socket, float] = {}  # oldest first
         self._lock = threading.Lock()
         handler = type("Handler", (MetricsHandler,), {"registry": registry, "timeout": REQUEST_S})
-        super().__init__(address, handler)
+        super().__init__((str(address[0]), int(address[1])), handler)
         self._thread = threading.Thread(target=self.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 
     def server_bind(self) -> None:
         """Bind without asking a name server who we are, as ``HTTPServer`` does."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        address, port = self.server_address[:2]
+        self.server_name, self.server_port = str(address), int(port)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection, for a thread to answer."""
