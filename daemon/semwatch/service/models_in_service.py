@@ -142,22 +142,22 @@ def _check_gates(detector: Meta, recipes: Iterable[Recipe]) -> None:
 
 def versions_of(by_pins: Mapping[Pins, Models]) -> dict[str, int]:
     """Version by model; of a model that some recipes pin and others do not, the one without a pin."""
-    versions: dict[str, int] = {}
-    for models in _pinned_first(by_pins):
-        versions |= models.versions()
-    return versions
+    return {model: models.versions()[model] for model, models in _unpinned(by_pins).items()}
 
 
 def hashes_of(by_pins: Mapping[Pins, Models]) -> dict[str, str]:
     """Content hash by model, of the versions in ``versions_of``."""
-    hashes: dict[str, str] = {}
-    for models in _pinned_first(by_pins):
-        hashes |= models.hashes()
-    return hashes
+    return {model: models.hashes()[model] for model, models in _unpinned(by_pins).items()}
 
 
-def _pinned_first(by_pins: Mapping[Pins, Models]) -> list[Models]:
-    return [models for _, models in sorted(by_pins.items(), key=lambda item: item[0].head is None)]
+def _unpinned(by_pins: Mapping[Pins, Models]) -> dict[str, Models]:
+    """Who speaks for each model: the last of those that do not pin it, else the last of all."""
+    found: dict[str, Models] = {}
+    for model in model_repository.MODELS:
+        for _, models in sorted(by_pins.items(), key=lambda item: getattr(item[0], model) is None):
+            if model in models.versions():
+                found[model] = models
+    return found
 
 
 def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins, Models]:

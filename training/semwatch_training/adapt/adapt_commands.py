@@ -67,5 +67,6 @@ def adapt(
         head = f" and head {outcome.head}" if outcome.head else ""
         console.print(f"[green]published[/]: detector {outcome.detector}{head}", highlight=False)
     if as_json:
-        values = {"detector": outcome.detector, "head": outcome.head, "report": str(report), "notes": list(outcome.notes)}
+        published = {"detector": outcome.detector, "head": outcome.head}
+        values = {**published, "report": str(report), "notes": list(outcome.notes)}
         typer.echo(json.dumps(values))
