@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -117,7 +118,7 @@ class Embedded:
             self._loaded[model] = (
                 self._load(model, self._swaps.wanted(model))
                 if model == "encoder"
-                else self._swaps.first(model, lambda number, model=model: self._load(model, number), self._check_beside)  # type: ignore[misc]
+                else self._swaps.first(model, partial(self._load, model), self._check_beside)
             )
 
     def __enter__(self) -> Self:
@@ -159,7 +160,7 @@ class Embedded:
                 fits(meta)
 
         serving = self._loaded[model].version
-        swap, loaded = self._swaps.next(model, serving, lambda number: self._load(model, number), check)
+        swap, loaded = self._swaps.next(model, serving, partial(self._load, model), check)
         if loaded is not None:
             self._loaded = {**self._loaded, model: loaded}
         return swap

@@ -6,6 +6,7 @@ learning cycle and ``semwatch models`` look for it.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from semwatch.errors import ConfigError, ModelMismatch
@@ -68,7 +69,7 @@ class ModelsInService:
         swaps = []
         for pins, models in self.by_pins.items():
             recipes = [recipe for recipe in self._recipes if recipe.pins == pins]
-            swap = models.refresh("detector", fits=lambda meta, recipes=recipes: _check_gates(meta, recipes))  # type: ignore[misc]
+            swap = models.refresh("detector", fits=partial(_check_gates, recipes=recipes))
             swaps += [swap] if swap is not None else []
         return self._note(swaps)
 

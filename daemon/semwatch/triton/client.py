@@ -13,6 +13,7 @@ waits: others mend or exchange the server, and it serves again once it is what t
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -91,9 +92,7 @@ class Triton:
                 self._serving[model] = (
                     self._load(model, self._swaps.wanted(model))
                     if model == "encoder"
-                    else self._swaps.first(
-                        model, lambda number, model=model: self._load(model, number), self._check_beside
-                    )  # type: ignore[misc]
+                    else self._swaps.first(model, partial(self._load, model), self._check_beside)
                 )
         except BaseException:
             self.close()
