@@ -281,13 +281,13 @@ def test_commands_change_the_running_daemon_and_wait_for_it(models, site, reposi
 
 
 def test_encoder_that_was_published_beside_the_daemon_waits_for_its_start(models, site, repository) -> None:
-    meta = model_repository.read_meta(repository, "detector", 1)
+    meta = model_repository.read_meta(repository, "encoder", 1)
     with Daemon(site) as daemon:
         daemon.wait_ready()
-        model_repository.publish(repository, meta, repository / "detector/1/model.onnx")
+        model_repository.publish(repository, meta, repository / "encoder/1/model.onnx")
         listed = rows(models("list", "--json"))
-        assert listed["detector", 1]["state"] == "serves"
-        assert listed["detector", 2]["state"] == "chosen, comes at the daemon's next start"
+        assert listed["encoder", 1]["state"] == "serves"
+        assert listed["encoder", 2]["state"] == "chosen, comes at the daemon's next start"
 
 
 def test_table_fits_a_terminal_of_80_columns(models, site, repository, monkeypatch: pytest.MonkeyPatch) -> None:

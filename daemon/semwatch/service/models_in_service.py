@@ -6,6 +6,7 @@ learning cycle and ``semwatch models`` look for it.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from semwatch.errors import ConfigError, ModelMismatch
@@ -68,7 +69,7 @@ class ModelsInService:
         swaps = []
         for pins, models in self.by_pins.items():
             recipes = [recipe for recipe in self._recipes if recipe.pins == pins]
-            swap = models.refresh("detector", fits=lambda meta, recipes=recipes: _check_gates(meta, recipes))  # type: ignore[misc]
+            swap = models.refresh("detector", fits=partial(_check_gates, recipes=recipes))
             swaps += [swap] if swap is not None else []
         return self._note(swaps)
 
@@ -146,22 +147,22 @@ def _check_gates(detector: Meta, recipes: Iterable[Recipe]) -> None:
 
 def versions_of(by_pins: Mapping[Pins, Models]) -> dict[str, int]:
     """Version by model; of a model that some recipes pin and others do not, the one without a pin."""
-    versions: dict[str, int] = {}
-    for models in _pinned_first(by_pins):
-        versions |= models.versions()
-    return versions
+    return {model: models.versions()[model] for model, models in _unpinned(by_pins).items()}
 
 
 def hashes_of(by_pins: Mapping[Pins, Models]) -> dict[str, str]:
     """Content hash by model, of the versions in ``versions_of``."""
-    hashes: dict[str, str] = {}
-    for models in _pinned_first(by_pins):
-        hashes |= models.hashes()
-    return hashes
+    return {model: models.hashes()[model] for model, models in _unpinned(by_pins).items()}
 
 
-def _pinned_first(by_pins: Mapping[Pins, Models]) -> list[Models]:
-    return [models for _, models in sorted(by_pins.items(), key=lambda item: item[0].head is None)]
+def _unpinned(by_pins: Mapping[Pins, Models]) -> dict[str, Models]:
+    """Who speaks for each model: the last of those that do not pin it, else the last of all."""
+    found: dict[str, Models] = {}
+    for model in model_repository.MODELS:
+        for _, models in sorted(by_pins.items(), key=lambda item: getattr(item[0], model) is None):
+            if model in models.versions():
+                found[model] = models
+    return found
 
 
 def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins, Models]:

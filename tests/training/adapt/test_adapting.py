@@ -137,7 +137,7 @@ def test_report_shows_before_and_after_with_pictures(made) -> None:
 
 
 def test_few_normals_are_warned_of_with_what_they_can_promise(made) -> None:
-    assert any("5 normal images cannot promise a false alarm rate under 17%" in note for note in made[1].said)
+    assert any("5 normal images cannot promise a false alarm rate under 17%" in note for note in made[1].notes)
 
 
 def test_given_again_the_same_images_take_the_place_of_the_earlier_ones(made) -> None:
@@ -155,7 +155,7 @@ def test_nothing_is_published_without_a_yes_and_one_normal_is_taken(tmp_path, ch
     outcome = run(tmp_path, yes=False)
     assert (outcome.detector, outcome.head) == (None, None)
     assert model_repository.versions(tmp_path / "models", "detector") == [1]
-    assert any("1 normal image cannot promise" in note and "fewer than 3" in note for note in outcome.said)
+    assert any("1 normal image cannot promise" in note and "fewer than 3" in note for note in outcome.notes)
     assert (tmp_path / "report" / "report.md").is_file()
 
 

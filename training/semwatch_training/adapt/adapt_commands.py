@@ -59,7 +59,7 @@ def adapt(
             ask=ask,
             progress=progress,
         )
-    for note in outcome.said:
+    for note in outcome.notes:
         console.print(f"[yellow]to know[/]: {note}", highlight=False, soft_wrap=True)
     if outcome.detector is None:
         console.print("nothing was published; give --yes to publish", highlight=False)
@@ -67,5 +67,6 @@ def adapt(
         head = f" and head {outcome.head}" if outcome.head else ""
         console.print(f"[green]published[/]: detector {outcome.detector}{head}", highlight=False)
     if as_json:
-        values = {"detector": outcome.detector, "head": outcome.head, "report": str(report), "said": list(outcome.said)}
+        published = {"detector": outcome.detector, "head": outcome.head}
+        values = {**published, "report": str(report), "notes": list(outcome.notes)}
         typer.echo(json.dumps(values))

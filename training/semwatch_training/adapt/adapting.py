@@ -63,7 +63,7 @@ class Outcome:
     detector: int | None
     """Version that was published; None where nothing was."""
     head: int | None
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
     """Notes, warnings first."""
 
 

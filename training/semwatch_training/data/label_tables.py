@@ -13,7 +13,7 @@ A column whose name is almost one of these is a slip, and refused.
 import csv
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -69,6 +69,7 @@ def read_table(table: Path) -> DataSet:
         split = _split_of(of_image)
         labels = [canonical(row.cells["label"]) for row in of_image]
         boxes = [_box_of(row, label) for row, label in zip(of_image, labels, strict=True)]
+        places: Sequence[Place | None]
         if is_lot:
             _refuse_bad_numbers(of_image, labels)
             places = [_lot_mask(table, row) for row in of_image]  # its boxes say no more than its masks
