@@ -94,7 +94,7 @@ def unread(number: int, path: str = "busy") -> ServiceUnavailable:
         (unread(errno.ENOSPC), "service"),
         (OSError(errno.EROFS, "read-only"), "service"),
         (ServiceUnavailable("Triton is away"), "service"),
-        (ModelMismatch("other arrays"), "service"),
+        (ModelMismatch("arrays of another shape"), "file"),
         (ConfigError("the ledger is broken"), "service"),
     ],
 )

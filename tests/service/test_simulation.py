@@ -136,7 +136,8 @@ def service_away_counts_an_attempt() -> Any:
 
 def quarantine_fails_with_its_reason() -> Any:
     def quarantine(self: Service, work: Any, reason: str, size: int) -> None:
-        results.write_reason(path=work.path, sha256=work.sha256, reason=reason)
+        said: Any = {"path": work.path, "sha256": work.sha256, "reason": reason}
+        results.write_reason(**said)
         real(self, work, reason, size)
 
     real = Service._quarantine

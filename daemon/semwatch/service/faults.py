@@ -36,8 +36,7 @@ def scope_of(error: BaseException, *, folder: Path, results_dir: Path) -> Scope:
     if isinstance(error, FileUnavailable):
         return "file"
     causes = [cause for cause in _chain(error) if isinstance(cause, OSError)]
-    is_ours = isinstance(error, ServiceUnavailable | ConfigError | ModelMismatch)
-    if is_ours and not causes:
+    if isinstance(error, ServiceUnavailable | ConfigError) and not causes:
         return "service"  # models, ledger
     if any(cause.errno in _FULL for cause in causes) or (causes and not can_write(results_dir)):
         return "service"

@@ -292,11 +292,11 @@ class Service:
 
     def _reason_to_wait(self) -> Pause | None:
         """Why no file is taken now; files wait in the folder, which is the buffer."""
-        if self._away.is_waiting():
-            return self._why_away()
         free, why = self._free_bytes()
         if free is None:
             return Pause("results away", f"{self.site.results_dir} cannot be reached: {why}")
+        if self._away.is_waiting():
+            return self._why_away()
         if free < self.site.limits.min_free_mb * 1e6:
             return Pause("disk full", f"disk nearly full, {free / 1e6:.0f} MB free")
         redis = self.site.redis
@@ -383,7 +383,7 @@ class Service:
         if longest_s < self.site.limits.review_timeout_s:
             self._notifier.watchdog()
             # Between two tries of a service that is away nothing has changed yet.
-            reason = self._why_away() if self._away.is_down else self._reason_to_wait()
+            reason = self._reason_to_wait() or (self._why_away() if self._away.is_down else None)
         else:
             reason = Pause("review hangs", f"a review hangs, since {longest_s:.0f} s")
         self._say_pause(reason)
