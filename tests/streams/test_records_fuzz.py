@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ SEED = 161
 REVIEW = make_review(1, verdicts=[make_verdict("unknown")])
 SOUND = {UNKNOWNS: encode(records(REVIEW)[0]), RESULTS: result_summary(REVIEW)}
 READERS = {UNKNOWNS: decode, RESULTS: decode_result}
-ODD = (None, True, -1, 2**31, 2**70, 1e308, float("inf"), float("nan"), "", "x" * 300, "\ud800", "\x00", [], {}, [[[]]],
+ODD: tuple[Any, ...] = (None, True, -1, 2**31, 2**70, 1e308, float("inf"), float("nan"), "", "x" * 300, "\ud800", "\x00", [], {}, [[[]]],
        [1e400], {"a": {"b": {}}}, "1e999")  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def tries(n: int, seed: int) -> int:
             assert fault
             continue
         n_sound += 1
-        found = READERS[stream](fields)
+        found: Any = READERS[stream](fields)
         json.dumps(json.loads(fields[b"meta"]), allow_nan=False).encode()
         if stream == UNKNOWNS:
             assert all(math.isfinite(x) for x in (found.image_score, found.peak_score))

@@ -30,10 +30,10 @@ class Backoff:
         now = time.monotonic()
         self._n_failures += 1
         self._until = now + min(MAX_BACKOFF_S, 0.25 * 2 ** min(self._n_failures, 30))
-        is_said = self._n_failures == 1 or now >= self._say_again
-        if is_said:
+        is_due = self._n_failures == 1 or now >= self._say_again
+        if is_due:
             self._say_again = now + SAY_AGAIN_S
-        return is_said
+        return is_due
 
     def worked(self) -> bool:
         """Note a success; True where it ends a row of failures."""

@@ -36,20 +36,19 @@ class MetricsServer(socketserver.ThreadingMixIn, HTTPServer):
     request_queue_size = 16
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, (address, _, *more) = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         self._open: dict[socket.socket, float] = {}  # oldest first
         self._lock = threading.Lock()
         handler = type("Handler", (MetricsHandler,), {"registry": registry, "timeout": REQUEST_S})
-        super().__init__((str(address[0]), int(address[1])), handler)
+        super().__init__((address, port, *more), handler)  # type: ignore[arg-type]  # IPv6 has four parts
         self._thread = threading.Thread(target=self.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 
     def server_bind(self) -> None:
         """Bind without asking a name server who we are, as ``HTTPServer`` does."""
         socketserver.TCPServer.server_bind(self)
-        address, port = self.server_address[:2]
-        self.server_name, self.server_port = str(address), int(port)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection, for a thread to answer."""
