@@ -137,7 +137,7 @@ def options(
                 held_out = np.flatnonzero(folds == fold)
                 rows = head_bank.chosen(own.bank, ~np.isin(own.looked_idx, held_out))
                 head = fit(_enough(head_bank.joined([bank, rows])), base.frozen_width, seed=seed)
-                some = [looked[k] for k in held_out]
+                some = [looked[k] for k in held_out.tolist()]
                 verdicts = labelled_images.judge(some, as_function(head), head.labels, recipe, threshold)
                 judged |= dict(zip(held_out.tolist(), labelled_images.renamed(verdicts, dict(names)), strict=True))
                 progress("heads judged", number * len(np.unique(folds)) + step + 1, 2 * len(np.unique(folds)))
