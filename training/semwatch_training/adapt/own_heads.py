@@ -100,9 +100,9 @@ def _taught(one: Looked) -> list[tuple[Region, str]]:
 
 
 def _turned(view: KeptCrop, turn: int) -> KeptCrop:
-    steps = -1 if turn & 1 else 1, -1 if turn & 2 else 1
-    crop, mask = (np.ascontiguousarray(x[:: steps[0], :: steps[1]]) for x in (view.crop, view.soft_mask))
-    return replace(view, crop=crop, soft_mask=mask)
+    down, across = -1 if turn & 1 else 1, -1 if turn & 2 else 1
+    crop = np.ascontiguousarray(view.crop[::down, ::across])
+    return replace(view, crop=crop, soft_mask=np.ascontiguousarray(view.soft_mask[::down, ::across]))
 
 
 def _image_name(one: Looked) -> str:
