@@ -167,7 +167,7 @@ def _free_samples(images: Given, made: OwnDetector) -> list[Sample]:
     """Some of the normals, as defect-free images to judge and to learn from; those that look defective are none."""
     kept = [path for number, path in enumerate(images.normals) if number not in made.suspects]
     labelled = {sample.image for sample in images.labelled}
-    rows = np.unique(np.linspace(0, len(kept) - 1, min(MOST_FREE, len(kept))).round().astype(int))
+    rows = np.unique(np.linspace(0, len(kept) - 1, min(MOST_FREE, len(kept))).round().astype(int)).tolist()
     return [Sample(kept[row], DEFECT_FREE) for row in rows if kept[row] not in labelled]
 
 

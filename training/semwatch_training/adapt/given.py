@@ -75,7 +75,7 @@ def read(normals: Path, labels: Path | None, reference: str | None, *, progress:
 
 def _refuse_two_labels(samples: Sequence[Sample]) -> None:
     """One picture under two names that contradict each other: neither label can be believed."""
-    label_of = {}
+    label_of: dict[Path, set[str]] = {}
     for sample in samples:
         label_of.setdefault(sample.image, set()).add(sample.label)
     for group in datasets.duplicates(samples):

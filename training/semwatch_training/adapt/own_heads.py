@@ -100,9 +100,9 @@ def _taught(one: Looked) -> list[tuple[Region, str]]:
 
 
 def _turned(view: KeptCrop, turn: int) -> KeptCrop:
-    steps = -1 if turn & 1 else 1, -1 if turn & 2 else 1
-    crop, mask = (np.ascontiguousarray(x[:: steps[0], :: steps[1]]) for x in (view.crop, view.soft_mask))
-    return replace(view, crop=crop, soft_mask=mask)
+    down, across = -1 if turn & 1 else 1, -1 if turn & 2 else 1
+    crop = np.ascontiguousarray(view.crop[::down, ::across])
+    return replace(view, crop=crop, soft_mask=np.ascontiguousarray(view.soft_mask[::down, ::across]))
 
 
 def _image_name(one: Looked) -> str:
@@ -137,7 +137,7 @@ def options(
                 held_out = np.flatnonzero(folds == fold)
                 rows = head_bank.chosen(own.bank, ~np.isin(own.looked_idx, held_out))
                 head = fit(_enough(head_bank.joined([bank, rows])), base.frozen_width, seed=seed)
-                some = [looked[k] for k in held_out]
+                some = [looked[k] for k in held_out.tolist()]
                 verdicts = labelled_images.judge(some, as_function(head), head.labels, recipe, threshold)
                 judged |= dict(zip(held_out.tolist(), labelled_images.renamed(verdicts, dict(names)), strict=True))
                 progress("heads judged", number * len(np.unique(folds)) + step + 1, 2 * len(np.unique(folds)))

@@ -129,7 +129,7 @@ def fit(seen: Sequence[Seen], calibration: NDArray[np.float64], *, into: OwnNorm
     distances: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(seen)
     for fold in np.unique(folds):
         gaussian = _gaussian([moments[number] for number in numbers.tolist() if fold_of[number] != fold])
-        for k in np.flatnonzero(folds == fold):
+        for k in np.flatnonzero(folds == fold).tolist():
             distances[k] = _distance(seen[k].places, gaussian)
     of_own = [k for k, one in enumerate(seen) if one.kind == "own"]
     maps = ([one.branch for one in seen], distances)
@@ -139,7 +139,7 @@ def fit(seen: Sequence[Seen], calibration: NDArray[np.float64], *, into: OwnNorm
         cast(Tensor, getattr(into, name)).copy_(torch.from_numpy(np.asarray(value, np.float32)))
     (_, spread), (mean_far, spread_far) = of_place
     both = [one.branch + spread * (far - mean_far) / spread_far for one, far in zip(seen, distances, strict=True)]
-    return calibration[1, 0] * np.array([_top(values) for values in both]) + calibration[1, 2]
+    return np.asarray(calibration[1, 0] * np.array([_top(values) for values in both]) + calibration[1, 2])
 
 
 def fit_fields(descriptions: NDArray[np.float32], image: NDArray[np.intp], *, into: OwnNormals) -> None:
