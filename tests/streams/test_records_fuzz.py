@@ -27,8 +27,10 @@ SEED = 161
 REVIEW = make_review(1, verdicts=[make_verdict("unknown")])
 SOUND = {UNKNOWNS: encode(records(REVIEW)[0]), RESULTS: result_summary(REVIEW)}
 READERS = {UNKNOWNS: decode, RESULTS: decode_result}
-ODD: tuple[Any, ...] = (None, True, -1, 2**31, 2**70, 1e308, float("inf"), float("nan"), "", "x" * 300, "\ud800", "\x00", [], {}, [[[]]],
-       [1e400], {"a": {"b": {}}}, "1e999")  # fmt: skip
+ODD: tuple[Any, ...] = (
+    None, True, -1, 2**31, 2**70, 1e308, float("inf"), float("nan"), "", "x" * 300, "\ud800", "\x00",
+    [], {}, [[[]]], [1e400], {"a": {"b": {}}}, "1e999",
+)  # fmt: skip
 
 
 def spoiled(fields: Fields, dice: random.Random) -> Fields:

@@ -50,15 +50,16 @@ def main(socket_fd: int, input_fd: int, output_fd: int, memory_bytes: int) -> No
     """Decode files until the other end of the socket is closed."""
     channel = socket.socket(fileno=socket_fd)
     cv2.setNumThreads(1)
+    memory = mmap.mmap(output_fd, 0)  # once: its pages stay mapped from file to file
     _give_up_rights(memory_bytes)
     send(channel, {"ready": True})
     while (request := receive(channel)) is not None:
         _limit_cpu(request.pop("cpu_s"))
         data = os.pread(input_fd, request.pop("n_bytes"), 0)
-        send(channel, _answer(data, output_fd, **request))
+        send(channel, _answer(data, memory, **request))
 
 
-def _answer(data: bytes, output_fd: int, **limits: int) -> dict[str, Any]:
+def _answer(data: bytes, memory: mmap.mmap, **limits: int) -> dict[str, Any]:
     try:
         pages = decoding.decode(data, name="", **limits)
     except ImageError as error:
@@ -66,12 +67,10 @@ def _answer(data: bytes, output_fd: int, **limits: int) -> dict[str, Any]:
             limit_mb = resource.getrlimit(resource.RLIMIT_AS)[0] >> 20
             return {"error": f"decoding needs more than {limit_mb} MB; save it as 8- or 16-bit gray or RGB"}
         return {"error": str(error).removeprefix(": ")}
-    n_bytes = sum(page.pixels.size for page in pages)
-    with mmap.mmap(output_fd, n_bytes) as memory:
-        at = 0
-        for page in pages:
-            memory[at : at + page.pixels.size] = page.pixels.data.cast("B")
-            at += page.pixels.size
+    at = 0
+    for page in pages:
+        memory[at : at + page.pixels.size] = page.pixels.data.cast("B")
+        at += page.pixels.size
     return {"pages": [[it.page, *it.pixels.shape, it.field_xyxy, it.pixel_nm, it.vendor] for it in pages]}
 
 

@@ -34,6 +34,12 @@ WALL_PER_CPU = 4
 MEMORY_PER_PIXEL = 40
 """Bytes of a decoder for each pixel of the largest page: the page as it is decoded five times over (samples, float64
 and float32 of them, counts of levels, gray)."""
+_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
+    # What one image took is kept for the next: giving it back and taking it again costs more than decoding a small one.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 27),
+}  # fmt: skip
+"""And nothing of ours: no secret of the daemon's environment reaches a decoder."""
 _KEPT_BYTES = 1 << 24
 """Shared memory that stays filled between two files."""
 _F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4
@@ -145,7 +151,7 @@ class _Decoder:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-m", "semwatch.intake.decoder_process", *map(str, (*fds, memory))],
                 pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
-                env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env=_ENVIRONMENT,
             )  # fmt: skip
         self._is_ready = False
 
