@@ -159,7 +159,7 @@ def train_branch(
         raise ConfigError(f"all {len(defective)} training images are {kind}; a segmentation branch needs both kinds")
     settings = {**asdict(schedule), "form": asdict(branch.form), "n_images": len(defective)}
     optimiser = torch.optim.AdamW(branch.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay)
-    branch.to(memory_format=torch.channels_last)  # half again as fast on a processor
+    branch.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # half again as fast on a processor
     averaged = copy.deepcopy(branch)
     first, curve = _resume(folder / "checkpoint.pt", settings, branch, averaged, optimiser)
     sides = np.flatnonzero(defective), np.flatnonzero(~defective)
