@@ -19,8 +19,11 @@ from torch.nn import functional
 
 SHRINKAGE = 0.05
 """Share of the mean variance in the covariance: the inverse stays tame however few places there are."""
-FITTED = 64
-"""The Gaussian is fitted on so many places a side, spread evenly: more say nothing new, and cost as the field grows."""
+FITTED = 61
+"""The Gaussian is fitted on so many places a side, spread evenly: more say nothing new, and cost as the field grows.
+
+A prime number: the steps of no other size then end between two places, where runtimes round differently.
+"""
 REFITS = 3
 TYPICAL = 0.8
 """Share of the places that the Gaussian is refitted on."""
