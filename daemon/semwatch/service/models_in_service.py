@@ -12,7 +12,7 @@ from pathlib import Path
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.line import pipeline
 from semwatch.models.inference import Embedded, Models
-from semwatch.models.model_repository import Meta
+from semwatch.models.model_repository import MODELS, Meta
 from semwatch.models.swap import Swap
 from semwatch.service.metrics import Metrics
 from semwatch.settings.recipe import Pins, Recipe
@@ -158,7 +158,7 @@ def hashes_of(by_pins: Mapping[Pins, Models]) -> dict[str, str]:
 def _unpinned(by_pins: Mapping[Pins, Models]) -> dict[str, Models]:
     """Who speaks for each model: the last of those that do not pin it, else the last of all."""
     found: dict[str, Models] = {}
-    for model in model_repository.MODELS:
+    for model in MODELS:
         for _, models in sorted(by_pins.items(), key=lambda item: getattr(item[0], model) is None):
             if model in models.versions():
                 found[model] = models
