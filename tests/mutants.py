@@ -36,7 +36,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("daemon/semwatch")
 ROOMS = ("store", "streams", "line", "intake")
-ALSO = ("system/files.py", "system/sqlite_file.py", "service/lot_tables.py", "service/forgetting.py")
+ALSO = (
+    "system/files.py",
+    "system/sqlite_file.py",
+    *(f"service/{name}.py" for name in ("lot_tables", "forgetting", "faults", "late_look", "duplicates")),
+)
 """What stood in these rooms, or stands on their behalf."""
 TESTS: dict[str, tuple[str, ...]] = {
     "store/audit.py": ("store/test_audit.py",),

@@ -49,3 +49,7 @@ EXIT_CODES: Mapping[type[SemwatchError], int] = MappingProxyType(
 )
 """What a command ends with; any other error of ours is 1. The units' restart rules hang on them: 2 and 3 are for what
 only a person can mend, such as settings, and are not tried again."""
+
+
+class ForeignRecord(ServiceUnavailable):
+    """Redis answers, and holds what is no record of ours where one of ours should be."""

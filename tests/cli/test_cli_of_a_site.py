@@ -267,11 +267,11 @@ def test_doctor_compares_what_serves_with_what_is_chosen_and_names_a_refused_hea
         assert semwatch("models", "rollback", "--site", site.file).code == 0
         assert doctor(semwatch, site)[0] == 0
 
-        meta = model_repository.read_meta(repository, "detector", 1)
-        model_repository.publish(repository, meta, repository / "detector/1/model.onnx")
+        meta = model_repository.read_meta(repository, "encoder", 1)
+        model_repository.publish(repository, meta, repository / "encoder/1/model.onnx")
         code, checks = doctor(semwatch, site)
         assert (code, checks["in service"]["ok"]) == (1, False)
-        assert checks["in service"]["detail"] == "the daemon serves detector 1 instead of 2"
+        assert checks["in service"]["detail"] == "the daemon serves encoder 1 instead of 2"
         assert "restart the daemon" in checks["in service"]["remedy"]
     assert status(semwatch, site)["in_service"] is None
     assert doctor(semwatch, site)[0] == 0

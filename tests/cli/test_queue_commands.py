@@ -327,7 +327,7 @@ def learn(client: redis.Redis) -> None:
     held = mine.claim(4, min_idle_s=60)
     assert len(held) == 4
     taken = other.claim(4, min_idle_s=0)
-    assert {item.n_deliveries for item in taken} == {2}
+    assert {item.n_deliveries for item in taken} == {1}, "a delivery soon after the one before does not count"
     assert other.give_back(taken[:1]) == 1
     assert other.dead_letter(taken[1], "why")
     assert other.ack(taken[2:]) == 2
@@ -391,7 +391,7 @@ def test_operator_without_rights_is_told_so(semwatch, server, client, tmp_path) 
     site = write_site(tmp_path, {"url": server.url, "username": "limited", "password_file": "pw"})
     for argv in COMMANDS:
         said = semwatch("queue", *argv, "--site", site)
-        assert (said.code, "the user's ACL" in said.err) == (2, True), argv
+        assert (said.code, "the user's ACL" in said.err) == (4, True), argv
 
 
 # --- what is published: schemas ---------------------------------------------------------------------------------------

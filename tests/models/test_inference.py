@@ -98,7 +98,9 @@ def test_signature_that_lies_about_the_graph_is_refused(tiny_repository, tmp_pat
     lying = meta.model_copy(update={"outputs": {**meta.outputs, "certainty": meta.outputs["raw_score"]}})
     model_repository.publish(repository, lying, repository / "detector/1/model.onnx")
     with pytest.raises(ModelMismatch, match=r"meta\.json says otherwise"):
-        Embedded(repository)
+        Embedded(repository, pins={"detector": 2})
+    with Embedded(repository) as models:  # nobody insists on it: the one before goes on
+        assert models.versions()["detector"] == 1
 
 
 def test_weights_that_are_no_network_are_refused(tiny_repository, tmp_path) -> None:
@@ -106,4 +108,6 @@ def test_weights_that_are_no_network_are_refused(tiny_repository, tmp_path) -> N
     (tmp_path / "noise").write_bytes(b"noise" * 100)
     model_repository.publish(repository, model_repository.read_meta(repository, "encoder", 1), tmp_path / "noise")
     with pytest.raises(ModelMismatch, match="does not load"):
-        Embedded(repository)
+        Embedded(repository, pins={"encoder": 2})
+    with Embedded(repository) as models:
+        assert models.versions()["encoder"] == 1

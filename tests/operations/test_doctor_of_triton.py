@@ -43,7 +43,8 @@ def test_server_tells_its_version_what_it_holds_and_that_all_of_it_matches(
         other = shutil.copytree(tiny_repository, tmp_path / "others")
         weights = other / "head" / "1" / "meta.json"
         meta = json.loads(weights.read_text())
-        meta["outputs"]["logits"]["shape"] = [99]
+        meta["outputs"]["logits"]["shape"] = meta["outputs"]["p_values"]["shape"] = [99]
+        meta["labels"] = [f"class {i}" for i in range(99)]
         weights.write_text(json.dumps(meta))
         wrong = triton_checks(tmp_path / "wrong", other, server.url)
         assert wrong["Triton"].ok

@@ -249,6 +249,7 @@ def _die_on(site: Site, name: str, times: int, *, sha256: str = "ab" * 32) -> No
 
 def test_crash_loop_is_ended_at_the_start_with_its_story(tmp_path: Path, tiny_repository: Path) -> None:
     site = make_site(tmp_path / "site", tiny_repository, limits={"min_free_mb": 0, "max_attempts": 3})
+    site.results.mkdir(parents=True)  # where the ledger knows work, a folder that is not there is a share that is away
     _die_on(site, "lot/killer.png", 3)
     Service(load_site(site.file))._open.close()
     assert "3 attempts that failed or ended the process" in site.reasons()["killer.png.reason.json"]

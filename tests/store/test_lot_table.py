@@ -49,9 +49,9 @@ def test_lot_has_a_row_for_each_defect_and_for_each_clean_image_in_order(tmp_pat
     assert [path.name for path in lot_table.write(lot)] == [f"{name}.tif.review.json" for name in "abc"]
     said = [(row["path"], row["defect_id"], row["kind"], row["label"]) for row in rows(lot)]
     assert said == [
-        ("lot/a.tif", "1", "known", 'a "b", c\nd'),
+        ("lot/a.tif", "1", "known", 'a "b", c\\x0ad'),
         ("lot/a.tif", "2", "unknown", ""),
-        ("lot/b.tif", "1", "known", 'a "b", c\nd'),
+        ("lot/b.tif", "1", "known", 'a "b", c\\x0ad'),
         ("lot/c.tif", "", "", ""),
     ]
     assert [row["page_verdict"] for row in rows(lot)] == ["defects"] * 3 + ["defect-free"]
@@ -122,7 +122,7 @@ def test_lot_shows_the_latest_revision_alone(tmp_path: Path, lot: Path) -> None:
         ("lot/a.tif", "novel-1", "2"),
         ("lot/b.tif", "", "1"),
     ]
-    assert list(rows(lot)[0])[-2:] == ["revision", "quality"]
+    assert list(rows(lot)[0])[-3:] == ["revision", "quality", "reason"]
 
 
 # --- appended --------------------------------------------------------------------------------------------------------

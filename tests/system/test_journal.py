@@ -207,7 +207,7 @@ def test_journal_away_is_stderr_with_priorities_until_it_comes_back(tmp_path, ca
     logger = logging.Logger("semwatch.tested")
     logger.addHandler(handler)
     logger.error("first\nsecond")
-    assert capfd.readouterr().err == "<3>ERROR semwatch.tested: first\n<3>second\n"
+    assert capfd.readouterr().err == "<3>ERROR semwatch.tested: first\n<3>    second\n"
     journald = Journald(tmp_path / "socket")
     logger.error("third")
     assert journald.entry()["MESSAGE"] == "third"

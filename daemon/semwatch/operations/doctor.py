@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from semwatch.classes import clusters
-from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
+from semwatch.errors import ConfigError, ForeignRecord, SemwatchError, ServiceUnavailable
 from semwatch.intake import folder_rules
 from semwatch.line import pipeline
 from semwatch.models import choice
@@ -304,11 +304,11 @@ def _learning_checks(site: Site) -> Iterator[Check]:
             cycle = handoff.last_cycle()
             state = handoff.classes()
             found = clusters.Clusters() if state is None else clusters.parsed(state, "the state of the found classes")
-        except ServiceUnavailable:
-            return  # the check of Redis says so
-        except ConfigError as error:
+        except (ConfigError, ForeignRecord) as error:
             yield Check("learning", False, "cannot be used", str(error))
             return
+        except ServiceUnavailable:
+            return  # the check of Redis says so
     if cycle is None and not found.clusters:
         return
     yield Check("clusters", True, f"{len(found.clusters)} found so far")

@@ -7,19 +7,17 @@ one file's: it has its own back-off and attempts, and no other file waits for it
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from semwatch.errors import ConfigError, FileUnavailable, ModelMismatch, ServiceUnavailable
+from semwatch.system import files
 from semwatch.system.files import Stamp, stamp_of
 
 Scope = Literal["file", "folder", "service"]
 
 PATIENCE_S = 3600.0
 """A file that cannot be read, or whose result cannot be written, is tried this long before it is set aside."""
-PROBE = ".semwatch-probe"
-"""Written into the results, and removed, to see whether they can be written."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """What one file is never to blame for."""
@@ -38,7 +36,7 @@ def scope_of(error: BaseException, *, folder: Path, results_dir: Path) -> Scope:
     causes = [cause for cause in _chain(error) if isinstance(cause, OSError)]
     if isinstance(error, ServiceUnavailable | ConfigError) and not causes:
         return "service"  # models, ledger
-    if any(cause.errno in _FULL for cause in causes) or (causes and not can_write(results_dir)):
+    if any(cause.errno in _FULL for cause in causes) or (causes and not files.can_write(results_dir)):
         return "service"
     if causes and not can_list(folder):
         return "folder"
@@ -61,23 +59,6 @@ def can_list(folder: Path) -> bool:
     """Whether a folder can be looked into."""
     try:
         os.scandir(folder).close()
-    except OSError:
-        return False
-    return True
-
-
-def can_write(folder: Path) -> bool:
-    """Whether a file can be written, flushed and removed in a folder."""
-    probe = folder / f"{PROBE}-{os.getpid()}"
-    try:
-        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, b"probe")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-            with suppress(OSError):
-                probe.unlink()
     except OSError:
         return False
     return True

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import redis
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from semwatch.errors import ServiceUnavailable
+from semwatch.errors import ForeignRecord, ServiceUnavailable
 from semwatch.streams.records import Message, pack
 from semwatch.streams.unknowns import PREFIX, connect, redis_key, translated
 
@@ -262,7 +262,7 @@ def _parsed(kind: type[R], text: object, what: str) -> R:
         return kind.model_validate_json(text)  # type: ignore[arg-type]  # bytes; Redis' stubs do not say so
     except ValidationError as error:
         first = error.errors(include_url=False)[0]["msg"]
-        raise ServiceUnavailable(
+        raise ForeignRecord(
             f"Redis holds no record of ours under {what} ({first}): another release or program writes there; "
             f"give each site a prefix of its own"
         ) from error

@@ -209,8 +209,9 @@ class Publisher:
         if items:
             self.ping()  # without a password, a server hangs up on a long message before it says NOAUTH
         for batch in _batches(items):
+            fields = [unpack(blob) for _, _, blob in batch]  # ours: what is cut here is no fault of the server's
             with translated():
-                self._publish_batch(batch)
+                self._publish_batch(batch, fields)
 
     def ping(self) -> None:
         """Ask the server for an answer.
@@ -230,10 +231,10 @@ class Publisher:
         with translated():
             return {stream: self._depth(stream) for stream in (UNKNOWNS, RESULTS)}
 
-    def _publish_batch(self, batch: Sequence[Message]) -> None:
+    def _publish_batch(self, batch: Sequence[Message], fields: Sequence[Fields]) -> None:
         with self._client.pipeline(transaction=False) as pipe:
-            for stream, id_, blob in batch:
-                flat = [part for item in unpack(blob).items() for part in item]
+            for (stream, id_, _), pairs in zip(batch, fields, strict=True):
+                flat = [part for item in pairs.items() for part in item]
                 keys = redis_key(self._prefix, stream), redis_key(self._prefix, "sent", id_)
                 pipe.eval(_ADD, 2, *keys, self._sent_ttl_s, *flat)
             for answer in pipe.execute(raise_on_error=False):

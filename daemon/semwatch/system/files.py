@@ -19,6 +19,8 @@ from typing import BinaryIO, NamedTuple
 
 MODE = 0o644
 _TAIL_BYTES = 1 << 16
+WRITE_PROBE = ".semwatch-probe"
+"""Written and removed, to see whether a folder can be written to."""
 
 
 # --- what tells one state of a file from another ---------------------------------------------------------------------
@@ -208,3 +210,20 @@ def _sync(path: Path, flags: int = 0) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def can_write(folder: Path) -> bool:
+    """Whether a file can be written, flushed and removed in a folder."""
+    probe = folder / f"{WRITE_PROBE}-{os.getpid()}"
+    try:
+        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"probe")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+            with suppress(OSError):
+                probe.unlink()
+    except OSError:
+        return False
+    return True

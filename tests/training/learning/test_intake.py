@@ -86,7 +86,8 @@ def test_what_a_dead_learner_claimed_comes_again_under_its_name(lab: Lab) -> Non
     assert len(lab.claimable()) == 1
     claims = claims_of(lab.client)
     assert len(claims.take(10, quiet)) == 4
-    assert sorted(items[0].n_deliveries for items in claims.by_id.values()) == [1, 2, 2, 2]
+    # A delivery soon after the one before does not count.
+    assert [items[0].n_deliveries for items in claims.by_id.values()] == [1] * 4
 
 
 def test_acknowledgement_is_tried_a_few_times_and_no_more(lab: Lab, server: EmbeddedRedis, monkeypatch) -> None:

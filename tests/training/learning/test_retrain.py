@@ -352,7 +352,7 @@ def test_command_says_one_line_or_json_and_its_exit_code(lab: Lab, train: Comman
     add_two(lab)
     lab.recipe(**STRICT)
     result = train("retrain", "--site", lab.file, "--json")
-    assert (result.code, result.json["status"], result.json["head_version"]) == (1, "refused", None)
+    assert (result.code, result.json["status"], result.json["head_version"]) == (10, "refused", None)
     lab.recipe()
     result = train("retrain", "--site", lab.file, "--json")
     assert (result.code, result.json["status"], result.json["head_version"]) == (0, "learned", 2)
