@@ -36,6 +36,7 @@ from semwatch.service.metrics import Metrics
 from semwatch.settings.recipe import Recipe
 from semwatch.store import results
 from semwatch.store.ledger import Ledger, OutboxItem
+from semwatch.system import files
 from semwatch.system.files import Stamp
 
 SOURCE, UTC = "tool", "2026-01-01T00:00:00Z"
@@ -277,7 +278,7 @@ def simulated(world: World) -> Iterator[None]:
         for owner, name, value in (
             (decoding, "read_file", read_file),
             (results, "write_reason", write_reason),
-            (faults, "can_write", lambda _: not world.is_results_away),
+            (files, "can_write", lambda _: not world.is_results_away),
             (faults, "can_list", lambda _: True),
             (faults, "check_results", lambda _: None),
             (faults, "is_there", lambda file: file.relative_to(DROP).as_posix() in world.files),
