@@ -114,7 +114,7 @@ def test_a_port_without_a_password_lets_anybody_in_and_is_refused(tmp_path: Path
 
 
 def test_clients_of_the_service_work_on_data_and_on_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "data" / "redis.sock"  # where it listens unless told otherwise
+    path = tmp_path / "data" / "redis.sock"  # where it listens by default
     with running(f"unix://{path}", "--folder", tmp_path / "data") as (_, client):
         for command in (
             "CONFIG SET dir /tmp", "MODULE LIST", "DEBUG SLEEP 0", "REPLICAOF 127.0.0.1 1", "SHUTDOWN NOSAVE", "SAVE",

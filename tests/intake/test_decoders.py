@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from image_files import GRAY, VALID
 from semwatch.errors import ImageError
 from semwatch.intake import decoding
+from semwatch.intake.decoder_process import LENGTH, receive
 from semwatch.intake.decoders import Decoders
 
 
@@ -64,6 +66,26 @@ def test_a_file_that_takes_too_long_is_refused_and_the_next_one_decoded() -> Non
         with pytest.raises(ImageError, match=r"slow\.jpg: decoding took over [\d.]+ s"):
             decoders.decode(scans(16384, 60), name="slow.jpg", max_pixels=1 << 28)
         assert decoders.decode(VALID["png"], name="x")[0].pixels.shape == GRAY.shape
+
+
+def test_a_message_that_comes_a_byte_at_a_time_is_waited_for_no_longer_than_another() -> None:
+    ours, theirs = socket.socketpair()
+    is_over = threading.Event()
+
+    def drip() -> None:
+        theirs.sendall(LENGTH.pack(1000))
+        while not is_over.wait(0.05):
+            theirs.sendall(b"x")
+
+    dripping = threading.Thread(target=drip)
+    with ours, theirs:
+        dripping.start()
+        start = time.monotonic()
+        with pytest.raises(TimeoutError):
+            receive(ours, timeout_s=0.5)
+        assert time.monotonic() - start < 5
+        is_over.set()
+        dripping.join()
 
 
 def test_a_decoder_that_is_killed_is_replaced_and_the_file_decoded_after_all(decoders: Decoders) -> None:

@@ -22,6 +22,7 @@ import resource
 import socket
 import struct
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,20 @@ def send(channel: socket.socket, message: dict[str, Any]) -> None:
     channel.sendall(LENGTH.pack(len(body)) + body)
 
 
-def receive(channel: socket.socket) -> dict[str, Any] | None:
+def receive(channel: socket.socket, *, timeout_s: float | None = None) -> dict[str, Any] | None:
     """Receive one message; None where the other end is closed.
 
+    Args:
+        channel: where from.
+        timeout_s: for the whole message, however slowly its bytes come; None waits for ever.
+
     Raises:
-        OSError: it took longer than the socket's timeout.
+        OSError: it took longer, or the other end failed.
         ValueError: what came is no message.
     """
-    head = _exactly(channel, LENGTH.size)
-    body = _exactly(channel, LENGTH.unpack(head)[0]) if head else b""
+    until = None if timeout_s is None else time.monotonic() + timeout_s
+    head = _exactly(channel, LENGTH.size, until)
+    body = _exactly(channel, LENGTH.unpack(head)[0], until) if head else b""
     if not head or not body:
         return None
     message = json.loads(body)
@@ -101,11 +107,12 @@ def receive(channel: socket.socket) -> dict[str, Any] | None:
     return message
 
 
-def _exactly(channel: socket.socket, n_bytes: int) -> bytes:
+def _exactly(channel: socket.socket, n_bytes: int, until: float | None) -> bytes:
     if n_bytes > 1 << 24:
         raise ValueError(f"a message of {n_bytes} bytes")
     parts = bytearray()
     while len(parts) < n_bytes:
+        channel.settimeout(None if until is None else max(until - time.monotonic(), 1e-3))
         part = channel.recv(n_bytes - len(parts))
         if not part:
             return b""

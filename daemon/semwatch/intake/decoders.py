@@ -170,8 +170,7 @@ class _Decoder:
 
     def _answer(self, data: bytes, cpu_s: float, limits: dict[str, int]) -> dict[str, Any]:
         if not self._is_ready:
-            self._channel.settimeout(START_S)
-            if receive(self._channel) is None:
+            if receive(self._channel, timeout_s=START_S) is None:
                 raise ValueError("ended at its start")
             self._is_ready = True
         at = 0
@@ -179,7 +178,7 @@ class _Decoder:
             at += os.pwrite(self._input, memoryview(data)[at:], at)
         self._channel.settimeout(WALL_PER_CPU * cpu_s)
         send(self._channel, {"n_bytes": len(data), "cpu_s": cpu_s, **limits})
-        answer = receive(self._channel)
+        answer = receive(self._channel, timeout_s=WALL_PER_CPU * cpu_s)
         if answer is None:
             raise ValueError("ended")
         return answer

@@ -40,7 +40,7 @@ class LateLook:
     Args:
         ledger: says what is due.
         folders: drop folder by source.
-        incoming: is told of files that hold something else.
+        incoming: where files that hold something else are put again.
     """
 
     def __init__(self, ledger: Ledger, folders: Mapping[str, Path], incoming: Incoming) -> None:

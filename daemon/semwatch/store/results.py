@@ -141,7 +141,7 @@ def is_current(path: Path, record: ReviewRecord) -> bool:
 
 
 def read_any(path: Path) -> AnyRecord:
-    """Read a review.json, reason.json or duplicate.json, told apart by its name.
+    """Read a review.json, reason.json or duplicate.json; its name says which it is.
 
     Raises:
         ImageError: there is none, or it is broken, or not ours.

@@ -6,7 +6,7 @@ With the prefix ``semwatch``:
     semwatch:results         stream of result summaries, one per file, for whoever wants them
     semwatch:unknowns:dead   stream of dead letters: the record's fields + dead_error, dead_deliveries, dead_entry
     semwatch:results:dead    the same for results
-    semwatch:sent:<id>       string with a time to live: this id has been added (3 days unless told otherwise)
+    semwatch:sent:<id>       string with a time to live: this id has been added (3 days by default)
 
 The streams are never trimmed: an entry is deleted when it is acknowledged, and a full server (``noeviction``) pushes
 back. What belongs together happens in one Lua script, so a crash leaves either all or nothing; only commands of Redis

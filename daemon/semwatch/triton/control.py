@@ -39,7 +39,7 @@ _WORD = struct.calcsize("N")
 
 
 def beside(view: Path) -> Path:
-    """Where the secret of the server of a view stands unless told otherwise."""
+    """Where the secret of the server of a view stands by default."""
     return view / SECRET
 
 
@@ -127,7 +127,7 @@ def gate() -> Iterator["Gate"]:
 
 
 class Gate:
-    """A named pipe that a program is told to preload: its loader waits there until somebody opens the other end."""
+    """A named pipe in the place of a library to preload: the loader waits there until the other end is opened."""
 
     def __init__(self, pipe: Path) -> None:
         self._pipe = pipe

@@ -242,6 +242,6 @@ def _is_placed(plan: Plan, folder: Path) -> bool:
 
 
 def beside(repository: Path) -> Path:
-    """Where the view of a model repository stands unless told otherwise."""
+    """Where the view of a model repository stands by default."""
     repository = repository.absolute()
     return repository.with_name(f"{repository.name}.triton")

@@ -28,7 +28,7 @@ def seen(n: int, *, channels: int = 4, seed: int = 0) -> list[Seen]:
 
 def fitted(n: int = 6) -> tuple[OwnNormals, list[Seen], np.ndarray]:
     images = seen(n)
-    normals = OwnNormals(4, 1, 3)
+    normals = OwnNormals(4, 1, 3, top_cells=3)
     return normals, images, own_normals.fit(images, CALIBRATION, into=normals)
 
 
@@ -48,14 +48,14 @@ def test_normal_image_is_judged_by_the_others_alone() -> None:
     """An outlier among the normals widens the Gaussian that judges the others, and not the one that judges itself."""
     images = seen(6)
     images[0] = images[0]._replace(places=images[0].places + np.float16(20))
-    logits = own_normals.fit(images, CALIBRATION, into=OwnNormals(4, 1, 3))
+    logits = own_normals.fit(images, CALIBRATION, into=OwnNormals(4, 1, 3, top_cells=3))
     assert logits.argmax() == 0
 
 
 def test_view_is_judged_and_not_learnt_from() -> None:
     images = seen(4)
     view = images[0]._replace(kind="view", places=images[0].places + np.float16(30))
-    alone, with_view = OwnNormals(4, 1, 3), OwnNormals(4, 1, 3)
+    alone, with_view = OwnNormals(4, 1, 3, top_cells=3), OwnNormals(4, 1, 3, top_cells=3)
     before = own_normals.fit(images, CALIBRATION, into=alone)
     after = own_normals.fit([*images, view], CALIBRATION, into=with_view)
     assert torch.equal(alone.mean, with_view.mean)
@@ -77,14 +77,14 @@ def test_distance_and_branch_count_alike_in_their_spreads() -> None:
 
 def test_too_few_images_make_no_gaussian() -> None:
     with pytest.raises(ConfigError, match="2 normal images: a Gaussian of their places takes 3"):
-        own_normals.fit(seen(2), CALIBRATION, into=OwnNormals(4, 1, 3))
+        own_normals.fit(seen(2), CALIBRATION, into=OwnNormals(4, 1, 3, top_cells=3))
 
 
 @pytest.mark.parametrize("n", [1, 12])
 def test_own_fields_are_known_and_strange_ones_fall_on_beyond_the_last(n: int) -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(40, 6)).astype(np.float32)
-    normals = OwnNormals(1, 40, 6)
+    normals = OwnNormals(1, 40, 6, top_cells=3)
     own_normals.fit_fields(rows, np.arange(40) % n, into=normals)
     own, far, farther = (normals.domain_p(torch.from_numpy(rows[:1] + shift)).item() for shift in (0.1, 30.0, 1000.0))
     assert own > 0.3
@@ -92,7 +92,7 @@ def test_own_fields_are_known_and_strange_ones_fall_on_beyond_the_last(n: int) -
 
 
 def test_fields_that_are_all_alike_leave_p_values_finite() -> None:
-    normals = OwnNormals(1, 5, 3)
+    normals = OwnNormals(1, 5, 3, top_cells=3)
     own_normals.fit_fields(np.ones((5, 3), np.float32), np.arange(5), into=normals)
     found = normals.domain_p(torch.tensor([[1.0, 1, 1], [9.0, 9, 9]]))
     assert torch.isfinite(found).all()
@@ -130,7 +130,7 @@ class Alone(nn.Module):
 def test_export_answers_what_torch_computes(tmp_path: Path) -> None:
     normals, _, _ = fitted()
     rng = np.random.default_rng(0)
-    described = OwnNormals(4, 7, 3)
+    described = OwnNormals(4, 7, 3, top_cells=3)
     own_normals.fit_fields(rng.normal(size=(7, 3)).astype(np.float32), np.arange(7), into=described)
     for name in ("mean", "precision", "of_place"):
         getattr(described, name).copy_(getattr(normals, name))

@@ -117,6 +117,7 @@ def adapted(graph: IntrinsicGraph, normals: NormalsSeen, *, without: Collection[
         seen[0].places.shape[-1],
         int(kept.sum()),
         graph.detector.form.domain_width,
+        top_cells=graph.detector.form.branch.top_cells,
         has_places=len(numbers) >= FEWEST,
     )
     own_normals.fit_fields(normals.descriptions[kept], normals.image[kept], into=own)

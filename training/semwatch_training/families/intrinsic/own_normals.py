@@ -23,7 +23,6 @@ from semwatch_training.families.intrinsic.own_statistics import SHRINKAGE
 FEWEST = 3
 """Normal images before a Gaussian is made of them: of fewer, none can be judged by the others."""
 FOLDS = 5
-TOP_CELLS = 3
 
 
 class Seen(NamedTuple):
@@ -47,9 +46,9 @@ class OwnNormals(nn.Module):
     in_fp32 = True
     """Distances are differences of large sums."""
 
-    def __init__(self, n_channels: int, n_fields: int, width: int, *, has_places: bool = True) -> None:
+    def __init__(self, n_channels: int, n_fields: int, width: int, *, top_cells: int, has_places: bool = True) -> None:
         super().__init__()
-        self.has_places = has_places
+        self.top_cells, self.has_places = top_cells, has_places
         self.register_buffer("mean", torch.zeros(n_channels))
         self.register_buffer("precision", torch.eye(n_channels))
         self.register_buffer("of_place", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
@@ -79,7 +78,7 @@ class OwnNormals(nn.Module):
         both = branch + spread * (self.distance(places) - mean_far) / spread_far
         return (
             calibration[0, 0] * both + calibration[0, 2],
-            calibration[1, 0] * image_score(both, TOP_CELLS) + calibration[1, 2],
+            calibration[1, 0] * image_score(both, self.top_cells) + calibration[1, 2],
         )
 
     def domain_p(self, description: Tensor) -> Tensor:
@@ -139,7 +138,9 @@ def fit(seen: Sequence[Seen], calibration: NDArray[np.float64], *, into: OwnNorm
         cast(Tensor, getattr(into, name)).copy_(torch.from_numpy(np.asarray(value, np.float32)))
     (_, spread), (mean_far, spread_far) = of_place
     both = [one.branch + spread * (far - mean_far) / spread_far for one, far in zip(seen, distances, strict=True)]
-    return np.asarray(calibration[1, 0] * np.array([_top(values) for values in both]) + calibration[1, 2])
+    return np.asarray(
+        calibration[1, 0] * np.array([_top(values, into.top_cells) for values in both]) + calibration[1, 2]
+    )
 
 
 def fit_fields(descriptions: NDArray[np.float32], image: NDArray[np.intp], *, into: OwnNormals) -> None:
@@ -191,9 +192,9 @@ def _distance(
     return np.asarray(np.sqrt(np.maximum(((cells @ precision) * cells).sum(axis=2), 0)), np.float32)
 
 
-def _top(values: NDArray[np.floating]) -> float:
+def _top(values: NDArray[np.floating], top_cells: int) -> float:
     """Of (h, w), as the graph has it."""
-    return float(image_score(torch.from_numpy(values.astype(np.float32))[None], TOP_CELLS))
+    return float(image_score(torch.from_numpy(values.astype(np.float32))[None], top_cells))
 
 
 def _mean_spread(values: NDArray[np.floating]) -> tuple[float, float]:
