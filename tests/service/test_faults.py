@@ -16,6 +16,7 @@ import pytest
 from daemon import SOURCE, Site, make_site, png
 from semwatch.errors import ConfigError, FileUnavailable, ImageError, ModelMismatch, ServiceUnavailable
 from semwatch.intake import decoding
+from semwatch.intake.drop_folder import Arrival
 from semwatch.line import pipeline
 from semwatch.operations import doctor
 from semwatch.service import duplicates, faults, late_look, lot_tables
@@ -229,6 +230,22 @@ def test_lot_among_the_results_that_leads_elsewhere_holds_up_no_other(tmp_path: 
         [work] = ledger.listing("QUARANTINED")
     assert "leads out of" in str(work.reason)
     assert "the reason is not beside the results" in str(work.reason)
+
+
+def test_folder_that_is_swapped_for_a_link_leads_nowhere(tmp_path: Path, tiny_repository: Path) -> None:
+    site = make_site(tmp_path / "site", tiny_repository)
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "a.png").write_bytes(png(7))
+    service = Service(load_site(site.file))
+    try:
+        (site.drop / "lot").symlink_to(private)
+        stamp = stamp_of((private / "a.png").lstat())
+        service._process(Arrival(SOURCE, "lot/a.png", site.drop / "lot/a.png", stamp))
+    finally:
+        service._open.close()
+    assert "behind a link" in site.reasons()["a.png.reason.json"]
+    assert names(site) == set()
 
 
 def _counts(site: Site) -> dict[str, int]:

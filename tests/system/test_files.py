@@ -221,3 +221,38 @@ def test_torn_last_line_is_cut(tmp_path: Path, content: bytes, whole: bytes) -> 
 def test_hash_is_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert files.file_sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+# --- reading what others may write ------------------------------------------------------------------------------------
+
+
+def test_no_link_is_followed_below_a_folder(tmp_path: Path) -> None:
+    drop, private = tmp_path / "drop", tmp_path / "private"
+    for folder in (drop / "lot" / "deeper", private):
+        folder.mkdir(parents=True)
+    (drop / "lot/deeper/a.png").write_bytes(b"image")
+    (private / "a.png").write_bytes(b"secret")
+    (tmp_path / "also drop").symlink_to(drop)  # where the folder itself lies is its owner's business
+    for root in (drop, tmp_path / "also drop"):
+        with os.fdopen(files.open_to_read(root / "lot/deeper/a.png", below=root), "rb") as file:
+            assert file.read() == b"image"
+    (drop / "linked").symlink_to(private)
+    (drop / "lot/linked").symlink_to(private)
+    (drop / "lot/link.png").symlink_to(private / "a.png")
+    for name in ("linked/a.png", "lot/linked/a.png", "lot/link.png"):
+        with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+            files.open_to_read(drop / name, below=drop)
+        with os.fdopen(files.open_to_read(drop / name), "rb") as file:
+            assert file.read() == b"secret"
+    with pytest.raises(FileNotFoundError):
+        files.file_sha256(drop / "gone.png", below=drop)
+
+
+def test_descriptors_are_given_back_where_a_link_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").symlink_to(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        with pytest.raises(NotADirectoryError):
+            files.open_to_read(tmp_path / "a/b/c/d", below=tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -8,8 +8,9 @@ Gray levels: 8-bit content is never touched, also where it sits in 16 bits. Wide
 99.9 percentiles of the field go to 0 and 255.
 """
 
+import errno
 import math
-import stat
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from semwatch.intake.jpeg import jpeg_size
 from semwatch.intake.page import COPY_AGAIN, SAVE_AS, Page, PageLimits, check_size, luma
 from semwatch.intake.tiff import decode_tiff
 from semwatch.settings.site import Limits
+from semwatch.system import files
 
 LIMITS = Limits()
 """What a machine takes on where nothing is said."""
@@ -49,19 +51,22 @@ class Decode(Protocol):
     ) -> tuple[Micrograph, ...]: ...
 
 
-def read_file(path: Path, *, max_bytes: int = 2**30) -> bytes:
+def read_file(path: Path, *, below: Path | None = None, max_bytes: int = 2**30) -> bytes:
     """Return the content of an image file, whole.
 
-    Raises: ImageError if it is not a file, may not be read, is gone or larger than ``max_bytes``; ServiceUnavailable
-    if the disk or the share failed.
+    Args:
+        path: of the file.
+        below: the drop folder above it, from where no link is followed; None follows links.
+        max_bytes: of a file.
+
+    Raises:
+        ImageError: it is not a file, may not be read, is gone, larger, or behind a link.
+        ServiceUnavailable: the disk or the share failed.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{path}: not a regular file; put image files into the drop folder")
-        if status.st_size > max_bytes:
-            raise ImageError(f"{path}: {status.st_size} bytes, over {max_bytes}; split the file")
-        with path.open("rb") as file:
+        with os.fdopen(files.open_to_read(path, below=below), "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > max_bytes:
+                raise ImageError(f"{path}: {size} bytes, over {max_bytes}; split the file")
             return file.read(max_bytes)
     except PermissionError as error:
         raise ImageError(f"{path}: may not be read; give the service's user permission to read it") from error
@@ -70,6 +75,10 @@ def read_file(path: Path, *, max_bytes: int = 2**30) -> bytes:
             raise ImageError(f"{path}: is gone; put it into the drop folder again") from error
         raise ServiceUnavailable(f"{path.parent}: is away ({error.strerror}); is the share mounted?") from error
     except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise ImageError(f"{path}: not a regular file; put image files into the drop folder") from error
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise ImageError(f"{path}: is behind a link; put image files into the drop folder") from error
         raise ServiceUnavailable(f"{path}: cannot be read now ({error.strerror})") from error
 
 

@@ -71,7 +71,7 @@ class LateLook:
                 self._ledger.looked_at_again(source, path)
             else:
                 self._wanted_sha256 = sha256
-                self._looking = self._pool.submit(_content_of, folder / path), source, path
+                self._looking = self._pool.submit(_content_of, folder / path, folder), source, path
 
     def _judge(self, future: Future[str | None], source: str, path: str) -> None:
         if future.exception() is not None:  # it cannot be read now
@@ -92,13 +92,13 @@ class LateLook:
         self._incoming.look_at(source, path)
 
 
-def _content_of(file: Path) -> str | None:
-    """Hash of a file; None where it is gone.
+def _content_of(file: Path, folder: Path) -> str | None:
+    """Hash of a file in a drop folder; None where it is gone.
 
     Raises:
         OSError: it cannot be read now.
     """
     try:
-        return file_sha256(file)
+        return file_sha256(file, below=folder)
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -468,7 +468,7 @@ class Service:
     def _read(self, arrival: Arrival) -> bytes | None:
         """Read a file; None where it comes again, is gone, or was refused."""
         try:
-            data = decoding.read_file(arrival.file)
+            data = decoding.read_file(arrival.file, below=self._places[arrival.source])
         except (ImageError, ServiceUnavailable) as error:
             is_there, is_locked = faults.is_there(arrival.file), isinstance(error.__cause__, PermissionError)
             if isinstance(error, ImageError) and not is_there:

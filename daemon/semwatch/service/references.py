@@ -65,15 +65,19 @@ class References:
         Raises:
             ServiceUnavailable: the disk or the share failed.
         """
-        return read_reference(self._places(arrival))
+        return read_reference(self._places(arrival), below=self._folders[arrival.source].path)
 
     def _places(self, arrival: Arrival) -> list[Path]:
         folder, rule = self._folders[arrival.source], self._recipes[arrival.source].reference
         return [folder.path / path for path in pairing.references_of(arrival.path, rule, folder.suffixes)]
 
 
-def read_reference(places: Sequence[Path]) -> ReferenceFile | None:
+def read_reference(places: Sequence[Path], *, below: Path | None = None) -> ReferenceFile | None:
     """Read the first of these files that is there; None where none is named.
+
+    Args:
+        places: in order.
+        below: see ``decoding.read_file``.
 
     Raises:
         ServiceUnavailable: the disk or the share failed.
@@ -84,7 +88,7 @@ def read_reference(places: Sequence[Path]) -> ReferenceFile | None:
     if place is None:
         return ReferenceFile(places[0].name, None, "there is no reference file")
     try:
-        return ReferenceFile(place.name, decoding.read_file(place))
+        return ReferenceFile(place.name, decoding.read_file(place, below=below))
     except ImageError as error:
         return ReferenceFile(place.name, None, f"the reference cannot be read: {error}")
 

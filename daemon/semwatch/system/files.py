@@ -10,8 +10,10 @@ writer clears what a crash left. So a file has one writer at a time. The tempora
 Errors stay ``OSError``; the caller says what they mean.
 """
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -198,9 +200,43 @@ def after_last_newline(fd: int, end: int) -> int:
 # --- content ---------------------------------------------------------------------------------------------------------
 
 
-def file_sha256(path: Path) -> str:
-    """Content hash of a file, hexadecimal."""
-    with path.open("rb") as file:
+def open_to_read(path: Path, *, below: Path | None = None) -> int:
+    """Open a regular file; the descriptor is the caller's. A pipe that nobody writes to does not block.
+
+    Args:
+        path: of the file.
+        below: a folder above it that others may write to: no link on the way from there is followed, nor is the file
+            one, so that a folder swapped for a link leads nowhere. None follows links.
+
+    Raises:
+        OSError: ENOTDIR or ELOOP where a link is in the way, ENXIO where it is no regular file.
+    """
+    fd = _open(path, below)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ENXIO, "not a regular file", str(path))
+    return fd
+
+
+def _open(path: Path, below: Path | None) -> int:
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    if below is None:
+        return os.open(path, flags)
+    *folders, name = path.relative_to(below).parts
+    at = os.open(below, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for folder in folders:
+            above = at
+            at = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+            os.close(above)
+        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=at)
+    finally:
+        os.close(at)
+
+
+def file_sha256(path: Path, *, below: Path | None = None) -> str:
+    """Content hash of a file, hexadecimal; ``below`` as of ``open_to_read``."""
+    with os.fdopen(open_to_read(path, below=below), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
