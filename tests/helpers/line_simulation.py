@@ -252,7 +252,8 @@ class Process:
 def simulated(world: World) -> Iterator[None]:
     """Let the code under test see the world instead of the machine."""
 
-    def read_file(path: Path) -> bytes:
+    def read_file(path: Path, *, below: Path) -> bytes:
+        assert below == DROP
         name = path.relative_to(DROP).as_posix()
         if name in world.busy:
             raise _away(name)
@@ -340,26 +341,29 @@ def run(seed: int, folder: Path, template: Path, *, n_turns: int = 25) -> World:
     numbers = itertools.count()
     with simulated(world):
         process = _start(world)
-        for turn in range(n_turns + 400):
-            if turn < n_turns:
-                if world.rng.random() < 0.5:
-                    drop(world, next(numbers))
-                if world.rng.random() < 0.5:
-                    shake(world)
-            elif turn == n_turns:
-                world.busy, world.dies_in = set(), None
-                world.is_results_away = world.is_redis_away = world.is_disk_of_ledger_full = False
-            world.now += world.rng.choice([0.1, 1.0, 5.0])
-            try:
-                process.step()
-            except Death:
-                process = _start_again(world, process)
-            if turn > n_turns and is_quiet(world, process):
-                break
-        check(world, process)
-        process.end()
-    for left in folder.glob(f"{seed}.sqlite*"):
-        left.unlink()
+        try:
+            for turn in range(n_turns + 400):
+                if turn < n_turns:
+                    if world.rng.random() < 0.5:
+                        drop(world, next(numbers))
+                    if world.rng.random() < 0.5:
+                        shake(world)
+                elif turn == n_turns:
+                    world.busy, world.dies_in = set(), None
+                    world.is_results_away = world.is_redis_away = world.is_disk_of_ledger_full = False
+                world.now += world.rng.choice([0.1, 1.0, 5.0])
+                try:
+                    process.step()
+                except Death:
+                    process = _start_again(world, process)
+                if turn > n_turns and is_quiet(world, process):
+                    break
+            check(world, process)
+        finally:
+            # A schedule that fails must not leave its ledger locked for the next one.
+            process.end()
+            for left in folder.glob(f"{seed}.sqlite*"):
+                left.unlink()
     return world
 
 

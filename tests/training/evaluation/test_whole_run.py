@@ -216,7 +216,7 @@ def test_plan_grows_with_its_scale_and_never_falls_below_what_methods_need() -> 
     assert whole.images == BranchImages()
     assert (whole.branch.steps, whole.branch.seed) == (3000, 3)
     assert (small.images.held_out, small.head_images, small.crops_per_type) == (100, 180, 18)
-    assert (large.images.n_labelled, large.head_images, large.seeds) == (2000, 1440, 3)
+    assert (large.images.n_labelled, large.head_images, large.seeds) == (2 * BranchImages().n_labelled, 1440, 3)
     assert small.encoder is not None
     assert small.encoder.batch <= small.crops.n_images
     assert ship.plan(1, seed=3, self_supervise=False).encoder is None
