@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import linalg
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from semwatch.errors import ConfigError
@@ -72,7 +73,10 @@ def fit_head(
     _check(features, names, y, groups)
     if len(np.unique(groups)) == 1:
         raise ConfigError("all crops come from one image; calibration needs crops of several, ten or more at best")
-    state = _fit_logits(features, y, fit) | _fit_p_values(features[:, : fit.frozen_width], y, groups, fit)
+    # On matrices of this size a second thread of the linear algebra mostly waits, and spins while it does: beside any
+    # other work on the machine a fit took nine times the processor time.
+    with threadpool_limits(limits=1, user_api="blas"):
+        state = _fit_logits(features, y, fit) | _fit_p_values(features[:, : fit.frozen_width], y, groups, fit)
     return Head(state, names, fit.frozen_width, fit.neighbours)
 
 
@@ -165,11 +169,18 @@ def _fit_metric(frozen: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) 
 
 
 def _leading(centred: NDArray[np.float64], n: int) -> NDArray[np.float64]:
-    """Return the n leading principal directions of centred rows (m, F): (F, n), by way of the m x m products."""
-    last, n = len(centred) - 1, min(n, centred.shape[1])
-    _, rows = linalg.eigh(centred @ centred.T, subset_by_index=(last - n + 1, last))
-    directions: NDArray[np.float64] = np.linalg.qr(centred.T @ rows[:, ::-1])[0]
+    """Return the n leading principal directions of centred rows (m, F): (F, n), by way of the smaller product."""
+    m, width = centred.shape
+    if width <= m:
+        return _last_vectors(centred.T @ centred, n)
+    directions: NDArray[np.float64] = np.linalg.qr(centred.T @ _last_vectors(centred @ centred.T, n))[0]
     return directions
+
+
+def _last_vectors(symmetric: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Eigenvectors (N, n) of the n largest eigenvalues of (N, N), the largest first."""
+    vectors: NDArray[np.float64] = linalg.eigh(symmetric, driver="evd")[1]
+    return vectors[:, ::-1][:, :n]
 
 
 def _class_means(rows: NDArray[np.float64], y: NDArray[np.intp]) -> NDArray[np.float64]:
