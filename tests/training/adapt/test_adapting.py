@@ -1,6 +1,7 @@
 """From normal and labelled images to models that serve, with tiny networks: one whole run, and what it refuses."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -15,12 +16,14 @@ from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch_training.adapt import adapting
 from semwatch_training.adapt.adapting import Outcome, Request
+from semwatch_training.adapt.own_detector import SHIPPED_WEIGHTS, BaseDetector, base_detector
 from semwatch_training.adapt.own_heads import OWN
-from semwatch_training.families.intrinsic import adapt_intrinsic, export
+from semwatch_training.families.intrinsic import adapt_intrinsic, export, own_statistics
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.publishing.export import publish, publish_head
-from tiny_models import SHAPE, blobs, encoder_graph, head, intrinsic_graph
+from semwatch_training.trunks import backbone
+from tiny_models import SHAPE, blobs, encoder_graph, exporting_once, head, intrinsic_graph
 
 RECIPE = Recipe.model_validate({"name": "test", "gate": {"false_alarm_rate": 0.2}})
 N_NORMALS = 5
@@ -69,30 +72,33 @@ def make_repository(folder: Path) -> Path:
     return folder
 
 
-def load(_: int) -> tuple[IntrinsicGraph, str]:
-    return detector(), "tiny"
-
-
 def run(top: Path, *, yes: bool, labels: Path | None = None, recipe: Recipe = RECIPE) -> Outcome:
+    trunk = top / "trunk"
+    trunk.write_bytes(b"a trunk")
+    load = lambda _: BaseDetector(detector(), "tiny", {export.TRUNK: trunk})  # noqa: E731
     request = Request(top / "models", (recipe,), top / "normals", labels)
     return adapting.adapt(request, load, report=top / "report", ask=lambda: yes, progress=lambda *_: None)
 
 
 @pytest.fixture(scope="module")
-def cheap() -> "pytest.MonkeyPatch":
-    with pytest.MonkeyPatch.context() as patch:
+def cheap(exports: Path) -> Iterator[None]:
+    """Statistics of fewer steps, which export in half the time, and few cuts of a field."""
+    with pytest.MonkeyPatch.context() as patch, exporting_once(exports):
         patch.setattr(adapt_intrinsic, "MOST_CUTS", 2)
-        yield patch
+        patch.setattr(own_statistics, "REFITS", 1)
+        patch.setattr(own_statistics, "INVERSE_STEPS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, cheap: object) -> tuple[Path, Outcome]:
+def made(tmp_path_factory: pytest.TempPathFactory, cheap: None) -> tuple[Path, Outcome]:
     top = tmp_path_factory.mktemp("adapt")
     make_images(top)
     make_repository(top / "models")
     return top, run(top, yes=True, labels=top / "labels")
 
 
+@pytest.mark.slow
 def test_detector_and_head_are_published_and_load_beside_the_encoder(made) -> None:
     top, outcome = made
     assert (outcome.detector, outcome.head) == (2, 2)
@@ -100,6 +106,7 @@ def test_detector_and_head_are_published_and_load_beside_the_encoder(made) -> No
         assert models.versions() == {"detector": 2, "encoder": 1, "head": 2}
 
 
+@pytest.mark.slow
 def test_process_is_known_afterwards_and_another_is_not(made) -> None:
     top, _ = made
     with Embedded(top / "models") as models:
@@ -111,6 +118,7 @@ def test_process_is_known_afterwards_and_another_is_not(made) -> None:
     assert strange.domain_p < own.domain_p
 
 
+@pytest.mark.slow
 def test_head_knows_own_classes_under_the_names_that_it_has_for_them(made) -> None:
     top, _ = made
     meta = model_repository.read_meta(top / "models", "head", 2)
@@ -125,8 +133,18 @@ def test_head_knows_own_classes_under_the_names_that_it_has_for_them(made) -> No
     detector = model_repository.read_meta(top / "models", "detector", 2)
     assert detector.provenance["made_from"] == "tiny"
     assert len(detector.normal_scores) >= N_NORMALS
+    assert (top / "models" / "detector" / "2" / export.TRUNK).read_bytes() == b"a trunk"
 
 
+def test_detector_that_serves_brings_its_trunk_along(repository, tmp_path) -> None:
+    base = base_detector(repository, 1, SHIPPED_WEIGHTS, tmp_path / "no such cache")
+    assert base.files[export.TRUNK].parent == repository / "detector" / "1"
+    (tmp_path / "damaged").write_bytes(base.files[export.TRUNK].read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="no checkpoint of the convolutional trunk"):
+        backbone.read_efficientnet(tmp_path / "damaged")
+
+
+@pytest.mark.slow
 def test_report_shows_before_and_after_with_pictures(made) -> None:
     top, _ = made
     report = json.loads((top / "report" / "report.json").read_text())
@@ -136,10 +154,12 @@ def test_report_shows_before_and_after_with_pictures(made) -> None:
     assert any("Verdicts against truth" in figure["caption"] for figure in report["figures"])
 
 
+@pytest.mark.slow
 def test_few_normals_are_warned_of_with_what_they_can_promise(made) -> None:
     assert any("5 normal images cannot promise a false alarm rate under 17%" in note for note in made[1].notes)
 
 
+@pytest.mark.slow
 def test_given_again_the_same_images_take_the_place_of_the_earlier_ones(made) -> None:
     top, _ = made
     again = run(top, yes=True, labels=top / "labels")
@@ -149,6 +169,7 @@ def test_given_again_the_same_images_take_the_place_of_the_earlier_ones(made) ->
     assert n_own[0] == n_own[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_published_without_a_yes_and_one_normal_is_taken(tmp_path, cheap) -> None:
     make_repository(tmp_path / "models")
     save(tmp_path / "normals" / "a.png", texture(1))

@@ -269,6 +269,7 @@ def intrinsic(tmp_path_factory) -> Path:
     return repository
 
 
+@pytest.mark.slow
 def test_marks_of_an_export_name_the_operations_of_a_module_and_not_those_within(intrinsic) -> None:
     source = onnx.load(intrinsic / "detector/1/model.onnx")
     marked = onnx_precision.in_fp32(source)
@@ -283,6 +284,7 @@ WHERE = {"MatMul": (True, True), "CumSum": (True, True), "Conv": (False, False),
 
 
 @pytest.mark.parametrize(("low", "kind"), [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])
+@pytest.mark.slow
 def test_what_a_network_marks_stays_in_fp32(intrinsic, low, kind) -> None:
     source = onnx_precision.float_inputs(onnx.load(intrinsic / "detector/1/model.onnx"))
     assert onnx_precision.has_exact_products(source)
@@ -292,6 +294,7 @@ def test_what_a_network_marks_stays_in_fp32(intrinsic, low, kind) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.slow
 def test_detector_of_any_size_converts_and_stays_close(intrinsic, precision) -> None:
     meta = model_repository.read_meta(intrinsic, "detector", 1)
     source = onnx.load(intrinsic / "detector/1/model.onnx")
@@ -303,6 +306,7 @@ def test_detector_of_any_size_converts_and_stays_close(intrinsic, precision) -> 
 
 
 @RTX
+@pytest.mark.slow
 def test_gpu_without_fp32_products_is_refused_for_a_network_that_wants_some(intrinsic, tmp_path) -> None:
     making = build.export(
         intrinsic, tmp_path, target="tensorrt-rtx", capabilities=(89, 75), models=("detector",), progress=quiet
@@ -465,6 +469,7 @@ def test_models_compile_for_ada_without_a_gpu(tiny_repository, tmp_path) -> None
 
 
 @RTX
+@pytest.mark.slow
 def test_detector_of_any_size_compiles_with_its_statistics(intrinsic) -> None:
     trt, kit = load_toolkit("tensorrt-rtx", (89,)), TOOLKITS["tensorrt-rtx"]
     batches = batches_of(model_repository.read_meta(intrinsic, "detector", 1))

@@ -79,10 +79,13 @@ def test_constant_image_has_a_finite_even_map(level: int) -> None:
     assert torch.isfinite(raw).all()
 
 
-def test_quantile_is_found_by_bisection() -> None:
-    values = torch.rand(3, 1000, 1) * torch.tensor([1.0, 50.0, 1e-3])[:, None, None]
-    expected = values.quantile(0.8, dim=1, keepdim=True)
-    assert torch.allclose(own_statistics.quantile(values, 0.8), expected, rtol=1e-2)
+def test_gaussian_is_refitted_on_the_typical_share_of_places_and_on_all_where_all_are_alike() -> None:
+    n = own_statistics.FITTED**2
+    squared = torch.rand(3, n, 1) * torch.tensor([1.0, 50.0, 1e-3])[:, None, None]
+    kept = own_statistics.typical(squared)
+    assert kept.sum(dim=(1, 2)).tolist() == [n - round(0.2 * n)] * 3
+    assert all(values[k == 1].max() < values[k == 0].min() for values, k in zip(squared, kept, strict=True))
+    assert own_statistics.typical(torch.ones(1, n, 1)).all()
 
 
 def test_like_places_are_sought_outside_the_neighbourhood() -> None:
@@ -109,6 +112,7 @@ def test_map_has_a_cell_for_eight_pixels(size_hw: tuple[int, int]) -> None:
     assert torch.allclose(values[1:], alone, atol=1e-4), "an image is judged by itself"
 
 
+@pytest.mark.slow
 def test_export_takes_any_size(tmp_path: Path) -> None:
     made = exported(graph(), normal_scores=[0.1])
     to_onnx(made.graph, made.meta, tmp_path / "model.onnx")

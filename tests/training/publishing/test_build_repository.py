@@ -135,6 +135,7 @@ def test_provenance_leads_from_a_version_to_the_file_it_was_made_from(built) -> 
     assert meta.provenance["seed"] == 0
 
 
+@pytest.mark.slow
 def test_changed_weights_are_a_second_version_and_the_rest_stays(copied) -> None:
     repository, weights = copied
     write_detector(weights, seed=1)
@@ -214,6 +215,7 @@ BRANCH = BranchForm(input_px=64, projection=4, width=8, dilations=(1,))
 MEMORY = MemoryForm(input_px=112, sizes_px=(56, 64), vit_layers=(0, 1), components=(24, 32), patches=50, candidates=90)
 
 
+@pytest.mark.slow
 def test_detector_of_the_branch_alone_is_served_without_the_vit(copied) -> None:
     repository, weights = copied
     write_detector(weights, form=DetectorForm(evidence="branch", branch=BRANCH, input_px=64))
@@ -230,6 +232,7 @@ def test_branch_of_another_trunk_is_refused(copied) -> None:
     assert published(repository)["detector"] == [1]
 
 
+@pytest.mark.slow
 def test_memory_is_served_in_the_place_of_the_detector(copied) -> None:
     repository, weights = copied
     images = list(np.random.default_rng(0).integers(0, 256, (9, 64, 64), dtype=np.uint8))

@@ -54,7 +54,7 @@ def adapt(
 
         outcome = adapting.adapt(
             request,
-            lambda version: own_detector.base_graph(request.repository, version, weights, cache),
+            lambda version: own_detector.base_detector(request.repository, version, weights, cache),
             report=report,
             ask=ask,
             progress=progress,

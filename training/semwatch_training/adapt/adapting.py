@@ -25,13 +25,12 @@ from semwatch.settings.recipe import Recipe
 from semwatch_training.adapt import adapt_report, given, own_detector, own_heads
 from semwatch_training.adapt.adapt_report import Before
 from semwatch_training.adapt.given import Given
-from semwatch_training.adapt.own_detector import OwnDetector
+from semwatch_training.adapt.own_detector import BaseDetector, OwnDetector
 from semwatch_training.adapt.own_heads import Option, OwnCrops
 from semwatch_training.data.datasets import Sample
 from semwatch_training.evaluation import labelled_images
 from semwatch_training.evaluation.evaluate_service import names_of
 from semwatch_training.evaluation.labelled_images import Looked
-from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.learning import outcomes
 from semwatch_training.learning.base_head import BaseHead, read_base_head
 from semwatch_training.publishing.export import publish_head
@@ -73,7 +72,7 @@ Ask = Callable[[], bool]
 
 def adapt(
     request: Request,
-    load: Callable[[int], tuple[IntrinsicGraph, str]],
+    load: Callable[[int], BaseDetector],
     *,
     report: Path,
     ask: Ask,
@@ -83,7 +82,7 @@ def adapt(
 
     Args:
         request: images and site.
-        load: the detector of a version in torch, and the hash of its weights.
+        load: the detector of a version in torch.
         report: folder of the report; written before ``ask`` is called.
         ask: a person's yes.
         progress: called with what is being done.
@@ -101,15 +100,15 @@ def adapt(
             )
     images = given.read(request.normals, request.labels, request.reference, progress=progress)
     version = choice.choice(request.repository, "detector")
-    graph, made_from = load(version)
+    base = load(version)
     n_scores = own_detector.n_scores_for(request.recipes)
-    made = own_detector.own_detector(graph, images.fields, n_scores=n_scores, seed=request.seed, progress=progress)
+    made = own_detector.own_detector(base.graph, images.fields, n_scores=n_scores, seed=request.seed, progress=progress)
     with tempfile.TemporaryDirectory(prefix="semwatch-adapt-") as folder:
         trial = Path(folder)
         for model in ("encoder", "head"):
             own_detector.copy_version(request.repository, trial, model, choice.choice(request.repository, model))
         own_detector.publish_own(
-            made, trial, request.recipes, made_from=made_from, based_on=version, n_normals=len(images.normals)
+            made, trial, request.recipes, base=base, based_on=version, n_normals=len(images.normals)
         )
         return _judged_and_published(request, images, made, trial, report=report, ask=ask, progress=progress)
 

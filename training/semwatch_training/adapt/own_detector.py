@@ -1,7 +1,7 @@
 """The detector for a user's normal images, and which of them look defective."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,18 @@ ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BaseDetector:
+    """The detector in service, as what knows a process is made of it."""
+
+    graph: IntrinsicGraph
+    """Without normals of its own."""
+    made_from: str
+    """Hash of its weights."""
+    files: Mapping[str, Path]
+    """What lies beside it and goes beside what is made of it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class OwnDetector:
     """A detector that knows the process."""
 
@@ -42,11 +54,17 @@ class OwnDetector:
     """What the first look gave them."""
 
 
-def base_graph(repository: Path, version: int, weights: Path, cache: Path) -> tuple[IntrinsicGraph, str]:
-    """The detector in service in torch, without normals of its own; and the hash of its weights.
+def base_detector(repository: Path, version: int, weights: Path, cache: Path) -> BaseDetector:
+    """The detector in service in torch.
+
+    Args:
+        repository: where it serves from; its trunk lies beside it.
+        version: which.
+        weights: those that it was made of.
+        cache: where the trunk of a detector that was built by an earlier release is kept.
 
     Raises:
-        ConfigError: it is of another family, or was made of other weights.
+        ConfigError: it is of another family, was made of other weights, or its trunk is damaged.
     """
     meta = model_repository.read_meta(repository, "detector", version)
     if (family := meta.provenance.get("family")) != FAMILY:
@@ -61,7 +79,11 @@ def base_graph(repository: Path, version: int, weights: Path, cache: Path) -> tu
             f"detector {version} in {repository} was made of other weights than {weights}; name theirs with --weights, "
             f"or build the repository again"
         )
-    return IntrinsicGraph(backbone.load_efficientnet(cache), detector).eval(), made_from
+    trunk = repository / "detector" / str(version) / export.TRUNK
+    if not trunk.is_file():
+        trunk = backbone.ensure_efficientnet(cache)
+    graph = IntrinsicGraph(backbone.read_efficientnet(trunk), detector).eval()
+    return BaseDetector(graph, made_from, {export.TRUNK: trunk})
 
 
 def own_detector(
@@ -102,7 +124,7 @@ def n_scores_for(recipes: Sequence[Recipe]) -> int:
 
 
 def publish_own(
-    made: OwnDetector, repository: Path, recipes: Sequence[Recipe], *, made_from: str, based_on: int, n_normals: int
+    made: OwnDetector, repository: Path, recipes: Sequence[Recipe], *, base: BaseDetector, based_on: int, n_normals: int
 ) -> int:
     """Publish the detector; returns its version.
 
@@ -112,12 +134,12 @@ def publish_own(
     """
     scores = [*made.adapted.scores.tolist(), *made.adapted.view_scores.tolist()]
     provenance: dict[str, str | float | int] = {
-        "made_from": made_from,
+        "made_from": base.made_from,
         "adapted_from": based_on,
         "normals": f"{n_normals} own images, {len(made.suspects)} of them left out as suspects",
         "places": int(made.adapted.graph.normals is not None and made.adapted.graph.normals.has_places),
     }
-    exported = export.exported(made.adapted.graph, normal_scores=scores, provenance=provenance)
+    exported = export.exported(made.adapted.graph, normal_scores=scores, provenance=provenance, files=base.files)
     for recipe in recipes:
         pipeline.threshold_of(recipe, exported.meta)
     return publish(exported, repository)

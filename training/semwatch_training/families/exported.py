@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -27,6 +27,8 @@ class Exported:
     """Role, inputs, outputs, a detector's normal scores, provenance."""
     form: str = ""
     """Of an encoder: everything that its features depend on; a head is tied to it."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Published beside it, by name: what making another of it takes, without a network."""
 
 
 class Export(Protocol):

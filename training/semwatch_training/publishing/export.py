@@ -64,7 +64,7 @@ def publish(exported: Exported, repository: Path, *, provenance: Provenance = Ma
     """
     meta = exported.meta.model_copy(update={"provenance": {**exported.meta.provenance, **provenance}})
     check_contract(meta)
-    return _publish(exported.graph.eval(), meta, repository)
+    return _publish(exported.graph.eval(), meta, repository, files=exported.files)
 
 
 def publish_head(
@@ -211,6 +211,7 @@ def _publish(
     *,
     probe: Arrays | None = None,
     banks: Mapping[str, Bank] = MappingProxyType({}),
+    files: Mapping[str, Path] = MappingProxyType({}),
 ) -> int:
     """Publish with a probe: a few inputs, by default random ones, and what torch answers to them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -226,4 +227,4 @@ def _publish(
         model_repository.write_probe(beside[model_repository.PROBE], inputs, _answers(graph, meta, inputs))
         for name, bank in banks.items():
             head_bank.write(bank, beside[name])
-        return model_repository.publish(repository, meta, path, beside=beside)
+        return model_repository.publish(repository, meta, path, beside={**beside, **files})

@@ -21,6 +21,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -74,7 +75,19 @@ def ensure_efficientnet(cache: Path) -> Path:
 
 def load_efficientnet(cache: Path) -> efficientnet.EfficientNet:
     """The convolutional trunk, ready for inference in fp32."""
-    return efficientnet.load(load_file(ensure_efficientnet(cache)))
+    return read_efficientnet(ensure_efficientnet(cache))
+
+
+def read_efficientnet(file: Path) -> efficientnet.EfficientNet:
+    """The convolutional trunk of a converted checkpoint, ready for inference in fp32.
+
+    Raises:
+        ConfigError: the file is absent or damaged.
+    """
+    try:
+        return efficientnet.load(load_file(file))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{file} is no checkpoint of the convolutional trunk: {error}") from error
 
 
 def load(cache: Path) -> VisionTransformer:
@@ -101,6 +114,11 @@ class Backbones:
     def efficientnet(self) -> efficientnet.EfficientNet:
         """The EfficientNet."""
         return load_efficientnet(self._cache)
+
+    @property
+    def efficientnet_file(self) -> Path:
+        """Its converted checkpoint."""
+        return ensure_efficientnet(self._cache)
 
 
 def convert(model: onnx.ModelProto) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """An intrinsic detector, as it is published."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -16,11 +16,18 @@ from semwatch_training.families.of_field import says_of_field
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.backbone import Backbones
 
+TRUNK = "trunk.safetensors"
+"""The converted checkpoint of its trunk lies beside a published detector, so that ``adapt`` needs nothing else."""
+
 
 def exported(
-    graph: IntrinsicGraph, *, normal_scores: Sequence[float], provenance: Provenance = MappingProxyType({})
+    graph: IntrinsicGraph,
+    *,
+    normal_scores: Sequence[float],
+    provenance: Provenance = MappingProxyType({}),
+    files: Mapping[str, Path] = MappingProxyType({}),
 ) -> Exported:
-    """A detector with the raw scores of its held-out normal images."""
+    """A detector with the raw scores of its held-out normal images, and files to publish beside it."""
     meta = Meta(
         model="detector",
         created_utc=utc_now(),
@@ -33,7 +40,7 @@ def exported(
         normal_scores=tuple(sorted(round(score, 7) for score in normal_scores)),
         provenance={"family": FAMILY, **flat(asdict(graph.detector.form)), **provenance},
     )
-    return Exported(graph, says_of_field(meta))
+    return Exported(graph, says_of_field(meta), files=files)
 
 
 def read(path: Path | None, backbones: Backbones) -> Exported:
@@ -44,4 +51,5 @@ def read(path: Path | None, backbones: Backbones) -> Exported:
     if provenance.get("branch_trunk", backbone.EFFICIENTNET_WHEEL_SHA256) != backbone.EFFICIENTNET_WHEEL_SHA256:
         raise ConfigError(f"{path} was trained on another trunk than the one that is built in; train it again")
     graph = IntrinsicGraph(backbones.efficientnet, detector).eval()
-    return exported(graph, normal_scores=normal_scores, provenance=provenance)
+    files = {TRUNK: backbones.efficientnet_file}
+    return exported(graph, normal_scores=normal_scores, provenance=provenance, files=files)
