@@ -12,7 +12,6 @@ from semwatch.models.model_repository import Meta, Tensor
 from semwatch_training.adapt.own_detector import suspects
 from semwatch_training.families.intrinsic import own_normals
 from semwatch_training.families.intrinsic.own_normals import OwnNormals, Seen
-from semwatch_training.families.intrinsic.own_statistics import SHRINKAGE
 from semwatch_training.publishing import export
 
 CALIBRATION = np.array([[0.9, 0.5, -3.0], [0.6, 0.04, -0.4]])
@@ -32,20 +31,34 @@ def fitted(n: int = 6) -> tuple[OwnNormals, list[Seen], np.ndarray]:
     return normals, images, own_normals.fit(images, CALIBRATION, into=normals)
 
 
-def test_gaussian_is_that_of_all_places() -> None:
+def test_distance_is_that_to_the_nearest_normal_place_in_half_whitened_components() -> None:
     normals, images, _ = fitted()
     cells = np.concatenate([one.places.reshape(-1, 4) for one in images]).astype(np.float64)
-    covariance = np.cov(cells.T, bias=True)
-    expected = (1 - SHRINKAGE) * covariance + SHRINKAGE * np.trace(covariance) / 4 * np.eye(4)
-    assert np.allclose(normals.mean.numpy(), cells.mean(axis=0), atol=1e-5)
-    assert np.allclose(np.linalg.inv(normals.precision.numpy()), expected, rtol=1e-3, atol=1e-4)
-    place = torch.full((1, 4, 1, 1), 3.0)
-    offset = 3.0 - cells.mean(axis=0)
-    assert normals.distance(place).item() == pytest.approx(np.sqrt(offset @ np.linalg.inv(expected) @ offset), rel=1e-3)
+    variances, directions = np.linalg.eigh(np.cov(cells.T, bias=True))
+    projection = directions / (variances / variances.max()) ** (own_normals.WHITENING / 2)
+    asked = np.random.default_rng(7).normal(size=(3, 4))
+    expected = np.linalg.norm((asked[:, None] - cells) @ projection, axis=2).min(axis=1)
+    places = torch.from_numpy(asked.astype(np.float32).T[None, :, None])
+    assert len(cells) < own_normals.KEPT_PLACES, "all of them are kept"
+    assert np.allclose(normals.distance(places)[0, 0].numpy(), expected, rtol=1e-3)
+    assert normals.distance(places + 50).min() > 10 * expected.max()
+
+
+def test_every_image_gives_as_many_places_however_large_it_is() -> None:
+    small, large = (
+        Seen(k, np.full((s, s, 4), k, np.float16), np.zeros((s, s), np.float32)) for k, s in ((0, 8), (1, 64))
+    )
+    normals = OwnNormals(4, 1, 3, top_cells=3)
+    own_normals.fit([small, large, large._replace(image=2)], CALIBRATION, into=normals)
+    first = normals.distance(torch.zeros(1, 4, 1, 1)).item()
+    assert first == pytest.approx(0, abs=1e-3)
+    origin = (torch.zeros(4) - normals.mean) @ normals.projection
+    n_of_small = (torch.cdist(normals.kept, origin[None])[:, 0] < 1e-3).sum().item()
+    assert n_of_small == pytest.approx(own_normals.KEPT_PLACES / 3, abs=1)
 
 
 def test_normal_image_is_judged_by_the_others_alone() -> None:
-    """An outlier among the normals widens the Gaussian that judges the others, and not the one that judges itself."""
+    """An outlier among the normals is near the places that it gave itself, and those do not judge it."""
     images = seen(6)
     images[0] = images[0]._replace(places=images[0].places + np.float16(20))
     logits = own_normals.fit(images, CALIBRATION, into=OwnNormals(4, 1, 3, top_cells=3))
@@ -59,7 +72,7 @@ def test_view_is_judged_and_not_learnt_from() -> None:
     before = own_normals.fit(images, CALIBRATION, into=alone)
     after = own_normals.fit([*images, view], CALIBRATION, into=with_view)
     assert torch.equal(alone.mean, with_view.mean)
-    assert torch.equal(alone.precision, with_view.precision)
+    assert torch.equal(alone.kept, with_view.kept)
     assert np.array_equal(before, after[:4])
     assert after[4] > before.max()
 
@@ -75,8 +88,8 @@ def test_distance_and_branch_count_alike_in_their_spreads() -> None:
     assert raw.shape == (1,)
 
 
-def test_too_few_images_make_no_gaussian() -> None:
-    with pytest.raises(ConfigError, match="2 normal images: a Gaussian of their places takes 3"):
+def test_too_few_images_keep_no_places() -> None:
+    with pytest.raises(ConfigError, match="2 normal images: to keep places of them takes 3"):
         own_normals.fit(seen(2), CALIBRATION, into=OwnNormals(4, 1, 3, top_cells=3))
 
 
@@ -132,7 +145,7 @@ def test_export_answers_what_torch_computes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     described = OwnNormals(4, 7, 3, top_cells=3)
     own_normals.fit_fields(rng.normal(size=(7, 3)).astype(np.float32), np.arange(7), into=described)
-    for name in ("mean", "precision", "of_place"):
+    for name in ("mean", "projection", "kept", "of_place"):
         getattr(described, name).copy_(getattr(normals, name))
     graph = Alone(described).eval()
     inputs = {"places": (4, 8, 8), "branch": (8, 8), "description": (3,)}

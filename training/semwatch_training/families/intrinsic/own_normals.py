@@ -1,11 +1,11 @@
 """What a process's own normal images add to the detector: what is usual *in this process*, without training.
 
-One Gaussian of their places, which is fixed where ``own_statistics`` fits one to each image; and descriptions of their
-fields, which make the process a known one. How far a place lies from the Gaussian is counted beside the branch's logit,
-both in spreads of the normal images that the Gaussian did not see: so neither can drown the other, whatever the
-process.
+Some of their places, and descriptions of their fields, which make the process a known one. How far a place lies from
+the nearest kept one is counted beside the branch's logit, both in spreads of normal images whose places were not among
+the kept: so neither can drown the other, whatever the process.
 
-Source: Mahalanobis distance of one Gaussian (Rippel et al. 2020); cross-fitting over folds of images.
+Source: nearest normal patch, PatchCore (Roth et al. 2022), here in principal components that are whitened half, and
+cross-fitted over folds of images. A Gaussian of the places (Rippel et al. 2020) found fewer defects on printed lines.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,17 @@ from torch import Tensor, nn
 
 from semwatch.errors import ConfigError
 from semwatch_training.families.branch.segmentation_branch import image_score
-from semwatch_training.families.intrinsic.own_statistics import SHRINKAGE
 
 FEWEST = 3
-"""Normal images before a Gaussian is made of them: of fewer, none can be judged by the others."""
+"""Normal images whose places can be kept: of fewer, none can be judged by the others."""
 FOLDS = 5
+KEPT_PLACES = 1000
+"""Four times as many find no more, and every place of a field is compared with each."""
+COMPONENTS = 128
+WHITENING = 0.5
+"""Power of a component's standard deviation that it is divided by."""
+SEED = 0
+"""Of which places are kept."""
 
 
 class Seen(NamedTuple):
@@ -49,8 +55,11 @@ class OwnNormals(nn.Module):
     def __init__(self, n_channels: int, n_fields: int, width: int, *, top_cells: int, has_places: bool = True) -> None:
         super().__init__()
         self.top_cells, self.has_places = top_cells, has_places
+        n_components = min(COMPONENTS, n_channels)
         self.register_buffer("mean", torch.zeros(n_channels))
-        self.register_buffer("precision", torch.eye(n_channels))
+        self.register_buffer("projection", torch.eye(n_channels, n_components))
+        self.register_buffer("kept", torch.zeros(KEPT_PLACES, n_components))
+        """Normal places, projected."""
         self.register_buffer("of_place", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
         """Mean and spread over normal places: of the branch's logit, of the distance."""
         self.register_buffer("field_mean", torch.zeros(width))
@@ -61,9 +70,12 @@ class OwnNormals(nn.Module):
         """Of each to the nearest of another image, ascending."""
 
     def distance(self, places: Tensor) -> Tensor:
-        """Distance (B, h, w) of places (B, C, h, w) to the Gaussian of normal places."""
-        cells = places.flatten(2).transpose(1, 2) - cast(Tensor, self.mean)
-        squared = ((cells @ cast(Tensor, self.precision)) * cells).sum(dim=2)
+        """Distance (B, h, w) of places (B, C, h, w) to the nearest kept one."""
+        cells = (places.flatten(2).transpose(1, 2) - cast(Tensor, self.mean)) @ cast(Tensor, self.projection)
+        kept = cast(Tensor, self.kept)
+        # |b|^2 - 2ab: what |a - b|^2 is without |a|^2, which no minimum over b needs.
+        nearest = (kept.square().sum(dim=1) - 2 * (cells @ kept.T)).amin(dim=2)
+        squared = nearest + cells.square().sum(dim=2)
         return squared.clamp_min(0).sqrt().reshape(places.shape[0], *places.shape[2:])
 
     def forward(self, places: Tensor, branch: Tensor, calibration: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,12 +115,12 @@ class OwnNormals(nn.Module):
 
 
 def fit(seen: Sequence[Seen], calibration: NDArray[np.float64], *, into: OwnNormals) -> NDArray[np.float64]:
-    """Fit the Gaussian of all images, in place, and judge each by the Gaussian of those of other folds.
+    """Keep places of all images, in place, and judge each image by places of those of other folds.
 
     Args:
         seen: normal images, their tiles and views; of ``FEWEST`` images or more where ``into`` has places.
         calibration: (2, 3) of the detector.
-        into: takes the Gaussian and the spreads.
+        into: takes the places and the spreads.
 
     Returns:
         (n,) logits of the image score of all that was seen, each by the normals of other folds.
@@ -118,24 +130,28 @@ def fit(seen: Sequence[Seen], calibration: NDArray[np.float64], *, into: OwnNorm
     """
     image = np.array([one.image for one in seen], np.intp)
     if not into.has_places:
-        raise ConfigError("there are no places to fit: fewer normal images than a Gaussian takes")
+        raise ConfigError(f"there are no places to keep: fewer than {FEWEST} normal images")
     numbers = np.unique(image)
     if len(numbers) < FEWEST:
-        raise ConfigError(f"{len(numbers)} normal images: a Gaussian of their places takes {FEWEST}")
+        raise ConfigError(f"{len(numbers)} normal images: to keep places of them takes {FEWEST}")
     fold_of = {number: k % min(FOLDS, len(numbers)) for k, number in enumerate(numbers.tolist())}
     folds = np.array([fold_of[number] for number in image.tolist()])
-    moments = _moments([one for one in seen if one.kind == "own"])
+    of_own = [k for k, one in enumerate(seen) if one.kind == "own"]
+    _set(
+        into,
+        "mean",
+        "projection",
+        values=_components([seen[k] for k in of_own], cast(Tensor, into.projection).shape[1]),
+    )
     distances: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(seen)
     for fold in np.unique(folds):
-        gaussian = _gaussian([moments[number] for number in numbers.tolist() if fold_of[number] != fold])
+        _keep([seen[k] for k in of_own if folds[k] != fold], into)
         for k in np.flatnonzero(folds == fold).tolist():
-            distances[k] = _distance(seen[k].places, gaussian)
-    of_own = [k for k, one in enumerate(seen) if one.kind == "own"]
+            distances[k] = _distance(seen[k].places, into)
     maps = ([one.branch for one in seen], distances)
     of_place = np.array([_mean_spread(np.concatenate([of[k].ravel() for k in of_own])) for of in maps])
-    mean, precision = _gaussian(list(moments.values()))
-    for name, value in (("mean", mean), ("precision", precision), ("of_place", of_place)):
-        cast(Tensor, getattr(into, name)).copy_(torch.from_numpy(np.asarray(value, np.float32)))
+    _keep([seen[k] for k in of_own], into)
+    _set(into, "of_place", values=(of_place,))
     (_, spread), (mean_far, spread_far) = of_place
     both = [one.branch + spread * (far - mean_far) / spread_far for one, far in zip(seen, distances, strict=True)]
     return np.asarray(
@@ -158,38 +174,49 @@ def fit_fields(descriptions: NDArray[np.float32], image: NDArray[np.intp], *, in
     apart[same] = np.inf
     nearest = np.sort(np.where(np.isfinite(apart), apart, np.inf).min(axis=1))
     nearest = np.where(np.isfinite(nearest), nearest, 0.0)
-    for name, value in (("field_mean", mean), ("field_spread", spread), ("fields", away), ("field_distances", nearest)):
+    names = ("field_mean", "field_spread", "fields", "field_distances")
+    _set(into, *names, values=(mean, spread, away, nearest))
+
+
+def _set(into: OwnNormals, *names: str, values: Sequence[NDArray[np.floating]]) -> None:
+    for name, value in zip(names, values, strict=True):
         cast(Tensor, getattr(into, name)).copy_(torch.from_numpy(np.asarray(value, np.float32)))
 
 
-_Moments = tuple[int, NDArray[np.float64], NDArray[np.float64]]
-
-
-def _moments(seen: Sequence[Seen]) -> dict[int, _Moments]:
-    """Number of places, their sum and that of their products, by image; every image counts alike."""
-    found: dict[int, _Moments] = {}
+def _components(seen: Sequence[Seen], n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean (C,) of the places, and their n leading principal directions (C, n), whitened; every image counts alike."""
+    means: dict[int, list[NDArray[np.float64]]] = {}
+    products: dict[int, list[NDArray[np.float64]]] = {}
     for one in seen:
         cells = one.places.reshape(-1, one.places.shape[-1]).astype(np.float64)
-        n, total, products = found.get(one.image, (0, np.zeros(cells.shape[1]), np.zeros((cells.shape[1],) * 2)))
-        found[one.image] = n + len(cells), total + cells.sum(axis=0), products + cells.T @ cells
-    return found
+        means.setdefault(one.image, []).append(cells.mean(axis=0))
+        products.setdefault(one.image, []).append(cells.T @ cells / len(cells))
+    mean = np.mean([np.mean(of_image, axis=0) for of_image in means.values()], axis=0)
+    second = np.mean([np.mean(of_image, axis=0) for of_image in products.values()], axis=0)
+    variances, directions = np.linalg.eigh(second - np.outer(mean, mean))
+    spreads = np.sqrt(np.maximum(variances[::-1][:n], 0) + 1e-12)
+    return mean, directions[:, ::-1][:, :n] / (spreads / spreads[0]).clip(1e-3) ** WHITENING
 
 
-def _gaussian(moments: Sequence[_Moments]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean (C,) and inverse of the shrunken covariance (C, C)."""
-    mean = np.mean([total / n for n, total, _ in moments], axis=0)
-    second = np.mean([products / n for n, _, products in moments], axis=0)
-    covariance = second - np.outer(mean, mean)
-    floor = SHRINKAGE * np.trace(covariance) / len(mean) + 1e-9
-    return mean, np.linalg.inv((1 - SHRINKAGE) * covariance + floor * np.eye(len(mean)))
+def _keep(seen: Sequence[Seen], into: OwnNormals) -> None:
+    """Keep places of these, drawn in equal numbers from every image; some twice where there are too few."""
+    rng, by_image = np.random.default_rng(SEED), dict[int, list[Seen]]()
+    for one in seen:
+        by_image.setdefault(one.image, []).append(one)
+    drawn, shares = [], np.array_split(np.arange(KEPT_PLACES), len(by_image))
+    for number, share in zip(rng.permutation(list(by_image)).tolist(), shares, strict=True):
+        cells = np.concatenate([one.places.reshape(-1, one.places.shape[-1]) for one in by_image[number]])
+        drawn.append(cells[np.resize(rng.permutation(len(cells)), len(share))])
+    places = torch.from_numpy(np.concatenate(drawn).astype(np.float32))
+    kept = (places - cast(Tensor, into.mean)) @ cast(Tensor, into.projection)
+    cast(Tensor, into.kept).copy_(kept)
 
 
-def _distance(
-    places: NDArray[np.float16], gaussian: tuple[NDArray[np.float64], NDArray[np.float64]]
-) -> NDArray[np.float32]:
-    mean, precision = (part.astype(np.float32) for part in gaussian)
-    cells = places.astype(np.float32) - mean
-    return np.asarray(np.sqrt(np.maximum(((cells @ precision) * cells).sum(axis=2), 0)), np.float32)
+def _distance(places: NDArray[np.float16], into: OwnNormals) -> NDArray[np.float32]:
+    """Of (h, w, C), as the graph has it."""
+    with torch.no_grad():
+        values = into.distance(torch.from_numpy(places.astype(np.float32)).permute(2, 0, 1)[None])
+    return np.asarray(values[0].numpy(), np.float32)
 
 
 def _top(values: NDArray[np.floating], top_cells: int) -> float:
