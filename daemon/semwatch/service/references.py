@@ -55,7 +55,7 @@ class References:
             return False
         key, now = (arrival.source, arrival.path), self._clock()
         found = _first_whole(places, self._decode, below=self._folders[arrival.source].path)
-        self._found.of = found and (key, found)
+        self._found.of = None if found is None else (key, found)
         with self._lock:
             first = self._first_seen.setdefault(key, now)
             if found is not None or now - first >= self._recipes[arrival.source].reference.wait_s:
