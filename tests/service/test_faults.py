@@ -327,7 +327,7 @@ def test_content_that_comes_without_a_trace_is_found_by_the_second_look(
     tmp_path: Path, tiny_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a share that keeps size and times, and whose inodes and times of change say nothing."""
-    monkeypatch.setattr(late_look, "LATER_S", 1.0)
+    monkeypatch.setattr(late_look, "LATER_S", 4.0)  # the other content must come before the look
     blind = Stamp(20_000, time.time_ns(), time.time_ns(), None)
     monkeypatch.setattr("semwatch.intake.folder_rules.stamp_of", lambda status, **_: blind)
     monkeypatch.setattr("semwatch.service.faults.stamp_of", lambda status, **_: blind)
