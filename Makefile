@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest
 # What a machine needs to boot another: then `make check` proves the deployment too.
 CAN_BOOT := $(shell [ "$$(id -u)" = 0 ] && command -v systemd-nspawn >/dev/null && command -v debootstrap)
 
-.PHONY: mutants simulate help install lock sizes models demo demo-learn triton test test-slow test-systemd lint check bench clean
+.PHONY: mutants simulate fuzz help install lock sizes models demo demo-learn triton test test-slow test-systemd lint check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -77,6 +77,9 @@ mutants: models  ## change the daemon in 150 places, one at a time, and see whet
 SCHEDULES ?= 20000
 simulate: $(STAMP)  ## intake and delivery under SCHEDULES=20000 schedules of faults and deaths, from SEED=1; planted mistakes
 	SEMWATCH_SCHEDULES=$(SCHEDULES) SEMWATCH_SEED=$(or $(SEED),1) $(PYTEST) tests/service/test_simulation.py -s -n 0
+
+fuzz: $(STAMP)  ## damaged images, stream entries, settings, model files: each kind for SECONDS=300
+	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/fuzzing.py $(or $(SECONDS),300)
 
 clean:  ## remove what was built here
 	rm -rf .venv .cache demo $(REPO).triton $(REPO)/*/[0-9]* $(REPO)/crops

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fuzzing
 from semwatch.errors import ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.inference import Embedded
@@ -247,6 +248,12 @@ def test_damaged_detector_or_encoder_leaves_the_one_before_in_service(repository
     choice.pin(repository, model, 2)
     with pytest.raises(ModelMismatch, match="cannot be used"):
         Embedded(repository, threads=1)
+
+
+def test_damaged_files_beside_the_weights_are_read_or_refused() -> None:
+    tried = fuzzing.models(200, SEED)
+    assert tried.n_read > 0
+    assert tried.n_refused > 50
 
 
 def test_random_damage_of_any_file_is_refused_or_harmless(repository: Path) -> None:

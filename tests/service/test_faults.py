@@ -4,10 +4,8 @@ import errno
 import json
 import os
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +24,9 @@ from semwatch.store import pause
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.system import files
 from semwatch.system.files import Stamp, stamp_of
+from service_here import names, running, wait_for
 
-WAIT_S = 120.0
 UTC = "2026-01-01T00:00:00Z"
-
-
-@contextmanager
-def running(site: Site) -> Iterator[Service]:
-    """The daemon at work until the block ends, which it must leave whole."""
-    stop, ended = threading.Event(), []
-    service = Service(load_site(site.file), stop=stop)
-    thread = threading.Thread(target=lambda: ended.append(service.run()))
-    thread.start()
-    try:
-        yield service
-    finally:
-        stop.set()
-        thread.join(WAIT_S)
-    assert ended == [True]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def names(site: Site) -> set[str]:
-    return {path.name.removesuffix(".review.json") for path in site.reviews()}
 
 
 def failing(
@@ -355,7 +327,7 @@ def test_content_that_comes_without_a_trace_is_found_by_the_second_look(
     tmp_path: Path, tiny_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a share that keeps size and times, and whose inodes and times of change say nothing."""
-    monkeypatch.setattr(late_look, "LATER_S", 1.0)
+    monkeypatch.setattr(late_look, "LATER_S", 4.0)  # the other content must come before the look
     blind = Stamp(20_000, time.time_ns(), time.time_ns(), None)
     monkeypatch.setattr("semwatch.intake.folder_rules.stamp_of", lambda status, **_: blind)
     monkeypatch.setattr("semwatch.service.faults.stamp_of", lambda status, **_: blind)

@@ -9,6 +9,7 @@ import pytest
 
 from semwatch.errors import ModelMismatch
 from semwatch.models import model_repository
+from semwatch.models.choice import PINNED
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.settings.recipe import Pins, Recipe
@@ -49,6 +50,19 @@ def test_recipes_of_equal_pins_share_their_networks(repository: Path, tmp_path: 
     publish(repository)
     models.refresh()
     assert [models.of(recipe).versions()["head"] for recipe in (free, pinned)] == [3, 1]
+
+
+def test_pin_that_says_nothing_leaves_what_serves_and_is_logged_once(
+    repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = hold(repository, Recipe(), state_dir=tmp_path)
+    (repository / "head" / PINNED).write_text("two")
+    models.refresh()
+    models.refresh()
+    assert models.versions()["head"] == 1
+    (said,) = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert said.startswith("the head goes on as it is, for which one should serve is not known: ")
+    assert said.endswith("must hold a version number alone; delete it, or pin again")
 
 
 def test_head_that_was_refused_at_the_start_is_logged_counted_and_announced(

@@ -1,15 +1,18 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from daemon import SOURCE, Daemon, make_site
+from semwatch.defects import Micrograph
+from semwatch.intake import decoding
 from semwatch.intake.drop_folder import Arrival
 from semwatch.service.references import References, read_reference
 from semwatch.settings.recipe import Recipe
-from semwatch.settings.site import Folder
+from semwatch.settings.site import Folder, Limits
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.system.files import Stamp
 from semwatch_training.synthetic.pairs import render_pair
@@ -73,6 +76,43 @@ def test_reference_itself_never_waits(known, tmp_path) -> None:
     assert not known.waits(arrival(tmp_path, "lot/a_ref.png"))
     assert known.partner_of(arrival(tmp_path, "lot/a_ref.png")) == "lot/a"
     assert known.read(arrival(tmp_path, "lot/a_ref.png")) is None
+
+
+def test_reference_is_decoded_once_within_the_limits_of_the_site(known, tmp_path) -> None:
+    (tmp_path / "lot").mkdir()
+    (tmp_path / "lot/a_ref.png").write_bytes(png(np.full((96, 96), 90, np.uint8)))
+    decoded = []
+
+    def decode(data: bytes, **limits: Any) -> tuple[Micrograph, ...]:
+        decoded.append(limits)
+        return decoding.decode(data, **limits)
+
+    known = References(known._folders, known._recipes, limits=Limits(max_image_mpx=0.01, max_pages=3), decode=decode)
+    assert not known.waits(arrival(tmp_path))
+    given = known.read(arrival(tmp_path))
+    assert given is not None
+    assert given.pages is not None
+    assert decoded == [{"name": "a_ref.png", "max_pixels": 10_000, "max_pages": 3}]
+    again = known.read(arrival(tmp_path))
+    assert again is not None
+    assert again.pages is None  # of another look, so it is read anew
+    assert not known.waits(arrival(tmp_path))
+    assert known.read(arrival(tmp_path, "lot/b.png")) is not given
+    assert known.read(arrival(tmp_path, "lot/a_ref.png")) is None
+
+
+def test_reference_behind_a_link_is_none(known, clock, tmp_path) -> None:
+    private = tmp_path.with_name("private")
+    private.mkdir()
+    (private / "a_ref.png").write_bytes(png(np.full((96, 96), 90, np.uint8)))
+    (tmp_path / "lot").symlink_to(private)
+    assert known.waits(arrival(tmp_path))
+    clock.now = 10.0
+    assert not known.waits(arrival(tmp_path))
+    given = known.read(arrival(tmp_path))
+    assert given is not None
+    assert (given.data, given.pages) == (None, None)
+    assert "behind a link" in given.reason
 
 
 def test_no_name_is_no_reference() -> None:

@@ -563,10 +563,27 @@ def test_kept_revisions_go_with_their_content_when_other_content_takes_the_name(
 def test_place_of_a_result_is_found_from_the_path_as_it_is_spelled_out(tmp_path: Path) -> None:
     name = os.fsdecode(b"l\xff/" + b"x" * 250 + b".tif")
     path = results.write(make_review(0, path=name), results_dir=tmp_path).json
-    for spelling in (name, review_record.printable(name)):
-        assert results.review_path(tmp_path, "tool-a", spelling) == path
+    assert results.review_path(tmp_path, "tool-a", name) == path
+    assert results.review_path(tmp_path, "tool-a", review_record.printable(name), is_printable=True) == path
     with pytest.raises(ImageError, match="no relative path"):
         results.review_path(tmp_path, "tool-a", "../a.tif")
+
+
+def test_byte_and_the_text_that_spells_it_out_are_two_results(tmp_path: Path) -> None:
+    twins = [
+        os.fsdecode(b"a\xff.tif"),
+        r"a\xff.tif",
+        r"a\x5cxff.tif",
+        "a\\.tif",
+        "lot\\xyz/\\xe4.tif",
+        "lot\\xyz/\udce4.tif",
+    ]
+    paths = [results.write(make_review(0, path=name), results_dir=tmp_path).json for name in twins]
+    assert len(set(paths)) == len(twins)
+    assert [results.review_path(tmp_path, "tool-a", name) for name in twins] == paths
+    assert [path.name for path in paths[:4]] == [
+        r"a\xff.tif.review.json", r"a\x5cxff.tif.review.json", r"a\x5cx5cxff.tif.review.json", "a\\.tif.review.json"
+    ]  # fmt: skip
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------

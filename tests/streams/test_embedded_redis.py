@@ -214,6 +214,12 @@ def _source_root() -> str:
     return str(Path(embedded_redis.__file__).parents[2])
 
 
+of_the_wheel = pytest.mark.skipif(
+    "SEMWATCH_REDIS_SERVER" in os.environ, reason="another server is given, so none is looked for"
+)
+
+
+@of_the_wheel
 def test_server_on_the_path_is_used_where_the_wheel_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(find_executable(), tmp_path / "redis-server")
     monkeypatch.setattr(embedded_redis, "find_spec", lambda name: None)
@@ -221,6 +227,7 @@ def test_server_on_the_path_is_used_where_the_wheel_is_absent(tmp_path: Path, mo
     assert find_executable() == tmp_path / "redis-server"
 
 
+@of_the_wheel
 def test_missing_server_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_redis, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -72,6 +72,8 @@ class ReferenceFile:
     data: bytes | None
     reason: str = ""
     """Where ``data`` is None."""
+    pages: tuple[Micrograph, ...] | None = None
+    """``data``, where it has been decoded already."""
 
 
 def review(
@@ -239,7 +241,7 @@ def _with_references(
         if given.data is None:
             return micrographs, [(given.name, None, given.reason)] * len(micrographs)
         try:
-            pages = decode(given.data, name=given.name)
+            pages = given.pages or decode(given.data, name=given.name)
         except ImageError as error:
             return micrographs, [(given.name, None, f"the reference cannot be read: {error}")] * len(micrographs)
         is_page_by_page = len(pages) == len(micrographs)

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semwatch.errors import ModelMismatch, PublishError
+from semwatch.models.model_repository import arrays_in
 from semwatch.system import files
 
 CROPS = "crops"
@@ -137,8 +138,11 @@ def decode(content: bytes) -> list[KeptCrop]:
     Raises:
         ModelMismatch: one is damaged.
     """
-    arrays = _unpacked(content)
-    return [_row(arrays, row, "the shard") for row in range(len(arrays["ends"]))]
+    arrays = arrays_in(content, "the shard")
+    ends = arrays.get("ends")
+    if ends is None or ends.ndim != 1:
+        raise ModelMismatch("the shard does not say where its crops end")
+    return [_row(arrays, row, "the shard") for row in range(len(ends))]
 
 
 def read(repository: Path, refs: Iterable[CropRef]) -> dict[CropRef, KeptCrop]:
@@ -153,7 +157,7 @@ def read(repository: Path, refs: Iterable[CropRef]) -> dict[CropRef, KeptCrop]:
     found: dict[CropRef, KeptCrop] = {}
     for shard, rows in rows_of.items():
         path = path_of(repository, shard)
-        arrays = _unpacked(_content(path, shard))
+        arrays = arrays_in(_content(path, shard), path)
         found |= {CropRef(shard, row): _row(arrays, row, str(path)) for row in rows}
     return found
 
@@ -223,20 +227,18 @@ def _content(path: Path, shard: str) -> bytes:
     return content
 
 
-def _unpacked(content: bytes) -> Mapping[str, NDArray[Any]]:
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
 def _row(arrays: Mapping[str, NDArray[Any]], row: int, where: str) -> KeptCrop:
-    ends = arrays["ends"]
-    if not 0 <= row < len(ends):
-        raise ModelMismatch(f"{where} has {len(ends)} crops, none of number {row}")
-    first = int(ends[row - 1]) if row else 0
-    crop = cv2.imdecode(arrays["pixels"][first : int(ends[row])], cv2.IMREAD_GRAYSCALE)
-    if crop is None:
-        raise ModelMismatch(f"crop {row} of {where} is damaged")
-    mask = arrays["soft_masks"][row].astype(np.float32)
-    of_detector = {name: arrays[name][row].astype(np.float32) for name in OF_DETECTOR if name in arrays}
-    size = np.asarray(arrays["sizes"][row], np.float32)
+    try:
+        ends = arrays["ends"]
+        if not 0 <= row < len(ends):
+            raise ModelMismatch(f"{where} has {len(ends)} crops, none of number {row}")
+        first = int(ends[row - 1]) if row else 0
+        crop = cv2.imdecode(arrays["pixels"][first : int(ends[row])], cv2.IMREAD_GRAYSCALE)
+        if crop is None:
+            raise ModelMismatch(f"crop {row} of {where} is damaged")
+        mask = arrays["soft_masks"][row].astype(np.float32)
+        of_detector = {name: arrays[name][row].astype(np.float32) for name in OF_DETECTOR if name in arrays}
+        size = np.asarray(arrays["sizes"][row], np.float32)
+    except (LookupError, TypeError, ValueError, OverflowError, cv2.error) as error:  # arrays of other shapes and types
+        raise ModelMismatch(f"crop {row} of {where} is damaged: {type(error).__name__}: {error}"[:500]) from error
     return KeptCrop(np.asarray(crop, np.uint8), mask, size, None, **of_detector)

@@ -17,6 +17,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -208,20 +209,47 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         ModelMismatch: the file is absent or damaged.
     """
     try:
-        content = io.BytesIO(_whole(path, MAX_ARRAYS_BYTES))  # read first: numpy leaves a damaged archive open
-        with zipfile.ZipFile(content) as archive:
+        content = _whole(path, MAX_ARRAYS_BYTES)
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+    return arrays_in(content, path)
+
+
+def arrays_in(content: bytes, where: object) -> dict[str, NDArray[Any]]:
+    """The arrays in the content of an npz file; nothing in it is executed.
+
+    Args:
+        content: of the file, read before: numpy leaves a damaged archive open.
+        where: what the file is called in messages.
+
+    Raises:
+        ModelMismatch: it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(info.file_size for info in archive.infolist()) > MAX_ARRAYS_BYTES:
                 raise ValueError(f"its arrays have more than {MAX_ARRAYS_BYTES} bytes")
-        with np.load(content, allow_pickle=False) as file:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # zip, zlib and numpy each raise their own on damaged bytes
-        raise ModelMismatch(
-            f"{path} cannot be used: {type(error).__name__}: {str(error)[:500]}; publish the version again"
-        ) from error
-    odd = sorted(name for name, array in arrays.items() if not isinstance(array, np.ndarray))
+        raise _unusable(where, error) from error
+    odd = sorted(name for name, array in arrays.items() if not isinstance(array, np.ndarray) or not _is_text(array))
     if odd:
-        raise ModelMismatch(f"{path} holds what is no array: {odd[0]!r}; publish the version again")
+        raise ModelMismatch(f"{where} holds what is no array, or no text: {odd[0]!r}; publish the version again")
     return arrays
+
+
+def _is_text(array: NDArray[Any]) -> bool:
+    """Whether an array of text holds characters alone, as numpy does not see to it; any other array does."""
+    if array.dtype.kind != "U" or array.nbytes == 0:
+        return True
+    return int(np.frombuffer(array.tobytes(), array.dtype.byteorder + "u4").max()) <= sys.maxunicode
+
+
+def _unusable(where: object, error: Exception) -> ModelMismatch:
+    return ModelMismatch(
+        f"{where} cannot be used: {type(error).__name__}: {str(error)[:500]}; publish the version again"
+    )
 
 
 def _whole(path: Path, max_bytes: int) -> bytes:

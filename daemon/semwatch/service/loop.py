@@ -141,7 +141,7 @@ class Service:
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
         self._references = References(
-            {folder.source: folder for folder in site.folders}, self.recipes, decode=self._decoders.decode
+            {one.source: one for one in site.folders}, self.recipes, limits=site.limits, decode=self._decoders.decode
         )
         self._places = {folder.source: folder.path for folder in site.folders}
         self._late_look = LateLook(self.ledger, self._places, self._incoming)

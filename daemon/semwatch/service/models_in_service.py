@@ -13,7 +13,7 @@ from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.line import pipeline
 from semwatch.models.inference import Embedded, Models
 from semwatch.models.model_repository import MODELS, Meta
-from semwatch.models.swap import Swap
+from semwatch.models.swap import NO_VERSION, Swap
 from semwatch.service.metrics import Metrics
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch.settings.site import Models as ModelSettings
@@ -116,6 +116,9 @@ class ModelsInService:
 
     def _log_refused(self, model: str, version: int, why: str) -> None:
         self._metrics.swap_refused.labels(model=model).inc()
+        if version == NO_VERSION:
+            log.error("the %s goes on as it is, for which one should serve is not known: %s", model, why)
+            return
         extra = about("refused", models={model: version})
         log.error("%s %d is refused, the one before it goes on: %s", model, version, why, extra=extra)
 

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from semwatch.errors import ImageError
@@ -16,7 +17,7 @@ from semwatch.intake import decoding, pairing
 from semwatch.intake.drop_folder import Arrival
 from semwatch.line.pipeline import ReferenceFile
 from semwatch.settings.recipe import Recipe
-from semwatch.settings.site import Folder
+from semwatch.settings.site import Folder, Limits
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,14 @@ class References:
         folders: Mapping[str, Folder],
         recipes: Mapping[str, Recipe],
         *,
+        limits: Limits = decoding.LIMITS,
         decode: decoding.Decode = decoding.decode,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._folders, self._recipes, self._decode, self._clock = folders, recipes, decode, clock
+        self._folders, self._recipes, self._clock = folders, recipes, clock
+        self._decode = partial(decode, max_pixels=limits.max_image_px, max_pages=limits.max_pages)
         self._lock = threading.Lock()
+        self._found = _Found()
         self._first_seen: dict[tuple[str, str], float] = {}
 
     def partner_of(self, arrival: Arrival) -> str | None:
@@ -45,14 +49,16 @@ class References:
 
     def waits(self, arrival: Arrival) -> bool:
         """Say whether an image still waits for its reference."""
+        self._found.of = None
         places = self._places(arrival)
         if not places:
             return False
-        is_here = _first_whole(places, self._decode) is not None
         key, now = (arrival.source, arrival.path), self._clock()
+        found = _first_whole(places, self._decode, below=self._folders[arrival.source].path)
+        self._found.of = None if found is None else (key, found)
         with self._lock:
             first = self._first_seen.setdefault(key, now)
-            if is_here or now - first >= self._recipes[arrival.source].reference.wait_s:
+            if found is not None or now - first >= self._recipes[arrival.source].reference.wait_s:
                 del self._first_seen[key]
                 return False
             if len(self._first_seen) > MAX_WAITING:
@@ -62,9 +68,14 @@ class References:
     def read(self, arrival: Arrival) -> ReferenceFile | None:
         """Read the reference of an image, or say why there is none; None where the recipe names none for it.
 
+        What ``waits`` found just before, in the same thread, is not read and decoded again.
+
         Raises:
             ServiceUnavailable: the disk or the share failed.
         """
+        found, self._found.of = self._found.of, None
+        if found is not None and found[0] == (arrival.source, arrival.path):
+            return found[1]
         return read_reference(self._places(arrival), below=self._folders[arrival.source].path)
 
     def _places(self, arrival: Arrival) -> list[Path]:
@@ -93,13 +104,19 @@ def read_reference(places: Sequence[Path], *, below: Path | None = None) -> Refe
         return ReferenceFile(place.name, None, f"the reference cannot be read: {error}")
 
 
-def _first_whole(places: Sequence[Path], decode: decoding.Decode) -> Path | None:
+class _Found(threading.local):
+    """The whole reference that a thread has found last, with the image it belongs to: one at most for each worker."""
+
+    of: tuple[tuple[str, str], ReferenceFile] | None = None
+
+
+def _first_whole(places: Sequence[Path], decode: decoding.Decode, *, below: Path) -> ReferenceFile | None:
     """Return the first of these files that is there and whole; one that is still being written cannot be decoded."""
     for place in places:
         if place.is_file() and not place.is_symlink():
             try:
-                decoding.read(place, by=decode)
+                data = decoding.read_file(place, below=below)
+                return ReferenceFile(place.name, data, pages=decode(data, name=place.name))
             except ImageError:
                 continue
-            return place
     return None

@@ -189,7 +189,8 @@ class Rereview:
         if not fitting:
             return
         try:
-            self._revise(results.review_path(self._results_dir, source, path), sha256, fitting)
+            place = results.review_path(self._results_dir, source, path, is_printable=True)
+            self._revise(place, sha256, fitting)
         except (ImageError, OSError, RuntimeError) as error:
             # Broken, out of the results folder, in a folder that may not be searched, or in the way of a kept revision.
             self.counts.stale += len(fitting)

@@ -54,6 +54,8 @@ IN_TABLES = (REVIEW, REASON, DUPLICATE)
 AnyRecord = ReviewRecord | ReasonRecord | DuplicateRecord
 _BESIDE_SUFFIX = re.compile(r"(\.p\d+)?\.overlay\.png|\.r\d+\.review\.json")
 """What goes with a review.json."""
+_LIKE_A_BYTE = re.compile(r"\\(?=x(?:[89a-f][0-9a-f]|5c))")
+"""The backslash of text that looks like a byte spelled out."""
 MAX_NAME_BYTES = 200
 """Longer names are shortened, so that the longest suffix still fits into a file system's 255 bytes."""
 MAX_PATH_BYTES = 3800
@@ -266,13 +268,19 @@ def _caption(review: Review) -> str:
 # --- a later head judges again -------------------------------------------------------------------------------------
 
 
-def review_path(results_dir: Path, source: str, path: str) -> Path:
-    """Where ``write`` puts the review.json of an image, whether it is there or not; ``path`` may be spelled out.
+def review_path(results_dir: Path, source: str, path: str, *, is_printable: bool = False) -> Path:
+    """Where ``write`` puts the review.json of an image, whether it is there or not.
+
+    Args:
+        results_dir: the site's.
+        source: of the image.
+        path: of the image.
+        is_printable: the path is as records have it, with bytes that are no UTF-8 spelled out.
 
     Raises:
         ImageError: the path leads out of ``results_dir``.
     """
-    return _named(_stem(results_dir, source, path), REVIEW)
+    return _named(_stem(results_dir, source, path, is_printable=is_printable), REVIEW)
 
 
 def revision_path(path: Path, revision: int) -> Path:
@@ -373,7 +381,7 @@ def _read_picture(given: Path | bytes) -> NDArray[np.uint8] | None:
 # --- names and the disk --------------------------------------------------------------------------------------------
 
 
-def _stem(results_dir: Path, source: str, path: str) -> Path:
+def _stem(results_dir: Path, source: str, path: str, *, is_printable: bool = False) -> Path:
     """Where the result lies, short of its suffix.
 
     Raises:
@@ -383,7 +391,7 @@ def _stem(results_dir: Path, source: str, path: str) -> Path:
     bad = not parts or path.startswith("/") or ".." in parts or "\0" in path
     if bad or source in ("", ".", "..") or "/" in source or "\0" in source:
         raise ImageError(f"{printable(source)!r} / {printable(path)!r} is no relative path inside a drop folder")
-    *folders, name = (_shortened(printable(part)) for part in parts)
+    *folders, name = (_shortened(part if is_printable else _file_name(part)) for part in parts)
     root = results_dir / printable(source)
     folder = root.joinpath(*folders)
     if len(os.fsencode(folder)) > MAX_PATH_BYTES:
@@ -391,6 +399,14 @@ def _stem(results_dir: Path, source: str, path: str) -> Path:
     if not folder.resolve().is_relative_to(results_dir.resolve()):
         raise ImageError(f"{folder} is a link that leads out of {results_dir}; remove the link")
     return folder / name
+
+
+def _file_name(part: str) -> str:
+    r"""A part of an image's path as a name that no other has: a byte that is no UTF-8 spelled out, such as ``\xff``.
+
+    A name whose own text looks like that has its backslash spelled out as well.
+    """
+    return printable(_LIKE_A_BYTE.sub(r"\\x5c", part))
 
 
 def _named(stem: Path, suffix: str) -> Path:
