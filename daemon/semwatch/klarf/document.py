@@ -70,13 +70,17 @@ def parse(data: bytes, *, max_defects: int = MAX_DEFECTS) -> Document:
         document = Document(source, VERSION, (), root, is_complete)
     elif head and head[0].upper() == b"FILEVERSION":
         statements = parse_flat(source, max_defects=max_defects)
-        version = VERSIONS.get(tuple(source.data[word.start : word.end] for word in source.flat_words(statements[0].body)))
+        version = VERSIONS.get(
+            tuple(source.data[word.start : word.end] for word in source.flat_words(statements[0].body))
+        )
         if version is None:
             raise source.error(statements[0].body.start, "the version 1 1 or 1 2")
         is_complete = statements[-1].keyword.upper() == "ENDOFFILE"
         document = Document(source, version, statements, None, is_complete)
     else:
-        raise source.error(source.begin, "FileVersion 1 1, FileVersion 1 2 or Record FileRecord \"1.8\" as the first words")
+        raise source.error(
+            source.begin, 'FileVersion 1 1, FileVersion 1 2 or Record FileRecord "1.8" as the first words'
+        )
     _ = document.lots  # what cannot be told apart is refused here, not later
     return document
 

@@ -138,7 +138,9 @@ def add_classes(document: Document, lot: Lot, classes: Mapping[int, str]) -> Doc
     return _apply(document, _nested_classes(document, record, new))
 
 
-def partial(document: Document, wafer: Wafer, column: str, values: Mapping[int, Value], *, type_: str = "int32") -> Document:
+def partial(
+    document: Document, wafer: Wafer, column: str, values: Mapping[int, Value], *, type_: str = "int32"
+) -> Document:
     """Make the short form that a yield system joins by DEFECTID: who and what was inspected, the ids and one column.
 
     Args:
@@ -307,7 +309,13 @@ def _nested_classes(document: Document, record: Record, new: Mapping[int, str]) 
     if rows is None:
         columns = "int32 CLASSNUMBER, string CLASSNAME, string CLASSCODE"
         cells = [b'%d %s "";' % (number, quoted(name, source)) for number, name in new.items()]
-        lines = (b"List ClassLookupList {", b"Columns 3 { %s }" % columns.encode(), b"Data %d {" % len(cells), *cells, b"} }")
+        lines = (
+            b"List ClassLookupList {",
+            b"Columns 3 { %s }" % columns.encode(),
+            b"Data %d {" % len(cells),
+            *cells,
+            b"} }",
+        )
         at = Span(record.end, record.end)
         return [(at, source.newline.join([*lines, b""]))]
     table = rows.table
@@ -357,9 +365,7 @@ def _nested_partial(document: Document, root: Record, wafer: Wafer, column: str,
         for scope, kept in ((lot.scope, lot_fields), (wafer.scope, wafer_fields)):
             if (entry := scope.entry(name, own=True)) is not None:
                 kept.append(source.data[entry.start : entry.body.end + 1])
-    stamps = [
-        source.data[one.start : one.body.end + 1] for one in root.fields if one.name.upper() == "FILETIMESTAMP"
-    ]
+    stamps = [source.data[one.start : one.body.end + 1] for one in root.fields if one.name.upper() == "FILETIMESTAMP"]
     return [
         b'Record FileRecord "1.8" {',
         *stamps,

@@ -11,6 +11,7 @@ from semwatch.klarf.source import FLAT_TOKEN, SPACE, STRING, Source, Span, as_in
 from semwatch.klarf.table import Column, Columns, Kind, Table, cell_pattern, row_pattern
 
 VERSIONS = {(b"1", b"1"): "1.1", (b"1", b"2"): "1.2"}
+FLAT_VERSION = "1.2"
 MAX_COLUMNS = 1000
 MAX_IMAGES = 10_000
 """Images of one defect."""
@@ -28,9 +29,12 @@ _KINDS: Mapping[str, Kind] = {
     ),
 }
 _NEXT_STATEMENT = re.compile(
-    rb"^[ \t]*+(?:FileTimestamp|InspectionStationID|SampleType|ResultTimestamp|LotID|SampleSize|DeviceID|SetupID|StepID|"
-    rb"SampleOrientationMarkType|OrientationMarkLocation|DiePitch|DieOrigin|WaferID|Slot|SampleCenterLocation|ClassLookup|"
-    rb"TiffFileName|TiffSpec|InspectionTest|SampleTestPlan|AreaPerTest|DefectRecordSpec|DefectList|SummarySpec|SummaryList|"
+    rb"^[ \t]*+(?:FileTimestamp|InspectionStationID|SampleType|ResultTimestamp|LotID|SampleSize|DeviceID|SetupID|"
+    rb"StepID|"
+    rb"SampleOrientationMarkType|OrientationMarkLocation|DiePitch|DieOrigin|WaferID|Slot|SampleCenterLocation|"
+    rb"ClassLookup|"
+    rb"TiffFileName|TiffSpec|InspectionTest|SampleTestPlan|AreaPerTest|DefectRecordSpec|DefectList|SummarySpec|"
+    rb"SummaryList|"
     rb"EndOfFile)(?![A-Za-z0-9_])",
     re.MULTILINE | re.IGNORECASE,
 )
@@ -148,9 +152,7 @@ def _defects(source: Source, statement: Statement, spec: Columns | None, max_def
             raise error from None
 
 
-def _rows(
-    source: Source, statement: Statement, columns: Columns, max_defects: int, *, has_inner_count: bool
-) -> Table:
+def _rows(source: Source, statement: Statement, columns: Columns, max_defects: int, *, has_inner_count: bool) -> Table:
     data, (at, end) = source.data, statement.body
     starts, ends = array("q"), array("q")
     images = columns.images
@@ -160,7 +162,7 @@ def _rows(
     while at < end:
         found = head.match(data, at, end)
         if found is None:
-            raise _misfit(source, columns, at, end, has_inner_count=has_inner_count)
+            raise _misfit(source, columns, at, end)
         row_end = found.end()
         if images is not None:
             n_images = _n_images(source, found, has_inner_count=has_inner_count)
@@ -181,11 +183,13 @@ def _rows(
 
 
 def _head_pattern(columns: Columns, *, has_inner_count: bool) -> re.Pattern[bytes]:
-    """Pattern of a row up to its images: groups are the IMAGECOUNT and the count that begins the list, where there are."""
+    """Pattern of a row up to its images; groups are the IMAGECOUNT and the count that begins the list."""
     images = columns.images
     count = columns.by_name.get("IMAGECOUNT", len(columns))
     cells = [cell_pattern(kind, is_flat=True) for kind in columns.kinds[:images]]
-    parts = [rb"\s*+" + (rb"(?P<stated>" + cell + rb")" if images and i == count else cell) for i, cell in enumerate(cells)]
+    parts = [
+        rb"\s*+" + (rb"(?P<stated>" + cell + rb")" if images and i == count else cell) for i, cell in enumerate(cells)
+    ]
     if images is not None and has_inner_count:
         parts.append(rb"\s*+(?P<inner>" + cell_pattern("integer", is_flat=True) + rb")")
     if images is None or count >= images:
@@ -204,10 +208,12 @@ def _n_images(source: Source, found: re.Match[bytes], *, has_inner_count: bool) 
     return n
 
 
-def _misfit(source: Source, columns: Columns, at: int, end: int, *, has_inner_count: bool) -> KlarfError:
+def _misfit(source: Source, columns: Columns, at: int, end: int) -> KlarfError:
     """The first cell of a row that is not what its column holds."""
     for n, column in enumerate(columns.all):
-        what = {"integer": "a whole number", "number": "a number", "images": "the number of images"}.get(column.kind, "a value")
+        what = {"integer": "a whole number", "number": "a number", "images": "the number of images"}.get(
+            column.kind, "a value"
+        )
         if at == end:
             return source.error(at, f"{len(columns)} values of a defect, found {n}", found=False)
         kind: Kind = "integer" if column.kind == "images" else column.kind

@@ -1,7 +1,8 @@
 """Lots and wafers of KLARF 1.1 and 1.2, where order alone says what belongs to what.
 
-``WaferID`` begins a wafer. What stands before the first one holds for all, and a value holds until it is given anew. Some
-tools give the geometry of the next wafer before its ``WaferID``: what follows the last list of a wafer is of the next.
+``WaferID`` begins a wafer. What stands before the first one holds for all, and a value holds until it is given anew.
+Some tools give the geometry of the next wafer before its ``WaferID``: what follows the last list of a wafer is of the
+next.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,9 @@ def lots(source: Source, statements: Sequence[Statement]) -> tuple[Lot, ...]:
         scope = Scope(source, own, (inherited,), is_flat=True)
         tables = tuple(one.table for one in section if one.table is not None)
         if len(sections) > 1 and not tables:
-            raise source.error(section[0].start, f"a DefectList of wafer {wafer_id}, for the file has several wafers", found=False)
+            raise source.error(
+                section[0].start, f"a DefectList of wafer {wafer_id}, for the file has several wafers", found=False
+            )
         files = tuple(file_names[table.start] for table in tables)
         wafer = Wafer(wafer_id, scope, tables, files, tuple(_plans(source, section)), _classes(source, scope))
         found.append((scope.entry("LotID"), wafer))
@@ -45,7 +48,9 @@ def lots(source: Source, statements: Sequence[Statement]) -> tuple[Lot, ...]:
     return _by_lot(source, statements, found)
 
 
-def _by_lot(source: Source, statements: Sequence[Statement], found: list[tuple[Entry | None, Wafer]]) -> tuple[Lot, ...]:
+def _by_lot(
+    source: Source, statements: Sequence[Statement], found: list[tuple[Entry | None, Wafer]]
+) -> tuple[Lot, ...]:
     if not found:
         scope = Scope(source, _level(statements), (), is_flat=True)
         return (Lot(scope.text("LotID"), scope, (), _classes(source, scope)),)
@@ -74,9 +79,7 @@ def _sections(source: Source, statements: Sequence[Statement]) -> list[tuple[str
             start -= 1
         starts.append(start)
     ends = [*starts[1:], len(statements)]
-    return [
-        (_text(source, statements[i]), statements[a:b]) for i, a, b in zip(at, starts, ends, strict=True)
-    ]
+    return [(_text(source, statements[i]), statements[a:b]) for i, a, b in zip(at, starts, ends, strict=True)]
 
 
 def _text(source: Source, statement: Statement) -> str:
@@ -163,4 +166,3 @@ def _wrong_lookup(source: Source, entry: Entry, words: tuple[Span, ...]) -> Klar
         return source.error(entry.body.start, "the number of classes")
     n = (len(words) - 1) / 2
     return source.error(words[0].start, f"{n:g} as the number of classes, for so many pairs of number and name follow")
-

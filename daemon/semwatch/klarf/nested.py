@@ -94,13 +94,13 @@ class _Cursor:
         self.at = token.end()
         return Span(start, self.at)
 
-    def bytes(self, span: Span) -> bytes:
+    def content(self, span: Span) -> bytes:
         return self.source.data[span.start : span.end]
 
     def take(self, mark: bytes, expected: str) -> Span:
         """The mark that must come next."""
         span = self.word(expected)
-        if self.bytes(span) != mark:
+        if self.content(span) != mark:
             raise self.source.error(span.start, expected)
         return span
 
@@ -112,13 +112,13 @@ class _Cursor:
 
     def name(self, expected: str) -> Span:
         span = self.word(expected)
-        if self.bytes(span) in (b"{", b"}", b",", b";"):
+        if self.content(span) in (b"{", b"}", b",", b";"):
             raise self.source.error(span.start, expected)
         return span
 
     def count(self, expected: str, most: int) -> tuple[int, Span]:
         span = self.word(expected)
-        n = as_integer(self.bytes(span))
+        n = as_integer(self.content(span))
         if n is None or n < 0:
             raise self.source.error(span.start, expected)
         if n > most:
@@ -140,7 +140,7 @@ def parse_nested(source: Source, *, max_defects: int) -> tuple[Record, bool]:
     while stack:
         here = stack[-1]
         span = cursor.word(f"the closing brace of {here.name}")
-        match cursor.bytes(span):
+        match cursor.content(span):
             case b"}":
                 here.end = span.start
                 stack.pop()
@@ -191,7 +191,7 @@ def _field(cursor: _Cursor, start: int) -> Field:
     begin = cursor.take(b"{", "{").end
     while True:
         span = cursor.word("a value or }")
-        match cursor.bytes(span):
+        match cursor.content(span):
             case b"}":
                 return Field(cursor.source.text(name), start, n, Span(begin, span.start))
             case b"{" | b";":
@@ -232,7 +232,9 @@ def _columns(cursor: _Cursor, n: int, n_span: Span) -> tuple[Column, ...]:
         if name.upper() in names:
             raise source.error(name_span.start, "each column once")
         names.add(name.upper())
-        columns.append(Column(name, type_, _kind(name, type_, is_last=len(columns) == n - 1), Span(type_span.start, name_span.end)))
+        columns.append(
+            Column(name, type_, _kind(name, type_, is_last=len(columns) == n - 1), Span(type_span.start, name_span.end))
+        )
     cursor.take(b"}", "}")
     if len(columns) != n:
         raise source.error(n_span.start, f"{len(columns)} as the number of columns, for so many follow")
@@ -279,4 +281,3 @@ def _misfit(table: Table, at: int) -> KlarfError:
 def _skip(data: bytes, at: int) -> int:
     found = SPACE.match(data, at)
     return at if found is None else found.end()
-

@@ -51,7 +51,7 @@ def _level(record: Record) -> Level:
 
 
 def _defect_lists(record: Record) -> Iterator[Table]:
-    """The lists of defects of a record and of those in it; records lie in each other no deeper than the parser allows."""
+    """The lists of defects of a record and of those in it, which the parser bounds in depth."""
     yield from (rows.table for rows in record.rows("DefectList"))
     for inner in record.records:
         yield from _defect_lists(inner)
@@ -66,7 +66,9 @@ def _plan(source: Source, test: Record) -> Plan:
             if not isinstance(x, int) or not isinstance(y, int):
                 raise source.error(rows.table.start, "whole numbers as the indices of every die", found=False)
             dies.append((x, y))
-    number = int(test.id) if test.id is not None and test.id.isascii() and test.id.isdigit() and len(test.id) < 10 else None
+    number = (
+        int(test.id) if test.id is not None and test.id.isascii() and test.id.isdigit() and len(test.id) < 10 else None
+    )
     return Plan(number, tuple(dies), None if area is None else area[0] / 1e6)
 
 

@@ -76,7 +76,9 @@ class Source:
 
     def error(self, offset: int, expected: str, *, found: bool = True) -> KlarfError:
         """An error at a byte, with the word that stands there."""
-        return KlarfError(f"expected {expected}" + (f", found {self.shown(offset)}" if found else ""), self.place(offset))
+        return KlarfError(
+            f"expected {expected}" + (f", found {self.shown(offset)}" if found else ""), self.place(offset)
+        )
 
     def shown(self, offset: int) -> str:
         """The word at a byte, for a message."""

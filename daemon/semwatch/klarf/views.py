@@ -1,7 +1,8 @@
 """What a KLARF means, in both grammars: lots, wafers, dies, defects, classes, images, and where they lie.
 
-Lengths are micrometres and areas square micrometres, whatever the file counts in. The *die frame* has its origin at the
-origin of the die; the *wafer frame* at the centre of the wafer; x to the right and y upwards as the file sees the wafer.
+Lengths are micrometres and areas square micrometres, whatever the file counts in. The *die frame* has its origin at
+the origin of the die, the *wafer frame* at the centre of the wafer; x goes to the right and y upwards as the file sees
+the wafer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -494,7 +495,9 @@ def rows_by_id(wafer: "Wafer") -> dict[int, int]:
             if defect_id in found:
                 first = wafer.defects[found[defect_id]].span("DEFECTID") or span
                 place = table.source.place(first.start)
-                raise table.source.error(span.start, f"every DEFECTID once; {defect_id} stands at {place} too", found=False)
+                raise table.source.error(
+                    span.start, f"every DEFECTID once; {defect_id} stands at {place} too", found=False
+                )
             found[defect_id] = n
             n += 1
     return found
