@@ -137,6 +137,10 @@ class _Writer:
         ]
         return [*self.notes, *rounded]
 
+    def name(self, name: str) -> bytes:
+        """A name as it stood in the old file."""
+        return name.encode(self.source.encoding)
+
     def content(self, span: Span) -> bytes:
         return self.source.data[span.start : span.end]
 
@@ -190,7 +194,7 @@ class _ToNested(_Writer):
                 yield from self._others(lot.scope)
             if lot.classes:
                 cells = [(b"%d" % one.number, quoted(one.name, self.source), b'""') for one in lot.classes.values()]
-                columns = ("int32 CLASSNUMBER", "string CLASSNAME", "string CLASSCODE")
+                columns = (b"int32 CLASSNUMBER", b"string CLASSNAME", b"string CLASSCODE")
                 yield from _list("ClassLookupList", columns, cells)
             yield b"}"
         yield b"}"
@@ -235,8 +239,8 @@ class _ToNested(_Writer):
         yield b"{"
         yield from self._fields("wafer", wafer.scope, lot.scope)
         yield from self._others(wafer.scope)
-        yield from self._pairs(wafer.scope, "CustomWaferList", ("string NAME", "string VALUE"))
-        yield from self._pairs(wafer.scope, "RemovedDieList", ("int32 XINDEX", "int32 YINDEX"))
+        yield from self._pairs(wafer.scope, "CustomWaferList", (b"string NAME", b"string VALUE"))
+        yield from self._pairs(wafer.scope, "RemovedDieList", (b"int32 XINDEX", b"int32 YINDEX"))
         for columns in dict.fromkeys(table.columns for table in wafer.tables):
             yield from self._defects(wafer, columns)
         for plan in wafer.plans:
@@ -246,7 +250,7 @@ class _ToNested(_Writer):
                 yield _field("AreaPerTest", [repr(plan.area_um2 * 1e6).encode("ascii")])
             dies = [(b"%d" % x, b"%d" % y) for x, y in plan.dies]
             if dies:
-                yield from _list("SampleTestPlanList", ("int32 XINDEX", "int32 YINDEX"), dies)
+                yield from _list("SampleTestPlanList", (b"int32 XINDEX", b"int32 YINDEX"), dies)
             yield b"}"
         yield from self._summary(wafer.scope)
         if not is_first and wafer.classes != lot.classes:
@@ -264,12 +268,12 @@ class _ToNested(_Writer):
                 self.note("own name", entry.start, f"{entry.name} becomes a field of that name")
                 yield _field(entry.name, [*map(self._as_is, scope.spans(entry))])
 
-    def _pairs(self, scope: Scope, name: str, columns: tuple[str, str]) -> Iterator[bytes]:
+    def _pairs(self, scope: Scope, name: str, columns: tuple[bytes, bytes]) -> Iterator[bytes]:
         for entry in scope.own.get(name.upper(), ()):
             words = scope.spans(entry)[1:]
             if len(words) % 2:
                 raise self.source.error(entry.start, f"pairs in {entry.name}", found=False)
-            is_text = columns[0].startswith("string")
+            is_text = columns[0].startswith(b"string")
             cells = [quoted(self.source.text(word), self.source) if is_text else self.content(word) for word in words]
             yield from _list(name, columns, zip(cells[::2], cells[1::2], strict=True))
 
@@ -288,7 +292,8 @@ class _ToNested(_Writer):
             ]
             for row in _chunks(words, len(names))
         ]
-        columns = [f"{_type([row[i] for row in cells])} {name}" for i, name in enumerate(names)]
+        types = [_type(row[i] for row in cells).encode("ascii") for i in range(len(names))]
+        columns = [type_ + b" " + self.name(name) for type_, name in zip(types, names, strict=True)]
         yield b"Record SummaryRecord"
         yield b"{"
         yield from _list("TestSummaryList", columns, cells)
@@ -302,7 +307,7 @@ class _ToNested(_Writer):
         declared = []
         for i, column in enumerate(columns.all):
             if column.kind == "images":
-                declared.append("ImageList IMAGEINFO")
+                declared.append(b"ImageList IMAGEINFO")
                 continue
             type_ = "int32" if column.name.upper() in (*LENGTHS, "DEFECTID") else _type(row[i] for row in rows)
             type_ = "float" if column.name.upper() in AREAS else type_
@@ -310,7 +315,7 @@ class _ToNested(_Writer):
                 self.note(
                     "own name", column.span.start, f"{column.name} is carried as it stands: its unit is not known"
                 )
-            declared.append(f"{type_} {column.name}")
+            declared.append(type_.encode("ascii") + b" " + self.name(column.name))
         yield from _list("DefectList", declared, rows)
 
     def _row(self, defect: Defect) -> list[bytes]:
@@ -352,11 +357,11 @@ def _field(name: str, values: Sequence[bytes]) -> bytes:
     return b"Field %s %d {%s}" % (name.encode("ascii"), len(values), b", ".join(values))
 
 
-def _list(name: str, columns: Sequence[str], rows: Iterable[Sequence[bytes]]) -> Iterator[bytes]:
+def _list(name: str, columns: Sequence[bytes], rows: Iterable[Sequence[bytes]]) -> Iterator[bytes]:
     cells = [b" ".join(row) + b";" for row in rows]
     yield b"List %s" % name.encode("ascii")
     yield b"{"
-    yield b"Columns %d { %s }" % (len(columns), ", ".join(columns).encode("utf-8"))
+    yield b"Columns %d { %s }" % (len(columns), b", ".join(columns))
     yield b"Data %d" % len(cells)
     yield b"{"
     yield from cells
@@ -453,7 +458,7 @@ class _ToFlat(_Writer):
             for entry in entries if name not in known else ():
                 self.used.add(entry.start)
                 self.note("own name", entry.start, f"{entry.name} becomes a statement of that name")
-                yield b" ".join([entry.name.encode("ascii"), *map(self.content, scope.spans(entry))]) + b";"
+                yield b" ".join([self.name(entry.name), *map(self.content, scope.spans(entry))]) + b";"
 
     def _wafer(self, wafer: Wafer) -> Iterator[bytes]:
         yield b"WaferID %s;" % quoted(wafer.id or "", self.source)
@@ -489,14 +494,14 @@ class _ToFlat(_Writer):
     def _plain_list(self, rows: Rows) -> Iterator[bytes]:
         table = rows.table
         self.used.add(table.start)
-        yield b"%s %d" % (table.name.encode("ascii"), len(table))
+        yield b"%s %d" % (self.name(table.name), len(table))
         yield from _ended(b"  " + b" ".join(map(self.content, table.cells(row))) for row in range(len(table)))
 
     def _summary(self, rows: Rows) -> Iterator[bytes]:
         table = rows.table
         self.used.add(table.start)
         names = [column.name for column in table.columns.all]
-        yield b"SummarySpec %d %s ;" % (len(names), " ".join(names).encode("utf-8"))
+        yield b"SummarySpec %d %s ;" % (len(names), b" ".join(map(self.name, names)))
         yield b"SummaryList"
         yield from _ended(
             b" "
@@ -518,7 +523,7 @@ class _ToFlat(_Writer):
         elif "IMAGECOUNT" in columns.by_name:
             kept.append(columns.by_name["IMAGECOUNT"])
             names.append("IMAGECOUNT")
-        yield b"DefectRecordSpec %d %s ;" % (len(names), " ".join(names).encode("utf-8"))
+        yield b"DefectRecordSpec %d %s ;" % (len(names), b" ".join(map(self.name, names)))
         block: list[bytes] = []
         n_missing = 0
         for row in range(len(table)):

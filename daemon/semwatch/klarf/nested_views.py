@@ -62,6 +62,8 @@ def _plan(source: Source, test: Record) -> Plan:
     area = scope.numbers("AreaPerTest", n=1)
     dies: list[tuple[int, int]] = []
     for rows in test.rows("SampleTestPlanList"):
+        if rows.table.index("XINDEX") is None or rows.table.index("YINDEX") is None:
+            raise source.error(rows.table.start, "columns XINDEX and YINDEX", found=False)
         for x, y in zip(rows.table.column("XINDEX"), rows.table.column("YINDEX"), strict=True):
             if not isinstance(x, int) or not isinstance(y, int):
                 raise source.error(rows.table.start, "whole numbers as the indices of every die", found=False)

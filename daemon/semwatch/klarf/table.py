@@ -24,7 +24,7 @@ Kind = Literal["integer", "number", "any", "images", "images at end"]
 """What a cell may hold. A number may be NA, an integer may not: it names the row."""
 
 _END = rb"(?![^\s;])"
-NAMED_IMAGES = rb'Images?+\s*+[0-9]++\s*+\{(?>[^"{}]++|' + STRING + rb")*+\}"
+NAMED_IMAGES = rb'Images?+\s*+[0-9]++\s*+\{(?>[^"{};]++|' + STRING + rb")*+\}"
 _CELLS = {
     "integer": INTEGER + _END,
     "number": rb"(?>" + NUMBER + rb"|" + NOT_A_NUMBER + rb")" + _END,
