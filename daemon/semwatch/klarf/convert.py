@@ -400,7 +400,10 @@ class _ToFlat(_Writer):
         yield b"FileVersion 1 2;"
         top = Scope(self.source, _level(self.root), (), is_flat=False)
         yield from self._statements("file", top)
-        lots = self.document.lots
+        lots = [lot for lot in self.document.lots if lot.wafers] or self.document.lots[:1]
+        for lot in self.document.lots:
+            if lot not in lots:
+                self.note("lost", None, f"lot {lot.id}, which has no wafers")
         if len(lots) > 1:
             self.note("own name", None, f"{len(lots)} lots in one file: most readers of 1.2 expect one")
         for lot in lots:
