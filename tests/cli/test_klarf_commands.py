@@ -49,8 +49,8 @@ def test_check_names_what_cannot_be_read_and_what_is_wrong(semwatch: Command, tm
     assert [(Path(row["file"]).name, row["level"], row["line"], row["text"]) for row in said.json["problems"]] == [
         ("bad.001", "error", 23, "expected XREL, a number, found 'abc'"),
         ("odd.klarf", "error", 33, "expected EndOfFile at the end: the file may not be whole"),
-        ("odd.klarf", "error", 19, "expected the name of a file below the folder of the KLARF, found '..\\\\a.jpg'"),
-        ("odd.klarf", "warning", 18, "class 40 is not in the lookup table of lot lot 7; so for 2 defects"),
+        ("odd.klarf", "error", 18, "expected the name of a file below the folder of the KLARF, found '..\\\\a.jpg'"),
+        ("odd.klarf", "warning", 17, "class 40 is not in the lookup table of lot lot 7; so for 2 defects"),
     ]
     assert "bad.001:23:4: expected XREL" in semwatch("klarf", "check", bad).out
 
