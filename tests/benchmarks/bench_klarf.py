@@ -99,9 +99,7 @@ def test_time_and_memory_grow_with_the_number_of_defects(tmp_path: Path) -> None
         print(
             f"{n} defects, {path.stat().st_size / 1e6:.0f} MB: {steps} s of one core, {sum(one['wall']):.2f} s in all;"
         )
-        print(
-            f"  {one['peak_mb']:.0f} MB; {sum(one['cpu']) / floor:.1f} times the time of splitting and joining its words"
-        )
+        print(f"  {one['peak_mb']:.0f} MB; {sum(one['cpu']) / floor:.1f} times that of splitting and joining words")
     ratio = sum(found[N]["cpu"]) / sum(found[N // 10]["cpu"])
     print(f"ten times the defects take {ratio:.1f} times the time; aims: {WALL_S:g} s and {MEMORY_MB:g} MB for 100000")
     assert ratio < 15

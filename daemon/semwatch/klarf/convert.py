@@ -148,6 +148,8 @@ class _Writer:
         """A number exactly; None for NA and its like."""
         word = self.content(span)
         if not is_number(word):
+            if self.source.value(span) is not None:
+                raise self.source.error(span.start, "a number or NA")
             return None
         number = Decimal(word.decode("ascii"))
         if number and abs(number.adjusted()) > _MAX_EXPONENT:

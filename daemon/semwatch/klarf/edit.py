@@ -4,7 +4,7 @@ A document is never changed; each edit returns another one.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from semwatch.klarf.document import Document, parse
 from semwatch.klarf.errors import KlarfError
@@ -39,20 +39,13 @@ def set_column(document: Document, wafer: Wafer, column: str, values: Mapping[in
         KlarfError: the column or a defect is not there, an id stands twice, a value is none for this column.
     """
     _check_wafer(document, wafer)
+    rows = rows_by_id(wafer)  # an id that stands twice does not say which row is meant
+    _check_all_found(wafer, values.keys() - rows.keys())
     edits: list[Edit] = []
-    left = set(values)
-    rows_by_id(wafer)  # an id that stands twice does not say which row is meant
-    for table in wafer.tables:
+    for defect_id, value in values.items():
+        table, row = _row(wafer, rows[defect_id])
         index = _editable(table, column)
-        if index is None:
-            if len(table):
-                raise _no_column(table, column)
-            continue
-        for defect_id, span in zip(_ids(table), table.column_spans(index), strict=True):
-            if defect_id in left:
-                left.discard(defect_id)
-                edits.append((span, written(values[defect_id], table.columns.all[index], document)))
-    _check_all_found(wafer, left)
+        edits.append((table.cell(row, index), written(value, table.columns.all[index], document)))
     return _apply(document, edits)
 
 
@@ -217,13 +210,23 @@ def _ids(table: Table) -> Iterator[int | None]:
     if index is None:
         yield from ((None,) * len(table))
         return
-    data = table.source.data
-    yield from (as_integer(data[span.start : span.end]) for span in table.column_spans(index))
+    yield from map(as_integer, table.column_words(index))
 
 
-def _editable(table: Table, column: str) -> int | None:
+def _row(wafer: Wafer, at: int) -> tuple[Table, int]:
+    """The list and the row of the defect at a place among all of a wafer."""
+    for table in wafer.tables:
+        if at < len(table):
+            return table, at
+        at -= len(table)
+    raise IndexError(at)
+
+
+def _editable(table: Table, column: str) -> int:
     index = table.index(column)
-    if index is not None and (index == table.columns.images or table.columns.all[index].kind == "integer"):
+    if index is None:
+        raise _no_column(table, column)
+    if index == table.columns.images or table.columns.all[index].kind == "integer":
         raise KlarfError(f"column {column} names the defects or their images, and cannot be set")
     return index
 
@@ -238,7 +241,7 @@ def _check_wafer(document: Document, wafer: Wafer) -> None:
         raise KlarfError("expected a wafer of this document, found one of another or of an earlier state")
 
 
-def _check_all_found(wafer: Wafer, left: set[int]) -> None:
+def _check_all_found(wafer: Wafer, left: Set[int]) -> None:
     if left:
         some = ", ".join(map(str, sorted(left)[:10])) + (", ..." if len(left) > 10 else "")
         raise KlarfError(f"wafer {wafer.id} has no defect {some}")

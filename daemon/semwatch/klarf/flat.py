@@ -19,7 +19,6 @@ MAX_IMAGES = 10_000
 _KEYWORD = re.compile(rb"[A-Za-z_][A-Za-z0-9_.\-]*+")
 _UP_TO_SEMICOLON = re.compile(rb'(?>[^";]++|' + STRING + rb")*+(?=;)")
 _AFTER_END = re.compile(rb"[\s\x00\x1a]*+")
-_HAS_LINE_END = re.compile(rb"[^\r\n]*+[\r\n]")
 _KINDS: Mapping[str, Kind] = {
     "DEFECTID": "integer",
     "IMAGELIST": "images",
@@ -163,22 +162,17 @@ def _rows(source: Source, statement: Statement, columns: Columns, max_defects: i
         found = head.match(data, at, end)
         if found is None:
             raise _misfit(source, columns, at, end)
-        row_end = found.end()
+        n_words = n_behind
         if images is not None:
-            n_images = _n_images(source, found, has_inner_count=has_inner_count)
-            if n_words := 2 * n_images + n_behind:
-                rest = _words_pattern(n_words).match(data, row_end, end)
-                if rest is None:
-                    what = f"{n_images} pairs of image number and type" + f" and {n_behind} values" * (n_behind > 0)
-                    raise source.error(_skip(source, row_end), what)
-                row_end = rest.end()
+            n_words += 2 * _n_images(source, found, has_inner_count=has_inner_count)
+        rest = _rest_pattern(n_words).match(data, found.end(), end)
+        if rest is None:
+            raise _misfit_behind(source, columns, found.end(), end, n_words)
         if len(starts) == max_defects:
             raise source.error(at, f"at most {max_defects} more defects here; that is the limit", found=False)
         starts.append(at)
-        ends.append(row_end)
-        at = _skip(source, row_end)
-        if at < end and not _HAS_LINE_END.match(data, row_end, at):
-            raise source.error(at, f"a new line or a semicolon after the {len(columns)} values of a defect")
+        ends.append(rest.start(1))
+        at = rest.end()
     return Table(source, statement.keyword, statement.start, columns, starts, ends, True, has_inner_count)
 
 
@@ -198,13 +192,14 @@ def _head_pattern(columns: Columns, *, has_inner_count: bool) -> re.Pattern[byte
 
 
 def _n_images(source: Source, found: re.Match[bytes], *, has_inner_count: bool) -> int:
-    group = "inner" if has_inner_count else "stated"
-    n = as_integer(found[group])
+    stated, inner = found["stated"], found["inner"] if has_inner_count else None
+    n = as_integer(stated if inner is None else inner)
     if n is None or not 0 <= n <= MAX_IMAGES:
-        raise source.error(found.start(group), f"the number of images, 0 to {MAX_IMAGES}")
-    if found["stated"] and as_integer(found["stated"]) != n:
-        stated = found["stated"].decode("ascii")
-        raise source.error(found.start("inner"), f"{stated} images, as IMAGECOUNT says")
+        raise source.error(
+            found.start("inner" if has_inner_count else "stated"), f"the number of images, 0 to {MAX_IMAGES}"
+        )
+    if inner is not None and stated and stated != inner and as_integer(stated) != n:
+        raise source.error(found.start("inner"), f"{stated.decode('ascii')} images, as IMAGECOUNT says")
     return n
 
 
@@ -224,10 +219,22 @@ def _misfit(source: Source, columns: Columns, at: int, end: int) -> KlarfError:
     return source.error(at, "a defect")
 
 
+def _misfit_behind(source: Source, columns: Columns, at: int, end: int, n_words: int) -> KlarfError:
+    """What is wrong behind the count of images: too few words, or more of them in the last line."""
+    begin = _skip(source, at)
+    for _ in range(n_words):
+        found = row_pattern(("any",), is_flat=True, groups=False).match(source.data, at, end)
+        if found is None:
+            return source.error(begin, f"{n_words // 2} pairs of image number and type")
+        at = found.end()
+    return source.error(_skip(source, at), f"a new line or a semicolon after the {len(columns)} values of a defect")
+
+
 @lru_cache(maxsize=1024)
-def _words_pattern(n: int) -> re.Pattern[bytes]:
-    """Pattern of ``n`` words."""
-    return re.compile(rb"(?:\s*+" + cell_pattern("any", is_flat=True) + rb"){%d}+" % n)
+def _rest_pattern(n_words: int) -> re.Pattern[bytes]:
+    """Pattern of the words that end a row, and of the space up to the next one, which begins in another line."""
+    words = rb"(?:\s*+" + cell_pattern("any", is_flat=True) + rb"){%d}+" % n_words if n_words else b""
+    return re.compile(words + rb"()(?:[^\S\r\n]*+[\r\n]\s*+|\s*+\Z)")
 
 
 def _skip(source: Source, at: int) -> int:

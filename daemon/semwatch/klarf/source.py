@@ -144,6 +144,8 @@ def as_value(word: bytes, encoding: str) -> Value:
 
 def as_integer(word: bytes) -> int | None:
     """A word as an integer; None where it is none."""
+    if word.isdigit() and len(word) <= _MAX_DIGITS:  # most are, and this is quick
+        return int(word)
     return int(word) if len(word) <= _MAX_DIGITS and _IS_INTEGER.fullmatch(word) else None
 
 

@@ -18,6 +18,7 @@ from semwatch.klarf.source import (
     Source,
     Span,
     Value,
+    as_value,
 )
 
 Kind = Literal["integer", "number", "any", "images", "images at end"]
@@ -131,22 +132,36 @@ class Table:
         images = Span(words[at].start, words[at + width - 1].end) if width else Span(before, before)
         return [*words[:at], images, *words[at + width :]]
 
-    def column_spans(self, index: int) -> Iterator[Span]:
-        """Where the cells of one column stand, row by row."""
+    def cell(self, row: int, index: int) -> Span:
+        """Where one cell stands."""
         at = self.columns.images
         if self.is_flat and at is not None and index >= at:
-            yield from (self.cells(row)[index] for row in range(len(self)))
+            return self.cells(row)[index]
+        return Span(*self._up_to(index).match(self.source.data, self.starts[row]).span(1))  # type: ignore[union-attr]
+
+    def column_words(self, index: int) -> Iterator[bytes]:
+        """What stands in one column, row by row."""
+        data = self.source.data
+        at = self.columns.images
+        if self.is_flat and at is not None and index >= at:
+            for row in range(len(self)):
+                span = self.cells(row)[index]
+                yield data[span.start : span.end]
             return
-        pattern = row_pattern(self.columns.kinds[: index + 1], is_flat=self.is_flat, groups=False)
+        match = self._up_to(index).match
         for start in self.starts:
-            found = pattern.match(self.source.data, start)
-            assert found is not None
-            yield Span(*found.span(1))
+            yield match(data, start)[1]  # type: ignore[index]
 
     def column(self, name: str) -> list[Value]:
         """The values of one column; empty where there is no such column."""
         index = self.index(name)
-        return [] if index is None else [self.source.value(span) for span in self.column_spans(index)]
+        return [] if index is None else [as_value(word, self.source.encoding) for word in self.column_words(index)]
+
+    def _up_to(self, index: int) -> re.Pattern[bytes]:
+        """Pattern of the cells up to one, a group: that they are what they should be was seen when they were read."""
+        kinds = self.columns.kinds[: index + 1]
+        passed: tuple[Kind, ...] = tuple(kind if kind.startswith("images") else "any" for kind in kinds)
+        return row_pattern(passed, is_flat=self.is_flat, groups=False)
 
 
 @lru_cache(maxsize=256)

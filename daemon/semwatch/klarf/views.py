@@ -486,18 +486,19 @@ def rows_by_id(wafer: "Wafer") -> dict[int, int]:
     n = 0
     for table in wafer.tables:
         index = table.index("DEFECTID")
-        if index is None and len(table):
-            raise table.source.error(table.start, "a column DEFECTID", found=False)
-        for span in table.column_spans(index) if index is not None else ():
-            defect_id = as_integer(table.source.data[span.start : span.end])
-            if defect_id is None:
-                raise table.source.error(span.start, "a DEFECTID of at most 100 digits")
-            if defect_id in found:
-                first = wafer.defects[found[defect_id]].span("DEFECTID") or span
-                place = table.source.place(first.start)
-                raise table.source.error(
-                    span.start, f"every DEFECTID once; {defect_id} stands at {place} too", found=False
-                )
+        if index is None:
+            if len(table):
+                raise table.source.error(table.start, "a column DEFECTID", found=False)
+            continue
+        for row, word in enumerate(table.column_words(index)):
+            defect_id = as_integer(word)
+            if defect_id is None or defect_id in found:
+                start = table.cell(row, index).start
+                if defect_id is None:
+                    raise table.source.error(start, "a DEFECTID of at most 100 digits")
+                first = wafer.defects[found[defect_id]].span("DEFECTID")
+                where = "" if first is None else f"; {defect_id} stands at {table.source.place(first.start)} too"
+                raise table.source.error(start, f"every DEFECTID once{where}", found=False)
             found[defect_id] = n
             n += 1
     return found
