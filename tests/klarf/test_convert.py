@@ -71,13 +71,13 @@ def test_what_1_8_alone_can_hold_is_listed() -> None:
     )
     made, notes = convert(klarf.parse(text.encode()), "1.2")
     assert [(one.kind, one.place and one.place.line, one.text) for one in notes] == [
-        ("lost", 19, "1 images of defect 8: 1.2 lists those of one file"),
-        ("lost", 19, "kind 'Patch' of an image of defect 8: 0 now"),
         ("own name", 14, "1 cells are NA, which no public file of 1.2 has"),
         ("lost", None, "CLASSCODE of the classes of lot lot 7"),
         ("lost", 7, "field A of Odd"),
         ("lost", 7, "list B of Odd"),
         ("lost", None, "types of columns: 1.2 does not state them"),
+        ("lost", 19, "1 images that lie in another file than the first of their defect"),
+        ("lost", 19, "1 kinds of images that are no numbers: 0 now"),
     ]
     assert [image.file for defect in made.wafers[0].defects for image in defect.images] == [
         "LOT_1.I01",

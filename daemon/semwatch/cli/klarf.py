@@ -110,9 +110,8 @@ def convert(
     if as_json:
         typer.echo(json.dumps({"out": str(target), "version": made.version, "notes": rows}))
         return
-    for row in rows:
-        place = "" if row["line"] is None else f"line {row['line']}: "
-        say(f": {place}{row['text']}", (row["kind"], "red" if row["kind"] == "lost" else "yellow"))
+    for kind, place, text in notes:
+        say(f": {'' if place is None else f'line {place.line}: '}{text}", (kind, "red" if kind == "lost" else "yellow"))
     say(f": KLARF {made.version}", (str(target), "green"))
 
 

@@ -1,6 +1,7 @@
 """What can be read and is still wrong, or looks so: each with its place. What cannot be read is refused before."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -27,8 +28,17 @@ class Problem(NamedTuple):
 
 
 def check(document: Document) -> list[Problem]:
-    """Look at everything that the views show; the first ``MAX_PROBLEMS`` problems."""
-    return list(islice(_problems(document), MAX_PROBLEMS))
+    """Look at everything that the views show; the first ``MAX_PROBLEMS`` problems, each once."""
+    return list(islice(_once(_problems(document)), MAX_PROBLEMS))
+
+
+def _once(problems: Iterator[Problem]) -> Iterator[Problem]:
+    """Each problem once: what is wrong with a wafer shows at every defect of it."""
+    seen: set[Problem] = set()
+    for problem in problems:
+        if problem not in seen:
+            seen.add(problem)
+            yield problem
 
 
 def _problems(document: Document) -> Iterator[Problem]:
@@ -40,45 +50,35 @@ def _problems(document: Document) -> Iterator[Problem]:
     if not document.wafers:
         yield Problem("warning", None, "expected a wafer, found none")
     for lot in document.lots:
-        yield from _attempted(lambda lot=lot: (lot.id, lot.step_id, lot.device_id, lot.recipe_id, lot.inspected))
+        yield from _looked_at(lot, "step_id", "device_id", "recipe_id", "inspected")
         for wafer in lot.wafers:
             yield from _of_wafer(document, lot, wafer)
 
 
 def _of_wafer(document: Document, lot: Lot, wafer: Wafer) -> Iterator[Problem]:
-    for geometry in (
-        lambda: wafer.slot,
-        lambda: wafer.die_pitch,
-        lambda: wafer.center,
-        lambda: wafer.die_origin,
-        lambda: wafer.diameter_um,
-        lambda: wafer.orientation,
-    ):
-        yield from _attempted(geometry)
-    yield from _attempted(lambda: rows_by_id(wafer))
-    unknown: dict[int, tuple[int, Place]] = {}
+    yield from _looked_at(wafer, "slot", "die_pitch", "center", "die_origin", "diameter_um", "orientation")
+    try:
+        rows_by_id(wafer)
+    except KlarfError as error:
+        yield Problem("error", error.place, error.reason)
+    unknown: dict[int, list[Defect]] = {}
     for defect in wafer.defects:
-        yield from _attempted(lambda defect=defect: (defect.on_wafer, defect.size, defect.diameter_um, defect.area_um2))
+        yield from _looked_at(defect, "class_number", "on_wafer", "size", "diameter_um", "area_um2")
         yield from _of_images(document, defect)
-        try:
+        with suppress(KlarfError):
             number = defect.class_number
-        except KlarfError as error:
-            yield Problem("error", error.place, error.reason)
-            continue
-        if number is not None and wafer.classes and number not in wafer.classes:
-            n, place = unknown.get(number, (0, _place(document, defect, "CLASSNUMBER")))
-            unknown[number] = n + 1, place
-    for number, (n, place) in unknown.items():
-        yield Problem(
-            "warning", place, f"class {number} is not in the lookup table of lot {lot.id}; so for {n} defects"
-        )
+            if number is not None and wafer.classes and number not in wafer.classes:
+                unknown.setdefault(number, []).append(defect)
+    for number, defects in unknown.items():
+        text = f"class {number} is not in the lookup table of lot {lot.id}; so for {len(defects)} defects"
+        yield Problem("warning", _place(document, defects[0], "CLASSNUMBER"), text)
 
 
 def _of_images(document: Document, defect: Defect) -> Iterator[Problem]:
     column = defect.table.columns.images
     if column is None:
         return
-    place = _place(document, defect, defect.table.columns.all[column].name)
+    name = defect.table.columns.all[column].name
     try:
         images = defect.images
         stated = defect.integer("IMAGECOUNT")
@@ -86,14 +86,16 @@ def _of_images(document: Document, defect: Defect) -> Iterator[Problem]:
         yield Problem("error", error.place, error.reason)
         return
     if stated is not None and stated != len(images):
-        yield Problem("error", place, f"expected {stated} images, as IMAGECOUNT says, found {len(images)}")
+        text = f"expected {stated} images, as IMAGECOUNT says, found {len(images)}"
+        yield Problem("error", _place(document, defect, name), text)
     if any(image.file is None for image in images):
-        yield Problem("warning", place, "no TiffFileName or ImageFileName says which file the images are in")
+        text = "no TiffFileName or ImageFileName says which file the images are in"
+        yield Problem("warning", _place(document, defect, name), text)
     for image in images:
         try:
             _ = image.page, image.file is None or image.path
         except KlarfError as error:
-            yield Problem("error", place, error.reason)
+            yield Problem("error", _place(document, defect, name), error.reason)
 
 
 def _field_counts(document: Document, record: Record) -> Iterator[Problem]:
@@ -110,11 +112,13 @@ def _n_values(document: Document, one: Field) -> int:
     return sum(1 for _ in document.source.nested_words(one.body))
 
 
-def _attempted(look: Callable[[], object]) -> Iterator[Problem]:
-    try:
-        look()
-    except KlarfError as error:
-        yield Problem("error", error.place, error.reason)
+def _looked_at(view: Lot | Wafer | Defect, *names: str) -> Iterator[Problem]:
+    """What the attributes of a view raise."""
+    for name in names:
+        try:
+            getattr(view, name)
+        except KlarfError as error:
+            yield Problem("error", error.place, error.reason)
 
 
 def _place(document: Document, defect: Defect, column: str) -> Place:

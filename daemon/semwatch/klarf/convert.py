@@ -121,7 +121,10 @@ class _Writer:
 
     document: Document
     notes: list[Note] = field(default_factory=list)
-    rounded: dict[str, tuple[int, Decimal, Place]] = field(default_factory=dict)
+    rounded: dict[str, tuple[int, Decimal, int]] = field(default_factory=dict)
+    """By column: how many values, by how many nm at most, and where the first one stands."""
+    counted: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What is lost of many defects: how many images, and where the row of the first one begins."""
 
     @property
     def source(self) -> Source:
@@ -132,10 +135,16 @@ class _Writer:
 
     def all_notes(self) -> list[Note]:
         rounded = [
-            Note("rounded", place, f"{n} values of {name} to whole nm, by {float(most):.3g} nm at most")
-            for name, (n, most, place) in self.rounded.items()
+            Note("rounded", self.source.place(at), f"{n} values of {name} to whole nm, by {float(most):.3g} nm at most")
+            for name, (n, most, at) in self.rounded.items()
         ]
-        return [*self.notes, *rounded]
+        counted = [Note("lost", self.source.place(at), f"{n} {what}") for what, (n, at) in self.counted.items()]
+        return [*self.notes, *counted, *rounded]
+
+    def count(self, what: str, n: int, defect: Defect) -> None:
+        """Note that something of a defect is lost."""
+        before, at = self.counted.get(what, (0, defect.table.starts[defect.row]))
+        self.counted[what] = before + n, at
 
     def name(self, name: str) -> bytes:
         """A name as it stood in the old file."""
@@ -164,8 +173,8 @@ class _Writer:
         exact = number * factor
         whole = exact.to_integral_value()
         if whole != exact:
-            n, most, place = self.rounded.get(name, (0, Decimal(0), self.source.place(span.start)))
-            self.rounded[name] = n + 1, max(most, abs(exact - whole)), place
+            n, most, at = self.rounded.get(name, (0, Decimal(0), span.start))
+            self.rounded[name] = n + 1, max(most, abs(exact - whole)), at
         return b"%d" % int(whole)
 
     def scaled(self, span: Span, power_of_ten: int) -> bytes:
@@ -243,8 +252,11 @@ class _ToNested(_Writer):
         yield from self._others(wafer.scope)
         yield from self._pairs(wafer.scope, "CustomWaferList", (b"string NAME", b"string VALUE"))
         yield from self._pairs(wafer.scope, "RemovedDieList", (b"int32 XINDEX", b"int32 YINDEX"))
-        for columns in dict.fromkeys(table.columns for table in wafer.tables):
-            yield from self._defects(wafer, columns)
+        by_columns: dict[Columns, list[Table]] = {}
+        for table in wafer.tables:
+            by_columns.setdefault(table.columns, []).append(table)
+        for columns, tables in by_columns.items():
+            yield from self._defects(wafer, columns, tables)
         for plan in wafer.plans:
             yield b'Record TestRecord "%d"' % (1 if plan.number is None else plan.number)
             yield b"{"
@@ -301,8 +313,7 @@ class _ToNested(_Writer):
         yield from _list("TestSummaryList", columns, cells)
         yield b"}"
 
-    def _defects(self, wafer: Wafer, columns: Columns) -> Iterator[bytes]:
-        tables = [table for table in wafer.tables if table.columns is columns]
+    def _defects(self, wafer: Wafer, columns: Columns, tables: Sequence[Table]) -> Iterator[bytes]:
         rows = [self._row(Defect(wafer, table, row)) for table in tables for row in range(len(table))]
         if not columns.all:
             return
@@ -396,6 +407,8 @@ class _ToFlat(_Writer):
         self.root = root
         self.used: set[int] = set()
         """Where the fields and lists begin that are carried."""
+        self.records = _wafer_records(root)
+        """In the order of the wafers."""
         self.file: str | None = None
 
     def lines(self) -> Iterator[bytes]:
@@ -469,7 +482,7 @@ class _ToFlat(_Writer):
         yield b"WaferID %s;" % quoted(wafer.id or "", self.source)
         yield from self._statements("wafer", wafer.scope)
         yield from self._other_fields(wafer.scope)
-        record = next(one for one in _wafer_records(self.root) if self._is_of(one, wafer))
+        record = next(self.records)
         for name in ("CustomWaferList", "RemovedDieList"):
             for rows in record.rows(name):
                 yield from self._plain_list(rows)
@@ -489,12 +502,6 @@ class _ToFlat(_Writer):
         for summary in record.below("SummaryRecord"):
             for rows in summary.rows("TestSummaryList"):
                 yield from self._summary(rows)
-
-    def _is_of(self, record: Record, wafer: Wafer) -> bool:
-        begin, end = record.start, record.end
-        own = [entry.start for entries in wafer.scope.own.values() for entry in entries]
-        inside = [*own, *(table.start for table in wafer.tables)]
-        return record.id == wafer.id and all(begin < start < end for start in inside)
 
     def _plain_list(self, rows: Rows) -> Iterator[bytes]:
         table = rows.table
@@ -564,25 +571,20 @@ class _ToFlat(_Writer):
         """The images of a defect that 1.2 can list: those that lie in one file."""
         images = defect.images
         kept = [image for image in images if image.file == images[0].file]
+        if len(kept) < len(images):
+            self.count(
+                "images that lie in another file than the first of their defect", len(images) - len(kept), defect
+            )
         for image in kept:
             if image.format is not None and _format(image.file) != image.format.upper():
-                start = defect.table.starts[defect.row]
-                self.note(
-                    "lost", start, f"format {image.format} of an image of defect {defect.id}: {image.file} says none"
-                )
-        if len(kept) < len(images):
-            start = defect.table.starts[defect.row]
-            what = f"{len(images) - len(kept)} images of defect {defect.id}: 1.2 lists those of one file"
-            self.note("lost", start, what)
+                self.count("formats of images: the name of the file says another one", 1, defect)
         return kept
 
     def _kind(self, defect: Defect, image: Image) -> bytes:
         kind = image.kind.encode("utf-8")
         if as_integer(kind) is not None:
             return kind
-        self.note(
-            "lost", defect.table.starts[defect.row], f"kind {image.kind!r} of an image of defect {defect.id}: 0 now"
-        )
+        self.count("kinds of images that are no numbers: 0 now", 1, defect)
         return b"0"
 
     def _file_name(self, file: str) -> bytes:

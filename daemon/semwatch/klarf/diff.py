@@ -1,5 +1,6 @@
 """What differs between two KLARF files of one grammar: by meaning, not by spacing."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -54,7 +55,7 @@ def _lots(where: str, old: Lot | None, new: Lot | None) -> Iterator[Difference]:
     for number in dict.fromkeys([*old.classes, *new.classes]):
         a, b = old.classes.get(number), new.classes.get(number)
         if a != b:
-            yield Difference(where, f"class {number}", a and a.name, b and b.name)
+            yield Difference(where, f"class {number}", *(None if one is None else one.name for one in (a, b)))
     old_wafers, new_wafers = _by_id(old.wafers), _by_id(new.wafers)
     for key in dict.fromkeys([*old_wafers, *new_wafers]):
         yield from _wafers(f"{where}, wafer {_named(key)}", old_wafers.get(key), new_wafers.get(key))
@@ -120,11 +121,10 @@ def _whole(where: str, old: object, new: object) -> Difference:
 def _by_id(items: Sequence[T]) -> dict[tuple[str | None, int], T]:
     """Items by id; a second one of the same id is the second of that id."""
     found: dict[tuple[str | None, int], T] = {}
+    n_of_id: Counter[str | None] = Counter()
     for item in items:
-        n = 1
-        while (item.id, n) in found:
-            n += 1
-        found[item.id, n] = item
+        n_of_id[item.id] += 1
+        found[item.id, n_of_id[item.id]] = item
     return found
 
 

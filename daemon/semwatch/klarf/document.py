@@ -70,9 +70,8 @@ def parse(data: bytes, *, max_defects: int = MAX_DEFECTS) -> Document:
         document = Document(source, VERSION, (), root, is_complete)
     elif head and head[0].upper() == b"FILEVERSION":
         statements = parse_flat(source, max_defects=max_defects)
-        version = VERSIONS.get(
-            tuple(source.data[word.start : word.end] for word in source.flat_words(statements[0].body))
-        )
+        words = [source.text(word) for word in source.flat_words(statements[0].body)]
+        version = VERSIONS.get(" ".join(words))
         if version is None:
             raise source.error(statements[0].body.start, "the version 1 1 or 1 2")
         is_complete = statements[-1].keyword.upper() == "ENDOFFILE"

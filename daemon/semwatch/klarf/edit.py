@@ -43,7 +43,7 @@ def set_column(document: Document, wafer: Wafer, column: str, values: Mapping[in
     _check_all_found(wafer, values.keys() - rows.keys())
     edits: list[Edit] = []
     for defect_id, value in values.items():
-        table, row = _row(wafer, rows[defect_id])
+        table, row = wafer.defects.locate(rows[defect_id])
         index = _editable(table, column)
         edits.append((table.cell(row, index), written(value, table.columns.all[index], document)))
     return _apply(document, edits)
@@ -81,7 +81,8 @@ def add_column(
     rows_by_id(wafer)
     new = Column(column, type_, "any" if type_ == "string" else "number", Span(0, 0))
     filling = written(default, new, document)
-    declarations = list(dict.fromkeys(table.columns for table in wafer.tables))
+    own_lists = {table.start for table in wafer.tables}
+    declarations = {table.columns: table for table in wafer.tables}
     edits: list[Edit] = []
     left = set(values)
     for table in document.tables:
@@ -89,16 +90,15 @@ def add_column(
             continue
         if table.index(column) is not None:
             raise KlarfError(f"the lists have a column {column} already; set it")
-        own = any(table is one for one in wafer.tables)
+        own = table.start in own_lists
         for row, defect_id in enumerate(_ids(table)):
             cell = filling
-            if own and defect_id in values:
+            if own and defect_id is not None and defect_id in values:
                 left.discard(defect_id)
                 cell = written(values[defect_id], new, document)
             edits.append(_new_cell(table, row, cell))
     _check_all_found(wafer, left)
-    for columns in declarations:
-        table = next(table for table in wafer.tables if table.columns is columns)
+    for columns, table in declarations.items():
         if not len(columns):
             raise document.source.error(table.start, "a DefectRecordSpec to get a column", found=False)
         edits += _new_declaration(table, f"{type_} {column}" if document.root is not None else column)
@@ -211,15 +211,6 @@ def _ids(table: Table) -> Iterator[int | None]:
         yield from ((None,) * len(table))
         return
     yield from map(as_integer, table.column_words(index))
-
-
-def _row(wafer: Wafer, at: int) -> tuple[Table, int]:
-    """The list and the row of the defect at a place among all of a wafer."""
-    for table in wafer.tables:
-        if at < len(table):
-            return table, at
-        at -= len(table)
-    raise IndexError(at)
 
 
 def _editable(table: Table, column: str) -> int:
@@ -363,7 +354,8 @@ def _flat_partial(document: Document, wafer: Wafer, column: str, rows: list[byte
 def _nested_partial(document: Document, root: Record, wafer: Wafer, column: str, rows: list[bytes]) -> list[bytes]:
     source = document.source
     lot = next(one for one in document.lots if any(wafer is of for of in one.wafers))
-    lot_fields, wafer_fields = [], []
+    lot_fields: list[bytes] = []
+    wafer_fields: list[bytes] = []
     for name in _KEPT_FIELDS:
         for scope, kept in ((lot.scope, lot_fields), (wafer.scope, wafer_fields)):
             if (entry := scope.entry(name, own=True)) is not None:

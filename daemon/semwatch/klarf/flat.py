@@ -10,7 +10,8 @@ from semwatch.klarf.errors import KlarfError
 from semwatch.klarf.source import FLAT_TOKEN, SPACE, STRING, Source, Span, as_integer
 from semwatch.klarf.table import Column, Columns, Kind, Table, cell_pattern, row_pattern
 
-VERSIONS = {(b"1", b"1"): "1.1", (b"1", b"2"): "1.2"}
+VERSIONS = {"1 1": "1.1", "1 2": "1.2"}
+"""By the words of FileVersion."""
 FLAT_VERSION = "1.2"
 MAX_COLUMNS = 1000
 MAX_IMAGES = 10_000

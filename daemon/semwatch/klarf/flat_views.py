@@ -31,11 +31,11 @@ def lots(source: Source, statements: Sequence[Statement]) -> tuple[Lot, ...]:
     """
     sections = _sections(source, statements)
     file_names = _image_files(source, statements)
-    inherited: Level = {}
+    before: tuple[Level, ...] = ()
     found: list[tuple[Entry | None, Wafer]] = []
     for wafer_id, section in sections:
         own = _level(section)
-        scope = Scope(source, own, (inherited,), is_flat=True)
+        scope = Scope(source, own, before, is_flat=True)
         tables = tuple(one.table for one in section if one.table is not None)
         if len(sections) > 1 and not tables:
             raise source.error(
@@ -44,7 +44,7 @@ def lots(source: Source, statements: Sequence[Statement]) -> tuple[Lot, ...]:
         files = tuple(file_names[table.start] for table in tables)
         wafer = Wafer(wafer_id, scope, tables, files, tuple(_plans(source, section)), _classes(source, scope))
         found.append((scope.entry("LotID"), wafer))
-        inherited = {**inherited, **own}
+        before = (own, *before)
     return _by_lot(source, statements, found)
 
 

@@ -137,7 +137,9 @@ class Table:
         at = self.columns.images
         if self.is_flat and at is not None and index >= at:
             return self.cells(row)[index]
-        return Span(*self._up_to(index).match(self.source.data, self.starts[row]).span(1))  # type: ignore[union-attr]
+        found = self._up_to(index).match(self.source.data, self.starts[row])
+        assert found is not None  # the row was read with a pattern that is narrower
+        return Span(*found.span(1))
 
     def column_words(self, index: int) -> Iterator[bytes]:
         """What stands in one column, row by row."""
@@ -150,7 +152,9 @@ class Table:
             return
         match = self._up_to(index).match
         for start in self.starts:
-            yield match(data, start)[1]  # type: ignore[index]
+            found = match(data, start)
+            assert found is not None
+            yield found[1]
 
     def column(self, name: str) -> list[Value]:
         """The values of one column; empty where there is no such column."""

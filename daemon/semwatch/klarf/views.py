@@ -5,9 +5,11 @@ the origin of the die, the *wafer frame* at the centre of the wafer; x goes to t
 the wafer.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import NamedTuple, overload
 
@@ -394,13 +396,14 @@ def _named_images(source: Source, tokens: list[Span], shared: str | None) -> tup
     for words in entries if tokens[3:-1] else []:
         if len(words) == 4:
             file, format_, number, kind = words
-            name, of = source.text(file), source.text(format_)
+            image = Image(source.text(file), _image_number(source, number), source.text(kind), source.text(format_))
         elif len(words) == 2:
-            (number, kind), name, of = words, shared, None
+            number, kind = words
+            image = Image(shared, _image_number(source, number), source.text(kind))
         else:
             start = words[0].start if words else tokens[-1].start
             raise source.error(start, "an image as number and kind, or as file, format, number and kind")
-        found.append(Image(name, _image_number(source, number), source.text(kind), of))
+        found.append(image)
     if n != len(found):
         raise source.error(tokens[1].start, f"{len(found)} as the number of images, for so many follow")
     return tuple(found)
@@ -418,7 +421,8 @@ class Defects(Sequence[Defect]):
 
     def __init__(self, wafer: "Wafer") -> None:
         self._wafer = wafer
-        self._n = sum(map(len, wafer.tables))
+        self._begins = [0, *accumulate(map(len, wafer.tables))]
+        self._n = self._begins[-1]
 
     def __len__(self) -> int:
         return self._n
@@ -434,11 +438,13 @@ class Defects(Sequence[Defect]):
         at = index + self._n if index < 0 else index
         if not 0 <= at < self._n:
             raise IndexError(index)
-        for table in self._wafer.tables:
-            if at < len(table):
-                return Defect(self._wafer, table, at)
-            at -= len(table)
-        raise IndexError(index)
+        table, row = self.locate(at)
+        return Defect(self._wafer, table, row)
+
+    def locate(self, at: int) -> tuple[Table, int]:
+        """The list and the row of the defect at a place."""
+        n = bisect_right(self._begins, at) - 1
+        return self._wafer.tables[n], at - self._begins[n]
 
     def __iter__(self) -> Iterator[Defect]:
         return (Defect(self._wafer, table, row) for table in self._wafer.tables for row in range(len(table)))
@@ -606,7 +612,11 @@ class Wafer:
 
     def image_file(self, table: Table) -> str | None:
         """The file that images of a list are in, where they are named by number alone."""
-        return next((file for of, file in zip(self.tables, self.image_files, strict=True) if of is table), None)
+        return self._file_by_start.get(table.start)
+
+    @cached_property
+    def _file_by_start(self) -> Mapping[int, str | None]:
+        return {table.start: file for table, file in zip(self.tables, self.image_files, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
