@@ -6,7 +6,8 @@
     ├── ImageError           this file cannot be reviewed: quarantine it with the reason, go on with the next
     ├── ServiceUnavailable   Redis, the models or a disk are away: back off, lose nothing
     │   └── FileUnavailable  work on this one file failed, another try may mend it: the file waits, no other does
-    └── PublishError         a new model version could not be published: keep the old one
+    ├── PublishError         a new model version could not be published: keep the old one
+    └── klarf.KlarfError     a KLARF cannot be read or edited: leave it alone, the message names line and column
 
 Drivers' errors are translated where the driver is used. Anything that is not in this tree is a bug. In the work on one
 file it is that file's (``service.faults``); anywhere else it may crash the daemon: the ledger brings the work back.

@@ -17,6 +17,7 @@ from rich.progress import track
 from semwatch.cli import adapt, audit_log, models, quarantine, queue
 from semwatch.cli import clusters as cluster_commands
 from semwatch.cli import install as install_commands
+from semwatch.cli import klarf as klarf_commands
 from semwatch.cli import recipe as recipe_commands
 from semwatch.cli import triton as triton_commands
 from semwatch.cli.given_files import image_files
@@ -72,6 +73,7 @@ app.add_typer(quarantine.app, name="quarantine")
 app.add_typer(cluster_commands.app, name="clusters")
 app.add_typer(models.app, name="models")
 app.add_typer(queue.app, name="queue")
+app.add_typer(klarf_commands.app, name="klarf")
 app.add_typer(triton_commands.app, name="triton")
 
 
