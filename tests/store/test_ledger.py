@@ -23,6 +23,7 @@ from paths import ROOT
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.store import ledger as ledger_module
 from semwatch.store.ledger import Claim, Ledger, OutboxItem
+from semwatch.store.ledger_layout import KIND
 from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.files import Stamp
 
@@ -456,9 +457,9 @@ def test_older_ledger_may_be_looked_at_but_not_written_beside_the_daemon(path: P
 
 def test_migration_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_layout_1(path)
-    kind = ledger_module._KIND
+    kind = KIND
     broken = {**kind.migrations, 2: (*kind.migrations[2], "SELECT 1 FROM nowhere")}
-    monkeypatch.setattr(ledger_module, "_KIND", replace(kind, migrations=broken))
+    monkeypatch.setattr(ledger_module, "KIND", replace(kind, migrations=broken))
     with pytest.raises(sqlite3.OperationalError, match="nowhere"):
         Ledger(path)
     with closing(sqlite3.connect(path)) as db:
