@@ -201,7 +201,8 @@ class Process:
         service.metrics = Metrics([SOURCE])
         self.incoming = service._incoming = SimulatedIncoming(world, self.ledger)  # type: ignore[assignment]
         idle = SimpleNamespace(step=lambda: None)
-        service._duplicates = service._tables = service._late_look = idle  # type: ignore[assignment]
+        service._duplicates = service._late_look = idle  # type: ignore[assignment]
+        service._step_tables = idle.step  # type: ignore[method-assign]
         service._places, service._working = {SOURCE: DROP}, {}
         service._away, service._publishing, service._folders_away = Backoff(), Backoff(), {SOURCE: Backoff()}
         service._away_because, service._log_again = "", 0.0

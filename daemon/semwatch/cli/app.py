@@ -14,7 +14,7 @@ import typer
 from rich.logging import RichHandler
 from rich.progress import track
 
-from semwatch.cli import adapt, audit_log, models, quarantine, queue
+from semwatch.cli import adapt, audit_log, lots, models, people, quarantine, queue
 from semwatch.cli import clusters as cluster_commands
 from semwatch.cli import install as install_commands
 from semwatch.cli import recipe as recipe_commands
@@ -153,6 +153,11 @@ def demo(
 
 
 app.command("logs", epilog=EPILOG)(logs)
+app.command("lot", epilog=EPILOG)(lots.lot)
+app.command("correct", epilog=EPILOG)(people.correct)
+app.command("quality", epilog=EPILOG)(people.quality_command)
+app.command("rereview", epilog=EPILOG)(lots.rereview)
+app.command("reindex", epilog=EPILOG)(lots.reindex)
 app.command("adapt", epilog=EPILOG)(adapt.adapt)
 app.command("redis", epilog=EPILOG)(redis_server)
 app.command("install", epilog=EPILOG)(install_commands.install)

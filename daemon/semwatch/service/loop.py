@@ -43,6 +43,7 @@ from semwatch.store import pause
 from semwatch.store.audit import AUDIT, AuditLog
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.store.pause import Pause
+from semwatch.store.result_index import INDEX, open_index
 from semwatch.store.review_record import printable
 from semwatch.system.files import make_folder
 from semwatch.system.journal import about
@@ -169,7 +170,11 @@ class Service:
     def _start_beside_the_line(self) -> None:
         """What follows reviews: tables, notes of duplicates, re-review, forgetting."""
         site, keep = self.site, self._open
-        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
+        index = keep.enter_context(open_index(site.state_dir / INDEX))
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir, index)
+        self._tables_thread = ThreadPoolExecutor(1, thread_name_prefix="tables")
+        keep.callback(self._tables_thread.shutdown)
+        self._tables_step: Future[None] | None = None
         self._duplicates = Duplicates(self.ledger, site.results_dir, self._file_work.messages_of_duplicate)
         self._publishing = Backoff()
         self._rereview = rereview.Rereview(
@@ -248,8 +253,15 @@ class Service:
                 self._note_fault(arrival, error)
             self._incoming.release(arrival)
         self._duplicates.step()
-        self._tables.step()
+        self._step_tables()
         self._late_look.step()
+
+    def _step_tables(self) -> None:
+        """Tables and index are brought up to date in a thread of their own: however long it takes, the loop goes on."""
+        if self._tables_step is None or self._tables_step.done():
+            before, self._tables_step = self._tables_step, self._tables_thread.submit(self._tables.step)
+            if before is not None:
+                before.result()
 
     def _note_fault(self, arrival: Arrival, error: BaseException) -> None:
         """Say what failed, and let wait who has to: the file, its folder, or the line."""
@@ -435,7 +447,9 @@ class Service:
                     extra = self._file_work.about(arrival, "waits")
                     log.error("a review failed while stopping: %s", error, extra=extra)
             self._say_pause(None)
-            self._tables.step(is_last=True)
+            running = [self._tables_step] if self._tables_step else []
+            if not wait(running, timeout=self.site.limits.stop_timeout_s).not_done:
+                self._tables.step(is_last=True)
             self._deliver()
             if self._presence is not None:
                 self._presence.end()

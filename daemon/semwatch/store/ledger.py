@@ -35,6 +35,8 @@ Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 _FILES_A_QUERY = 500
 _REPLACED = "replaced before it was reviewed"
 """Reason of work that nobody can do any more; should its content come again, it is done."""
+_AGAIN = "to be judged again"
+"""Reason of work that is done and waits for another review."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +197,15 @@ class Ledger:
         """
         with self._file.transaction() as db:
             row = db.execute(
-                "SELECT CASE reason WHEN ? THEN 'SEEN' ELSE state END, attempts, deaths, path FROM work"
+                "SELECT CASE reason WHEN ? THEN 'SEEN' ELSE state END, attempts, deaths, path, reason FROM work"
                 " WHERE source = ? AND sha256 = ?",
                 (_REPLACED, source, sha256),
             ).fetchone()
-            state, attempts, deaths, original = row if row else (None, 0, 0, _blob(path))
-            outcome = _outcome(state, is_same_path=original == _blob(path))
+            state, attempts, deaths, original, reason = row if row else (None, 0, 0, _blob(path), None)
+            is_same_path = original == _blob(path)
+            outcome = _outcome(state, is_same_path=is_same_path)
+            if state == "SEEN" and reason == _AGAIN and not is_same_path:
+                outcome = "in-flight"  # its result is beside the original's name, so the original is to come first
             if outcome in ("new", "retry"):
                 original = _blob(path)
                 db.execute(
@@ -234,10 +239,7 @@ class Ledger:
         with self._file.transaction() as db:
             kept = None if reason is None else _clean(reason)
             _leave(db, claim, "state = 'DONE', reason = ?, finished_utc = ?", kept, now_utc)
-            db.executemany(
-                "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
-                [(item.id, item.stream, item.payload) for item in outbox],
-            )
+            _add_messages(db, outbox)
             unknown_features.add(db, unknowns)
             lot_rows.add(db, row)
             _append_audit(db, audit)
@@ -304,6 +306,28 @@ class Ledger:
             if changed.rowcount == 1:
                 _append_audit(db, audit)
         return changed.rowcount == 1
+
+    def done_below(self, source: str, folder: str) -> list[Work]:
+        """Return the reviewed work whose file lay in a folder, or below it, by path; "" for the whole drop folder."""
+        low, high = (_blob(f"{folder}/"), _blob(f"{folder}0")) if folder else (b"", None)  # "0" comes after "/"
+        rows = self._file.rows(
+            f"SELECT {self._work} FROM work WHERE source = ? AND state = 'DONE' AND reason IS NULL AND path >= ?"
+            " AND (? IS NULL OR path < ?) ORDER BY path",
+            (source, low, high, high),
+        )
+        return [Work(source, sha256, _text(path), *rest) for source, sha256, path, *rest in rows]
+
+    def review_again(self, works: Sequence[Work], *, audit: Mapping[str, object]) -> int:
+        """Let reviewed work wait to be judged once more, with one audit line; return how much still was reviewed."""
+        with self._file.transaction() as db:
+            changed = db.executemany(
+                "UPDATE work SET state = 'SEEN', attempts = 0, deaths = 0, reason = ?, finished_utc = NULL"
+                " WHERE source = ? AND sha256 = ? AND state = 'DONE' AND reason IS NULL",
+                [(_AGAIN, work.source, work.sha256) for work in works],
+            )
+            if changed.rowcount > 0:
+                _append_audit(db, audit)
+        return max(changed.rowcount, 0)
 
     # --- outbox and audit ------------------------------------------------------------------------------------------
 
