@@ -1,15 +1,13 @@
 """A person's word on a result: who says what is on record first, then it stands beside the model's verdict."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from semwatch.defects import DEFECT_FREE
-from semwatch.errors import ConfigError, ImageError, ModelMismatch
-from semwatch.models import model_repository
+from semwatch.errors import ImageError
+from semwatch.operations import labels
 from semwatch.operations.decide import login_name
-from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site
 from semwatch.store import corrections, results
 from semwatch.store.corrections import Correction
@@ -47,7 +45,7 @@ def correct(site: Site, work: Work, said: Sequence[Correction], *, is_new_label:
     """
     if not is_new_label:
         for one in said:
-            check_label(site, one.label)
+            labels.check(site, one.label)
     target = results.review_path(site.results_dir, work.source, work.path)
     if work.state == "QUARANTINED" or not target.exists():
         raise ImageError(f"there is no result of {work.source}/{work.path} to correct: `semwatch logs` says why")
@@ -93,43 +91,6 @@ def confirmed(record: ReviewRecord, page: int | None = None) -> list[Correction]
         for defect in one.defects
         if defect.human is None and defect.verdict.label is not None
     ]
-
-
-def check_label(site: Site, label: str | None) -> None:
-    """Refuse a label that no model and no class table of the site knows.
-
-    Raises:
-        ConfigError: it names the nearest.
-    """
-    known = known_labels(site)
-    if label is not None and label not in known:
-        near = difflib.get_close_matches(label.lower(), known, n=3, cutoff=0.5)
-        there_are = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(known) or 'none'}"
-        raise ConfigError(
-            f"no model and no class table knows the label {label!r}; {there_are}; --new takes it as it is"
-        )
-
-
-def known_labels(site: Site) -> list[str]:
-    """Class names that a model version or a class table of the site knows, in order."""
-    known = model_labels(site.models.repository)
-    for folder in site.folders:
-        try:
-            known |= set(load_recipe(folder.recipe).classes)
-        except ConfigError:
-            continue  # `doctor` says so
-    return sorted(known - {DEFECT_FREE})
-
-
-def model_labels(repository: Path) -> set[str]:
-    """Class names of every version of the head; damaged ones are left out."""
-    labels: set[str] = set()
-    for version in model_repository.versions(repository, "head"):
-        try:
-            labels |= set(model_repository.read_meta(repository, "head", version).labels)
-        except ModelMismatch:
-            continue
-    return labels
 
 
 def _change(before: ReviewRecord, one: Correction) -> dict[str, object]:

@@ -113,10 +113,13 @@ def find(site: Site, index: ResultIndex, name: str) -> str:
         ConfigError: there is no such lot, or several.
     """
     wanted = name.strip("/")
-    known = set(index.lots()) | set(result_index.all_lots(site.results_dir)) | set(_drop_folders(site, wanted))
-    if wanted in known:
+    known = {*index.lots(), *_drop_folders(site, wanted)}
+    bases = _bases(known, wanted)
+    if not bases:  # nothing has taken it into the index yet
+        known |= set(result_index.all_lots(site.results_dir))
+        bases = _bases(known, wanted)
+    if wanted in bases:
         return wanted
-    bases = {base for lot in known if (base := _base(lot, wanted)) is not None}
     if len(bases) == 1:
         return bases.pop()
     if bases:
@@ -137,10 +140,14 @@ def refreshed(site: Site, index: ResultIndex, base: str) -> list[str]:
     return lots
 
 
-def _base(lot: str, wanted: str) -> str | None:
-    """The part of a lot's folder that ends in the wanted one; None where it is not in it."""
-    before, found, _ = f"{lot}/".partition(f"/{wanted}/")
-    return f"{before}/{wanted}" if found else None
+def _bases(lots: set[str], wanted: str) -> set[str]:
+    """The parts of lots' folders that end in the wanted one."""
+    bases = set()
+    for lot in lots:
+        before, found, _ = f"/{lot}/".partition(f"/{wanted}/")
+        if found:
+            bases.add(f"{before}/{wanted}".strip("/"))
+    return bases
 
 
 def _drop_folders(site: Site, wanted: str) -> list[str]:

@@ -36,6 +36,7 @@ from semwatch.service.lot_tables import LotTables
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.service.one_file import FileWork
+from semwatch.service.recipe_edits import RecipeEdits
 from semwatch.service.references import References
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site
@@ -137,7 +138,7 @@ class Service:
         self._late_look = LateLook(self.ledger, self._places, self._incoming)
         keep.callback(self._late_look.close)
         self._next_beat = 0.0
-        self._has_new_detector = False
+        self._has_new_detector = self._has_new_recipe = False
         self._pause: Pause | None = None
         self._is_pause_stated = False
         self._log_again = 0.0
@@ -190,6 +191,8 @@ class Service:
         )
         keep.callback(self._rereview.close)
         self._has_more_to_reread = False
+        files = {folder.source: folder.recipe for folder in site.folders}
+        self._recipe_edits = RecipeEdits(files, self.recipes, self._models, self.ledger, site.state_dir)
         self._forgetting = Forgetting(
             self.ledger, self._places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
         )
@@ -231,7 +234,7 @@ class Service:
         # after a service was away.
         is_one_alone = self._away.is_down or self._has_suspects()
         free = (1 if is_one_alone else self.site.limits.in_flight) - len(self._working)
-        if self._reason_to_wait() or free <= 0 or self._has_new_detector:
+        if self._reason_to_wait() or free <= 0 or self._has_new_detector or self._has_new_recipe:
             wait(self._working, timeout=min(self._beat_s, TICK_S), return_when=FIRST_COMPLETED)
             if not self._working:
                 self._stop.wait(min(self._beat_s, TICK_S))
@@ -390,6 +393,10 @@ class Service:
         if self._has_new_detector and not self._working:
             self._models.refresh_detector()
             self._has_new_detector = False
+        self._has_new_recipe = self._recipe_edits.look()  # so does a recipe
+        if self._has_new_recipe and not self._working:
+            self._recipe_edits.use()
+            self._has_new_recipe = False
         self._forgetting.step()
         if self.ledger.others_wrote():
             self._incoming.look_anew()  # someone took a file out of quarantine

@@ -17,6 +17,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -54,13 +55,14 @@ _KIND = Kind(
         """CREATE TABLE defects (
             id INTEGER PRIMARY KEY, file INTEGER NOT NULL, lot TEXT NOT NULL, page INTEGER NOT NULL,
             defect_id INTEGER NOT NULL, kind TEXT NOT NULL, label TEXT, confidence REAL NOT NULL, nearest TEXT,
-            box TEXT NOT NULL, area_px INTEGER NOT NULL, is_judged INTEGER NOT NULL, human_label TEXT, human_by TEXT,
+            box TEXT NOT NULL, area_px INTEGER NOT NULL, is_judged INTEGER, human_label TEXT, human_by TEXT,
             human_utc TEXT)""",
         "CREATE INDEX defects_by_file ON defects (file)",
         "CREATE INDEX defects_by_lot ON defects (lot, id)",
-        "CREATE INDEX defects_by_label ON defects (label, id)",
-        "CREATE INDEX defects_by_kind ON defects (kind, id)",
-        "CREATE INDEX defects_judged ON defects (lot, id) WHERE is_judged",
+        # With the confidence, so that what is filtered out by it is not looked up.
+        "CREATE INDEX defects_by_label ON defects (label, id, confidence)",
+        "CREATE INDEX defects_by_kind ON defects (kind, id, confidence)",
+        "CREATE INDEX defects_judged ON defects (is_judged, id) WHERE is_judged IS NOT NULL",
         """CREATE TABLE missed (
             file INTEGER NOT NULL, lot TEXT NOT NULL, page INTEGER NOT NULL, label TEXT NOT NULL, box TEXT NOT NULL,
             by TEXT NOT NULL, utc TEXT NOT NULL)""",
@@ -148,7 +150,7 @@ class ResultIndex:
         """
         folder = results_dir / lot
         known = dict(self._file.rows("SELECT name, stamp FROM files WHERE lot = ?", (lot,)))
-        present = {name: stamp for name in lot_table.names(folder) if (stamp := stamp_of(folder / name))}
+        present = _stamps(folder)
         gone = known.keys() - present.keys()
         changed = [name for name, stamp in present.items() if known.get(name) != stamp]
         for start in range(0, max(len(changed), 1), BATCH):
@@ -244,16 +246,17 @@ class ResultIndex:
             after: ``id`` of the last of the page before.
             limit: of the page.
         """
+        of_all = "+" if lot is not None else ""  # keeps SQLite to the index of the lot, which is the shorter way
         conditions: list[tuple[str, object]] = [
             ("d.lot = ?", lot),
-            ("d.kind = ?", kind),
-            ("d.label = ?", label),
-            ("d.is_judged = ?", None if is_judged in (None, True) else 0),
+            (f"{of_all}d.kind = ?", kind),
+            (f"{of_all}d.label = ?", label),
+            (f"{of_all}d.is_judged = ?", 1 if is_judged else None),
             ("d.confidence <= ?", max_confidence),
             ("d.id > ?", after),
         ]
         used = [(text, value) for text, value in conditions if value is not None]
-        where = " AND ".join([*(text for text, _ in used), *(["d.is_judged"] if is_judged else [])])
+        where = " AND ".join([*(text for text, _ in used), *(["d.is_judged IS NULL"] if is_judged is False else [])])
         rows = self._file.rows(
             "SELECT d.id, d.lot, f.source, f.path, d.page, d.defect_id, d.kind, d.label, d.confidence, d.nearest,"
             " d.box, d.area_px, d.is_judged, d.human_label, d.human_by, d.human_utc FROM defects AS d"
@@ -266,7 +269,7 @@ class ResultIndex:
         """Defects that a person has judged: kind and label of the model, the person's label, how many."""
         where, values = _in_lots(lots)
         return self._file.rows(
-            f"SELECT kind, label, human_label, count(*) FROM defects WHERE is_judged {where}"
+            f"SELECT kind, label, human_label, count(*) FROM defects WHERE is_judged = 1 {where}"
             " GROUP BY kind, label, human_label",
             values,
         )
@@ -331,9 +334,27 @@ def rebuild(index: ResultIndex, results_dir: Path) -> Iterator[tuple[str, int]]:
 def stamp_of(path: Path) -> str:
     """What tells one state of a file from another; empty where it is gone."""
     try:
-        status = path.lstat()
+        return _stamp(path.lstat())
     except OSError:
         return ""
+
+
+def _stamps(folder: Path) -> dict[str, str]:
+    """Stamps of what the table of a lot is made of, by name; nothing where there is no such folder."""
+    with results.disk(folder):
+        try:
+            with os.scandir(folder) as listing:
+                entries = {entry.name: entry for entry in listing if entry.name.endswith(results.IN_TABLES)}
+        except FileNotFoundError:
+            return {}
+        stamps = {}
+        for name in lot_table.names_among(list(entries)):
+            with suppress(FileNotFoundError):  # meanwhile
+                stamps[name] = _stamp(entries[name].stat(follow_symlinks=False))
+        return stamps
+
+
+def _stamp(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
 
@@ -413,7 +434,7 @@ def _add_page(db: sqlite3.Connection, file: int, lot: str, page: PageRecord) -> 
             (
                 file, lot, page.page, defect.defect_id, verdict.kind, verdict.label, verdict.confidence,
                 verdict.nearest[0].label if verdict.nearest else None, json.dumps(defect.box_xyxy), defect.area_px,
-                human is not None, human and human.label, human and human.by, human and human.utc,
+                1 if human is not None else None, human and human.label, human and human.by, human and human.utc,
             )
             for defect in page.defects
             for verdict, human in [(defect.verdict, defect.human)]
