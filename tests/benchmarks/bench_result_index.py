@@ -95,9 +95,10 @@ def big(folder: Path, template: ReviewRecord, n_images: int) -> None:
 
 def show_pages(index: ResultIndex, middle: int) -> None:
     """Filtered pages of 100, from the middle of the index."""
+    lot = index.lots()[-1]
     questions: dict[str, Callable[[], object]] = {
         "label": lambda: index.defects(label="void", after=middle),
-        "label and lot": lambda: index.defects(label="void", lot=index.lots()[-2]),
+        "label and lot": lambda: index.defects(label="void", lot=lot),
         "kind and confidence": lambda: index.defects(kind="known", max_confidence=0.05, after=middle),
         "label and confidence (none is)": lambda: index.defects(label="pit", max_confidence=-1),
         "judged by people (none is)": lambda: index.defects(is_judged=True),

@@ -2,13 +2,15 @@
 
 import csv
 import json
+import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from commands import Command, in_process
+from commands import Command, in_process, write_recipe
 from daemon import SOURCE, Site, make_site, png
 from factories import make_review, make_verdict
 from semwatch.operations import correct as correction
@@ -33,6 +35,7 @@ def site(tmp_path: Path, tiny_repository: Path) -> Site:
     """Two images of lot7 reviewed with three defects, one refused; one of lot8 has the content of another."""
     made = make_site(tmp_path / "site", tiny_repository)
     made.results.parent.mkdir(parents=True)
+    made.state.mkdir(parents=True, exist_ok=True)
     AuditLog(made.state / "audit.jsonl").close()
     with Ledger(made.state / "ledger.sqlite") as ledger:
         for i, name in enumerate(("lot7/a.png", "lot7/w1/b.png")):
@@ -214,6 +217,27 @@ def test_two_people_at_once_are_both_on_record_and_the_last_counts(site: Site, m
     human = result(site).pages[0].defects[0].human
     assert human is not None
     assert human.by == lines[-1]["by"]
+
+
+def test_labels_that_no_model_knows_are_refused_with_the_nearest(semwatch: Command, site: Site, tmp_path: Path) -> None:
+    repository = load_site(site.file).models.repository
+    table = {"particle": {"code": 0}, "brigde": {"code": 7}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", classes=table)
+    said = semwatch("recipe", "check", recipe, "--repository", repository, "--json")
+    assert (said.code, said.json["error"], said.json["exit_code"]) == (2, "ConfigError", 2)
+    assert "no model knows the label 'brigde', the nearest are bridge" in said.json["message"]
+    assert semwatch("recipe", "check", recipe, "--repository", tmp_path).code == 0  # nothing to compare with
+    shutil.copy(recipe, load_site(site.file).folders[0].recipe)
+    assert "the nearest are bridge" in semwatch("doctor", "--site", site.file).words
+    rows = {row["label"]: row for row in semwatch("models", "labels", "--site", site.file, "--json").json}
+    assert (rows["particle"]["code"], rows["brigde"]["heads"], rows["bridge"]["code"]) == (0, [], None)
+    assert "none knows it" in semwatch("models", "labels", "--site", site.file).words
+
+
+def test_version_and_short_help(semwatch: Command) -> None:
+    assert re.fullmatch(r"semwatch \d+\.\d+\.\d+\S*\n", semwatch("--version").out)
+    assert semwatch("-h").out == semwatch("--help").out
+    assert "--missed" in semwatch("correct", "-h").out
 
 
 # --- once more -------------------------------------------------------------------------------------------------------

@@ -37,19 +37,19 @@ def correct(
     """Say what a defect is: `correct a.tif 2 void`, `correct a.tif 2 --not-a-defect`,
     `correct a.tif --missed 40,60,25,25 void`, `correct a.tif --confirm`.
 
-    Your word stands beside the model's, with your name and the time; said again, the last counts. With --not-a-defect,
+    Your word stands beside the model's, with your name and the time; given again, the last counts. With --not-a-defect,
     --missed takes a missed one back.
     """
     settings = load_site(site)
-    said = _said(list(words or []), not_a_defect, missed, page, is_confirmed=confirm)
+    given = _verdicts(list(words or []), not_a_defect, missed, page, is_confirmed=confirm)
     work = _work(settings, image)
     if confirm:
         target = results.review_path(settings.results_dir, work.source, work.path)
-        named = {one.defect_id for one in said}
-        said += [
+        named = {one.defect_id for one in given}
+        given += [
             one for one in correction.confirmed(results.read(target)) if one.page != page or one.defect_id not in named
         ]
-    done = correction.correct(settings, work, said, is_new_label=new or (confirm and not words))
+    done = correction.correct(settings, work, given, is_new_label=new or (confirm and not words))
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(done), "result": str(done.result)}))
         return
@@ -97,7 +97,7 @@ def _share(share: Share) -> str:
     return f"{share.value:.0%} {share.count}/{share.n} ({share.low:.0%}-{share.high:.0%})"
 
 
-def _said(
+def _verdicts(
     words: list[str], not_a_defect: bool, missed: str | None, page: int, *, is_confirmed: bool
 ) -> list[Correction]:
     """What the arguments say.

@@ -29,13 +29,13 @@ class Corrected:
     """As in the audit log: page, defect_id or box_xyxy, model, from and to."""
 
 
-def correct(site: Site, work: Work, said: Sequence[Correction], *, is_new_label: bool = False) -> Corrected:
+def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label: bool = False) -> Corrected:
     """Put a person's verdicts beside the model's: audit log, result, index, lot table, in this order.
 
     Args:
         site: where the result is.
         work: whose result it is.
-        said: verdicts.
+        given: verdicts.
         is_new_label: labels that no model and no class table knows are taken.
 
     Raises:
@@ -44,7 +44,7 @@ def correct(site: Site, work: Work, said: Sequence[Correction], *, is_new_label:
         ServiceUnavailable: the disk is away, or another writer does not end.
     """
     if not is_new_label:
-        for one in said:
+        for one in given:
             labels.check(site, one.label)
     target = results.review_path(site.results_dir, work.source, work.path)
     if work.state == "QUARANTINED" or not target.exists():
@@ -56,11 +56,11 @@ def correct(site: Site, work: Work, said: Sequence[Correction], *, is_new_label:
         def edit(before: ReviewRecord) -> ReviewRecord:
             if before.sha256 != work.sha256:
                 raise ImageError(f"{target} is of other content now: `semwatch logs` says which")
-            after = corrections.corrected(before, said, by=by, utc=utc)
-            changes.extend(_change(before, one) for one in said)
+            after = corrections.corrected(before, given, by=by, utc=utc)
+            changes.extend(_change(before, one) for one in given)
             origin = {"event": "corrected", "utc": utc, "by": by, "source": before.source, "path": before.path}
             audit = {**origin, "sha256": before.sha256, "revision": before.revision, "changes": changes}
-            ledger.note(audit=audit, outbox=messages_for_learning(before, said, by=by, utc=utc))
+            ledger.note(audit=audit, outbox=messages_for_learning(before, given, by=by, utc=utc))
             return after
 
         after = results.change(target, edit)
@@ -73,7 +73,7 @@ def correct(site: Site, work: Work, said: Sequence[Correction], *, is_new_label:
 
 def messages_for_learning(
     result: ReviewRecord,  # noqa: ARG001
-    said: Sequence[Correction],  # noqa: ARG001
+    given: Sequence[Correction],  # noqa: ARG001
     *,
     by: str,  # noqa: ARG001
     utc: str,  # noqa: ARG001

@@ -224,9 +224,9 @@ def _in_words(record: ReviewRecord) -> str:
     flags: Counter[str] = Counter(flag.name for page in record.pages for flag in page.quality.flags)
     quality = f" (quality: {_counted(flags)})" if flags else ""
     humans = [defect.human for page in record.pages for defect in page.defects if defect.human is not None]
-    said = Counter(human.label or "not-a-defect" for human in humans)
-    said.update(f"missed {one.label}" for page in record.pages for one in page.missed)
-    people = f"; people say {_counted(said)}" if said else ""
+    words = Counter(human.label or "not-a-defect" for human in humans)
+    words.update(f"missed {one.label}" for page in record.pages for one in page.missed)
+    people = f"; people say {_counted(words)}" if words else ""
     return f"{again}{_counted(counts) or empty}{quality}; recipe {record.recipe.name}, {models}{people}"
 
 

@@ -13,9 +13,6 @@ from semwatch.store.result_index import INDEX, open_index
 from semwatch.store.review_record import printable
 from semwatch.system.clock import utc_now
 
-MIN_DIGITS = 4
-"""Fewer digits of a sha256 are rather a name."""
-
 
 @dataclass(frozen=True, slots=True)
 class Again:
@@ -40,7 +37,9 @@ def chosen(found: Sequence[Work], wanted: Sequence[str]) -> list[Work]:
     """
     picked: dict[tuple[str, str], Work] = {}
     for name in wanted:
-        fitting = [work for work in found if _fits(work, name)]
+        fitting = [work for work in found if name and _fits(work, name)]
+        if not fitting and name:
+            fitting = [work for work in found if work.sha256.startswith(name.lower())]
         if not fitting:
             raise ConfigError(
                 f"nothing in quarantine fits {name!r}, neither a name, a lot, a pattern nor the digits of a sha256; "
@@ -87,5 +86,4 @@ def _fits(work: Work, name: str) -> bool:
         or f"/{whole}".endswith(f"/{name}")
         or f"/{folder}/" in f"/{whole}"
         or any(fnmatchcase(text, name) for text in (path, whole, path.rpartition("/")[2]))
-        or (len(name) >= MIN_DIGITS and work.sha256.startswith(name.lower()))
     )

@@ -44,7 +44,7 @@ from semwatch.store import pause
 from semwatch.store.audit import AUDIT, AuditLog
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.store.pause import Pause
-from semwatch.store.result_index import INDEX, open_index
+from semwatch.store.result_index import INDEX, ResultIndex, open_index
 from semwatch.store.review_record import printable
 from semwatch.system.files import make_folder
 from semwatch.system.journal import about
@@ -171,8 +171,7 @@ class Service:
     def _start_beside_the_line(self) -> None:
         """What follows reviews: tables, notes of duplicates, re-review, forgetting."""
         site, keep = self.site, self._open
-        index = keep.enter_context(open_index(site.state_dir / INDEX))
-        self._tables = LotTables(self.ledger.lot_rows, site.results_dir, index)
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir, self._open_index())
         self._tables_thread = ThreadPoolExecutor(1, thread_name_prefix="tables")
         keep.callback(self._tables_thread.shutdown)
         self._tables_step: Future[None] | None = None
@@ -196,6 +195,14 @@ class Service:
         self._forgetting = Forgetting(
             self.ledger, self._places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
         )
+
+    def _open_index(self) -> ResultIndex | None:
+        """The index of the results; the line goes on without it, for it is a cache."""
+        try:
+            return self._open.enter_context(open_index(self.site.state_dir / INDEX))
+        except (ConfigError, ServiceUnavailable) as error:
+            log.error("the results are not indexed: %s", error)
+            return None
 
     def run(self) -> bool:
         """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.

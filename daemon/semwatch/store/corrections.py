@@ -25,14 +25,14 @@ class Correction:
     """Of a missed one: half-open, in pixels of the page as read."""
 
 
-def corrected(record: ReviewRecord, said: Sequence[Correction], *, by: str, utc: str) -> ReviewRecord:
+def corrected(record: ReviewRecord, given: Sequence[Correction], *, by: str, utc: str) -> ReviewRecord:
     """Put people's verdicts into a result, in their order; a later one of the same defect takes the place of the first.
 
     Raises:
         ConfigError: there is no such page or defect, or a box lies outside the page.
     """
     pages = {page.page: page for page in record.pages}
-    for one in said:
+    for one in given:
         page = pages.get(one.page)
         if page is None:
             raise ConfigError(f"{record.path} has no page {one.page}; its pages are {_listed(sorted(pages))}")

@@ -125,10 +125,14 @@ class IndexedFile:
 
 
 class ResultIndex:
-    """The open index; any thread may call. See ``open_index``."""
+    """The open index; any thread may call. See ``open_index``.
+
+    One that is ``read_only`` takes nothing in and says what it last knew.
+    """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._file = SqliteFile(path, _KIND, read_only=read_only)
+        self._is_read_only = read_only
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +152,8 @@ class ResultIndex:
         Raises:
             ServiceUnavailable: the disk cannot be read or written.
         """
+        if self._is_read_only:
+            return 0
         folder = results_dir / lot
         known = dict(self._file.rows("SELECT name, stamp FROM files WHERE lot = ?", (lot,)))
         present = _stamps(folder)
@@ -161,7 +167,7 @@ class ResultIndex:
     def put(self, lot: str, read: Sequence[tuple[str, str, AnyRecord | None]], *, gone: Iterable[str] = ()) -> None:
         """Take in files of a lot, by name, stamp and content (None: it is broken), in one transaction."""
         gone = list(gone)
-        if not read and not gone:
+        if self._is_read_only or not (read or gone):
             return
         with self._file.transaction() as db:
             for name in (*gone, *(name for name, _, _ in read)):
@@ -289,10 +295,15 @@ class ResultIndex:
 def open_index(path: Path) -> ResultIndex:
     """Open the index to read and write; one that is broken, or of another layout, is made anew and empty.
 
+    One that this user may not write is opened to read alone.
+
     Raises:
-        ConfigError: something of somebody else lies there, or its folder cannot be written.
+        ConfigError: something of somebody else lies there, or there is none and its folder cannot be written.
         ServiceUnavailable: the disk is full or failing.
     """
+    if path.exists() and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        log.warning("%s may not be written by this user: what it says may be old", path)
+        return ResultIndex(path, read_only=True)
     try:
         return ResultIndex(path)
     except ConfigError as error:

@@ -107,7 +107,8 @@ def write(
     with disk(target):
         files.make_folder(stem.parent)
         overlays: list[Path] = []
-        is_new = _make_room(stem, record.sha256)
+        with alone(target.parent):
+            is_new = _make_room(stem, record.sha256)
         for page in review.pages:
             picture = overlay.draw(page, caption=_caption(review))
             overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
