@@ -57,8 +57,9 @@ def list_labels(site: SiteOption, as_json: JsonOption = False) -> None:
         for f in settings.folders
         for label, known_class in load_recipe(f.recipe).classes.items()
     }
-    rows = [
-        {"label": label, "heads": known.get(label, []), "code": codes.get(label)} for label in sorted(known | codes)
+    labels = sorted({*known, *codes})
+    rows: list[dict[str, Any]] = [
+        {"label": label, "heads": known.get(label, []), "code": codes.get(label)} for label in labels
     ]
     if as_json:
         typer.echo(json.dumps(rows))

@@ -269,7 +269,7 @@ class ResultIndex:
             f" JOIN files AS f ON f.id = d.file WHERE {where} ORDER BY d.id LIMIT ?",
             (*(value for _, value in used), limit),
         )
-        return [IndexedDefect(*row[:10], tuple(json.loads(row[10])), row[11], bool(row[12]), *row[13:]) for row in rows]
+        return [_defect_of(row) for row in rows]
 
     def judged(self, lots: Sequence[str] | None = None) -> list[tuple[str, str | None, str | None, int]]:
         """Defects that a person has judged: kind and label of the model, the person's label, how many."""
@@ -379,6 +379,12 @@ def _is_ours(path: Path) -> bool:
     return head[68:72] == _KIND.application_id.to_bytes(4, "big") or not head.startswith(b"SQLite format 3\0")
 
 
+def _defect_of(row: Sequence[Any]) -> IndexedDefect:
+    """A row of ``defects``: the box is JSON, and that nobody has judged is NULL."""
+    values = [*row[:10], tuple(json.loads(row[10])), row[11], row[12] is not None, *row[13:]]
+    return IndexedDefect(*values)
+
+
 def _in_lots(lots: Sequence[str] | None) -> tuple[str, tuple[str, ...]]:
     return ("", ()) if lots is None else ("AND lot IN (SELECT value FROM json_each(?))", (json.dumps(list(lots)),))
 
@@ -410,6 +416,7 @@ def _add(db: sqlite3.Connection, lot: str, name: str, stamp: str, record: AnyRec
 
 
 def _columns(name: str, record: AnyRecord | None) -> dict[str, Any]:
+    own: dict[str, Any]
     match record:
         case None:
             image = next(name.removesuffix(end) for end in results.IN_TABLES if name.endswith(end))
