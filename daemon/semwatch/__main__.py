@@ -1,7 +1,10 @@
 """The command line: argv -> a command -> exit code. An expected error is one plain message and its exit code."""
 
+import json
 import logging
+import sys
 
+import typer
 from rich.text import Text
 
 from semwatch.cli.app import app
@@ -25,7 +28,10 @@ def main() -> None:
                 Text.assemble((type(error).__name__, "red"), f": {escaped(str(error), keeps_lines=True)}"),
                 soft_wrap=True,
             )
-        raise SystemExit(EXIT_CODES.get(type(error), 1)) from error
+        code = EXIT_CODES.get(type(error), 1)
+        if "--json" in sys.argv:  # who reads the answer by machine finds the error there too
+            typer.echo(json.dumps({"error": type(error).__name__, "message": escaped(str(error)), "exit_code": code}))
+        raise SystemExit(code) from error
 
 
 if __name__ == "__main__":

@@ -348,8 +348,9 @@ def test_status_of_a_broken_ledger_is_one_message_with_the_remedy(semwatch, tmp_
     site = make_site(tmp_path / "site", tiny_repository)
     break_ledger(site)
     said = semwatch("status", "--site", site.file, "--json")
-    assert (said.code, said.out) == (2, "")
+    assert (said.code, said.json["error"], said.json["exit_code"]) == (2, "ConfigError", 2)
     assert "move the file" in said.err
+    assert "move the file" in said.json["message"]
 
 
 # --- audit ---------------------------------------------------------------------------------------------------------
@@ -434,7 +435,7 @@ def test_quarantined_file_is_listed_requeued_and_tried_again_by_the_running_daem
         for wrong in ("", "zz"):
             said = semwatch("quarantine", "requeue", *chosen, shown, wrong)
             assert said.code == 2
-            assert f"nothing in quarantine begins with '{wrong}'" in said.err
+            assert f"nothing in quarantine fits '{wrong}'" in said.err
 
         said = semwatch("quarantine", "requeue", *chosen, shown[:8].upper())
         assert (said.code, said.out) == (0, f"queued again: {SOURCE}/lot/[b]broken.png\n")

@@ -21,8 +21,8 @@ from semwatch.deployment.installed_files import UNITS, systemd_folder, wanted
 from semwatch.deployment.releases import Place
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.settings.fields import EXAMPLES
-from semwatch.store import ledger as ledger_module
 from semwatch.store.ledger import Ledger, OutboxItem
+from semwatch.store.ledger_layout import KIND
 from semwatch.system.files import Stamp
 
 OLD, NEW = "0.1.0", "0.2.0"
@@ -89,7 +89,7 @@ class Machine:
         script.chmod(0o755)
 
 
-NEXT_LAYOUT = ledger_module._KIND.layout + 1
+NEXT_LAYOUT = KIND.layout + 1
 MIGRATES = f"""
 db = sqlite3.connect(folder + "/ledger.sqlite")
 db.execute("ALTER TABLE work ADD COLUMN wafer TEXT")

@@ -1,10 +1,10 @@
 """A deterministic simulation of intake and delivery: the daemon's own code for one file and for deliveries, in a world
 that a seed decides.
 
-Real: ``Service._process``, ``_reap``, ``_deliver`` and all that they call for claims, faults, attempts, quarantine and
-back-off; the ledger on SQLite; ``Waiting``. Simulated: the clock, files and their readability, results on a disk that
-loses in a power cut what was not flushed, Redis, the audit log's file. Not simulated: threads (a review runs to its end
-before the next begins), SQLite's own pages, scans, decoding and models.
+Real: ``FileWork.process``, ``Service._reap``, ``_deliver`` and all that they call for claims, faults, attempts,
+quarantine and back-off; the ledger on SQLite; ``Waiting``. Simulated: the clock, files and their readability, results
+on a disk that loses in a power cut what was not flushed, Redis, the audit log's file. Not simulated: threads (a review
+runs to its end before the next begins), SQLite's own pages, scans, decoding and models.
 
 The process dies at any effect: before or after a commit, a result, a message, a line. At the end all faults cease, and
 ``check`` holds what is left against the promises.
@@ -29,10 +29,11 @@ from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.intake import decoding
 from semwatch.intake.drop_folder import Arrival
 from semwatch.intake.waiting import Waiting, backoff_s
-from semwatch.service import delivery, faults, loop
+from semwatch.service import delivery, faults, loop, one_file
 from semwatch.service.delivery import Backoff
 from semwatch.service.loop import Service
 from semwatch.service.metrics import Metrics
+from semwatch.service.one_file import FileWork
 from semwatch.settings.recipe import Recipe
 from semwatch.store import results
 from semwatch.store.ledger import Ledger, OutboxItem
@@ -191,19 +192,39 @@ class Process:
         self.ledger = Ledger(world.ledger_file)
         service = self.service = Service.__new__(Service)
         limits = SimpleNamespace(max_attempts=MAX_ATTEMPTS, in_flight=2, min_free_mb=0)
-        service.site = SimpleNamespace(limits=limits, results_dir=RESULTS, name="site", redis=None)  # type: ignore[assignment]
+        service.site = SimpleNamespace(
+            limits=limits,
+            results_dir=RESULTS,
+            name="site",
+            redis=None,
+            folders=[SimpleNamespace(source=SOURCE, path=DROP)],
+        )  # type: ignore[assignment]
         service.recipes, service.ledger = {SOURCE: Recipe()}, self.ledger
         service.metrics = Metrics([SOURCE])
         self.incoming = service._incoming = SimulatedIncoming(world, self.ledger)  # type: ignore[assignment]
-        service._references = SimpleNamespace(waits=lambda _: False, partner_of=lambda _: None, read=lambda _: None)  # type: ignore[assignment]
         idle = SimpleNamespace(step=lambda: None)
-        service._duplicates = service._tables = service._late_look = idle  # type: ignore[assignment]
+        service._duplicates = service._late_look = idle  # type: ignore[assignment]
+        service._step_tables = idle.step  # type: ignore[method-assign]
         service._places, service._working = {SOURCE: DROP}, {}
         service._away, service._publishing, service._folders_away = Backoff(), Backoff(), {SOURCE: Backoff()}
         service._away_because, service._log_again = "", 0.0
         service._publisher, service._audit = SimulatedPublisher(world), SimulatedAudit(world)  # type: ignore[assignment]
-        service._review = self._review  # type: ignore[method-assign,assignment]
-        service._messages_aside = lambda *_: []  # type: ignore[method-assign]
+        none: Any = None  # models and what watches scores: what ``_review`` stands for
+        work = service._file_work = FileWork(
+            service.site,
+            service.recipes,
+            self.ledger,
+            metrics=service.metrics,
+            models=none,
+            decode=none,
+            incoming=service._incoming,
+            references=SimpleNamespace(waits=lambda _: False, partner_of=lambda _: None, read=lambda _: None),  # type: ignore[arg-type]
+            drift=none,
+            gates=none,
+            publishes=True,
+        )
+        work._review = self._review  # type: ignore[method-assign,assignment]
+        work._messages_aside = lambda *_: []  # type: ignore[method-assign]
         service._meet_learning = lambda: None  # type: ignore[method-assign]
         try:
             service._set_aside_what_kills()
@@ -235,7 +256,7 @@ class Process:
                 for arrival in self.incoming.arrivals(1 if is_alone else 2):
                     future: Future[None] = Future()
                     try:
-                        service._process(arrival)
+                        service._file_work.process(arrival)
                     except Death:
                         world.died_on[world.files[arrival.path][0]] += 1
                         raise
@@ -291,6 +312,7 @@ def simulated(world: World) -> Iterator[None]:
             (faults, "stamp_now", stamp_now),
             (delivery, "time", clock),
             (loop, "time", clock),
+            (one_file, "time", clock),
             *((Ledger, name, value) for name, value in ledgers.items()),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

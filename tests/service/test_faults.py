@@ -213,7 +213,7 @@ def test_folder_that_is_swapped_for_a_link_leads_nowhere(tmp_path: Path, tiny_re
     try:
         (site.drop / "lot").symlink_to(private)
         stamp = stamp_of((private / "a.png").lstat())
-        service._process(Arrival(SOURCE, "lot/a.png", site.drop / "lot/a.png", stamp))
+        service._file_work.process(Arrival(SOURCE, "lot/a.png", site.drop / "lot/a.png", stamp))
     finally:
         service._open.close()
     assert "behind a link" in site.reasons()["a.png.reason.json"]

@@ -15,8 +15,10 @@ from semwatch.errors import ServiceUnavailable
 from semwatch.service import lot_tables
 from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.store import lot_table, results
+from semwatch.store.corrections import Correction, corrected
 from semwatch.store.ledger import Ledger
 from semwatch.store.lot_table import LOT
+from semwatch.store.result_index import INDEX, open_index
 from semwatch.system.files import Stamp
 
 UTC = "2025-03-01T08:00:00Z"
@@ -82,6 +84,50 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     line = Line(tmp_path, monkeypatch)
     yield line
     line.ledger.close()
+
+
+def indexed(line: Line) -> dict[str, str]:
+    with open_index(line.folder / INDEX) as index:
+        return {file.path: file.outcome for lot in index.lots() for file in index.files(lot)}
+
+
+def test_index_follows_what_is_appended_revised_and_left_by_a_crash(line: Line) -> None:
+    with open_index(line.folder / INDEX) as index:
+        line.tables = LotTables(line.ledger.lot_rows, line.results, index)
+        line.review("lot/a.tif")
+        line.step()
+        assert indexed(line) == {"lot/a.tif": "reviewed"}
+        line.review("lot/b.tif", "lot/c.tif")  # appended
+        line.step()
+        assert len(indexed(line)) == 3
+        path = line.results / "tool-a" / "lot" / "a.tif.review.json"
+        said = [Correction(0, "void", 1)]
+        results.change(path, lambda record: corrected(record, said, by="ada", utc=UTC))
+        line.ledger.lot_rows.write_anew("tool-a/lot")
+        line.step()
+        assert len(index.defects(is_judged=True)) == 1
+        written = line.write("lot/d.tif")  # the process dies between the result and the ledger
+        line.restart()
+        line.tables = LotTables(line.ledger.lot_rows, line.results, index)
+        line.finish("lot/d.tif", written)
+        line.restart()  # and again before the table has it
+        (line.results / "tool-a" / "lot" / "c.tif.review.json").unlink()
+        line.tables = LotTables(line.ledger.lot_rows, line.results, index)
+        line.step()
+        assert sorted(indexed(line)) == ["lot/a.tif", "lot/b.tif", "lot/d.tif"]
+
+
+def test_broken_index_stops_no_table(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    with open_index(line.folder / INDEX) as index:
+        line.tables = LotTables(line.ledger.lot_rows, line.results, index)
+        with sqlite3.connect(line.folder / INDEX) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.close()
+        (line.folder / INDEX).write_bytes(b"SQLite format 3\0" + bytes(40_000))
+        line.review("lot/a.tif")
+        line.step()
+    assert line.rows("lot") == ["a.tif"]
+    assert "made anew at the next start" in caplog.text
 
 
 def test_nothing_reviewed_is_no_table(line: Line) -> None:

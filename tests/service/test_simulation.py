@@ -14,6 +14,7 @@ import line_simulation as simulation
 from semwatch.errors import ServiceUnavailable
 from semwatch.service import delivery, faults, loop
 from semwatch.service.loop import Service
+from semwatch.service.one_file import FileWork
 from semwatch.store import ledger as ledger_module
 from semwatch.store import results
 from semwatch.store.ledger import Ledger
@@ -135,20 +136,20 @@ def service_away_counts_an_attempt() -> Any:
 
 
 def quarantine_fails_with_its_reason() -> Any:
-    def quarantine(self: Service, work: Any, reason: str, size: int) -> None:
+    def quarantine(self: FileWork, work: Any, reason: str, size: int) -> None:
         said: Any = {"path": work.path, "sha256": work.sha256, "reason": reason}
         results.write_reason(**said)
         real(self, work, reason, size)
 
-    real = Service._quarantine
-    return mock.patch.object(Service, "_quarantine", quarantine)
+    real = FileWork.quarantine
+    return mock.patch.object(FileWork, "quarantine", quarantine)
 
 
 def any_error_is_quarantined_at_once() -> Any:
-    def give_back(self: Service, claim: Any, arrival: Any, error: Exception, size: int) -> None:
-        self._quarantine(claim, str(error), size)
+    def give_back(self: FileWork, claim: Any, arrival: Any, error: Exception, size: int) -> None:
+        self.quarantine(claim, str(error), size)
 
-    return mock.patch.object(Service, "_give_back", give_back)
+    return mock.patch.object(FileWork, "_give_back", give_back)
 
 
 def duplicate_of_what_waits_counts_as_done() -> Any:

@@ -122,7 +122,7 @@ def test_lot_shows_the_latest_revision_alone(tmp_path: Path, lot: Path) -> None:
         ("lot/a.tif", "novel-1", "2"),
         ("lot/b.tif", "", "1"),
     ]
-    assert list(rows(lot)[0])[-3:] == ["revision", "quality", "reason"]
+    assert list(rows(lot)[0])[-6:] == [*("revision", "quality", "reason", "human_label", "human_by", "human_utc")]
 
 
 # --- appended --------------------------------------------------------------------------------------------------------

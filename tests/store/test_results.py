@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,9 @@ import pytest
 from factories import KINDS, make_review, make_verdict
 from paths import ROOT
 from semwatch.defects import Quality, QualityFlag, Reference, Review, Verdict, VerdictKind
-from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.store import lot_table, results, review_record
+from semwatch.store.corrections import Correction, corrected
 
 
 def names(folder: Path) -> list[str]:
@@ -252,11 +254,61 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert content() == before
 
 
-def test_second_opinion_on_the_same_content_replaces_the_first(tmp_path: Path) -> None:
+def test_review_under_another_recipe_is_the_next_revision_however_often_it_is_repeated(tmp_path: Path) -> None:
     results.write(make_review(1), results_dir=tmp_path)
-    path = results.write(dataclasses.replace(make_review(1), recipe_id="other"), results_dir=tmp_path).json
-    assert len(names(tmp_path)) == 2
-    assert results.read(path).recipe.id == "other"
+    for _ in range(2):
+        path = results.write(dataclasses.replace(make_review(1), recipe_id="other"), results_dir=tmp_path).json
+    assert names(path.parent) == ["a.tif.overlay.png", "a.tif.r1.review.json", "a.tif.review.json"]
+    assert (results.read(path).recipe.id, results.read(path).revision) == ("other", 2)
+    assert results.read(results.revision_path(path, 1)).recipe.id == "5f2a9c0e7b1d4e68"
+    same_models = dataclasses.replace(make_review(1), recipe_id="other", reviewed_utc=T1)
+    assert results.read(results.write(same_models, results_dir=tmp_path).json).revision == 2
+
+
+def test_words_of_people_go_with_the_defect_when_it_is_judged_again(tmp_path: Path) -> None:
+    review = make_review(3)
+    path = results.write(review, results_dir=tmp_path).json
+    first, second, third = review.pages[0].defects
+    said = [Correction(0, "void", 1), Correction(0, None, 2), Correction(0, "pit", 3)]
+    results.change(path, lambda record: corrected(record, said, by="ada", utc=T1))
+    fewer = dataclasses.replace(review.pages[0], defects=(dataclasses.replace(third, defect_id=1),))
+    again = dataclasses.replace(review, recipe_id="other", pages=(fewer,))
+    (page,) = results.read(results.write(again, results_dir=tmp_path).json).pages
+    assert [(one.human and one.human.label) for one in page.defects] == ["pit"]
+    assert [(one.label, one.box_xyxy) for one in page.missed] == [("void", first.box_xyxy)]  # found no more
+    back = results.read(results.write(dataclasses.replace(review, recipe_id="third"), results_dir=tmp_path).json)
+    assert [one.human and one.human.label for one in back.pages[0].defects] == ["void", None, "pit"]
+    assert back.pages[0].missed == ()
+    assert results.read(results.revision_path(path, 1)).pages[0].defects[1].human is not None
+    assert second.defect_id == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (Correction(0, "void", 7), "has no defect 7 on page 0; its defects are 1, 2"),
+        (Correction(3, "void", 1), "has no page 3; its pages are 0"),
+        (Correction(0, "void", box_xyxy=(250, 0, 300, 10)), "does not lie inside page 0"),
+        (Correction(0, None, box_xyxy=(1, 1, 5, 5)), "nobody said"),
+    ],
+)
+def test_correction_of_what_is_not_there_is_refused(tmp_path: Path, said: Correction, why: str) -> None:
+    path = results.write(make_review(2), results_dir=tmp_path).json
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=why):
+        results.change(path, lambda record: corrected(record, [said], by="ada", utc=T1))
+    assert path.read_bytes() == before
+
+
+def test_two_people_at_once_both_get_their_word_in(tmp_path: Path) -> None:
+    path = results.write(make_review(3), results_dir=tmp_path).json
+
+    def say(number: int) -> None:
+        results.change(path, lambda r: corrected(r, [Correction(0, "void", number)], by=f"p{number}", utc=T1))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(say, [1, 2, 3] * 4))
+    assert [one.human and one.human.by for one in results.read(path).pages[0].defects] == ["p1", "p2", "p3"]
 
 
 def test_result_of_other_content_is_kept_under_its_hash(tmp_path: Path) -> None:
@@ -545,9 +597,9 @@ def test_review_anew_counts_on_and_overwrites_no_kept_revision(tmp_path: Path) -
     before = results.revision_path(path, 1).read_bytes()
     for _ in range(2):  # a replay gives the same
         unknown_result(tmp_path)
-        assert results.read(path).revision == 2
+        assert results.read(path).revision == 3
     results.revise(path, {(0, 1): said()}, head_version=4, utc=T1)
-    assert results.read(path).revision == 3
+    assert results.read(path).revision == 4
     assert results.revision_path(path, 1).read_bytes() == before
 
 

@@ -28,10 +28,10 @@ from installed import (
 )
 from machine import Machine
 from scenario_table import Note
-from semwatch.store import ledger
+from semwatch.store.ledger_layout import KIND
 
 NEXT, BROKEN = "99.1.0", "99.2.0"
-MIGRATION = f"""        {ledger._KIND.layout}: ("ALTER TABLE work ADD COLUMN upgraded TEXT",),
+MIGRATION = f"""        {KIND.layout}: ("ALTER TABLE work ADD COLUMN upgraded TEXT",),
     }},
     made_by="the daemon"""
 
@@ -41,10 +41,10 @@ def next_wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wheels of the working tree as two later versions: one with another ledger, one that cannot start."""
     out = tmp_path_factory.mktemp("next")
     tree = building.copy_of_tree(out / "tree", NEXT)
-    _edit(tree / "daemon/semwatch/store/ledger.py", r'    \},\n    made_by="the daemon', MIGRATION)
+    _edit(tree / "daemon/semwatch/store/ledger_layout.py", r'    \},\n    made_by="the daemon', MIGRATION)
     building.wheel_of(tree, out)
     tree = building.copy_of_tree(out / "tree", BROKEN)
-    _edit(tree / "daemon/semwatch/store/ledger.py", r'    \},\n    made_by="the daemon', MIGRATION)
+    _edit(tree / "daemon/semwatch/store/ledger_layout.py", r'    \},\n    made_by="the daemon', MIGRATION)
     _edit(
         tree / "daemon/semwatch/service/loop.py",
         r"        self\._notifier\.ready\(\)\n",

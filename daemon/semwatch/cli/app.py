@@ -1,6 +1,7 @@
 """Every command, and the ones that need no group of their own: run, review, demo, status, doctor."""
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import typer
 from rich.logging import RichHandler
 from rich.progress import track
 
-from semwatch.cli import adapt, audit_log, models, quarantine, queue
+from semwatch.cli import adapt, audit_log, lots, models, people, quarantine, queue
 from semwatch.cli import clusters as cluster_commands
 from semwatch.cli import install as install_commands
 from semwatch.cli import klarf as klarf_commands
@@ -64,9 +65,26 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="SEM defect review: finds the defects of each image that lands in a folder, and names those it knows.",
     epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"semwatch {importlib.metadata.version('semwatch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """SEM defect review: finds the defects of each image that lands in a folder, and names those it knows."""
+
+
 app.add_typer(recipe_commands.app, name="recipe")
 app.add_typer(audit_log.app, name="audit")
 app.add_typer(quarantine.app, name="quarantine")
@@ -155,6 +173,11 @@ def demo(
 
 
 app.command("logs", epilog=EPILOG)(logs)
+app.command("lot", epilog=EPILOG)(lots.lot)
+app.command("correct", epilog=EPILOG)(people.correct)
+app.command("quality", epilog=EPILOG)(people.quality_command)
+app.command("rereview", epilog=EPILOG)(lots.rereview)
+app.command("reindex", epilog=EPILOG)(lots.reindex)
 app.command("adapt", epilog=EPILOG)(adapt.adapt)
 app.command("redis", epilog=EPILOG)(redis_server)
 app.command("install", epilog=EPILOG)(install_commands.install)

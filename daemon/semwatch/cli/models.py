@@ -11,6 +11,7 @@ from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable,
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.operations.decide import login_name
+from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site, load_site
 from semwatch.store import serving
 from semwatch.store.ledger import LEDGER, Ledger
@@ -40,6 +41,34 @@ def list_versions(site: SiteOption, as_json: JsonOption = False) -> None:
         for what in ("withdrawn", "refused"):
             if row[what] is not None:
                 say(f": {row['model']} {row['version']}: {row[what]}", (what, "red"))
+
+
+@app.command("labels", epilog=EPILOG)
+def list_labels(site: SiteOption, as_json: JsonOption = False) -> None:
+    """List the class names that models know, each with the versions of the head that do, and the site's codes."""
+    settings = load_site(site)
+    repository = settings.models.repository
+    known: dict[str, list[int]] = {}
+    for version in model_repository.versions(repository, "head"):
+        for label in _made(repository, "head", version)["labels"]:
+            known.setdefault(label, []).append(version)
+    codes = {
+        label: known_class.code
+        for f in settings.folders
+        for label, known_class in load_recipe(f.recipe).classes.items()
+    }
+    labels = sorted({*known, *codes})
+    rows: list[dict[str, Any]] = [
+        {"label": label, "heads": known.get(label, []), "code": codes.get(label)} for label in labels
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    shown = table("label", "heads", "code")
+    for row in rows:
+        heads = ", ".join(map(str, row["heads"])) or "none knows it"
+        shown.add_row(*map(printable, (row["label"], heads, "" if row["code"] is None else str(row["code"]))))
+    out.print(shown)
 
 
 @app.command(epilog=EPILOG)

@@ -8,10 +8,9 @@ import typer
 
 from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
 from semwatch.errors import ConfigError
-from semwatch.operations.decide import login_name
+from semwatch.operations import requeue
 from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import LEDGER, Ledger
-from semwatch.system.clock import utc_now
 
 app = typer.Typer(no_args_is_help=True, help="Files that could not be reviewed.")
 
@@ -28,38 +27,41 @@ def list_files(site: SiteOption, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(work) for work in found]))
         return
-    shown = table("source", "path", "reason", "sha256")
+    shown = table("since", "file", "reason", "sha256")
     for work in found:
-        shown.add_row(*map(printable, (work.source, work.path, work.reason or "", work.sha256[:SHOWN_DIGITS])))
+        cells = (work.finished_utc or "", f"{work.source}/{work.path}", work.reason or "", work.sha256[:SHOWN_DIGITS])
+        shown.add_row(*map(printable, cells))
     out.print(shown)
 
 
 @app.command("requeue", epilog=EPILOG)
-def requeue(
+def requeue_files(
     site: SiteOption,
-    sha256: Annotated[
-        list[str], typer.Argument(help="Of the files, as `list` shows them; the first digits are enough.")
-    ],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, paths, lots, patterns ('lot7/*.tif'), or first digits of the sha256."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All files in quarantine.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Give files another try; safe beside a running daemon, which finds them at its next scan."""
     settings = load_site(site)
+    if everything == bool(files):
+        raise ConfigError("name files, lots or patterns to give another try, or --all")
     drops = {folder.source: folder.path for folder in settings.folders}
     with _ledger(settings, exclusive=False) as ledger:
         found = ledger.listing("QUARANTINED", limit=MAX_LISTED)
-        for digits in sha256:
-            if not digits or not any(work.sha256.startswith(digits.lower()) for work in found):
-                raise ConfigError(
-                    f"nothing in quarantine begins with {digits!r}; `semwatch quarantine list` shows what is"
-                )
-        for work in found:
-            if not work.sha256.startswith(tuple(map(str.lower, sha256))):
-                continue
-            origin = {"event": "requeued", "utc": utc_now(), "by": login_name()}
-            audit = {**origin, "source": work.source, "path": work.path, "sha256": work.sha256}
-            if ledger.requeue(work.source, work.sha256, audit=audit):
-                is_there = work.source in drops and (drops[work.source] / work.path).exists()
-                what_to_do = "" if is_there else " (is not in the drop folder now: drop it again)"
-                say(f": {work.source}/{work.path}{what_to_do}", ("queued again", "green"))
+        queued = list(requeue.requeue(ledger, found if everything else requeue.chosen(found, files or [])))
+    there = {work: work.source in drops and (drops[work.source] / work.path).exists() for work in queued}
+    if as_json:
+        rows = [{"source": w.source, "path": w.path, "sha256": w.sha256, "is_there": is_} for w, is_ in there.items()]
+        typer.echo(json.dumps(rows))
+        return
+    for work, is_there in there.items():
+        what_to_do = "" if is_there else " (is not in the drop folder now: drop it again)"
+        say(f": {work.source}/{work.path}{what_to_do}", ("queued again", "green"))
+    if not queued:
+        say("nothing is in quarantine")
 
 
 def _ledger(settings: Site, *, read_only: bool = False, exclusive: bool = True) -> Ledger:

@@ -22,9 +22,10 @@ from semwatch.cli.options import (
     say,
     table,
 )
+from semwatch.errors import ConfigError
 from semwatch.line.gate_calibration import Counted, Measured
 from semwatch.models.inference import Embedded
-from semwatch.operations import calibrate
+from semwatch.operations import calibrate, labels
 from semwatch.operations.calibrate import Calibration, Scored
 from semwatch.settings.recipe import Recipe, load_recipe
 
@@ -32,10 +33,23 @@ app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate recipes.
 
 
 @app.command("check", epilog=EPILOG)
-def check(recipe: Annotated[Path, typer.Argument(help="A recipe.")]) -> None:
-    """Validate a recipe; every problem with its line and the nearest valid key."""
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    repository: RepositoryOption = REPOSITORY,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a recipe: every problem with its line and the nearest valid key, and labels that no model knows."""
     settings = load_recipe(recipe)
-    say(f" {settings.name} version {settings.version}, id {settings.id}", ("ok", "green"))
+    known = labels.of_models(repository)
+    if faults := labels.faults(settings, known):
+        raise ConfigError(
+            f"{recipe}, classes: {'; '.join(faults)}; `semwatch models labels` lists those that there are"
+        )
+    if as_json:
+        typer.echo(json.dumps({"name": settings.name, "version": settings.version, "id": settings.id}))
+        return
+    compared = "" if known or not settings.classes else f"; no model in {repository} to compare its labels with"
+    say(f" {settings.name} version {settings.version}, id {settings.id}{compared}", ("ok", "green"))
 
 
 @app.command("show", epilog=EPILOG)

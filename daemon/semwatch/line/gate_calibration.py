@@ -480,8 +480,8 @@ def left_out_alarms(normals: NDArray[np.floating], rate: float) -> Counted:
     return Counted(alarms, len(normals))
 
 
-def binomial(count: int, n: int) -> Rate:
-    """Share ``count`` of ``n`` with its exact interval of 90 %; all is possible where n is 0.
+def binomial(count: int, n: int, *, level: float = 0.9) -> Rate:
+    """Share ``count`` of ``n`` with its exact interval, of 90 % or another level; all is possible where n is 0.
 
     >>> binomial(0, 5)
     Rate(value=0.0, low=0.0, high=0.4507)
@@ -490,7 +490,7 @@ def binomial(count: int, n: int) -> Rate:
     """
     if n == 0:
         return Rate(0.0, 0.0, 1.0)
-    beyond = (100 - INTERVAL[1]) / 100
+    beyond = (1 - level) / 2
     low = 0.0 if count == 0 else _root(lambda p: 1 - _at_most(count - 1, n, p) - beyond)
     high = 1.0 if count == n else _root(lambda p: beyond - _at_most(count, n, p))
     return Rate(count / n, round(low, 4), round(high, 4))

@@ -54,7 +54,7 @@ def name(site: Site, cluster: str, label: str, code: int | None = None) -> Decid
         PublishError: the name is kept, but the head could not be published under it.
         ServiceUnavailable: Redis or the disk is away.
     """
-    known = _labels_in_service(site)
+    known = labels_in_service(site)
     with _register(site) as register, register.locked():  # held until the head is out: no cycle publishes old names
         after = _decide(
             site, register, lambda c, by, utc: decisions.named(c, cluster, label, code, classes=known, by=by, utc=utc)
@@ -69,7 +69,7 @@ def merge(site: Site, cluster: str, into: str) -> Decided:
     Raises:
         ConfigError, ServiceUnavailable: as ``name``.
     """
-    known = _labels_in_service(site)
+    known = labels_in_service(site)
     return _for_next_cycle(
         site,
         lambda c, by, utc: decisions.merged(c, cluster, into, classes=known, by=by, utc=utc),
@@ -215,6 +215,11 @@ def _but_pins(site: Site, version: int) -> str:
     )
 
 
-def _labels_in_service(site: Site) -> tuple[str, ...]:
+def labels_in_service(site: Site) -> tuple[str, ...]:
+    """Classes of the head that is chosen to serve.
+
+    Raises:
+        ModelMismatch: there is none.
+    """
     repository = site.models.repository
     return model_repository.read_meta(repository, "head", choice.choice(repository, "head")).labels

@@ -18,13 +18,14 @@ from semwatch.line import pipeline
 from semwatch.models import choice
 from semwatch.models.inference import Models
 from semwatch.models.model_repository import MODELS
+from semwatch.operations import labels
 from semwatch.service import drift, gate_watch
 from semwatch.service.delivery import connect_handoff, connect_publisher
 from semwatch.service.gate_watch import GateWatch
 from semwatch.service.models_in_service import load_models, versions_of
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import DEFAULT_NAME, Folder, Site
-from semwatch.store import pause, serving
+from semwatch.store import pause, recipes_in_use, serving
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.streams.handoff import Cycle
 from semwatch.system.clock import moment_of, utc_of
@@ -251,7 +252,7 @@ def _model_checks(site: Site) -> Iterator[Check]:
     for folder in site.folders:
         try:
             recipe = recipes[folder.source] = load_recipe(folder.recipe)
-            yield Check(f"recipe of {folder.source}", True, f"{recipe.name} version {recipe.version}, id {recipe.id}")
+            yield _recipe_check(site, folder, recipe)
         except ConfigError as error:
             yield Check(f"recipe of {folder.source}", False, "cannot be used", str(error))
     try:
@@ -273,6 +274,20 @@ def _model_checks(site: Site) -> Iterator[Check]:
         yield _service_check(versions_of(models), serving.announced(site.state_dir)[0])
     for source, recipe in recipes.items():
         yield _gate_check(f"gate of {source}", recipe, models[recipe.pins], _gates(site))
+
+
+def _recipe_check(site: Site, folder: Folder, recipe: Recipe) -> Check:
+    """Whether a recipe that can be read is the one in use, and whether its class table fits the models."""
+    name, detail = f"recipe of {folder.source}", f"{recipe.name} version {recipe.version}, id {recipe.id}"
+    used = recipes_in_use.stated(site.state_dir).get(folder.source) if _is_running(site) else None
+    if used is not None and used.id != recipe.id:
+        why = used.refused or "the daemon takes an edited recipe over within seconds; look again"
+        return Check(name, False, f"{detail}; the daemon judges by id {used.id}", why)
+    faults = labels.faults(recipe, labels.of_models(site.models.repository))
+    if faults:
+        remedy = "correct the label in `classes`; `semwatch models labels` lists those that there are"
+        return Check(name, False, f"{detail}; {'; '.join(faults)}", remedy)
+    return Check(name, True, detail)
 
 
 def _triton_in_words(url: str) -> str:

@@ -223,7 +223,11 @@ def _in_words(record: ReviewRecord) -> str:
     empty = "no image" if any(not page.quality.is_image for page in record.pages) else "no defect found"
     flags: Counter[str] = Counter(flag.name for page in record.pages for flag in page.quality.flags)
     quality = f" (quality: {_counted(flags)})" if flags else ""
-    return f"{again}{_counted(counts) or empty}{quality}; recipe {record.recipe.name}, {models}"
+    humans = [defect.human for page in record.pages for defect in page.defects if defect.human is not None]
+    words = Counter(human.label or "not-a-defect" for human in humans)
+    words.update(f"missed {one.label}" for page in record.pages for one in page.missed)
+    people = f"; people say {_counted(words)}" if words else ""
+    return f"{again}{_counted(counts) or empty}{quality}; recipe {record.recipe.name}, {models}{people}"
 
 
 def _audit_lines(log: Path, sha256: str) -> Iterator[dict[str, Any]]:
@@ -252,10 +256,11 @@ def _audit_in_words(event: Mapping[str, Any]) -> str:
             return f"{line} by head {event.get('head')}: {', '.join(changes) or 'its earlier revision is gone'}"
         case "quarantined":
             return f"{line}: {event.get('reason')}"
-        case "reference":
-            return f"{line} of {event.get('of')}"
-        case "requeued":
-            return f"{line} by {event.get('by')}"
+        case "corrected":
+            changes = [f"{c['model'] or 'missed'} -> {c['to']}" for c in event.get("changes") or ()]
+            return f"{line} by {event.get('by')}: {', '.join(changes)}"
+        case "requeued" | "reference":
+            return f"{line} of {event['of']}" if "of" in event else f"{line} by {event.get('by')}"
     return line
 
 

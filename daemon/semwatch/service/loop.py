@@ -2,17 +2,14 @@
 
 Start order: ledger (locks out a second daemon), models, metrics, folders; then READY. The loop, in one thread, hands
 files to workers, delivers the outbox and the audit log, and tells systemd that it is alive. Folders are looked at in a
-thread of their own, so what waits is counted during a pause too. A worker reviews one file from its bytes to the
-ledger's commit in straight code; whose fault a failure is, ``faults`` says. Stop order: take no more files, let those
-in flight finish within the bound, deliver what the outbox holds, close folders, models and ledger. A second signal
-leaves at once: the ledger brings the work back.
+thread of their own, so what waits is counted during a pause too. A worker does the work on one file: ``one_file``.
+Stop order: take no more files, let those in flight finish within the bound, deliver what the outbox holds, close
+folders, models and ledger. A second signal leaves at once: the ledger brings the work back.
 
-Crash safety: the result is on disk, whole, before the ledger says DONE; outbox records and the audit line are in the
-same transaction as DONE; deliveries are repeated until confirmed and are idempotent at the other end (stream id,
-audit seq).
+Crash safety: deliveries are repeated until confirmed and are idempotent at the other end (stream id, audit seq); what a
+worker leaves behind, ``one_file`` says.
 """
 
-import hashlib
 import logging
 import shutil
 import threading
@@ -23,36 +20,32 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 
-from semwatch.defects import Review
-from semwatch.errors import ConfigError, FileUnavailable, ImageError, SemwatchError, ServiceUnavailable
-from semwatch.intake import decoding
+from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
 from semwatch.intake.decoders import Decoders
 from semwatch.intake.drop_folder import Arrival, Incoming
 from semwatch.intake.folder_rules import Folder
-from semwatch.line import notices, pipeline
-from semwatch.line.class_codes import class_codes
-from semwatch.line.pipeline import ReferenceFile
+from semwatch.line import pipeline
 from semwatch.service import drift, faults, gate_watch, learning_side, migration, rereview
 from semwatch.service.delivery import Backoff, connect_handoff, connect_publisher, deliver_audit, publish_outbox
-from semwatch.service.drift import Alarm, DriftWatch
+from semwatch.service.drift import DriftWatch
 from semwatch.service.duplicates import Duplicates
 from semwatch.service.forgetting import Forgetting
 from semwatch.service.gate_watch import GateWatch
-from semwatch.service.late_look import LateLook, look_again_utc
-from semwatch.service.lot_tables import LotTables, row_of
+from semwatch.service.late_look import LateLook
+from semwatch.service.lot_tables import LotTables
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
+from semwatch.service.one_file import FileWork
+from semwatch.service.recipe_edits import RecipeEdits
 from semwatch.service.references import References
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site
-from semwatch.store import pause, results
+from semwatch.store import pause
 from semwatch.store.audit import AUDIT, AuditLog
-from semwatch.store.ledger import LEDGER, Claim, Ledger, OutboxItem, Work
+from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.store.pause import Pause
+from semwatch.store.result_index import INDEX, ResultIndex, open_index
 from semwatch.store.review_record import printable
-from semwatch.streams import records
-from semwatch.streams.records import Outcome
-from semwatch.system.clock import utc_now
 from semwatch.system.files import make_folder
 from semwatch.system.journal import about
 from semwatch.system.notify import Notifier, watchdog_interval_s
@@ -128,6 +121,7 @@ class Service:
         if site.metrics is not None:
             self.metrics.serve(site.metrics.host, site.metrics.port)
         self._watch_folders()
+        self._prepare_file_work()
         self._start_beside_the_line()
         self._set_aside_what_kills()
 
@@ -140,14 +134,11 @@ class Service:
         self._pool = ThreadPoolExecutor(site.limits.in_flight, thread_name_prefix="review")
         keep.callback(self._pool.shutdown, wait=False, cancel_futures=True)
         self._working: dict[Future[None], tuple[Arrival, float]] = {}
-        self._references = References(
-            {one.source: one for one in site.folders}, self.recipes, limits=site.limits, decode=self._decoders.decode
-        )
         self._places = {folder.source: folder.path for folder in site.folders}
         self._late_look = LateLook(self.ledger, self._places, self._incoming)
         keep.callback(self._late_look.close)
         self._next_beat = 0.0
-        self._has_new_detector = False
+        self._has_new_detector = self._has_new_recipe = False
         self._pause: Pause | None = None
         self._is_pause_stated = False
         self._log_again = 0.0
@@ -155,17 +146,37 @@ class Service:
         self._folders_away = {source: Backoff() for source in self._places}
         self._away = Backoff()
 
-    def _start_beside_the_line(self) -> None:
-        """What follows reviews: tables, deliveries, drift, gates, re-review, forgetting."""
+    def _prepare_file_work(self) -> None:
         site, keep = self.site, self._open
-        self._tables = LotTables(self.ledger.lot_rows, site.results_dir)
-        self._duplicates = Duplicates(self.ledger, site.results_dir, self._messages_of_duplicate)
-        self._publishing = Backoff()
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
         keep.callback(self._drift.save, site.state_dir / drift.STATE)
         self._gates = GateWatch.load(site.state_dir / gate_watch.STATE)
         keep.callback(self._gates.save, site.state_dir / gate_watch.STATE)
         self._next_drift = time.monotonic() + drift.SAVE_EVERY_S
+        folders = {folder.source: folder for folder in site.folders}
+        self._file_work = FileWork(
+            site,
+            self.recipes,
+            self.ledger,
+            metrics=self.metrics,
+            models=self._models,
+            decode=self._decoders.decode,
+            incoming=self._incoming,
+            references=References(folders, self.recipes, limits=site.limits, decode=self._decoders.decode),
+            drift=self._drift,
+            gates=self._gates,
+            publishes=self._publisher is not None,
+        )
+
+    def _start_beside_the_line(self) -> None:
+        """What follows reviews: tables, notes of duplicates, re-review, forgetting."""
+        site, keep = self.site, self._open
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir, self._open_index())
+        self._tables_thread = ThreadPoolExecutor(1, thread_name_prefix="tables")
+        keep.callback(self._tables_thread.shutdown)
+        self._tables_step: Future[None] | None = None
+        self._duplicates = Duplicates(self.ledger, site.results_dir, self._file_work.messages_of_duplicate)
+        self._publishing = Backoff()
         self._rereview = rereview.Rereview(
             self._models.by_pins,
             self.recipes,
@@ -179,9 +190,19 @@ class Service:
         )
         keep.callback(self._rereview.close)
         self._has_more_to_reread = False
+        files = {folder.source: folder.recipe for folder in site.folders}
+        self._recipe_edits = RecipeEdits(files, self.recipes, self._models, self.ledger, site.state_dir)
         self._forgetting = Forgetting(
             self.ledger, self._places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
         )
+
+    def _open_index(self) -> ResultIndex | None:
+        """The index of the results; the line goes on without it, for it is a cache."""
+        try:
+            return self._open.enter_context(open_index(self.site.state_dir / INDEX))
+        except (ConfigError, ServiceUnavailable) as error:
+            log.error("the results are not indexed: %s", error)
+            return None
 
     def run(self) -> bool:
         """Work until ``stop``; return when everything is closed, False if a review outlasted the bound on stopping.
@@ -220,7 +241,7 @@ class Service:
         # after a service was away.
         is_one_alone = self._away.is_down or self._has_suspects()
         free = (1 if is_one_alone else self.site.limits.in_flight) - len(self._working)
-        if self._reason_to_wait() or free <= 0 or self._has_new_detector:
+        if self._reason_to_wait() or free <= 0 or self._has_new_detector or self._has_new_recipe:
             wait(self._working, timeout=min(self._beat_s, TICK_S), return_when=FIRST_COMPLETED)
             if not self._working:
                 self._stop.wait(min(self._beat_s, TICK_S))
@@ -228,7 +249,7 @@ class Service:
         is_idle = not self._working and not self._has_more_to_reread
         timeout_s = min(self._beat_s, TICK_S) if is_idle else 0.02
         for arrival in self._incoming.arrivals(timeout_s, limit=free):
-            self._working[self._pool.submit(self._process, arrival)] = arrival, time.monotonic()
+            self._working[self._pool.submit(self._file_work.process, arrival)] = arrival, time.monotonic()
 
     def _reap(self) -> None:
         for future in [future for future in self._working if future.done()]:
@@ -242,14 +263,21 @@ class Service:
                 self._note_fault(arrival, error)
             self._incoming.release(arrival)
         self._duplicates.step()
-        self._tables.step()
+        self._step_tables()
         self._late_look.step()
+
+    def _step_tables(self) -> None:
+        """Tables and index are brought up to date in a thread of their own: however long it takes, the loop goes on."""
+        if self._tables_step is None or self._tables_step.done():
+            before, self._tables_step = self._tables_step, self._tables_thread.submit(self._tables.step)
+            if before is not None:
+                before.result()
 
     def _note_fault(self, arrival: Arrival, error: BaseException) -> None:
         """Say what failed, and let wait who has to: the file, its folder, or the line."""
-        scope, why = self._scope_of(arrival, error), faults.in_words(error)
+        scope, why = self._file_work.scope_of(arrival, error), faults.in_words(error)
         self.metrics.errors.labels(service="line" if scope == "service" else scope).inc()
-        extra = self._about(arrival, "waits")
+        extra = self._file_work.about(arrival, "waits")
         if scope == "service":
             self._note_away(error)
             log.warning("%s waits in its folder: %s", arrival.path, why, extra=extra)
@@ -279,9 +307,6 @@ class Service:
         is_idle = not self._working and self._incoming.waiting()[0] == 0
         if is_idle and not self._away.is_waiting() and self._away.worked():
             log.info("what was away answers again: %s", self._away_because)
-
-    def _scope_of(self, of: Arrival | Claim, error: BaseException) -> faults.Scope:
-        return faults.scope_of(error, folder=self._places[of.source], results_dir=self.site.results_dir)
 
     def _reread(self) -> None:
         """Judge unknowns again after a swap, a slice at a time: a long one between files, a short one beside them."""
@@ -327,7 +352,7 @@ class Service:
             if work.attempts >= self.site.limits.max_attempts and work.source in self.recipes:
                 why = f"gave up after {work.attempts} attempts that failed or ended the process"
                 try:
-                    self._quarantine(work, why, 0)
+                    self._file_work.quarantine(work, why, 0)
                 except ServiceUnavailable as error:
                     log.warning("%s is set aside when it comes up again: %s", work.path, error)
 
@@ -375,6 +400,10 @@ class Service:
         if self._has_new_detector and not self._working:
             self._models.refresh_detector()
             self._has_new_detector = False
+        self._has_new_recipe = self._recipe_edits.look()  # so does a recipe
+        if self._has_new_recipe and not self._working:
+            self._recipe_edits.use()
+            self._has_new_recipe = False
         self._forgetting.step()
         if self.ledger.others_wrote():
             self._incoming.look_anew()  # someone took a file out of quarantine
@@ -429,9 +458,12 @@ class Service:
         try:
             for future, (arrival, _) in self._working.items():
                 if future.done() and (error := future.exception()):
-                    log.error("a review failed while stopping: %s", error, extra=self._about(arrival, "waits"))
+                    extra = self._file_work.about(arrival, "waits")
+                    log.error("a review failed while stopping: %s", error, extra=extra)
             self._say_pause(None)
-            self._tables.step(is_last=True)
+            running = [self._tables_step] if self._tables_step else []
+            if not wait(running, timeout=self.site.limits.stop_timeout_s).not_done:
+                self._tables.step(is_last=True)
             self._deliver()
             if self._presence is not None:
                 self._presence.end()
@@ -441,258 +473,6 @@ class Service:
             self._open.close()
         log.info("stopped, %d reviews left unfinished", len(unfinished))
         return not unfinished
-
-    # --- one file, in a worker thread ------------------------------------------------------------------------------
-
-    def _process(self, arrival: Arrival) -> None:
-        start = time.perf_counter()
-        if self._references.waits(arrival):
-            return  # it comes again
-        data = self._read(arrival)
-        if data is None:
-            return
-        partner = self._references.partner_of(arrival)
-        if partner is not None:
-            self._note_reference(arrival, data, partner)
-            return
-        claim = self._claim(arrival, hashlib.sha256(data).hexdigest(), look_again_utc=look_again_utc(arrival.stamp))
-        if not claim.is_mine:
-            self._note_not_mine(claim)
-            return
-        try:
-            self._review_or_refuse(claim, arrival, data, start)
-        except Exception as error:
-            self._give_back(claim, arrival, error, len(data))
-            raise
-
-    def _read(self, arrival: Arrival) -> bytes | None:
-        """Read a file; None where it comes again, is gone, or was refused."""
-        try:
-            data = decoding.read_file(arrival.file, below=self._places[arrival.source])
-        except (ImageError, ServiceUnavailable) as error:
-            is_there, is_locked = faults.is_there(arrival.file), isinstance(error.__cause__, PermissionError)
-            if isinstance(error, ImageError) and not is_there:
-                return None  # the tool took it away again; nothing was promised
-            is_refused = isinstance(error, ImageError) and not is_locked
-            if is_refused or (is_there and self._is_hopeless(arrival, error)):
-                self._refuse_unread(arrival, str(error))
-                return None
-            if is_locked:  # rights may come a moment later than the file
-                raise FileUnavailable(str(error)) from error
-            raise
-        # Still growing, or written meanwhile: it comes again.
-        is_as_it_was = faults.stamp_now(arrival.file, like=arrival.stamp) == arrival.stamp
-        return data if is_as_it_was and len(data) == arrival.size else None
-
-    def _is_hopeless(self, arrival: Arrival, error: BaseException) -> bool:
-        """Whether a file that can neither be read nor have its result written has been tried for long enough."""
-        return self._incoming.failing_s(arrival) >= faults.PATIENCE_S and self._scope_of(arrival, error) == "file"
-
-    def _review_or_refuse(self, claim: Claim, arrival: Arrival, data: bytes, start: float) -> None:
-        if claim.attempts >= self.site.limits.max_attempts:
-            why = f"gave up after {claim.attempts} attempts that failed or ended the process"
-            self._quarantine(claim, why, len(data))
-            return
-        try:
-            self._review(claim, data, self._references.read(arrival), start)
-        except ImageError as error:
-            self._quarantine(claim, str(error), len(data))
-
-    def _give_back(self, claim: Claim, arrival: Arrival, error: Exception, size: int) -> None:
-        """After a failure: let the work wait, or put it aside where it failed by itself and often enough."""
-        is_of_disk = faults.is_of_disk(error)
-        is_attempt = not is_of_disk and self._scope_of(claim, error) == "file"
-        if (is_of_disk and self._is_hopeless(arrival, error)) or (
-            is_attempt and claim.attempts + 1 >= self.site.limits.max_attempts
-        ):
-            why = f"gave up after {claim.attempts + 1} attempts: {faults.in_words(error)}"
-            self._set_aside(claim, why, size)
-        else:
-            self.ledger.give_back(claim, faults.in_words(error), is_attempt=is_attempt)
-
-    def _claim(self, arrival: Arrival, sha256: str, *, look_again_utc: str | None = None) -> Claim:
-        return self.ledger.claim(
-            arrival.source,
-            arrival.path,
-            sha256=sha256,
-            stamp=arrival.stamp,
-            now_utc=utc_now(),
-            look_again_utc=look_again_utc,
-        )
-
-    def _note_reference(self, arrival: Arrival, data: bytes, partner: str) -> None:
-        """Settle a reference: it is read when its image is reviewed, and is no work of its own.
-
-        Its identity is not that of its content alone: an image of the same content is still reviewed.
-        """
-        claim = self._claim(arrival, hashlib.sha256(b"reference\0" + data).hexdigest())
-        if not claim.is_mine:
-            return
-        now_utc, reason = utc_now(), f"a reference of {printable(partner)}, not reviewed by itself"
-        audit = {
-            "event": "reference",
-            "utc": now_utc,
-            "source": claim.source,
-            "path": printable(claim.path),
-            "sha256": claim.sha256,
-            "content_sha256": hashlib.sha256(data).hexdigest(),
-            "of": printable(partner),
-        }
-        self.ledger.finish(claim, outbox=(), audit=audit, now_utc=now_utc, reason=reason)
-        log.info("%s/%s: %s", claim.source, claim.path, reason, extra=self._about(claim, "reference"))
-
-    def _review(self, claim: Claim, data: bytes, reference: ReferenceFile | None, start: float) -> None:
-        recipe, limits = self.recipes[claim.source], self.site.limits
-        models = self._models.of(recipe)
-        review = pipeline.review(
-            data,
-            source=claim.source,
-            path=claim.path,
-            sha256=claim.sha256,
-            recipe=recipe,
-            models=models,
-            reviewed_utc=utc_now(),
-            site=self.site.name,
-            stream_threshold=self._gates.threshold(recipe, models.hashes()["detector"]),
-            max_pixels=limits.max_image_px,
-            max_pages=limits.max_pages,
-            reference_file=reference,
-            decode=self._decoders.decode,
-        )
-        named = self._models.codes_of_head(review.model_versions.get("head"))
-        faults.check_results(self.site.results_dir)
-        paths = results.write(review, results_dir=self.site.results_dir, **class_codes(recipe, named))
-        found = records.records(review)
-        messages = notices.messages(found, paths.record) if self._publisher else []
-        self.ledger.finish(
-            claim,
-            outbox=[OutboxItem(*message) for message in messages],
-            audit=notices.audit_entry(paths.record, paths.json.name),
-            now_utc=review.reviewed_utc,
-            unknowns=rereview.features_of(found) if self.site.learning.reread_days > 0 else (),
-            row=row_of(paths.json, self.site.results_dir, is_new=paths.is_new),
-        )
-        self.metrics.observe(review)
-        self._watch_drift(review)
-        self._watch_gate(review, claim)
-        took_ms = (time.perf_counter() - start) * 1000
-        stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
-        log.info(
-            "%s/%s: %d defects%s, %.0f ms (%s), models %s",
-            claim.source, claim.path, review.n_defects, _flags_in_words(review), took_ms, stages,
-            dict(review.model_versions), extra=notices.journal_fields(paths.record),
-        )  # fmt: skip
-
-    def _about(self, it: Arrival | Claim | Work | Alarm, event: str) -> dict[str, dict[str, str]]:
-        """The journal's fields of a file, or of a drop folder."""
-        recipe, image = self.recipes[it.source], None if isinstance(it, Alarm) else it.path
-        sha256 = it.sha256 if isinstance(it, Claim | Work) else None
-        return about(event, it.source, image, sha256, recipe=recipe.name, recipe_id=recipe.id)
-
-    def _watch_drift(self, review: Review) -> None:
-        for alarm in self._drift.observe(review):
-            self.metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
-            log.warning("drift: %s", alarm.sentence, extra=self._about(alarm, "drift"))
-            if alarm.what in drift.OF_TOOL:
-                continue
-            learning_side.wish_for_cycle(self.site, self.ledger, alarm, utc_now())
-
-    def _watch_gate(self, review: Review, claim: Claim) -> None:
-        """Say once what a stream's own scores propose; a change of the gate in use goes to the audit log too."""
-        recipe = self.recipes[claim.source]
-        change = self._gates.observe(review, recipe)
-        if change is None:
-            return
-        self._gates.save(self.site.state_dir / gate_watch.STATE)  # what opens the gate outlives a crash
-        log.info("gate of recipe %s: %s", recipe.name, change.sentence, extra=self._about(claim, "gate"))
-        if change.is_used:
-            audit = {"event": "gate", "utc": utc_now(), "source": claim.source, "recipe_id": recipe.id}
-            self.ledger.note(audit={**audit, "threshold": change.threshold, "before": change.before})
-
-    def _quarantine(self, work: Claim | Work, reason: str, size: int) -> None:
-        """Put work aside with its reason. What is wrong with its place among the results cannot keep it from that.
-
-        Raises:
-            ServiceUnavailable: the results or the ledger are away; nothing was put aside.
-        """
-        now_utc, row = utc_now(), None
-        try:
-            faults.check_results(self.site.results_dir)
-            path, is_new = results.write_reason(
-                results_dir=self.site.results_dir,
-                source=work.source,
-                path=work.path,
-                sha256=work.sha256,
-                reason=reason,
-                attempts=work.attempts + 1,
-                size=size,
-                quarantined_utc=now_utc,
-            )
-            row = row_of(path, self.site.results_dir, is_new=is_new)
-        except Exception as error:
-            folder, results_dir = self._places.get(work.source, self.site.results_dir), self.site.results_dir
-            if faults.scope_of(error, folder=folder, results_dir=results_dir) == "service":
-                raise
-            reason = f"{reason} (the reason is not beside the results: {faults.in_words(error)})"
-        audit = {
-            "event": "quarantined",
-            "utc": now_utc,
-            "source": work.source,
-            "path": work.path,
-            "sha256": work.sha256,
-            "reason": reason,
-        }
-        messages = self._messages_aside(work, "refused", reason, now_utc)
-        self.ledger.quarantine(work, reason, audit=audit, now_utc=now_utc, row=row, outbox=messages)
-        self.metrics.quarantined.labels(source=work.source).inc()
-        extra = self._about(work, "quarantined")
-        log.error("%s/%s quarantined: %s", work.source, work.path, reason, extra=extra)
-
-    def _messages_aside(self, work: Claim | Work, outcome: Outcome, reason: str, now_utc: str) -> list[OutboxItem]:
-        """What leaves for Redis with a file that has no result of its own."""
-        recipe = self.recipes.get(work.source)
-        if self._publisher is None or recipe is None:
-            return []
-        message = notices.aside_message(
-            site=self.site.name,
-            source=work.source,
-            path=work.path,
-            sha256=work.sha256,
-            recipe=recipe,
-            outcome=outcome,
-            reason=reason,
-            utc=now_utc,
-        )
-        return [OutboxItem(*message)]
-
-    def _messages_of_duplicate(self, work: Work, now_utc: str) -> list[OutboxItem]:
-        return self._messages_aside(work, "duplicate", f"the content of {work.reason}", now_utc)
-
-    def _refuse_unread(self, arrival: Arrival, reason: str) -> None:
-        """Quarantine a file that is not even read: its identity is its name and stamp."""
-        stand_in = hashlib.sha256(f"{arrival.path}\0{arrival.stamp}".encode(errors="surrogateescape"))
-        claim = self._claim(arrival, stand_in.hexdigest())
-        if claim.is_mine:
-            self._set_aside(claim, reason, arrival.size)
-
-    def _set_aside(self, claim: Claim, reason: str, size: int) -> None:
-        """Quarantine claimed work; where a service is away, the work waits.
-
-        Raises:
-            ServiceUnavailable: one is.
-        """
-        try:
-            self._quarantine(claim, reason, size)
-        except ServiceUnavailable:
-            self.ledger.give_back(claim, reason)
-            raise
-
-    def _note_not_mine(self, claim: Claim) -> None:
-        if claim.outcome == "duplicate":
-            self.metrics.duplicates.labels(source=claim.source).inc()
-            extra = self._about(claim, "duplicate")
-            text = "%s/%s has the content of %s: not reviewed again"
-            log.info(text, claim.source, claim.path, claim.original, extra=extra)
 
 
 def _make(folder: Path, *, waits: bool) -> None:
@@ -713,8 +493,3 @@ def _make(folder: Path, *, waits: bool) -> None:
     except OSError as error:
         if not waits:
             raise ServiceUnavailable(f"{folder} cannot be made now ({error.strerror}); mend its disk") from error
-
-
-def _flags_in_words(review: Review) -> str:
-    found = [page.quality.in_words for page in review.pages if page.quality.flags]
-    return f", quality: {'; '.join(found)}" if found else ""

@@ -4,8 +4,11 @@ A table is written anew, from all results of its lot, where that cannot be helpe
 changed, or the process died with rows on their way. It is also written anew once a lot that has grown by a twentieth is
 quiet, which brings it into the order of the names. At most one twentieth of the time goes into writing anew.
 
+The index of the results follows in the same steps: what is brought into a table is taken into the index before.
+
 After a start all lots are looked through, a slice at a time: a table that is not there, or older than a result beside
-it, is written anew. A lot whose table cannot be written waits by itself; neither the line nor another lot does.
+it, is written anew, and the index is brought up to date. A lot whose table cannot be written waits by itself; neither
+the line nor another lot does.
 """
 
 import logging
@@ -17,9 +20,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from semwatch.errors import ImageError, ServiceUnavailable
+from semwatch.errors import ConfigError, ImageError, ServiceUnavailable
 from semwatch.store import lot_table, results
 from semwatch.store.lot_rows import LotRow, LotRows
+from semwatch.store.result_index import ResultIndex, stamp_of
 from semwatch.store.results import AnyRecord
 
 log = logging.getLogger(__name__)
@@ -45,15 +49,16 @@ def row_of(path: Path, results_dir: Path, *, is_new: bool) -> LotRow:
 
 
 class LotTables:
-    """The tables that are behind, for the one thread of the loop; the ledger remembers which.
+    """The tables that are behind; the ledger remembers which. One thread at a time.
 
     Args:
         rows: what waits, of the ledger.
         results_dir: folder of the results.
+        index: that follows too; None: there is none.
     """
 
-    def __init__(self, rows: LotRows, results_dir: Path) -> None:
-        self._rows, self._results_dir = rows, results_dir
+    def __init__(self, rows: LotRows, results_dir: Path, index: ResultIndex | None = None) -> None:
+        self._rows, self._results_dir, self._index = rows, results_dir, index
         self._next, self._next_anew = 0.0, 0.0
         self._grown: dict[str, tuple[int, float]] = {}
         """By lot, bytes appended since the table was written anew, and when the last were; inf: they are few."""
@@ -107,11 +112,14 @@ class LotTables:
         return True
 
     def _append_to(self, lot: str, rows: Sequence[tuple[int, str]]) -> None:
-        ahead = self._ahead.get(lot, {})
+        ahead, stamps = self._ahead.get(lot, {}), {name: stamp_of(self._results_dir / lot / name) for _, name in rows}
         new = [name for _, name in rows if ahead.get(name) != _mtime_ns(self._results_dir / lot / name)]
         if lot in self._half_done or (records := self._read(lot, new)) is None:
             self._rows.write_anew(lot)
             return
+        self._take_in(
+            lambda index: index.put(lot, [(n, stamps[n], record) for n, record in zip(new, records, strict=True)])
+        )
         self._half_done.add(lot)
         n_bytes = lot_table.append(self._results_dir / lot, records) if new else 0
         if n_bytes is None:
@@ -137,7 +145,7 @@ class LotTables:
             while self._looks is not None and time.monotonic() < end:
                 if next(self._looks, self) is self:
                     self._looks = None
-        except OSError as error:
+        except (OSError, ServiceUnavailable) as error:
             log.info("the tables of lots are not looked through further: %s", error)
             self._looks = None
 
@@ -160,8 +168,11 @@ class LotTables:
                             yield
             except OSError:
                 continue
+            lot = folder.relative_to(self._results_dir).as_posix()
             if newest > table:
-                self._rows.write_anew(folder.relative_to(self._results_dir).as_posix())
+                self._rows.write_anew(lot)
+            if newest:
+                self._refresh_index(lot)
             yield
 
     def _find_quiet(self, now: float) -> None:
@@ -184,12 +195,25 @@ class LotTables:
 
     def _write_anew(self, lot: str, seq: int) -> None:
         folder = self._results_dir / lot
+        self._refresh_index(lot)
         written = lot_table.write(folder) if folder.is_dir() else []  # a person may have moved the lot away
         oldest_ns = time.time_ns() - FRESH_NS
         self._ahead[lot] = {path.name: mtime for path in written if (mtime := _mtime_ns(path)) > oldest_ns}
         self._rows.mark_written(lot, seq)
         self._grown.pop(lot, None)
         self._half_done.discard(lot)
+
+    def _refresh_index(self, lot: str) -> None:
+        self._take_in(lambda index: index.refresh(self._results_dir, lot))
+
+    def _take_in(self, work: Callable[[ResultIndex], object]) -> None:
+        """Bring the index up to date; one that is broken is left alone, for it is a cache."""
+        try:
+            if self._index is not None:
+                work(self._index)
+        except ConfigError as error:
+            log.error("the index of the results is made anew at the next start: %s", error)
+            self._index = None
 
 
 def _mtime_ns(path: Path) -> int:

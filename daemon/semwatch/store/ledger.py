@@ -3,51 +3,26 @@
 Whether a file is settled is never stored, it follows: its path resolves to a content, and that content's work is
 finished. So a duplicate of something still in flight becomes settled with it, and comes back if the original fails.
 
-Layout, ``user_version`` 4, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
-
-    work     source, sha256     primary key: a content reviewed for one tool is one piece of work
-             path               where the content lay when it was claimed last, relative to the drop folder
-             state              SEEN (waits) | CLAIMED (in flight) | DONE | QUARANTINED
-             attempts           tries that failed, those that died with the process included
-             deaths             tries that died with the process; since layout 4
-             reason             why it was given back or quarantined, or done without a review (a reference)
-             first_seen_utc, finished_utc
-    paths    source, path       primary key
-             size, mtime_ns     the file as it was when it was hashed
-             ctime_ns, inode    the same, NULL where they are not known; since layout 4
-             look_again_utc     when it is to be hashed once more, NULL: never; since layout 4
-             sha256             what it hashed to
-             seen_utc           when it was hashed; later, when it was last found lying there still
-    outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
-    audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
-    noted    id, utc                     what ``note`` has taken and must not take twice; since layout 2.
-                                         ``utc``, where it may be forgotten, is when it was taken; since layout 3
-    unknowns id, created_utc, source, path, sha256, page, defect_id, box, recipe_id, encoder, features
-                                         what a later head judges again, see ``UnknownFeatures``; since layout 3
-    duplicates source, path              with the content of others, not noted beside the results yet; since layout 4
-    lot_rows seq, lot, result            what is not in the table of its lot yet, see ``lot_rows``; since layout 3
-
-``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs a local disk, not a network share.
+Its tables are in ``ledger_layout``. ``synchronous=FULL``: what ``finish`` returned from survives a power cut. WAL needs
+a local disk, not a network share.
 """
 
-import fcntl
 import json
 import logging
 import os
 import sqlite3
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Literal, Self
 
-from semwatch.errors import ConfigError
 from semwatch.store import lot_rows, unknown_features
+from semwatch.store.ledger_layout import KIND, lock_out_others
 from semwatch.store.lot_rows import LotRow, LotRows
 from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.files import Stamp
-from semwatch.system.sqlite_file import Kind, SqliteFile
+from semwatch.system.sqlite_file import SqliteFile
 
 log = logging.getLogger(__name__)
 
@@ -57,56 +32,11 @@ LEDGER = "ledger.sqlite"
 State = Literal["SEEN", "CLAIMED", "DONE", "QUARANTINED"]
 Outcome = Literal["new", "retry", "settled", "duplicate", "in-flight"]
 
-_LAYOUT_3 = (
-    *unknown_features.SCHEMA,
-    *lot_rows.SCHEMA,
-    "CREATE INDEX paths_by_content ON paths (source, sha256)",
-)
-_LAYOUT_4 = (
-    "ALTER TABLE work ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0",
-    "ALTER TABLE paths ADD COLUMN ctime_ns INTEGER",
-    "ALTER TABLE paths ADD COLUMN inode INTEGER",
-    "ALTER TABLE paths ADD COLUMN look_again_utc TEXT",
-    "CREATE TABLE duplicates (source TEXT NOT NULL, path BLOB NOT NULL, PRIMARY KEY (source, path)) WITHOUT ROWID",
-    "CREATE INDEX suspects ON work (first_seen_utc) WHERE deaths > 0 AND state = 'SEEN'",
-    "CREATE INDEX paths_to_look_at ON paths (look_again_utc) WHERE look_again_utc IS NOT NULL",
-)
-_KIND = Kind(
-    noun="ledger",
-    application_id=0x53454D57,  # "SEMW"
-    schema=(
-        """CREATE TABLE work (
-            source TEXT NOT NULL, sha256 TEXT NOT NULL, path BLOB NOT NULL,
-            state TEXT NOT NULL CHECK (state IN ('SEEN', 'CLAIMED', 'DONE', 'QUARANTINED')),
-            attempts INTEGER NOT NULL DEFAULT 0, reason TEXT, first_seen_utc TEXT NOT NULL, finished_utc TEXT,
-            PRIMARY KEY (source, sha256)) WITHOUT ROWID""",
-        "CREATE INDEX work_by_state ON work (state, first_seen_utc)",
-        "CREATE INDEX work_by_finish ON work (finished_utc)",
-        """CREATE TABLE paths (
-            source TEXT NOT NULL, path BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-            sha256 TEXT NOT NULL, seen_utc TEXT NOT NULL, PRIMARY KEY (source, path)) WITHOUT ROWID""",
-        """CREATE TABLE outbox (
-            seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, stream TEXT NOT NULL,
-            payload BLOB NOT NULL)""",
-        "CREATE TABLE audit (seq INTEGER PRIMARY KEY AUTOINCREMENT, line TEXT NOT NULL)",
-        "CREATE TABLE noted (id TEXT PRIMARY KEY, utc TEXT) WITHOUT ROWID",
-        *_LAYOUT_3,
-        *_LAYOUT_4,
-    ),
-    migrations={
-        # Some ledgers of layout 1 have the table already.
-        1: ("CREATE TABLE IF NOT EXISTS noted (id TEXT PRIMARY KEY) WITHOUT ROWID",),
-        2: (*_LAYOUT_3, "ALTER TABLE noted ADD COLUMN utc TEXT"),
-        # What had attempts then had died with the process.
-        3: (*_LAYOUT_4, "UPDATE work SET deaths = attempts WHERE attempts > 0"),
-    },
-    made_by="the daemon makes it at its start",
-    remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",
-)
-LOCK_S = 0.3
 _FILES_A_QUERY = 500
 _REPLACED = "replaced before it was reviewed"
 """Reason of work that nobody can do any more; should its content come again, it is done."""
+_AGAIN = "to be judged again"
+"""Reason of work that is done and waits for another review."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +110,10 @@ class Ledger:
 
     def __init__(self, path: Path, *, read_only: bool = False, exclusive: bool = True, busy_s: float = 10.0) -> None:
         self.path = path
-        self._lock_fd = _lock_out_others(path) if exclusive and not read_only else None
+        self._lock_fd = lock_out_others(path) if exclusive and not read_only else None
         try:
             # Only who has the ledger alone may change its layout.
-            self._file = SqliteFile(path, _KIND, read_only=read_only, migrates=exclusive, busy_s=busy_s)
+            self._file = SqliteFile(path, KIND, read_only=read_only, migrates=exclusive, busy_s=busy_s)
         except BaseException:
             self._unlock()
             raise
@@ -267,12 +197,15 @@ class Ledger:
         """
         with self._file.transaction() as db:
             row = db.execute(
-                "SELECT CASE reason WHEN ? THEN 'SEEN' ELSE state END, attempts, deaths, path FROM work"
+                "SELECT CASE reason WHEN ? THEN 'SEEN' ELSE state END, attempts, deaths, path, reason FROM work"
                 " WHERE source = ? AND sha256 = ?",
                 (_REPLACED, source, sha256),
             ).fetchone()
-            state, attempts, deaths, original = row if row else (None, 0, 0, _blob(path))
-            outcome = _outcome(state, is_same_path=original == _blob(path))
+            state, attempts, deaths, original, reason = row if row else (None, 0, 0, _blob(path), None)
+            is_same_path = original == _blob(path)
+            outcome = _outcome(state, is_same_path=is_same_path)
+            if state == "SEEN" and reason == _AGAIN and not is_same_path:
+                outcome = "in-flight"  # its result is beside the original's name, so the original is to come first
             if outcome in ("new", "retry"):
                 original = _blob(path)
                 db.execute(
@@ -306,10 +239,7 @@ class Ledger:
         with self._file.transaction() as db:
             kept = None if reason is None else _clean(reason)
             _leave(db, claim, "state = 'DONE', reason = ?, finished_utc = ?", kept, now_utc)
-            db.executemany(
-                "INSERT INTO outbox (id, stream, payload) VALUES (?, ?, ?)",
-                [(item.id, item.stream, item.payload) for item in outbox],
-            )
+            _add_messages(db, outbox)
             unknown_features.add(db, unknowns)
             lot_rows.add(db, row)
             _append_audit(db, audit)
@@ -376,6 +306,28 @@ class Ledger:
             if changed.rowcount == 1:
                 _append_audit(db, audit)
         return changed.rowcount == 1
+
+    def done_below(self, source: str, folder: str) -> list[Work]:
+        """Return the reviewed work whose file lay in a folder, or below it, by path; "" for the whole drop folder."""
+        low, high = (_blob(f"{folder}/"), _blob(f"{folder}0")) if folder else (b"", None)  # "0" comes after "/"
+        rows = self._file.rows(
+            f"SELECT {self._work} FROM work WHERE source = ? AND state = 'DONE' AND reason IS NULL AND path >= ?"
+            " AND (? IS NULL OR path < ?) ORDER BY path",
+            (source, low, high, high),
+        )
+        return [Work(source, sha256, _text(path), *rest) for source, sha256, path, *rest in rows]
+
+    def review_again(self, works: Sequence[Work], *, audit: Mapping[str, object]) -> int:
+        """Let reviewed work wait to be judged once more, with one audit line; return how much still was reviewed."""
+        with self._file.transaction() as db:
+            changed = db.executemany(
+                "UPDATE work SET state = 'SEEN', attempts = 0, deaths = 0, reason = ?, finished_utc = NULL"
+                " WHERE source = ? AND sha256 = ? AND state = 'DONE' AND reason IS NULL",
+                [(_AGAIN, work.source, work.sha256) for work in works],
+            )
+            if changed.rowcount > 0:
+                _append_audit(db, audit)
+        return max(changed.rowcount, 0)
 
     # --- outbox and audit ------------------------------------------------------------------------------------------
 
@@ -685,39 +637,6 @@ def _add_messages(db: sqlite3.Connection, outbox: Sequence[OutboxItem]) -> None:
 
 def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:
     db.execute("INSERT INTO audit (line) VALUES (?)", (json.dumps(dict(audit), allow_nan=False),))
-
-
-def _lock_out_others(path: Path) -> int:
-    """Lock the side file, which stays: to delete it would let two daemons lock two files of one name."""
-    side = path.with_name(f"{path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(side, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"ledger {path} cannot be opened ({error}); check the folder and its rights") from error
-    try:
-        _lock(fd, time.monotonic() + LOCK_S)
-    except OSError as error:
-        holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise ConfigError(
-            f"ledger {path} is in use by process {holder}; stop that daemon, or give this one a ledger of its own"
-        ) from error
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
-
-
-def _lock(fd: int, deadline: float) -> None:
-    """Lock at once, or shortly after: who only asks whether a daemon runs holds a shared lock for a moment."""
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(0.02)
 
 
 def _blob(path: str) -> bytes:

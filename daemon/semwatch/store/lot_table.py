@@ -16,7 +16,14 @@ from pathlib import Path
 from semwatch.errors import ImageError
 from semwatch.store import results
 from semwatch.store.results import AnyRecord
-from semwatch.store.review_record import DefectRecord, DuplicateRecord, PageRecord, ReasonRecord, ReviewRecord
+from semwatch.store.review_record import (
+    DefectRecord,
+    DuplicateRecord,
+    MissedRecord,
+    PageRecord,
+    ReasonRecord,
+    ReviewRecord,
+)
 from semwatch.system import files
 from semwatch.system.text import for_spreadsheet
 
@@ -27,7 +34,12 @@ LOT_COLUMNS = (
     "source", "path", "page", "sha256", "reviewed_utc", "recipe", "recipe_id", "models", "image_score",
     "gate_threshold", "page_verdict", "domain", "defect_id", "kind", "label", "class_code", "confidence", "nearest_1",
     "nearest_2", "x0", "y0", "x1", "y1", "area_px", "area_nm2", "peak_score", "revision", "quality", "reason",
+    "human_label", "human_by", "human_utc",
 )  # fmt: skip
+
+
+NO_DEFECT, MISSED = "not-a-defect", "missed"
+"""In ``human_label``: a person says that it is none. In ``kind``: a person saw it, and the line did not."""
 
 
 def iter_lot(lot_dir: Path) -> Iterator[ReviewRecord]:
@@ -48,7 +60,12 @@ def names(lot_dir: Path) -> list[str]:
         ServiceUnavailable: the disk cannot be read.
     """
     with results.disk(lot_dir):
-        found = [path.name for path in lot_dir.iterdir()] if lot_dir.is_dir() else []
+        found = os.listdir(lot_dir) if lot_dir.is_dir() else []  # noqa: PTH208 - half the time of iterdir
+    return names_among(found)
+
+
+def names_among(found: Sequence[str]) -> list[str]:
+    """The same among the names of all files of a folder."""
     by_image: dict[str, str] = {}
     for suffix in reversed(results.IN_TABLES):  # a later one takes the place of an earlier
         by_image |= {name.removesuffix(suffix): name for name in found if name.endswith(suffix)}
@@ -128,7 +145,23 @@ def _rows(record: AnyRecord) -> Iterator[bytes]:
         return
     for page in record.pages:
         for defect in page.defects or [None]:
-            yield _csv_line([*_row(record, page, defect), None])
+            yield _csv_line([*_row(record, page, defect), None, *_human(defect)])
+        for missed in page.missed:
+            yield _csv_line(_row_missed(record, page, missed))
+
+
+def _human(defect: DefectRecord | None) -> list[object]:
+    if defect is None or defect.human is None:
+        return [None, None, None]
+    return [defect.human.label or NO_DEFECT, defect.human.by, defect.human.utc]
+
+
+def _row_missed(record: ReviewRecord, page: PageRecord, missed: MissedRecord) -> list[object]:
+    """The row of a defect that a person saw and the line did not find."""
+    row = dict(zip(LOT_COLUMNS, [*_row(record, page, None), *[None] * 4], strict=True))
+    row |= dict(zip(("x0", "y0", "x1", "y1"), missed.box_xyxy, strict=True))
+    row |= {"kind": MISSED, "human_label": missed.label, "human_by": missed.by, "human_utc": missed.utc}
+    return list(row.values())
 
 
 def _row_aside(record: ReasonRecord | DuplicateRecord) -> list[object]:
@@ -160,7 +193,7 @@ def _row(record: ReviewRecord, page: PageRecord, defect: DefectRecord | None) ->
     ]  # fmt: skip
     flags = " ".join(flag.name for flag in page.quality.flags)
     if defect is None:
-        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 3), record.revision, flags]
+        return [*head, *[None] * (len(LOT_COLUMNS) - len(head) - 6), record.revision, flags]
     verdict = defect.verdict
     nearest = ([near.label for near in verdict.nearest] + [None, None])[:2]
     return [

@@ -14,12 +14,14 @@ A result lives beside the others of its lot, in ``results_dir/<source>/<folder o
 """
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -31,7 +33,7 @@ from pydantic import ValidationError
 
 from semwatch.defects import Review
 from semwatch.errors import ImageError, ServiceUnavailable
-from semwatch.store import overlay
+from semwatch.store import corrections, overlay
 from semwatch.store.review_record import (
     SCHEMA_VERSION,
     DuplicateRecord,
@@ -59,6 +61,8 @@ _LIKE_A_BYTE = re.compile(r"\\(?=x(?:[89a-f][0-9a-f]|5c))")
 MAX_NAME_BYTES = 200
 """Longer names are shortened, so that the longest suffix still fits into a file system's 255 bytes."""
 MAX_PATH_BYTES = 3800
+LOCK_S = 10.0
+"""How long to wait for another writer of a lot."""
 _ASIDE: Mapping[str, type[ReasonRecord] | type[DuplicateRecord]] = MappingProxyType(
     {REASON: ReasonRecord, DUPLICATE: DuplicateRecord}
 )
@@ -92,7 +96,8 @@ def write(
     """Write overlays and JSON, each whole; to repeat it after a crash gives the same files.
 
     A result of other content under the same name is kept, with the first 8 digits of its sha256 in its names. One of
-    the same content is replaced; kept revisions of it stay, and the count goes on.
+    the same content is replaced where the same recipe and models judged it, else it is kept as a revision. What people
+    said of it is carried over; kept revisions stay, and the count goes on.
 
     Raises:
         ImageError: the path leads out of ``results_dir``, its name fits no file system, or a value is not finite.
@@ -103,15 +108,17 @@ def write(
     target = _named(stem, REVIEW)
     with disk(target):
         files.make_folder(stem.parent)
-        is_new = _make_room(stem, record.sha256)
-        overlays = []
+        overlays: list[Path] = []
+        with alone(target.parent):
+            is_new = _make_room(stem, record.sha256)
         for page in review.pages:
             picture = overlay.draw(page, caption=_caption(review))
             overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
             files.write_whole(overlays[-1], overlay.encode_png(picture))
-        record = record.model_copy(update={"revision": _next_revision(target)})
-        _write_record(target, record)
-        _remove(stem, REASON, DUPLICATE)
+        with alone(target.parent):
+            record = _after(target, record)
+            _write_record(target, record)
+            _remove(stem, REASON, DUPLICATE)
     return ReviewPaths(target, tuple(overlays), record, is_new)
 
 
@@ -135,6 +142,54 @@ def read(path: Path) -> ReviewRecord:
             f"{path} is not a whole result of schema version {SCHEMA_VERSION}: {first_fault(error)}; "
             "review the image again, or read it with the semwatch that wrote it"
         ) from error
+
+
+def change(path: Path, edit: Callable[[ReviewRecord], ReviewRecord]) -> ReviewRecord:
+    """Change a result in its place, alone: of two who do so at once, the second sees what the first has written.
+
+    Args:
+        path: of the review.json.
+        edit: gives the new content; called once, with no other writer at the lot.
+
+    Raises:
+        ImageError: there is no whole result.
+        ServiceUnavailable: the disk is full or broken, or another writer does not end.
+    """
+    with disk(path), alone(path.parent):
+        changed = edit(read(path))
+        _write_record(path, changed)
+    return changed
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other writers, of this process and of others, away from the JSON files of a lot for a moment.
+
+    A file system that has no locks for folders is used without.
+
+    Raises:
+        ServiceUnavailable: another writer does not end.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _lock(fd, folder)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, folder: Path) -> None:
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ServiceUnavailable(f"{folder} is being written by another process for long; try again") from None
+        except OSError as error:
+            log.debug("%s: no lock: %s", folder, error)
+            return None
+        time.sleep(0.005)
 
 
 def is_current(path: Path, record: ReviewRecord) -> bool:
@@ -307,6 +362,13 @@ def revise(
         ImageError: there is no whole result, it has no such defect, or another file lies where it should be kept.
         ServiceUnavailable: the disk is full or broken.
     """
+    with disk(path), alone(path.parent) if path.parent.is_dir() else nullcontext():
+        return _revise(path, verdicts, head_version, utc, head_hash)
+
+
+def _revise(
+    path: Path, verdicts: Mapping[tuple[int, int], VerdictRecord], head_version: int, utc: str, head_hash: str
+) -> ReviewRecord | None:
     record = read(path)
     missing = verdicts.keys() - {(page.page, defect.defect_id) for page in record.pages for defect in page.defects}
     if missing:
@@ -322,9 +384,8 @@ def revise(
         "pages": pages,
     }
     revised = record.model_copy(update=changes)
-    with disk(path):
-        _keep_revision(path, record.revision)
-        _write_record(path, revised)
+    _keep_revision(path, record)
+    _write_record(path, revised)
     return revised
 
 
@@ -338,13 +399,42 @@ def _revised_page(page: PageRecord, verdicts: Mapping[tuple[int, int], VerdictRe
     return page.model_copy(update={"defects": tuple(defects), "verdict": of_page})
 
 
-def _keep_revision(path: Path, revision: int) -> None:
-    """Copy, not rename: the result is in its place at every moment."""
-    kept, data = revision_path(path, revision), path.read_bytes()
-    if not kept.exists():
-        files.write_whole(kept, data)
-    elif kept.read_bytes() != data:
-        raise ImageError(f"{kept} is not revision {revision} of {path.name}; move it aside")
+def _keep_revision(path: Path, record: ReviewRecord) -> None:
+    """Copy, not rename: the result is in its place at every moment.
+
+    After a crash the copy may be there already, and a person may have given a verdict since.
+    """
+    kept, data = revision_path(path, record.revision), path.read_bytes()
+    if kept.exists() and kept.read_bytes() != data and not _is_same_but_for_people(kept, record):
+        raise ImageError(f"{kept} is not revision {record.revision} of {path.name}; move it aside")
+    files.write_whole(kept, data)
+
+
+def _is_same_but_for_people(kept: Path, record: ReviewRecord) -> bool:
+    try:
+        return corrections.without_people(read(kept)) == corrections.without_people(record)
+    except ImageError:
+        return False
+
+
+def _after(target: Path, record: ReviewRecord) -> ReviewRecord:
+    """A new review as it follows the one of the same content that stands, if there is one."""
+    try:
+        before = read(target) if target.exists() else None
+    except ImageError:
+        before = None
+    if before is None or before.sha256 != record.sha256:
+        return record.model_copy(update={"revision": _next_revision(target)})
+    is_by_others = _judges(before) != _judges(record)
+    if is_by_others:
+        _keep_revision(target, before)
+    revision = before.revision + is_by_others
+    return corrections.carried(before, record.model_copy(update={"revision": revision}))
+
+
+def _judges(record: ReviewRecord) -> tuple[str, dict[str, int], dict[str, str]]:
+    """Which recipe and models a result is by."""
+    return record.recipe.id, record.model_versions, record.model_hashes
 
 
 def _next_revision(path: Path) -> int:

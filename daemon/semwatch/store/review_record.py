@@ -75,6 +75,23 @@ class VerdictRecord(_Record):
     )
 
 
+class HumanRecord(_Record):
+    """What a person said of one defect; the last counts, the audit log has all."""
+
+    label: str | None = Field(description="Class name; null: it is no defect.")
+    by: str = Field(description="Login name of the person.")
+    utc: str
+
+
+class MissedRecord(_Record):
+    """A defect that a person saw and the line did not find."""
+
+    box_xyxy: Box = Field(description="Half-open, in pixels of the page as read.")
+    label: str = Field(description="Class name.")
+    by: str = Field(description="Login name of the person.")
+    utc: str
+
+
 class DefectRecord(_Record):
     """One defect."""
 
@@ -85,6 +102,9 @@ class DefectRecord(_Record):
     peak_score: Number
     crop_xyxy: Box = Field(description="Window shown to the encoder; may reach outside the page.")
     verdict: VerdictRecord
+    human: HumanRecord | None = Field(
+        default=None, description="A person's verdict beside the model's; null or absent: nobody gave one."
+    )
 
 
 class QualityFlagRecord(_Record):
@@ -161,6 +181,9 @@ class PageRecord(_Record):
     reference: ReferenceRecord | None = Field(
         default=None, description="Null where the recipe names no reference, and in results of older releases."
     )
+    missed: tuple[MissedRecord, ...] = Field(
+        default=(), description="Defects that people saw and the line did not find; absent in older results."
+    )
 
 
 class ReviewRecord(_Record):
@@ -176,8 +199,9 @@ class ReviewRecord(_Record):
     reviewed_utc: str
     revision: Annotated[int, Field(ge=1)] = Field(
         default=1,
-        description="1: as first reviewed. Higher: verdicts were read again by a later head; revision r lies beside as "
-        "<image>.r<r>.review.json, and the overlays stay those of the first review.",
+        description="1: as first reviewed. Higher: verdicts were read again by a later head, or the image was judged "
+        "again under another recipe or other models; revision r lies beside as <image>.r<r>.review.json. The overlays "
+        "are those of the last whole review.",
     )
     revised_utc: str | None = Field(default=None, description="When this revision was made; null for a review.")
     recipe: RecipeRecord

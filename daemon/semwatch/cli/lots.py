@@ -1,0 +1,149 @@
+"""`semwatch lot`, `rereview` and `reindex`: a lot at a glance, judged once more, and the index that answers."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from semwatch.cli.options import JsonOption, SiteOption, out, printable, say, table
+from semwatch.errors import ConfigError
+from semwatch.operations import lots, requeue
+from semwatch.operations.lots import Lot
+from semwatch.settings.site import load_site
+from semwatch.store import result_index
+from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.store.result_index import INDEX, IndexedFile, open_index
+
+MAX_ASIDE = 10
+"""Images without a result that are shown; --json has all."""
+LotArgument = Annotated[str, typer.Argument(metavar="LOT", help="Its folder, behind its source where several fit.")]
+
+
+def lot(
+    site: SiteOption,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[LOT]", help="Its folder; behind its source where several fit.")
+    ] = None,
+    expect: Annotated[int | None, typer.Option(min=0, help="How many images should come.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a lot at a glance, or list the lots; ends with 1 where the lot is not complete.
+
+    Complete: all that was expected has arrived, and every image is reviewed or has the content of another.
+    """
+    settings = load_site(site)
+    if name is None:
+        with open_index(settings.state_dir / INDEX) as index:
+            _list(index.overview(), as_json)
+        return
+    found = lots.show(settings, name, expected=expect)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+    else:
+        for sentence in _sentences(found):
+            say(sentence)
+    if not found.complete:
+        raise typer.Exit(1)
+
+
+def rereview(site: SiteOption, name: LotArgument, as_json: JsonOption = False) -> None:
+    """Have a lot judged again under today's recipe and models; the results so far stay as earlier revisions.
+
+    The daemon does it, from the files that still lie in the drop folder. People's verdicts are carried over.
+    """
+    settings = load_site(site)
+    path = settings.state_dir / LEDGER
+    if not path.exists():
+        raise ConfigError(f"no ledger at {path}: the daemon has not run yet")
+    with Ledger(path, exclusive=False) as ledger:
+        found = requeue.review_again(settings, ledger, name)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+    else:
+        say(f" {found.queued} images of {found.lot} wait to be judged again", ("ok", "green"))
+        if found.gone:
+            say(f"{len(found.gone)} are not in the drop folder any more and keep their results: {_some(found.gone)}")
+    if found.gone or not found.queued:
+        raise typer.Exit(1)
+
+
+def reindex(site: SiteOption, as_json: JsonOption = False) -> None:
+    """Bring the index of the results up to date with the results folder; safe beside a running daemon.
+
+    The index is a cache that `lot` and `quality` read. Where its file is lost or broken, this makes it anew.
+    """
+    settings = load_site(site)
+    if not settings.results_dir.is_dir():
+        raise ConfigError(f"there is no results folder at {settings.results_dir}")
+    with open_index(settings.state_dir / INDEX) as index:
+        changed = sum(n for _, n in result_index.rebuild(index, settings.results_dir))
+        counts = index.counts()
+    if as_json:
+        typer.echo(json.dumps({**counts, "changed": changed}))
+        return
+    found = f"{counts['lots']} lots, {counts['images']} images, {counts['defects']} defects"
+    say(f" {found}; {changed} files were read", ("ok", "green"))
+
+
+def _list(rows: list[tuple[str, int, int, int, str]], as_json: bool) -> None:
+    names = ("lot", "images", "refused", "duplicate", "last_utc")
+    if as_json:
+        typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
+        return
+    shown = table("lot", "images", "refused", "duplicates", "last")
+    for row in sorted(rows, key=lambda row: row[-1]):
+        shown.add_row(*(printable(str(cell)) for cell in row))
+    out.print(shown)
+
+
+def _sentences(found: Lot) -> Iterator[str]:
+    yield f"{found.lot}: {'complete' if found.complete else 'not complete'}"
+    counts = {
+        "reviewed": found.reviewed,
+        "refused": found.refused,
+        "duplicates": found.duplicate,
+        "broken results": found.broken,
+        "waiting": found.waiting,
+    }
+    of = "" if found.expected is None else f" of {found.expected} expected"
+    yield f"  images    {found.arrived}{of}: " + (", ".join(f"{n} {what}" for what, n in counts.items() if n) or "none")
+    if found.first_utc:
+        each = "" if found.mean_ms is None else f", {found.mean_ms:.0f} ms an image"
+        yield f"  time      {found.first_utc} to {found.last_utc}{each}"
+    if len(found.recipes) > 1:
+        by = ", ".join(f"{n} by {recipe}" for recipe, n in found.recipes.items())
+        yield f"  recipes   {by}: `semwatch rereview` judges all by today's"
+    if found.pages:
+        yield f"  pages     {', '.join(f'{n} {verdict}' for verdict, n in found.pages.items())}"
+    if found.verdicts:
+        yield "  defects   " + ", ".join(f"{n} {_verdict(kind, label)}" for kind, label, n in found.verdicts)
+    if found.judged or found.missed:
+        yield f"  people    {found.judged} judged, {found.corrected} of them corrected; {found.missed} missed"
+    worst = [file for file in found.worst if file.n_defects]
+    if worst:
+        yield "worst:"
+        for file in worst:
+            score = "" if file.image_score is None else f", score {file.image_score:.3f}"
+            yield f"  {file.path}: {file.n_defects} defects{score}"
+    if found.aside:
+        yield "without a result of their own:"
+        for file in found.aside[:MAX_ASIDE]:
+            yield f"  {file.path}: {_why(file)}"
+        if len(found.aside) > MAX_ASIDE:
+            yield f"  and {len(found.aside) - MAX_ASIDE} more (--json has all)"
+
+
+def _verdict(kind: str, label: str | None) -> str:
+    return kind if label in (None, kind) else f"{label}" if kind == "known" else f"{label} ({kind})"
+
+
+def _why(file: IndexedFile) -> str:
+    if file.outcome == "duplicate":
+        return f"the content of {file.original}, whose result counts; `semwatch rereview` judges that one again"
+    return f"refused {file.utc}: {file.reason}" if file.outcome == "refused" else "its result cannot be read"
+
+
+def _some(paths: tuple[str, ...]) -> str:
+    return ", ".join(paths[:3]) + (" and others" if len(paths) > 3 else "")
