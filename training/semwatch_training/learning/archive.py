@@ -98,7 +98,7 @@ class Archive:
     def settle(self, ids: Sequence[str], state: State, note: str, *, now_utc: str) -> int:
         """Set state and note of records, whatever they were before; return how many of the ids are here.
 
-        ``waiting`` takes it back: a cluster was split, and its records need a class again.
+        ``waiting`` takes it back: a head was rolled back, or a crop taken out of a class, and it needs one again.
         """
         settled_utc = None if state == "waiting" else now_utc
         with self._file.transaction() as db:
@@ -125,6 +125,10 @@ class Archive:
     def state_of(self, ids: Sequence[str]) -> dict[str, State]:
         """Return the state of each id that is here."""
         return dict(self._file.rows(f"SELECT id, state FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
+
+    def notes_of(self, state: State) -> dict[str, str]:
+        """Return the note on each record in a state, by id."""
+        return dict(self._file.rows("SELECT id, state_note FROM unknowns WHERE state = ?", (state,)))
 
     def others_at(self, found: Sequence[Record], states: Sequence[State]) -> dict[str, str]:
         """By id of a record: another record in one of these states, of the same box on the same page of the same file.

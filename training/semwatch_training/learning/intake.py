@@ -3,7 +3,7 @@
 import hashlib
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -40,6 +40,8 @@ MAX_BYTES = 1 << 30
 
 SETTLED_FOR_GOOD: tuple[Settled, ...] = ("learned", "explained", "duplicate", "rejected")
 """States of a record that make another one of the same defect a duplicate; one that was forgotten may come again."""
+WAITS_AGAIN = "waits again"
+"""Note on a record that was put back: no duplicate of it takes its place."""
 
 Progress = Callable[[str, int, int], None]
 Settlement = tuple[Settled, str]
@@ -103,6 +105,19 @@ class Claims:
                 time.sleep(ACK_PAUSE_S * attempt)
         for id_ in ids:
             self.by_id.pop(id_, None)
+
+    def put_back(self, archive: Archive, ids: Sequence[str], now_utc: str) -> None:
+        """Let records wait again that earlier cycles acknowledged.
+
+        They are queued before the archive says that they wait: a crash between leaves them queued twice, not lost.
+
+        Raises:
+            ServiceUnavailable: Redis or the disk is away; the next cycle puts them back.
+        """
+        for start in range(0, len(ids), CLAIM):
+            some = ids[start : start + CLAIM]
+            self.queue.put_back([records.encode(record) for record in archive.read_many(some)])
+            archive.settle(some, "waiting", WAITS_AGAIN, now_utc=now_utc)
 
     def give_back(self) -> None:
         """Return all that was not acknowledged; where Redis is away, it comes free by itself."""
@@ -171,6 +186,7 @@ def sort_out(
     fault: Callable[[Record], str | None],
     forget_days: float,
     now_utc: str,
+    kept: Collection[str] = (),
 ) -> SortedUnknowns:
     """Keep every record in the archive, and separate fresh ones from those that need no learning.
 
@@ -185,11 +201,16 @@ def sort_out(
         fault: returns why nothing can be learned from a record, or None.
         forget_days: how long a record may wait.
         now_utc: the time.
+        kept: records that wait however long: a person has decided about them, or has to.
     """
     archive.add(found, now_utc=now_utc)
     states = archive.state_of([record.id for record in found])
     too_old = utc_of(moment_of(now_utc) - timedelta(days=forget_days))
-    known = archive.others_at([record for record in found if states[record.id] == "waiting"], SETTLED_FOR_GOOD)
+    again = {id_ for id_, note in archive.notes_of("waiting").items() if note == WAITS_AGAIN}
+    waiting = [record for record in found if states[record.id] == "waiting"]
+    known = archive.others_at([record for record in waiting if record.id not in again], SETTLED_FOR_GOOD)
+    originals = [state for state in SETTLED_FOR_GOOD if state != "duplicate"]
+    known |= archive.others_at([record for record in waiting if record.id in again], originals)
     settled: dict[str, Settlement] = {}
     fresh, unfit, seen = [], {}, set[object]()
     for record in sorted(found, key=lambda record: (record.created_utc, record.id)):
@@ -205,7 +226,7 @@ def sort_out(
             continue
         elif looks & seen:
             settled[record.id] = "duplicate", "the same place or the same pixels as another record"
-        elif record.created_utc < too_old:
+        elif record.created_utc < too_old and record.id not in kept:
             settled[record.id] = "forgotten", f"no class came of it in {forget_days:g} days"
             continue
         else:

@@ -44,7 +44,7 @@ from semwatch_training.learning.decisions import DecidedCrops
 from semwatch_training.learning.housekeeping import REPORTS
 from semwatch_training.learning.intake import Claims, SortedUnknowns
 from semwatch_training.learning.new_classes import Findings
-from semwatch_training.learning.promotion import Answers, Judgement
+from semwatch_training.learning.promotion import Answers, Held, Judgement
 from semwatch_training.learning.report_builder import ReportBuilder
 from semwatch_training.publishing.export import publish_head
 
@@ -142,7 +142,8 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
 def _run(c: _Cycle) -> Outcome:
     repository, wishes = c.site.models.repository, c.handoff.wishes()
     with c.register.locked():  # what a cycle that died left out
-        decided = outcomes.record_promotion(c.register, c.base.version, c.base.meta, c.utc)
+        decided = outcomes.record_promotion(c.register, repository, c.base.version, c.base.meta, c.utc)
+    c.claims.put_back(c.archive, outcomes.lost(c.base, repository, c.archive, decided), c.utc)
     decided_crops = decisions.apply_decisions(c.base, decided, seed=c.seed)
     with c.report.step("claim"):
         claimed = c.claims.take(c.site.learning.max_unknowns, c.progress)
@@ -164,7 +165,7 @@ def _run(c: _Cycle) -> Outcome:
         fit = HeadFit(frozen_width=c.base.frozen_width, seed=c.seed)
         head = fit_head(bank.features, bank.labels, fit, images=images_as_numbers(bank.images))
     with c.report.step("judge"):
-        judgements = _judge(c, head, decided_crops, golden)
+        judgements = _judge(c, head, decided_crops, golden, _held(c, f, decided_crops))
     c.report.add_judgements(judgements, bank, c.base.frozen_width)
     if reasons := [f"{recipe.name}: {reason}" for recipe, judged in judgements for reason in judged.reasons]:
         return _refused(c, head, reasons)
@@ -176,7 +177,7 @@ def _run(c: _Cycle) -> Outcome:
             why_not = _serves(c, version)
         if why_not is None:
             outcomes.record_promotion(
-                c.register, version, model_repository.read_meta(repository, "head", version), c.utc
+                c.register, repository, version, model_repository.read_meta(repository, "head", version), c.utc
             )
     if why_not is not None:
         choice.withdraw(repository, "head", version, why_not)
@@ -186,6 +187,7 @@ def _run(c: _Cycle) -> Outcome:
         intake.settle(c.archive, done, c.utc)
         choice.prune(repository, "head", keep=c.site.learning.keep_versions)
         c.handoff.answer(list(wishes))
+        c.claims.put_back(c.archive, [*c.archive.state_of(decided_crops.removed)], c.utc)
     report = c.report.write("published", version)
     c.claims.acknowledge(list(done))
     return Outcome("learned", f"head {version} serves and {_learned(f)}", version, report)
@@ -203,6 +205,7 @@ def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters) -> Sort
         fault=lambda record: intake.fault_of(record, c.models),
         forget_days=c.site.learning.forget_days,
         now_utc=c.utc,
+        kept=decisions.ids_that_wait(decided, decisions.renaming(c.base.meta.labels, decided).values()),
     )
     for id_, reason in found.unfit.items():
         c.claims.put_aside(id_, reason)
@@ -228,7 +231,7 @@ def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, decided_crops: 
         groups = [*decided_crops.parts, *by_person, *new_classes.clustered_groups(clustered, left)]
     with c.report.step("identify"):
         before = decided
-        decided, ids = new_classes.identify(c.register, groups, c.utc)
+        decided, groups, ids = new_classes.identify(c.register, groups, c.utc)
         accepted, refusals = new_classes.choose(decided, ids, groups, decided_crops.bank.labels, c.recipes)
         records = [record for record, is_one in zip(fresh, is_left, strict=True) if is_one]
         f = Findings(clustered, records, groups, ids, decided, accepted, refusals, revisions)
@@ -253,21 +256,39 @@ def _rejected(c: _Cycle, decided: Clusters) -> Bank:
     return head_bank.joined(banks)
 
 
-def _judge(c: _Cycle, head: Head, decided_crops: DecidedCrops, golden: Bank) -> list[tuple[Recipe, Judgement]]:
-    """Judge the candidate on the golden set under each recipe."""
-    answer = c.models.infer("head", {"features": golden.features})
-    served = Answers(answer.meta.labels, answer.outputs["logits"], answer.outputs["p_values"])
-    with torch.no_grad():
-        logits, p_values = (values.numpy() for values in head.eval()(torch.from_numpy(golden.features)))
+def _held(c: _Cycle, f: Findings, decided_crops: DecidedCrops) -> Bank:
+    """Unknowns that clustering gave to known classes, under these."""
+    known = [one if one in decided_crops.bank.labels else None for one in f.clustered.known]
+    rows = [row for row, label in enumerate(known) if label is not None]
+    found = [f.records[row] for row in rows]
+    crops = _crops(found, intake.features_of(found, c.models, c.progress))
+    return replace(crops, labels=tuple(label for label in known if label is not None))
+
+
+def _judge(
+    c: _Cycle, head: Head, decided_crops: DecidedCrops, golden: Bank, held: Bank
+) -> list[tuple[Recipe, Judgement]]:
+    """Judge the candidate on the golden set, and on crops that wait, under each recipe."""
+
+    def answers(crops: Bank) -> tuple[Answers, Answers]:
+        answer = c.models.infer("head", {"features": crops.features})
+        served = Answers(answer.meta.labels, answer.outputs["logits"], answer.outputs["p_values"])
+        with torch.no_grad():
+            logits, p_values = (values.numpy() for values in head.eval()(torch.from_numpy(crops.features)))
+        return decisions.renamed_answers(served, decided_crops.names), Answers(head.labels, logits, p_values)
+
+    served, candidate = answers(golden)
+    waiting = Held(held.labels, *answers(held)) if len(held) else None
 
     def judged(recipe: Recipe) -> Judgement:
         return promotion.judge(
-            decisions.renamed_answers(served, decided_crops.names),
-            Answers(head.labels, logits, p_values),
+            served,
+            candidate,
             golden,
             recipe.promotion,
             rule=recipe.unknown,
             best=promotion.best_of(c.base.meta.provenance, recipe),
+            held=waiting,
         )
 
     return [(recipe, judged(recipe)) for recipe in c.recipes]
