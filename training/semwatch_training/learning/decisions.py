@@ -8,7 +8,7 @@ head knows yet, once a person has split it or made it part of a class that the h
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,8 @@ class DecidedCrops:
     """Of the decisions that are applied here."""
     is_changed: bool
     """Whether a head must be fitted anew for it."""
+    corrected: Mapping[str, str] = field(default_factory=dict)
+    """Label by record id, of unknowns that became crops by a person's correction."""
 
 
 # --- what people decided ---------------------------------------------------------------------------------------------

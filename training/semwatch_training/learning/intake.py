@@ -18,7 +18,7 @@ from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.site import Site
 from semwatch.streams import records, unknowns
-from semwatch.streams.records import Record
+from semwatch.streams.records import Correction, Record
 from semwatch.streams.unknowns import Claimed, Client, Consumer
 from semwatch.system.clock import moment_of, utc_of
 from semwatch_training.learning.archive import Archive
@@ -136,6 +136,25 @@ def consumer(client: Client, prefix: str) -> Consumer[Record]:
     return Consumer(
         client, records.UNKNOWNS, records.decode, name=learner(), prefix=prefix, max_deliveries=MAX_DELIVERIES
     )
+
+
+def take_corrections(queue: Consumer[Correction], archive: Archive, now_utc: str) -> None:
+    """Keep the corrections that wait in the archive, then let Redis forget them.
+
+    Raises:
+        ServiceUnavailable: Redis or the disk is away; what is not acknowledged comes again.
+    """
+    while batch := queue.claim(CLAIM, min_idle_s=ABANDONED_S):
+        archive.add_corrections([item.record for item in batch], now_utc=now_utc)
+        queue.ack(batch)
+
+
+def correction_queue(client: Client, prefix: str) -> Consumer[Correction]:
+    """The learner of this machine, as a reader of corrections."""
+    return Consumer(
+        client, records.CORRECTIONS, records.decode_correction, name=learner(), prefix=prefix,
+        max_deliveries=MAX_DELIVERIES,
+    )  # fmt: skip
 
 
 def connect(site: Site) -> tuple[Client, str]:

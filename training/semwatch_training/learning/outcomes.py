@@ -190,6 +190,7 @@ def settlements_by_clustering(f: Findings, rejected: Bank, *, frozen_width: int)
 def settlements_by_head(f: Findings, decided_crops: DecidedCrops, version: int) -> dict[str, Settlement]:
     """Settlements by a new head; unknowns that no class came of are not among them, they stay in the queue."""
     found: dict[str, Settlement] = {id_: ("rejected", label) for id_, label in decided_crops.rejected.items()}
+    found |= {id_: ("learned", f"{label}{AS_OF}{version}") for id_, label in decided_crops.corrected.items()}
     for record, known in zip(f.records, f.clustered.known, strict=True):
         if known is not None and not known.startswith(REJECTED) and record.kind == "non-decidable":
             found[record.id] = "explained", f"{known}{AS_OF}{version}"

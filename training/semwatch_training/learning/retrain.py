@@ -30,15 +30,26 @@ from semwatch.models.head_bank import Bank
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import Site
+from semwatch.streams.handoff import MAX_CONFLICTS, Handoff
 from semwatch.streams.handoff import Cycle as Ended
-from semwatch.streams.handoff import Handoff
-from semwatch.streams.records import Record
+from semwatch.streams.records import Correction, Record, encode
+from semwatch.streams.unknowns import Consumer
 from semwatch.system.clock import utc_now
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_head
 from semwatch_training.discovery.head import Head, save_head
-from semwatch_training.learning import candidates, decisions, housekeeping, intake, new_classes, outcomes, promotion
+from semwatch_training.learning import (
+    candidates,
+    corrections,
+    decisions,
+    housekeeping,
+    intake,
+    new_classes,
+    outcomes,
+    promotion,
+)
 from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.learning.base_head import BaseHead, read_base_head
+from semwatch_training.learning.corrections import Agreed
 from semwatch_training.learning.crops import images_as_numbers, labelled, with_kept_crops
 from semwatch_training.learning.decisions import DecidedCrops
 from semwatch_training.learning.housekeeping import REPORTS
@@ -78,6 +89,8 @@ class Outcome:
     """Folder of the cycle's report."""
     reasons: tuple[str, ...] = ()
     """Why the candidate does not serve."""
+    conflicts: tuple[str, ...] = ()
+    """Defects that people contradict each other about."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +105,7 @@ class _Cycle:
     models: Embedded
     claims: Claims
     base: BaseHead
+    corrections: Consumer[Correction]
     report: ReportBuilder
     seed: int
     utc: str
@@ -129,7 +143,21 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
                 base = read_base_head(repository, models)
                 report = ReportBuilder(folder / REPORTS / utc.replace(":", ""), utc)
                 outcome = _run(
-                    _Cycle(site, recipes, archive, register, handoff, models, claims, base, report, seed, utc, progress)
+                    _Cycle(
+                        site,
+                        recipes,
+                        archive,
+                        register,
+                        handoff,
+                        models,
+                        claims,
+                        base,
+                        intake.correction_queue(client, prefix),
+                        report,
+                        seed,
+                        utc,
+                        progress,
+                    )
                 )
                 housekeeping.tidy(folder, archive, register.read(), site.learning, now_utc=utc)
                 _state_outcome(handoff, outcome, archive, utc)
@@ -144,31 +172,38 @@ def _run(c: _Cycle) -> Outcome:
     with c.register.locked():  # what a cycle that died left out
         decided = outcomes.record_promotion(c.register, repository, c.base.version, c.base.meta, c.utc)
     c.claims.put_back(c.archive, outcomes.lost(c.base, repository, c.archive, decided), c.utc)
+    said = _corrections(c)
     decided_crops = decisions.apply_decisions(c.base, decided, seed=c.seed)
     with c.report.step("claim"):
         claimed = c.claims.take(c.site.learning.max_unknowns, c.progress)
-        found = _sorted_out(c, claimed, decided)
+        found = _sorted_out(c, claimed, decided, said)
+        corrected = [record for record in found.fresh if record.id in said.corrections]
+        crops = _crops(corrected, intake.features_of(corrected, c.models, c.progress))
+    decided_crops = corrections.apply(decided_crops, decided, said, crops)
+    fresh = [record for record in found.fresh if record.id not in decided_crops.corrected]
     n, n_needed = len(found.fresh), c.site.learning.min_unknowns
     n_needed = min(n_needed, FEW_AFTER_DRIFT) if wishes else n_needed
     is_grouped_by_person = not decisions.ids_grouped_by_person(decided, decided_crops.bank.labels).isdisjoint(
-        record.id for record in found.fresh
+        record.id for record in fresh
     )
     if n < n_needed and not decided_crops.is_changed and not is_grouped_by_person:
         return Outcome("too few", f"{n} unknowns wait, {n_needed} are needed: nothing was learned")
-    f = _find(c, found.fresh, decided, decided_crops)
+    f = _find(c, fresh, decided, decided_crops)
     c.report.add_findings(c.base, len(claimed), found, f, c.archive)
+    c.report.add_corrections(len(decided_crops.corrected), said.conflicts)
     if not f.accepted and not decided_crops.is_changed:
         c.handoff.answer(list(wishes))
-        return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"))
+        return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"), conflicts=said.conflicts)
     with c.report.step("fit"):
         bank, golden = new_classes.grown(decided_crops, f, c.seed, was_proof=set(c.base.golden.ids) - {""})
         fit = HeadFit(frozen_width=c.base.frozen_width, seed=c.seed)
-        head = fit_head(bank.features, bank.labels, fit, images=images_as_numbers(bank.images))
+        numbers, weights = images_as_numbers(bank.images), said.weights_of(bank)
+        head = fit_head(bank.features, bank.labels, fit, images=numbers, weights=weights)
     with c.report.step("judge"):
         judgements = _judge(c, head, decided_crops, golden, _held(c, f, decided_crops))
     c.report.add_judgements(judgements, bank, c.base.frozen_width)
     if reasons := [f"{recipe.name}: {reason}" for recipe, judged in judgements for reason in judged.reasons]:
-        return _refused(c, head, reasons)
+        return _refused(c, head, reasons, said.conflicts)
     # A name that a person gives now would publish the old head: it waits until this one serves, or is given before.
     with c.register.locked(HOLD_S + c.site.learning.swap_timeout_s):
         with c.report.step("publish"):
@@ -181,7 +216,7 @@ def _run(c: _Cycle) -> Outcome:
             )
     if why_not is not None:
         choice.withdraw(repository, "head", version, why_not)
-        return _refused(c, head, [why_not])
+        return _refused(c, head, [why_not], said.conflicts)
     with c.report.step("settle"):
         done = outcomes.settlements_by_head(f, decided_crops, version)
         intake.settle(c.archive, done, c.utc)
@@ -190,22 +225,42 @@ def _run(c: _Cycle) -> Outcome:
         c.claims.put_back(c.archive, [*c.archive.state_of(decided_crops.removed)], c.utc)
     report = c.report.write("published", version)
     c.claims.acknowledge(list(done))
-    return Outcome("learned", f"head {version} serves and {_learned(f)}", version, report)
+    sentence = f"head {version} serves and {_learned(f, decided_crops)}"
+    return Outcome("learned", sentence, version, report, conflicts=said.conflicts)
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters) -> SortedUnknowns:
+def _corrections(c: _Cycle) -> Agreed:
+    """What people corrected; crops that come along, or that were settled otherwise, wait in the queue for a class."""
+    intake.take_corrections(c.corrections, c.archive, c.utc)
+    found = c.archive.corrections()
+    said = corrections.agreed(found)
+    states = c.archive.state_of(list(said.corrections))
+    brought = {one.unknown_id: record for one in found if (record := corrections.as_record(one)) is not None}
+    new = [record for id_, record in brought.items() if id_ in said.corrections and id_ not in states]
+    c.claims.queue.put_back([encode(record) for record in new])
+    otherwise = [id_ for id_, state in states.items() if state in ("explained", "rejected", "forgotten")]
+    c.claims.put_back(c.archive, otherwise, c.utc)
+    return said
+
+
+def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters, said: Agreed) -> SortedUnknowns:
     """Sort records; those that need no learning or can have none leave the queue."""
+    settlements = outcomes.settlements(c.base, decided)
+    overruled = {id_ for id_ in said.corrections if settlements.get(id_, ("learned", ""))[0] == "rejected"}
     found = intake.sort_out(
         claimed,
         c.archive,
-        settlements=outcomes.settlements(c.base, decided),
+        settlements={id_: settled for id_, settled in settlements.items() if id_ not in overruled},
         fault=lambda record: intake.fault_of(record, c.models),
         forget_days=c.site.learning.forget_days,
         now_utc=c.utc,
-        kept=decisions.ids_that_wait(decided, decisions.renaming(c.base.meta.labels, decided).values()),
+        kept={
+            *decisions.ids_that_wait(decided, decisions.renaming(c.base.meta.labels, decided).values()),
+            *said.corrections,
+        },
     )
     for id_, reason in found.unfit.items():
         c.claims.put_aside(id_, reason)
@@ -294,12 +349,12 @@ def _judge(
     return [(recipe, judged(recipe)) for recipe in c.recipes]
 
 
-def _refused(c: _Cycle, head: Head, reasons: Sequence[str]) -> Outcome:
+def _refused(c: _Cycle, head: Head, reasons: Sequence[str], conflicts: tuple[str, ...]) -> Outcome:
     """Keep a candidate that may not serve, with its report."""
     report = c.report.write("refused", reasons=reasons)
     save_head(head, report / CANDIDATE, encoder_form=f"encoder {c.base.meta.encoder_sha256}", provenance={})
     sentence = f"the candidate is kept and does not serve: {'; '.join(reasons)}"
-    return Outcome("refused", sentence, report=report, reasons=tuple(reasons))
+    return Outcome("refused", sentence, report=report, reasons=tuple(reasons), conflicts=conflicts)
 
 
 def _publish(
@@ -364,6 +419,7 @@ def _state_outcome(handoff: Handoff, outcome: Outcome, archive: Archive, utc: st
                 outcome=REPORTED[outcome.status],
                 version=outcome.head_version,
                 reasons=outcome.reasons,
+                conflicts=outcome.conflicts[:MAX_CONFLICTS],
                 sentence=outcome.sentence,
                 unknowns={str(state): n for state, n in archive.counts().items()},
             )
@@ -378,9 +434,11 @@ def _crops(found: Sequence[Record], features: NDArray[np.float32]) -> Bank:
     return Bank(features, ("",) * len(found), images, tuple(record.id for record in found))
 
 
-def _learned(f: Findings) -> str:
+def _learned(f: Findings, decided_crops: DecidedCrops) -> str:
     learned = ", ".join(f"{label} ({n} crops)" for label, n in f.learned.items())
-    return f"knows {learned}" if learned else "applies what people decided"
+    n = len(decided_crops.corrected)
+    known = f"knows {learned}" if learned else "applies what people decided"
+    return known + (f", {n} unknown{'s' if n > 1 else ''} by correction" if n else "")
 
 
 def _nothing_new(f: Findings) -> str:
