@@ -32,7 +32,8 @@ def list_clusters(
     shown = [k for k in found.clusters if every or k.state in LIVE]
     if as_json:
         waiting = [d.model_dump() for d in pending(found)]
-        typer.echo(json.dumps({"clusters": [k.model_dump() for k in shown], "pending": waiting}))
+        said = decide.conflicts(load_site(site))
+        typer.echo(json.dumps({"clusters": [k.model_dump() for k in shown], "pending": waiting, "conflicts": said}))
         return
     if not shown:
         say("no clusters yet: a learning cycle finds them, `semwatch-train retrain --site SITE`")
@@ -48,6 +49,8 @@ def list_clusters(
     for k in shown:
         if hint := _hint(k):
             say(f" {hint}", (f"{k.id}:", "yellow"))
+    for conflict in decide.conflicts(load_site(site)):
+        say(f" {conflict}", ("corrections contradict each other:", "yellow"))
     for i, d in enumerate(pending(found)):
         say(f"  {_in_words(d)}", ("" if i else "waits for the next cycle:\n", "yellow"))
 

@@ -133,6 +133,17 @@ def found_classes(site: Site) -> Clusters:
         return register.read()
 
 
+def conflicts(site: Site) -> tuple[str, ...]:
+    """Defects whose corrections contradict each other, as the newest cycle found them.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``found_classes``.
+    """
+    with handoff_of(site) as handoff:
+        last = handoff.last_cycle()
+    return () if last is None else last.conflicts
+
+
 def example_sheet(site: Site, cluster: str) -> Path | None:
     """Draw the example crops of a cluster on one picture; None where there are none, or this user may not write it.
 

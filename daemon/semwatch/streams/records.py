@@ -9,9 +9,9 @@ A record's fields in the stream; a consumer on another machine needs nothing els
     soft_mask  t x t little-endian float32, row by row
     crop_png   S x S PNG, 8-bit gray
 
-A result summary has ``id``, ``schema`` and ``meta`` alone, described by ``schemas/result_summary.schema.json``. So has a
-correction (``schemas/correction.schema.json``), with ``crop_png``, ``soft_mask`` and ``features`` where whoever corrects
-has them. Between review and Redis, the ledger's outbox keeps each as one ``pack``ed blob.
+A result summary has ``id``, ``schema`` and ``meta`` alone, described by ``schemas/result_summary.schema.json``. So has
+a correction (``schemas/correction.schema.json``), with ``crop_png``, ``soft_mask`` and ``features`` where whoever
+corrects has them. Between review and Redis, the ledger's outbox keeps each as one ``pack``ed blob.
 """
 
 import hashlib
