@@ -32,8 +32,10 @@ def list_clusters(
     shown = [k for k in found.clusters if every or k.state in LIVE]
     if as_json:
         waiting = [d.model_dump() for d in pending(found)]
-        said = decide.conflicts(load_site(site))
-        typer.echo(json.dumps({"clusters": [k.model_dump() for k in shown], "pending": waiting, "conflicts": said}))
+        conflicts = decide.conflicts(load_site(site))
+        typer.echo(
+            json.dumps({"clusters": [k.model_dump() for k in shown], "pending": waiting, "conflicts": conflicts})
+        )
         return
     if not shown:
         say("no clusters yet: a learning cycle finds them, `semwatch-train retrain --site SITE`")

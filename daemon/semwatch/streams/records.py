@@ -450,7 +450,11 @@ def unpack(blob: bytes) -> Fields:
 
 def json_schemas() -> dict[str, dict[str, Any]]:
     """Describe the ``meta`` JSON of either stream as JSON Schema, by stream name."""
-    kinds = {UNKNOWNS: _record_type(), RESULTS: _summary_type(), CORRECTIONS: _correction_type()}
+    kinds: dict[str, TypeAdapter[Any]] = {
+        UNKNOWNS: _record_type(),
+        RESULTS: _summary_type(),
+        CORRECTIONS: _correction_type(),
+    }
     schemas = {stream: kind.json_schema() for stream, kind in kinds.items()}
     for schema in schemas.values():
         del schema["properties"]["id"]  # a field of its own beside meta

@@ -24,7 +24,7 @@ SUFFIX = ".jsonl"
 @dataclass(frozen=True, slots=True)
 class _Line:
     number: int
-    said: Correction
+    correction: Correction
 
 
 def read_corrections(file: Path) -> DataSet:
@@ -38,17 +38,17 @@ def read_corrections(file: Path) -> DataSet:
     """
     of_image: dict[str, list[_Line]] = {}
     for line in _holding(file, _lines(file)):
-        if line.said.page == 0:  # labelled images are first pages
-            of_image.setdefault(line.said.sha256, []).append(line)
+        if line.correction.page == 0:  # labelled images are first pages
+            of_image.setdefault(line.correction.sha256, []).append(line)
     samples: list[Sample] = []
     for lines in of_image.values():
         image = _image_of(file, lines[0])
-        defects = [line for line in lines if canonical(line.said.label) != DEFECT_FREE]
+        defects = [line for line in lines if canonical(line.correction.label) != DEFECT_FREE]
         if not defects:
             samples.append(Sample(image, DEFECT_FREE))
-        boxes = [line.said.box_xyxy for line in defects]
+        boxes = [line.correction.box_xyxy for line in defects]
         samples += [
-            Sample(image, line.said.label, line.said.box_xyxy, (*boxes[:k], *boxes[k + 1 :]))
+            Sample(image, line.correction.label, line.correction.box_xyxy, (*boxes[:k], *boxes[k + 1 :]))
             for k, line in enumerate(defects)
         ]
     if not samples:
@@ -75,28 +75,29 @@ def _lines(file: Path) -> list[_Line]:
 
 def _holding(file: Path, lines: Sequence[_Line]) -> list[_Line]:
     """Of each defect the newest word of each person, once; refused where these are several."""
-    said: dict[str, dict[str, _Line]] = {}
-    for line in sorted(lines, key=lambda line: line.said.corrected_utc):
-        said.setdefault(line.said.unknown_id, {})[line.said.by] = line
-    for by_person in said.values():
-        if len({canonical(line.said.label) for line in by_person.values()}) > 1:
+    of_defect: dict[str, dict[str, _Line]] = {}
+    for line in sorted(lines, key=lambda line: line.correction.corrected_utc):
+        of_defect.setdefault(line.correction.unknown_id, {})[line.correction.by] = line
+    for by_person in of_defect.values():
+        if len({canonical(line.correction.label) for line in by_person.values()}) > 1:
             one, other = sorted(by_person.values(), key=lambda line: line.number)[:2]
             raise ConfigError(
-                f"{file} line {other.number}: {other.said.by} says {other.said.label!r}, and {one.said.by} says "
-                f"{one.said.label!r} of the same defect in line {one.number}; agree, and take one line out"
+                f"{file} line {other.number}: {other.correction.by} says {other.correction.label!r}, and "
+                f"{one.correction.by} says {one.correction.label!r} of the same defect in line {one.number}; agree, and "
+                f"take one line out"
             )
-    return [max(by_person.values(), key=lambda line: line.said.corrected_utc) for by_person in said.values()]
+    return [max(words.values(), key=lambda line: line.correction.corrected_utc) for words in of_defect.values()]
 
 
 def _image_of(file: Path, line: _Line) -> Path:
-    name = PurePosixPath(line.said.path)
+    name = PurePosixPath(line.correction.path)
     place = f"{file} line {line.number}"
     if name.is_absolute() or ".." in name.parts:
         raise ConfigError(f"{place}: {name} leads out of {file.parent}; write paths relative to it")
     for folder in (file.parent, file.parent / "images"):
         for path in (folder / name, folder / name.name):
             if path.is_file():
-                if hashlib.sha256(decoding.read_file(path)).hexdigest() != line.said.sha256:
+                if hashlib.sha256(decoding.read_file(path)).hexdigest() != line.correction.sha256:
                     raise ConfigError(f"{place}: {path} is not the image that was corrected; put that one there")
                 return path
     raise ConfigError(f"{place}: {file.parent / name} does not exist; put the image there or take out the line")

@@ -41,11 +41,11 @@ class Agreed:
 
 def agreed(found: Sequence[Correction]) -> Agreed:
     """What holds of all that people said."""
-    said: dict[str, dict[str, Correction]] = {}
+    of_defect: dict[str, dict[str, Correction]] = {}
     for one in sorted(found, key=lambda one: (one.corrected_utc, one.id)):
-        said.setdefault(one.unknown_id, {})[one.by] = one
+        of_defect.setdefault(one.unknown_id, {})[one.by] = one
     holds, conflicts = {}, []
-    for id_, by_person in said.items():
+    for id_, by_person in of_defect.items():
         words = list(by_person.values())
         if len({one.label for one in words}) > 1:
             people = ", ".join(f"{one.label!r} by {one.by} ({one.corrected_utc})" for one in words)
@@ -91,7 +91,7 @@ def as_record(correction: Correction) -> Record | None:
     )
 
 
-def apply(decided_crops: DecidedCrops, c: Clusters, said: Agreed, fresh: Bank) -> DecidedCrops:
+def apply(decided_crops: DecidedCrops, c: Clusters, labels: Agreed, fresh: Bank) -> DecidedCrops:
     """Give crops of bank and golden set the labels that people corrected them to, and add corrected unknowns.
 
     A class that would be left with, or would begin with, fewer crops than a head is fitted on waits for more.
@@ -99,11 +99,11 @@ def apply(decided_crops: DecidedCrops, c: Clusters, said: Agreed, fresh: Bank) -
     Args:
         decided_crops: bank and golden set, after people's decisions about clusters.
         c: the found classes: a correction may name a class by an earlier name.
-        said: what holds.
+        labels: what holds.
         fresh: unknowns that wait, with their features.
     """
     now = clusters.successors(c)
-    wanted = {id_: label for id_, one in said.corrections.items() if (label := now.get(one.label, one.label))}
+    wanted = {id_: label for id_, one in labels.corrections.items() if (label := now.get(one.label, one.label))}
     bank, golden = _relabelled(decided_crops.bank, decided_crops.golden, wanted)
     is_changed = (bank.labels, golden.labels) != (decided_crops.bank.labels, decided_crops.golden.labels)
     banks, goldens, corrected = [bank], [golden], dict[str, str]()

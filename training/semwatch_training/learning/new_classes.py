@@ -146,9 +146,9 @@ def choose(
 
 
 def _on_hold(decided: Clusters, id_: str, group: Group) -> str | None:
-    """The cluster on hold that a group is, or most of whose crops are those of; None where there is none."""
+    """The cluster on hold that a group is, or shares most of the crops of either with; None where there is none."""
     for k in (k for k in decided.clusters if k.on_hold):
-        if k.id == id_ or 2 * len(set(k.members) & set(group.ids)) > len(group.ids):
+        if k.id == id_ or 2 * len(set(k.members) & set(group.ids)) > min(len(k.members), len(group.ids)):
             return k.id
     return None
 

@@ -172,14 +172,14 @@ def _run(c: _Cycle) -> Outcome:
     with c.register.locked():  # what a cycle that died left out
         decided = outcomes.record_promotion(c.register, repository, c.base.version, c.base.meta, c.utc)
     c.claims.put_back(c.archive, outcomes.lost(c.base, repository, c.archive, decided), c.utc)
-    said = _corrections(c)
+    agreed = _corrections(c)
     decided_crops = decisions.apply_decisions(c.base, decided, seed=c.seed)
     with c.report.step("claim"):
         claimed = c.claims.take(c.site.learning.max_unknowns, c.progress)
-        found = _sorted_out(c, claimed, decided, said)
-        corrected = [record for record in found.fresh if record.id in said.corrections]
+        found = _sorted_out(c, claimed, decided, agreed)
+        corrected = [record for record in found.fresh if record.id in agreed.corrections]
         crops = _crops(corrected, intake.features_of(corrected, c.models, c.progress))
-    decided_crops = corrections.apply(decided_crops, decided, said, crops)
+    decided_crops = corrections.apply(decided_crops, decided, agreed, crops)
     fresh = [record for record in found.fresh if record.id not in decided_crops.corrected]
     n, n_needed = len(found.fresh), c.site.learning.min_unknowns
     n_needed = min(n_needed, FEW_AFTER_DRIFT) if wishes else n_needed
@@ -190,20 +190,20 @@ def _run(c: _Cycle) -> Outcome:
         return Outcome("too few", f"{n} unknowns wait, {n_needed} are needed: nothing was learned")
     f = _find(c, fresh, decided, decided_crops)
     c.report.add_findings(c.base, len(claimed), found, f, c.archive)
-    c.report.add_corrections(len(decided_crops.corrected), said.conflicts)
+    c.report.add_corrections(len(decided_crops.corrected), agreed.conflicts)
     if not f.accepted and not decided_crops.is_changed:
         c.handoff.answer(list(wishes))
-        return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"), conflicts=said.conflicts)
+        return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"), conflicts=agreed.conflicts)
     with c.report.step("fit"):
         bank, golden = new_classes.grown(decided_crops, f, c.seed, was_proof=set(c.base.golden.ids) - {""})
         fit = HeadFit(frozen_width=c.base.frozen_width, seed=c.seed)
-        numbers, weights = images_as_numbers(bank.images), said.weights_of(bank)
+        numbers, weights = images_as_numbers(bank.images), agreed.weights_of(bank)
         head = fit_head(bank.features, bank.labels, fit, images=numbers, weights=weights)
     with c.report.step("judge"):
         judgements = _judge(c, head, decided_crops, golden, _held(c, f, decided_crops))
     c.report.add_judgements(judgements, bank, c.base.frozen_width)
     if reasons := [f"{recipe.name}: {reason}" for recipe, judged in judgements for reason in judged.reasons]:
-        return _refused(c, head, reasons, said.conflicts)
+        return _refused(c, head, reasons, agreed.conflicts)
     # A name that a person gives now would publish the old head: it waits until this one serves, or is given before.
     with c.register.locked(HOLD_S + c.site.learning.swap_timeout_s):
         with c.report.step("publish"):
@@ -216,7 +216,7 @@ def _run(c: _Cycle) -> Outcome:
             )
     if why_not is not None:
         choice.withdraw(repository, "head", version, why_not)
-        return _refused(c, head, [why_not], said.conflicts)
+        return _refused(c, head, [why_not], agreed.conflicts)
     with c.report.step("settle"):
         done = outcomes.settlements_by_head(f, decided_crops, version)
         intake.settle(c.archive, done, c.utc)
@@ -226,7 +226,7 @@ def _run(c: _Cycle) -> Outcome:
     report = c.report.write("published", version)
     c.claims.acknowledge(list(done))
     sentence = f"head {version} serves and {_learned(f, decided_crops)}"
-    return Outcome("learned", sentence, version, report, conflicts=said.conflicts)
+    return Outcome("learned", sentence, version, report, conflicts=agreed.conflicts)
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
@@ -236,20 +236,20 @@ def _corrections(c: _Cycle) -> Agreed:
     """What people corrected; crops that come along, or that were settled otherwise, wait in the queue for a class."""
     intake.take_corrections(c.corrections, c.archive, c.utc)
     found = c.archive.corrections()
-    said = corrections.agreed(found)
-    states = c.archive.state_of(list(said.corrections))
+    agreed = corrections.agreed(found)
+    states = c.archive.state_of(list(agreed.corrections))
     brought = {one.unknown_id: record for one in found if (record := corrections.as_record(one)) is not None}
-    new = [record for id_, record in brought.items() if id_ in said.corrections and id_ not in states]
+    new = [record for id_, record in brought.items() if id_ in agreed.corrections and id_ not in states]
     c.claims.queue.put_back([encode(record) for record in new])
     otherwise = [id_ for id_, state in states.items() if state in ("explained", "rejected", "forgotten")]
     c.claims.put_back(c.archive, otherwise, c.utc)
-    return said
+    return agreed
 
 
-def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters, said: Agreed) -> SortedUnknowns:
+def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters, agreed: Agreed) -> SortedUnknowns:
     """Sort records; those that need no learning or can have none leave the queue."""
     settlements = outcomes.settlements(c.base, decided)
-    overruled = {id_ for id_ in said.corrections if settlements.get(id_, ("learned", ""))[0] == "rejected"}
+    overruled = {id_ for id_ in agreed.corrections if settlements.get(id_, ("learned", ""))[0] == "rejected"}
     found = intake.sort_out(
         claimed,
         c.archive,
@@ -259,7 +259,7 @@ def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters, said: A
         now_utc=c.utc,
         kept={
             *decisions.ids_that_wait(decided, decisions.renaming(c.base.meta.labels, decided).values()),
-            *said.corrections,
+            *agreed.corrections,
         },
     )
     for id_, reason in found.unfit.items():
