@@ -83,7 +83,7 @@ def harms(session: Session) -> list[str]:
         states, rejected = archive.state_of(list(session.kind_of)), archive.notes_of("rejected")
     return [
         *_lost(states, held, waits),
-        *_merges_lost(found, states, waits, lab.labels),
+        *_merges_lost(found, states, held, waits, lab.labels),
         *_wrongly_rejected(session, rejected),
         *_emptied(session),
         *_back_again(found, held),
@@ -100,13 +100,20 @@ def _lost(states: dict[str, str], held: dict[str, str], waits: set[str]) -> list
     return found + ([f"{len(nowhere)} records wait, and nobody will find them"] if nowhere else [])
 
 
-def _merges_lost(found: Clusters, states: dict[str, str], waits: set[str], labels: Sequence[str]) -> list[str]:
+def _merges_lost(
+    found: Clusters, states: dict[str, str], held: dict[str, str], waits: set[str], labels: Sequence[str]
+) -> list[str]:
     lost = []
+    is_split = {d.cluster for d in found.decisions if d.kind == "split"}
     for d in (d for d in found.decisions if d.kind == "merge" and d.applied_utc is not None):
         k = clusters.find(found, d.cluster)
         of_cluster = [id_ for id_ in k.members if states.get(id_) == "waiting" and id_ in waits]
         if of_cluster and clusters.label_of(found, k.id) in labels:
             lost.append(f"{k.id} was merged into {d.into}, which counts as applied, and {len(of_cluster)} crops wait")
+        label = clusters.label_of(found, k.id)
+        elsewhere = {held[id_] for id_ in k.members if id_ in held and held[id_] != label}
+        if elsewhere and label in labels and not is_split & {k.id, d.into}:
+            lost.append(f"{k.id} was merged into {d.into}, which counts as applied, and its crops are of {elsewhere}")
     return lost
 
 

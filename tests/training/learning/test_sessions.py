@@ -5,14 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import redis
 
 import sessions
 from learning_site import make_lab
 from semwatch.streams.embedded_redis import EmbeddedRedis
-from semwatch_training.learning import candidates, cycle_report, decisions, outcomes, promotion
+from semwatch_training.learning import candidates, cycle_report, decisions, outcomes
 from sessions import Session
 
 N_SESSIONS = int(os.environ.get("SEMWATCH_SESSIONS", "200"))
@@ -59,18 +58,6 @@ def nothing_is_undone(c: Any, *_: object) -> Any:
     return c
 
 
-def crops_stay(*_: object) -> tuple[set[str], set[int]]:
-    return set(), set()
-
-
-def everything_is_inside(features: Any, members: object) -> Any:
-    return np.ones(len(features), np.bool_)
-
-
-def no_class_is_emptied(*_: object) -> list[str]:
-    return []
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
@@ -78,9 +65,6 @@ def no_class_is_emptied(*_: object) -> list[str]:
     [
         (outcomes, "lost", no_crops_come_back, 14, "has not learned them"),
         (decisions, "undo_rolled_back", nothing_is_undone, 14, "counts as applied"),
-        (decisions, "_removed", crops_stay, 9, "taken out are back"),
-        (candidates, "is_inside", everything_is_inside, 6, "rejected with"),
-        (promotion, "_emptied", no_class_is_emptied, 8, "is emptied"),
     ],
 )
 def test_planted_mistake_is_noticed(
