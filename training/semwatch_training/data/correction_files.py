@@ -86,7 +86,8 @@ def _holding(file: Path, lines: Sequence[_Line]) -> list[_Line]:
                 f"{one.correction.by} says {one.correction.label!r} of the same defect in line {one.number}; agree, and "
                 f"take one line out"
             )
-    return [max(words.values(), key=lambda line: line.correction.corrected_utc) for words in of_defect.values()]
+    of_defects = of_defect.values()
+    return [max(words.values(), key=lambda line: line.correction.corrected_utc) for words in of_defects]
 
 
 def _image_of(file: Path, line: _Line) -> Path:

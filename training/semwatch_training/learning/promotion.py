@@ -181,8 +181,8 @@ def judge(
     if old is not None:
         reasons += _emptied(golden.labels, before or (), now, old.labels, new.labels, promotion, "golden")
     if old is not None and held is not None and len(held.labels):
-        earlier, later = _decided(held.old, rule), _decided(held.new, rule)
-        reasons += _emptied(held.labels, earlier, later, old.labels, new.labels, promotion, "waiting")
+        was, becomes = _decided(held.old, rule), _decided(held.new, rule)
+        reasons += _emptied(held.labels, was, becomes, old.labels, new.labels, promotion, "waiting")
     reasons += _outside_band(golden, now, before, promotion)
     mark = _mark(golden, now)
     ancestors = [m for m in (best, None if before is None else _mark(golden, before)) if m is not None]
