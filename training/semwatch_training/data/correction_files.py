@@ -83,8 +83,8 @@ def _holding(file: Path, lines: Sequence[_Line]) -> list[_Line]:
             one, other = sorted(by_person.values(), key=lambda line: line.number)[:2]
             raise ConfigError(
                 f"{file} line {other.number}: {other.correction.by} says {other.correction.label!r}, and "
-                f"{one.correction.by} says {one.correction.label!r} of the same defect in line {one.number}; agree, and "
-                f"take one line out"
+                f"{one.correction.by} says {one.correction.label!r} of the same defect in line {one.number}; agree, "
+                f"and take one line out"
             )
     of_defects = of_defect.values()
     return [max(words.values(), key=lambda line: line.correction.corrected_utc) for words in of_defects]
