@@ -91,7 +91,9 @@ def undo_rolled_back(c: Clusters, meta: Meta, withdrawn: Mapping[int, Meta | Non
     gone = {revision for other in withdrawn.values() if other is not None for revision in recorded_decisions(other)}
     undone = [d for d in c.decisions if d.kind != "split" and d.applied_utc and d.revision in gone - stay]
     c = observations.rolled_back(c, ids, ()) if ids else c
-    again = [d.revision for d in undone if not _is_applied(c, d, meta)]
+    # An applied merge has let go of its cluster's name, which a head before it may still know.
+    waiting = observations.rolled_back(c, (), [d.revision for d in undone]) if undone else c
+    again = [d.revision for d in undone if not _is_applied(waiting, d, meta)]
     return observations.rolled_back(c, ids, again) if again else c
 
 
