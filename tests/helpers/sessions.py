@@ -10,7 +10,7 @@ What must never happen is found by ``harms``, whatever she decides:
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,7 +93,7 @@ def harms(session: Session) -> list[str]:
 # --- what must not happen --------------------------------------------------------------------------------------------
 
 
-def _lost(states: dict[str, str], held: dict[str, str], waits: set[str]) -> list[str]:
+def _lost(states: Mapping[str, str], held: dict[str, str], waits: set[str]) -> list[str]:
     gone = [id_ for id_, state in states.items() if state == "learned" and id_ not in held]
     nowhere = [id_ for id_, state in states.items() if state == "waiting" and id_ not in waits]
     found = [f"{len(gone)} records count as learned, and the head in service has not learned them"] if gone else []
@@ -101,7 +101,7 @@ def _lost(states: dict[str, str], held: dict[str, str], waits: set[str]) -> list
 
 
 def _merges_lost(
-    found: Clusters, states: dict[str, str], held: dict[str, str], waits: set[str], labels: Sequence[str]
+    found: Clusters, states: Mapping[str, str], held: dict[str, str], waits: set[str], labels: Sequence[str]
 ) -> list[str]:
     lost = []
     is_split = {d.cluster for d in found.decisions if d.kind == "split"}
