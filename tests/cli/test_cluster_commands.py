@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from cluster_files import SIGNED, T0, found, three
 from daemon import make_site
-from semwatch.classes.clusters import Clusters, find, pending
+from semwatch.classes.clusters import Clusters, find, pending, replaced
 from semwatch.classes.decisions import named
 from semwatch.classes.observations import learned, observe
 from semwatch.classes.register import ClassRegister
@@ -33,7 +33,7 @@ from semwatch.operations import decide
 from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis
-from semwatch.streams.handoff import Handoff
+from semwatch.streams.handoff import Cycle, Handoff
 
 Run = Callable[..., str]
 
@@ -94,7 +94,7 @@ def in_one(text: str) -> str:
 def test_site_without_clusters_says_where_they_come_from(run, site, handoff) -> None:
     handoff._client.flushall()
     assert "no clusters yet: a learning cycle finds them" in run("list")
-    assert json.loads(run("list", "--json")) == {"clusters": [], "pending": []}
+    assert json.loads(run("list", "--json")) == {"clusters": [], "pending": [], "conflicts": []}
     for command in (("show", "novel-1"), ("name", "novel-1", "void"), ("merge", "novel-1", "particle"),
                     ("split", "novel-1"), ("reject", "novel-1")):  # fmt: skip
         with pytest.raises(ConfigError, match="no cluster 'novel-1'; there are none yet"):
@@ -309,3 +309,42 @@ def test_server_that_is_away_is_a_service_away(tmp_path, tiny_repository, run) -
     make_site(tmp_path / "site", tiny_repository, redis_url="redis://127.0.0.1:1/0")
     with pytest.raises(ServiceUnavailable):
         run("list")
+
+
+def test_crops_are_taken_out_by_number_or_id_and_wait_for_the_next_cycle(run, site, register) -> None:
+    before = find(register.read(), "novel-1")
+    other = before.members[5]
+    said = run("remove", "novel-1", "2", other[:12])
+    assert f"2 crops taken out of novel-1 ({decide.login_name()}" in said
+    after = register.read()
+    k = find(after, "novel-1")
+    assert set(before.members) - set(k.members) == {before.examples[1], other}
+    assert (k.size, [d.kind for d in pending(after)]) == (before.size - 2, ["remove"])
+    for crops, why in (
+        (["nonsense"], "'nonsense' is no crop of novel-1: give a number from 1 to 1"),
+        (list(k.members[:6]), "would be left with 2 crops, and a class needs 5: reject it whole"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            run("remove", "novel-1", *crops)
+    assert register.read() == after
+
+
+def test_cluster_of_two_looks_or_on_hold_is_marked_before_it_is_named(run, site, register) -> None:
+    def odd(c: Clusters) -> Clusters:
+        two = find(c, "novel-2").model_copy(update={"looks": 2})
+        held = find(c, "novel-3").model_copy(update={"on_hold": True})
+        return replaced(c, [two, held])
+
+    register.change(odd)
+    listed = run("list")
+    assert "2?" in listed
+    assert "novel-2: its crops look like 2 kinds of defect: look before you name it" in listed
+    assert "novel-3: the head that knew it was rolled back" in listed
+    assert "but its crops look like 2 kinds of defect" in run("name", "novel-2", "pit")
+    run("name", "novel-3", "void")
+    assert not find(register.read(), "novel-3").on_hold
+
+
+def test_corrections_that_contradict_each_other_are_listed(run, site, handoff) -> None:
+    handoff.add_cycle(Cycle(utc=T0, outcome="nothing-new", conflicts=("lot/1.png: 'pit' by ana, 'void' by ben",)))
+    assert "lot/1.png: 'pit' by ana, 'void' by ben" in run("list")

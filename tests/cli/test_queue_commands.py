@@ -397,7 +397,7 @@ def test_operator_without_rights_is_told_so(semwatch, server, client, tmp_path) 
 # --- what is published: schemas ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [UNKNOWNS, RESULTS])
+@pytest.mark.parametrize("stream", [UNKNOWNS, RESULTS, records.CORRECTIONS])
 def test_published_record_schemas_are_the_dataclasses_own(stream: str) -> None:
     assert records.SCHEMA_PATHS[stream].read_text() == records.schema_text(stream), records.schema_text.__doc__
 

@@ -19,6 +19,7 @@ from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.service import learning_side
+from semwatch.settings.recipe import UnknownRule
 from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import Ledger
 from semwatch.streams.handoff import Handoff, Wish, wish_message
@@ -29,6 +30,7 @@ from semwatch_training.learning.archive import ARCHIVE, Archive
 INPUT_PX, TOKENS = 56, 4
 STREAM = "semwatch:unknowns"
 # The tiny head is never as sure as the default asks for a dismissal.
+RULE = UnknownRule(dismiss_probability=0.5)
 RECIPE = {"name": "test", "unknown": {"dismiss_probability": 0.5}, "promotion": {"max_unknown_rate": 0.3}}
 
 

@@ -26,7 +26,7 @@ from semwatch.system.files import write_whole
 FILE = "clusters.json"
 
 State = Literal["proposed", "learned", "named", "rejected", "merged"]
-DecisionKind = Literal["name", "merge", "split", "reject"]
+DecisionKind = Literal["name", "merge", "split", "reject", "remove"]
 LIVE: tuple[State, ...] = ("proposed", "learned", "named")
 Id = Annotated[str, Field(pattern=f"^{NOVEL}[1-9][0-9]*$")]
 RecordId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -71,6 +71,11 @@ class Cluster(_Kept):
     """Records whose crops are shown, the most typical first."""
     merged_into: str | None = None
     """Another cluster's id, or the label of a known class."""
+    looks: Count = 1
+    """How many kinds of defect its crops look like; from 2 on it may want to be split before it is named."""
+    on_hold: bool = False
+    """Of a proposed cluster: the head that knew it was rolled back, so it is learned again only once a person has
+    decided about it."""
 
 
 class Decision(_Kept):
@@ -87,6 +92,8 @@ class Decision(_Kept):
     code: int | None = None
     into: str | None = None
     parts: Annotated[int, Field(ge=2)] | None = None
+    crops: tuple[RecordId, ...] | None = None
+    """Records that are no crops of the cluster."""
     applied_utc: Utc | None = None
     """When a head came to service in which it is applied; None: it waits for the next cycle."""
 
@@ -131,6 +138,8 @@ def _fault_of(k: Cluster) -> str | None:
         return f"{k.id} is {k.state} and has the label {k.label!r}: learned means without a name, named with one"
     if k.state in LIVE and (k.head_version is None) != (k.state == "proposed"):
         return f"{k.id} is {k.state} with head_version {k.head_version}: only a proposed cluster has none"
+    if k.on_hold and k.state != "proposed":
+        return f"{k.id} is {k.state} and on hold: only a proposed cluster can be"
     if (k.merged_into is not None) != (k.state == "merged"):
         return f"{k.id} is {k.state} with merged_into {k.merged_into!r}"
     return None
@@ -158,8 +167,11 @@ def _faulty_log(c: Clusters) -> Iterator[str]:
     if any(b <= a for a, b in pairwise((*(d.revision for d in c.decisions), c.revision + 1))):
         yield f"the decisions' revisions do not rise up to the file's own, {c.revision}"
     for d in c.decisions:
-        given = {name for name in ("label", "into", "parts") if getattr(d, name) is not None}
-        if given != {"name": {"label"}, "merge": {"into"}, "split": {"parts"}, "reject": set()}[d.kind]:
+        given = {name for name in ("label", "into", "parts", "crops") if getattr(d, name) is not None}
+        if (
+            given
+            != {"name": {"label"}, "merge": {"into"}, "split": {"parts"}, "reject": set(), "remove": {"crops"}}[d.kind]
+        ):
             yield f"decision {d.revision} is a {d.kind} with {', '.join(sorted(given)) or 'nothing'}"
 
 
@@ -245,7 +257,7 @@ def find(c: Clusters, name: str) -> Cluster:
 
 
 def pending(c: Clusters) -> tuple[Decision, ...]:
-    """Decisions that are applied in no head yet, oldest first; names and splits of clusters that are gone are void."""
+    """Decisions that are applied in no head yet, oldest first; of clusters that are gone, merges and rejections."""
     live = {k.id for k in c.clusters if k.state in LIVE}
     return tuple(
         d for d in c.decisions if d.applied_utc is None and (d.kind in ("merge", "reject") or d.cluster in live)
@@ -262,6 +274,11 @@ def label_of(c: Clusters, id_: str) -> str | None:
     if isinstance(k, str):
         return k
     return None if k.state == "rejected" else k.label
+
+
+def removed_from(c: Clusters, id_: str) -> set[str]:
+    """Records that a person took out of a cluster: none of them becomes its crop again."""
+    return {crop for d in c.decisions if d.kind == "remove" and d.cluster == id_ for crop in d.crops or ()}
 
 
 def labels_in_use(c: Clusters) -> Iterator[tuple[str, str]]:

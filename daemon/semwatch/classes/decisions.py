@@ -1,4 +1,4 @@
-"""People's decisions about a found class: name, merge, split, reject. Pure functions; each is one revision.
+"""People's decisions about a found class: name, merge, split, reject, remove crops. Pure functions; each is a revision.
 
 ``name`` is a cluster's id or the name it has; ``classes`` are the labels that the head in service knows; ``by`` is the
 login name of the person who decides, ``utc`` when. What makes no sense is refused with what to do instead.
@@ -27,6 +27,9 @@ from semwatch.defects import DEFECT_FREE, NOVEL
 from semwatch.errors import ConfigError
 from semwatch.settings.fields import Label
 
+MIN_LEFT = 5
+"""Crops that a class needs: with fewer no head is fitted."""
+
 
 def named(
     c: Clusters, name: str, label: str, code: int | None = None, *, classes: Collection[str], by: str, utc: str
@@ -53,6 +56,7 @@ def merged(c: Clusters, name: str, into: str, *, classes: Collection[str], by: s
     target = _target(c, into, classes)
     if isinstance(target, Cluster):
         _check_direction(k, target)
+        c = replaced(c, [target.model_copy(update={"on_hold": False})])
     into = target.id if isinstance(target, Cluster) else target
     gone = k.model_copy(update={"state": "merged", "merged_into": into})
     return _decided(c, gone, "merge", by, utc, into=into)
@@ -82,6 +86,49 @@ def rejected(c: Clusters, name: str, *, by: str, utc: str) -> Clusters:
     return _decided(c, k.model_copy(update={"state": "rejected"}), "reject", by, utc)
 
 
+def removed(c: Clusters, name: str, crops: Collection[str], *, by: str, utc: str) -> Clusters:
+    """Take crops out of a cluster: they wait for a class again, and never become crops of this one.
+
+    Args:
+        c: the found classes.
+        name: of the cluster.
+        crops: record ids, whole or their beginnings, or numbers from 1 on: places among the cluster's examples.
+        by: login name.
+        utc: when.
+
+    Raises:
+        ConfigError: no crop or not one of the cluster's, or too few would be left for a class.
+    """
+    k = _live(c, name)
+    gone = tuple(dict.fromkeys(_crop_of(k, crop) for crop in crops))
+    if not gone:
+        raise ConfigError(f"name the crops to take out of {k.id}: `semwatch clusters show {k.id}` lists them")
+    left = tuple(id_ for id_ in k.members if id_ not in gone)
+    size = k.size - len(gone)
+    if size < MIN_LEFT:
+        raise ConfigError(
+            f"{k.id} would be left with {max(size, 0)} crops, and a class needs {MIN_LEFT}: reject it whole, "
+            f"`semwatch clusters reject {k.id}`, or take out fewer"
+        )
+    examples = tuple(id_ for id_ in k.examples if id_ not in gone)
+    fresh = k.model_copy(update={"members": left, "examples": examples, "size": size})
+    return _decided(c, fresh, "remove", by, utc, crops=gone)
+
+
+def _crop_of(k: Cluster, crop: str) -> str:
+    """The record that a person means."""
+    if crop.isdigit() and 1 <= int(crop) <= len(k.examples):
+        return k.examples[int(crop) - 1]
+    found = [id_ for id_ in dict.fromkeys((*k.members, *k.examples)) if id_.startswith(crop)] if crop else []
+    if len(found) != 1:
+        what = "is no crop" if not found else f"begins {len(found)} crops"
+        raise ConfigError(
+            f"{crop!r} {what} of {k.id}: give a number from 1 to {len(k.examples)} of its examples, or the id of a "
+            f"record; `semwatch clusters show {k.id}` lists them"
+        )
+    return found[0]
+
+
 def _decided(
     c: Clusters,
     fresh: Cluster,
@@ -93,13 +140,16 @@ def _decided(
     code: int | None = None,
     into: str | None = None,
     parts: int | None = None,
+    crops: tuple[str, ...] | None = None,
 ) -> Clusters:
     decision = Decision(
         revision=c.revision + 1, utc=utc, by=by, kind=kind, cluster=fresh.id,
-        label=label, code=code, into=into, parts=parts,
+        label=label, code=code, into=into, parts=parts, crops=crops,
     )  # fmt: skip
     decisions = (*c.decisions, decision)
-    return replaced(c, [fresh]).model_copy(update={"revision": decision.revision, "decisions": decisions})
+    return replaced(c, [fresh.model_copy(update={"on_hold": False})]).model_copy(
+        update={"revision": decision.revision, "decisions": decisions}
+    )
 
 
 def _live(c: Clusters, name: str) -> Cluster:

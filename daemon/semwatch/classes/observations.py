@@ -28,6 +28,8 @@ class Observation:
     nearest_distance: float
     examples: tuple[str, ...] = ()
     """Record ids of members to show."""
+    looks: int = 1
+    """Kinds of defect that it seems to hold."""
 
 
 def matches(c: Clusters, found: Sequence[Observation]) -> tuple[str | None, ...]:
@@ -59,16 +61,24 @@ def _may_return(c: Clusters, k: Cluster) -> bool:
     return k.head_version is None or any(d.cluster == k.id and d.kind == "split" for d in pending(c))
 
 
-def observe(c: Clusters, found: Sequence[Observation], *, utc: str) -> Clusters:
+def observe(
+    c: Clusters, found: Sequence[Observation], *, utc: str, matched: Sequence[str | None] | None = None
+) -> Clusters:
     """Add this cycle's observations: each cluster gets its id.
 
     An earlier one keeps its id and is one cycle older; what matches nothing gets a new number. What a person merged
     comes back as the cluster it was merged into, what a person rejected stays rejected. A proposed cluster is dropped
-    once it was not observed for ``MAX_MISSED`` cycles, unless a person decided anything about it.
+    once it was not observed for ``MAX_MISSED`` cycles, unless a person decided anything about it or has to.
+
+    Args:
+        c: the found classes.
+        found: this cycle's clusters.
+        utc: when.
+        matched: what ``matches`` said of them; None: it is asked.
     """
     observations: dict[str, list[Observation]] = {}
     new: list[Cluster] = []
-    for f, id_ in zip(found, matches(c, found), strict=True):
+    for f, id_ in zip(found, matches(c, found) if matched is None else matched, strict=True):
         if id_ is None:
             new.append(_proposed(f"{NOVEL}{c.next_number + len(new)}", f, utc))
             continue
@@ -78,7 +88,7 @@ def observe(c: Clusters, found: Sequence[Observation], *, utc: str) -> Clusters:
             observations.setdefault(root.id, []).append(f)
     ids_with_decisions = {name for d in c.decisions for name in (d.cluster, d.into)}
     now = [_observed_again(k, observations[k.id], utc) if k.id in observations else _missed(k) for k in c.clusters]
-    stay = [k for k in now if k.state != "proposed" or k.missed < MAX_MISSED or k.id in ids_with_decisions]
+    stay = [k for k in now if k.state != "proposed" or k.on_hold or k.missed < MAX_MISSED or k.id in ids_with_decisions]
     return c.model_copy(update={"clusters": (*stay, *new), "next_number": c.next_number + len(new)})
 
 
@@ -94,9 +104,30 @@ def learned(c: Clusters, ids: Collection[str], head_version: int, utc: str) -> C
     for k in (find(c, id_) for id_ in ids):
         now: State = k.state if k.state != "proposed" else "learned" if k.label == k.id else "named"
         version = head_version if k.head_version is None else k.head_version
-        fresh.append(k.model_copy(update={"state": now, "head_version": version}))
+        fresh.append(k.model_copy(update={"state": now, "head_version": version, "on_hold": False}))
     waited = [d.revision for d in pending(c) if d.kind == "name" and d.cluster in ids]
     return applied(replaced(c, fresh), waited, utc)
+
+
+def rolled_back(c: Clusters, ids: Collection[str], revisions: Collection[int]) -> Clusters:
+    """Undo what heads did that were taken out of service: these clusters are known by no head, these decisions wait.
+
+    A class that nobody has decided about since is put on hold: whoever rolled a head back did not want what it knew.
+
+    Args:
+        c: the found classes.
+        ids: clusters that only those heads knew.
+        revisions: of the decisions that were applied only there.
+    """
+    decisions = tuple(d.model_copy(update={"applied_utc": None}) if d.revision in revisions else d for d in c.decisions)
+    c = c.model_copy(update={"decisions": decisions})
+    decided = {name for d in pending(c) for name in (d.cluster, d.into)}
+    fresh = []
+    for k in (find(c, id_) for id_ in ids):
+        state: State = "proposed" if k.state in ("learned", "named") else k.state
+        on_hold = state == "proposed" and k.id not in decided
+        fresh.append(k.model_copy(update={"state": state, "head_version": None, "on_hold": on_hold, "missed": 0}))
+    return replaced(c, fresh)
 
 
 def applied(c: Clusters, revisions: Collection[int], utc: str) -> Clusters:
@@ -128,6 +159,7 @@ def _proposed(id_: str, f: Observation, utc: str) -> Cluster:
         cycles=1,
         members=f.members,
         examples=f.examples,
+        looks=f.looks,
     )
 
 
@@ -146,6 +178,7 @@ def _observed_again(k: Cluster, observations: Sequence[Observation], utc: str) -
             "missed": 0,
             "members": tuple(dict.fromkeys(id_ for f in observations for id_ in f.members)),
             "examples": tuple(id_ for f in observations for id_ in f.examples),
+            "looks": max(f.looks for f in observations),
         }
     )
 

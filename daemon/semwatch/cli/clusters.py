@@ -14,7 +14,9 @@ from semwatch.operations import decide
 from semwatch.operations.decide import Decided
 from semwatch.settings.site import load_site
 
-app = typer.Typer(no_args_is_help=True, help="Classes found among unknowns: see, name, merge, split, reject.")
+app = typer.Typer(
+    no_args_is_help=True, help="Classes found among unknowns: see, name, merge, split, reject, remove crops."
+)
 
 ClusterArgument = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it: novel-3, or the name it has.")]
 
@@ -30,17 +32,27 @@ def list_clusters(
     shown = [k for k in found.clusters if every or k.state in LIVE]
     if as_json:
         waiting = [d.model_dump() for d in pending(found)]
-        typer.echo(json.dumps({"clusters": [k.model_dump() for k in shown], "pending": waiting}))
+        conflicts = decide.conflicts(load_site(site))
+        typer.echo(
+            json.dumps({"clusters": [k.model_dump() for k in shown], "pending": waiting, "conflicts": conflicts})
+        )
         return
     if not shown:
         say("no clusters yet: a learning cycle finds them, `semwatch-train retrain --site SITE`")
     else:
-        rows = table("id", "state", "name", "code", "size", "cohesion", "nearest class", "cycles", padding=(0, 0))
+        rows = table(
+            "id", "state", "name", "code", "size", "cohesion", "nearest class", "cycles", "looks", padding=(0, 0)
+        )
         for k in shown:
             name = f"into {k.merged_into}" if k.merged_into else "" if k.label == k.id else k.label
             rows.add_row(*map(printable, (k.id, k.state, name, _text(k.code), str(k.size), f"{k.cohesion:.2f}",
-                                          k.nearest_known, str(k.cycles))))  # fmt: skip
+                                          k.nearest_known, str(k.cycles), _looks(k))))  # fmt: skip
         out.print(rows)
+    for k in shown:
+        if hint := _hint(k):
+            say(f" {hint}", (f"{k.id}:", "yellow"))
+    for conflict in decide.conflicts(load_site(site)):
+        say(f" {conflict}", ("corrections contradict each other:", "yellow"))
     for i, d in enumerate(pending(found)):
         say(f"  {_in_words(d)}", ("" if i else "waits for the next cycle:\n", "yellow"))
 
@@ -62,6 +74,10 @@ def show(site: SiteOption, cluster: ClusterArgument, as_json: JsonOption = False
     for key, value in _facts(k, found).items():
         rows.add_row(key, printable(value))
     rows.add_row("examples", printable(sheet or "none kept"))
+    for i, id_ in enumerate(k.examples, 1):
+        rows.add_row(f"crop {i}", id_)
+    if hint := _hint(k):
+        rows.add_row("note", printable(hint))
     for d in taken:
         rows.add_row("decision", printable(_in_words(d)))
     out.print(rows)
@@ -110,6 +126,19 @@ def reject(site: SiteOption, cluster: ClusterArgument, as_json: JsonOption = Fal
     _answer(decide.reject(load_site(site), cluster), site, as_json)
 
 
+@app.command(epilog=EPILOG)
+def remove(
+    site: SiteOption,
+    cluster: ClusterArgument,
+    crops: Annotated[
+        list[str], typer.Argument(metavar="CROP...", help="Numbers of crops as `show` lists them, or record ids.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Take single crops out of a cluster, in the next cycle; they wait for another class."""
+    _answer(decide.remove(load_site(site), cluster, crops), site, as_json)
+
+
 # --- saying --------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +159,7 @@ def _in_words(d: Decision) -> str:
         "merge": f"{d.cluster} is merged into {d.into}",
         "split": f"{d.cluster} is split into {d.parts}",
         "reject": f"{d.cluster} is rejected",
+        "remove": f"{len(d.crops or ())} crop{'s' if len(d.crops or ()) > 1 else ''} taken out of {d.cluster}",
     }[d.kind]
     return f"{what} ({d.by}, {d.utc})"
 
@@ -150,6 +180,22 @@ def _facts(k: Cluster, found: Clusters) -> Mapping[str, str]:
         "known since": "-" if k.head_version is None else f"head {k.head_version}",
         "waits": ", ".join(d.kind for d in pending(found) if d.cluster == k.id) or "-",
     }
+
+
+def _looks(k: Cluster) -> str:
+    return f"{k.looks}?" if k.looks > 1 else str(k.looks)
+
+
+def _hint(k: Cluster) -> str:
+    """What a person should look at before a name; nothing where nothing is odd."""
+    if k.on_hold:
+        return (
+            "the head that knew it was rolled back: it is learned again once it is named, merged, split or has lost "
+            "its wrong crops; or reject it"
+        )
+    if k.looks > 1 and k.state in LIVE:
+        return f"its crops look like {k.looks} kinds of defect: look before you name it; split it or remove crops"
+    return ""
 
 
 def _text(value: int | None) -> str:

@@ -1,4 +1,4 @@
-"""What a person decides about a found class: a name, a merge, a split, a rejection.
+"""What a person decides about a found class: a name, a merge, a split, a rejection, crops to take out.
 
 Each decision is on record before it counts: first the audit line, then the shared state of the found classes, then,
 where a name can be served at once, the head.
@@ -7,7 +7,7 @@ where a name can be served at once, the head.
 import os
 import pwd
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,12 @@ def name(site: Site, cluster: str, label: str, code: int | None = None) -> Decid
             site, register, lambda c, by, utc: decisions.named(c, cluster, label, code, classes=known, by=by, utc=utc)
         )
         version, then = _serve_name(site, register, after)
+    k = clusters.find(after, after.decisions[-1].cluster)
+    if k.looks > 1:
+        then += (
+            f"; but its crops look like {k.looks} kinds of defect: see `semwatch clusters show {k.id}`, then split it "
+            f"(`semwatch clusters split {k.id}`) or take crops out (`semwatch clusters remove {k.id} CROP`)"
+        )
     return Decided(after.decisions[-1], then, version)
 
 
@@ -103,6 +109,19 @@ def reject(site: Site, cluster: str) -> Decided:
     )
 
 
+def remove(site: Site, cluster: str, crops: Sequence[str]) -> Decided:
+    """Take crops out of a cluster: in the next cycle they wait for a class again.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``name``.
+    """
+    return _for_next_cycle(
+        site,
+        lambda c, by, utc: decisions.removed(c, cluster, crops, by=by, utc=utc),
+        "the next cycle leaves them out, and they wait for another class",
+    )
+
+
 def found_classes(site: Site) -> Clusters:
     """The found classes, and what people decided about them.
 
@@ -112,6 +131,17 @@ def found_classes(site: Site) -> Clusters:
     """
     with _register(site) as register:
         return register.read()
+
+
+def conflicts(site: Site) -> tuple[str, ...]:
+    """Defects whose corrections contradict each other, as the newest cycle found them.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``found_classes``.
+    """
+    with handoff_of(site) as handoff:
+        last = handoff.last_cycle()
+    return () if last is None else last.conflicts
 
 
 def example_sheet(site: Site, cluster: str) -> Path | None:

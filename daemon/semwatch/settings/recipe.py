@@ -201,6 +201,10 @@ class Promotion(Settings):
     """Most purity that any known class may lose on the golden set."""
     loss_significance: Share = 0.05
     """A loss counts where chance makes one like it at most this often (paired sign test); 1: every loss counts."""
+    max_class_loss: Share = 0.5
+    """Largest share of a known class's crops, golden or waiting, that new classes may take; chance is no excuse."""
+    max_lineage_loss: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Most accuracy that the first head's classes may lose over all cycles together, against the best head so far."""
     max_unknown_rate: Share = 0.2
     """Largest share of the golden set's defects that may be called unknown."""
     min_cluster_size: Annotated[int, Field(ge=5)] = 12

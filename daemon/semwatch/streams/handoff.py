@@ -33,6 +33,7 @@ from semwatch.streams.unknowns import PREFIX, connect, redis_key, translated
 WISHES, CYCLES, CLASSES, EXAMPLES, SERVING = "wishes", "cycles", "classes", "examples", "serving"
 SERVING_TTL_S = 30
 MAX_WISHES, MAX_CYCLES, MAX_STATES, MAX_SENTENCE = 100, 100, 50, 2000
+MAX_CONFLICTS = 20
 LOCK_POLL_S = 0.05
 SCHEMA = 1
 
@@ -76,6 +77,8 @@ class Cycle(_Record):
     """Of the head that was published."""
     reasons: tuple[str, ...] = ()
     """Why the candidate does not serve."""
+    conflicts: tuple[str, ...] = ()
+    """Defects that people contradict each other about, see ``records.Correction``; the first ``MAX_CONFLICTS``."""
     sentence: str = ""
     """For people."""
     unknowns: Mapping[str, int] = {}

@@ -1,4 +1,4 @@
-"""What leaves for Redis: records of crops that no class explains, and summaries of whole files; reader and writer.
+"""What leaves for Redis: records of crops that no class explains, summaries of files, people's corrections.
 
 A record's fields in the stream; a consumer on another machine needs nothing else:
 
@@ -9,8 +9,9 @@ A record's fields in the stream; a consumer on another machine needs nothing els
     soft_mask  t x t little-endian float32, row by row
     crop_png   S x S PNG, 8-bit gray
 
-A result summary has ``id``, ``schema`` and ``meta`` alone, described by ``schemas/result_summary.schema.json``. Between
-review and Redis, the ledger's outbox keeps either as one ``pack``ed blob.
+A result summary has ``id``, ``schema`` and ``meta`` alone, described by ``schemas/result_summary.schema.json``. So has
+a correction (``schemas/correction.schema.json``), with ``crop_png``, ``soft_mask`` and ``features`` where whoever
+corrects has them. Between review and Redis, the ledger's outbox keeps each as one ``pack``ed blob.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isqrt
 from pathlib import Path
@@ -36,10 +37,14 @@ from semwatch.defects import Box, Defect, Domain, Neighbour, PageReview, Review
 
 UNKNOWNS = "unknowns"
 RESULTS = "results"
+CORRECTIONS = "corrections"
+NO_CLASSES = ("unknown", "non-decidable")
+"""Verdicts: no label says these."""
 SCHEMA = 1
 SCHEMA_PATHS = {
     UNKNOWNS: Path(__file__).with_name("schemas") / "unknown.schema.json",
     RESULTS: Path(__file__).with_name("schemas") / "result_summary.schema.json",
+    CORRECTIONS: Path(__file__).with_name("schemas") / "correction.schema.json",
 }
 """The published JSON schema of ``meta``, by stream."""
 
@@ -157,6 +162,59 @@ class ResultSummary:
     """Why it was refused, or of which image it has the content; empty where it was reviewed."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Correction:
+    """What a person says of one defect: its class, that it is none, or that the line has missed it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, use_attribute_docstrings=True)
+
+    id: str
+    """See ``correction_id``."""
+    corrected_utc: str
+    """ISO 8601 with seconds and ``Z``: when the person said it; of two of one person the later holds."""
+    by: Annotated[str, Field(min_length=1, max_length=256)]
+    """Login name."""
+    source: str
+    """Name of the tool."""
+    path: str
+    """As in a record."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    page: Annotated[int, Field(ge=0)]
+    box_xyxy: Box
+    """Half-open, pixels of the page as read: the defect's own box, or where the missed defect lies."""
+    label: Annotated[str, Field(min_length=1, max_length=64)]
+    """Class that it is; ``defect-free``: it is no defect."""
+    defect_id: Annotated[int, Field(ge=1)] | None = None
+    """Of the defect in the result; None: the line has missed it."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much it counts beside a label that nobody doubts, which is 1."""
+    site: str = ""
+    """Name of the site, unique in the fab."""
+    was: str = ""
+    """What the line called it: a label or a kind of verdict; empty where it has missed it or nobody knows."""
+    crop_xyxy: Box | None = None
+    """Window of the crop, where one comes along."""
+    area_px: Annotated[int, Field(ge=0)] = 0
+    """Of the mask, where a crop comes along."""
+    field_short_px: Annotated[int, Field(ge=1)] | None = None
+    """Short side of the field of view, where a crop comes along."""
+    model_versions: Mapping[str, int] = field(default_factory=dict)
+    """Of the encoder that made the features."""
+    model_hashes: Mapping[str, str] = field(default_factory=dict)
+    """Content hash of the same."""
+    features: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(D,); None where no crop comes along."""
+    soft_mask: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(t, t) in [0, 1], aligned with the crop; as above."""
+    crop: SkipJsonSchema[NDArray[np.uint8] | None] = None
+    """(S, S) gray; as above."""
+
+    @property
+    def unknown_id(self) -> str:
+        """Id of the same defect in the stream of unknowns; of a missed defect, what it would be."""
+        return unknown_id(self.site, self.source, self.sha256, self.page, self.box_xyxy, self.defect_id or 0)
+
+
 def records(review: Review) -> list[Record]:
     """Make a record of every unknown and every non-decidable defect."""
     wanted = ("unknown", "non-decidable")
@@ -235,15 +293,22 @@ def decode(fields: Mapping[bytes, bytes]) -> Record:
     }
     arrays |= {name: _floats(fields, name.encode()) for name in _OF_DETECTOR if name.encode() in fields}
     record = _validated(_record_type(), fields, arrays)
-    for name in ("box_xyxy", "crop_xyxy"):
-        x0, y0, x1, y1 = getattr(record, name)
-        if not (x0 < x1 and y0 < y1):
-            raise ValueError(f"{name} is {(x0, y0, x1, y1)}: no box")
+    _check_boxes({"box_xyxy": record.box_xyxy, "crop_xyxy": record.crop_xyxy})
     if min(record.page, record.defect_id, record.area_px) < 0:
         raise ValueError("page, defect_id or area_px is negative")
-    if not _UTC.fullmatch(record.created_utc):
-        raise ValueError(f"created_utc is {record.created_utc[:40]!r}: wanted 2026-01-31T12:00:00Z")
+    _check_utc("created_utc", record.created_utc)
     return record
+
+
+def _check_boxes(boxes: Mapping[str, Box]) -> None:
+    for name, (x0, y0, x1, y1) in boxes.items():
+        if not (x0 < x1 and y0 < y1):
+            raise ValueError(f"{name} is {(x0, y0, x1, y1)}: no box")
+
+
+def _check_utc(name: str, utc: str) -> None:
+    if not _UTC.fullmatch(utc):
+        raise ValueError(f"{name} is {utc[:40]!r}: wanted 2026-01-31T12:00:00Z")
 
 
 def encode_result(summary: ResultSummary) -> Fields:
@@ -261,9 +326,78 @@ def decode_result(fields: Mapping[bytes, bytes]) -> ResultSummary:
     return _validated(_summary_type(), fields, {})
 
 
+def encode_correction(correction: Correction) -> Fields:
+    """Write a correction as stream fields."""
+    arrays = {"features": correction.features, "soft_mask": correction.soft_mask}
+    meta = _correction_type().dump_json(correction, exclude={"id", "crop", *arrays})
+    fields = {b"id": correction.id.encode(), b"schema": b"%d" % SCHEMA, b"meta": meta}
+    fields |= {name.encode(): values.astype("<f4").tobytes() for name, values in arrays.items() if values is not None}
+    if correction.crop is not None:
+        fields[b"crop_png"] = cv2.imencode(".png", correction.crop)[1].tobytes()
+    return fields
+
+
+def decode_correction(fields: Mapping[bytes, bytes]) -> Correction:
+    """Read a correction; nothing in it is trusted.
+
+    Raises:
+        ValueError: Not a correction of this schema; the message says plainly why.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    of_crop = [name for name in (b"features", b"soft_mask", b"crop_png") if name in fields]
+    if of_crop:
+        arrays = {
+            "features": _floats(fields, b"features"),
+            "soft_mask": _square(_floats(fields, b"soft_mask")),
+            "crop": _crop(_field(fields, b"crop_png")),
+        }
+    found = _validated(_correction_type(), fields, arrays)
+    if of_crop and (found.crop_xyxy is None or found.field_short_px is None):
+        raise ValueError("a crop comes along without crop_xyxy or field_short_px: where it was cut is not known")
+    _check_boxes({"box_xyxy": found.box_xyxy} | ({"crop_xyxy": found.crop_xyxy} if found.crop_xyxy else {}))
+    _check_utc("corrected_utc", found.corrected_utc)
+    if not found.label.isprintable() or found.label.strip() != found.label or found.label in NO_CLASSES:
+        raise ValueError(f"label is {found.label[:40]!r}: wanted a class name, or defect-free where it is no defect")
+    if found.id != correction_id(found):
+        raise ValueError("id is not the one of this correction: make it with correction_id")
+    return found
+
+
+def correction_id(correction: Correction) -> str:
+    """The id of a correction: who says the same of the same defect at the same time says one thing."""
+    c = correction
+    return _id("correction", c.unknown_id, c.defect_id is None, c.label, c.by, c.corrected_utc, c.weight)
+
+
+def correction_message(correction: Correction) -> Message:
+    """A correction under its id, ready for ``Publisher.publish`` or the ledger's outbox; its own ``id`` is not read."""
+    id_ = correction_id(correction)
+    return CORRECTIONS, id_, pack(encode_correction(replace(correction, id=id_)))
+
+
+def correction_line(correction: Correction) -> str:
+    """A correction as one line of a file of corrections: ``meta`` and ``id``, without its crop."""
+    meta = json.loads(encode_correction(correction)[b"meta"])
+    return json.dumps({"id": correction_id(correction), **meta}, ensure_ascii=False)
+
+
+def parsed_line(line: str) -> Correction:
+    """Read what ``correction_line`` wrote.
+
+    Raises:
+        ValueError: It is no correction; the message says plainly why.
+    """
+    meta = _meta(line.encode())
+    id_ = str(meta.pop("id", ""))
+    return decode_correction({b"id": id_.encode(), b"schema": b"%d" % SCHEMA, b"meta": json.dumps(meta).encode()})
+
+
 def fault_of(stream: str, fields: Mapping[bytes, bytes]) -> str | None:
     """Why an entry is none of its stream by the format; None where it is sound, or the stream is not one of these."""
-    reader = {UNKNOWNS: decode, RESULTS: decode_result}.get(stream)
+    readers: Mapping[str, Callable[[Mapping[bytes, bytes]], object]] = {
+        UNKNOWNS: decode, RESULTS: decode_result, CORRECTIONS: decode_correction,
+    }  # fmt: skip
+    reader = readers.get(stream)
     if reader is None:
         return None
     try:
@@ -316,7 +450,12 @@ def unpack(blob: bytes) -> Fields:
 
 def json_schemas() -> dict[str, dict[str, Any]]:
     """Describe the ``meta`` JSON of either stream as JSON Schema, by stream name."""
-    schemas = {UNKNOWNS: _record_type().json_schema(), RESULTS: _summary_type().json_schema()}
+    kinds: dict[str, TypeAdapter[Any]] = {
+        UNKNOWNS: _record_type(),
+        RESULTS: _summary_type(),
+        CORRECTIONS: _correction_type(),
+    }
+    schemas = {stream: kind.json_schema() for stream, kind in kinds.items()}
     for schema in schemas.values():
         del schema["properties"]["id"]  # a field of its own beside meta
         schema["required"].remove("id")
@@ -327,7 +466,7 @@ def json_schemas() -> dict[str, dict[str, Any]]:
 def schema_text(stream: str) -> str:
     """Return the published JSON schema of one stream's ``meta``.
 
-    After a change of ``Record`` or ``ResultSummary``:
+    After a change of ``Record``, ``ResultSummary`` or ``Correction``:
     ``python -c 'from semwatch.streams import records as r; [p.write_text(r.schema_text(s)) for s, p in
     r.SCHEMA_PATHS.items()]'``.
     """
@@ -342,6 +481,11 @@ def _record_type() -> TypeAdapter[Record]:
 @cache
 def _summary_type() -> TypeAdapter[ResultSummary]:
     return TypeAdapter(ResultSummary)
+
+
+@cache
+def _correction_type() -> TypeAdapter[Correction]:
+    return TypeAdapter(Correction)
 
 
 def _validated(kind: TypeAdapter[T], fields: Mapping[bytes, bytes], arrays: Mapping[str, NDArray[Any]]) -> T:

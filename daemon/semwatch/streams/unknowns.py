@@ -468,6 +468,19 @@ class Consumer(Generic[T]):
         with translated():
             return int(self._eval(_GIVE_BACK, [self._stream], self._name, _GIVEN_BACK, *ids))
 
+    def put_back(self, entries: Sequence[Fields]) -> None:
+        """Add entries again that were acknowledged, whatever was sent before: they wait for anybody.
+
+        Raises:
+            ServiceUnavailable: Redis is away or full; some may be back. Add all of them again: one more entry of the
+                same id does no harm.
+        """
+        for start in range(0, len(entries), _BATCH_MESSAGES):
+            with translated(), self._client.pipeline(transaction=False) as pipe:
+                for fields in entries[start : start + _BATCH_MESSAGES]:
+                    pipe.xadd(self._stream, fields)  # type: ignore[arg-type]  # the stub's dict is invariant
+                pipe.execute()
+
     def dead_letter(self, claimed: Claimed[T], reason: str) -> bool:
         """Put one entry aside with the reason; False where it was no longer ours or Redis is full.
 

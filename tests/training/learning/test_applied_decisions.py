@@ -337,10 +337,14 @@ def chosen(c: Clusters, groups: list[Group], cluster_ids: list[str], *recipes: R
     return new_classes.choose(c, cluster_ids, groups, CLASSES, recipes or (Recipe(),))
 
 
+def of_size(n: int, wanted: int) -> str:
+    return f"has {n} crops; the recipe asks for {wanted}: wait for more, merge it, or lower promotion.min_cluster_size"
+
+
 def test_each_recipe_says_why_a_group_is_not_learned() -> None:
     strict = Recipe(name="strict", promotion=Promotion(min_cluster_size=20))
     accepted, refusals = chosen(file_of(12), [group(range(12))], ["novel-1"], Recipe(name="easy"), strict)
-    assert (accepted, refusals) == ({}, {0: ["recipe strict: has 12 crops; the recipe asks for 20"]})
+    assert (accepted, refusals) == ({}, {0: ["recipe strict: " + of_size(12, 20)]})
     assert chosen(file_of(12), [group(range(12))], ["novel-1"])[0] == {0: "novel-1"}
 
 
@@ -349,7 +353,7 @@ def test_person_is_asked_for_no_size_and_what_a_person_rejected_is_never_learned
     groups = [group(range(6), by_person=True), group(range(6, 12)), group(range(12, 24))]
     accepted, refusals = chosen(c, groups, ["novel-1", "novel-2", "novel-3"])
     assert (accepted, refusals[2]) == ({0: "novel-1"}, ["a person rejected it"])
-    assert refusals[1] == ["recipe default: has 6 crops; the recipe asks for 12"]
+    assert refusals[1] == ["recipe default: " + of_size(6, 12)]
 
 
 def test_groups_that_a_person_merged_meet_the_bars_together() -> None:

@@ -306,9 +306,9 @@ def test_ledger_is_no_archive_and_archive_no_ledger(path: Path, tmp_path: Path) 
 def test_archive_of_another_layout_is_refused(path: Path) -> None:
     Archive(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
-    with pytest.raises(ConfigError, match=r"newer semwatch .layout 2, this one knows 1"):
+    with pytest.raises(ConfigError, match=r"newer semwatch .layout 3, this one knows 2"):
         Archive(path)
 
 

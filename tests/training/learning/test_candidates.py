@@ -220,3 +220,17 @@ def test_members_with_nan_are_refused() -> None:
     features[3] = np.nan
     with pytest.raises(ConfigError, match="1 members hold NaN"):
         split(features, 2, seed=0)
+
+
+def test_group_of_two_kinds_has_two_looks_and_one_of_a_single_kind_has_one() -> None:
+    rng = np.random.default_rng(0)
+    known = rng.normal(size=(80, 16)).astype(np.float32)
+    labels = np.repeat(np.arange(2), 40)
+    known[labels == 1, 0] += 8
+    one, other = rng.normal(size=(2, 15, 16)).astype(np.float32)
+    other[:, 1] += 8
+    assert candidates.looks_of(one, known, labels) == 1
+    assert candidates.looks_of(np.concatenate((one, other)), known, labels) == 2
+    assert candidates.looks_of(np.concatenate((one, other[:2])), known, labels) == 1, "two odd crops are no kind"
+    assert candidates.looks_of(one[:9], known, labels) == 1, "too few to cut in two"
+    assert candidates.looks_of(one, known[:0], labels[:0]) == 1, "nothing is known to measure by"

@@ -10,7 +10,7 @@ from cycles import LARGE, SMALL, N, add_two, after, cycle_dies
 from learning_site import Lab
 from semwatch.classes import clusters
 from semwatch.errors import ConfigError
-from semwatch.models import head_bank
+from semwatch.models import choice, head_bank
 from semwatch_training.learning import retrain
 from semwatch_training.learning.retrain import run_cycle
 
@@ -214,3 +214,41 @@ def test_damaged_state_stops_the_cycle_with_its_fault_where_redis_has_none(learn
     with pytest.raises(ConfigError, match=r"clusters\.json: clusters\[0\]\.state"):
         run_cycle(learned.site)
     assert len(learned.claimable()) == 30
+
+
+def test_merge_after_a_rollback_is_learned(learned: Lab, say) -> None:
+    """88 crops stayed `learned` for ever: no head knew them, and none learned them."""
+    choice.roll_back(learned.repository, "head", "calls pits bridges")
+    say(learned, "merge", "novel-1", "particle")
+    assert run_cycle(learned.site).sentence == "head 3 serves and knows particle (24 crops)"
+    assert sorted(learned.learned_ids("particle")) == sorted(r.id for r in learned.blob(LARGE, 24))
+    assert waiting_decisions(learned) == []
+    assert learned.states() == {"learned": 24, "waiting": 20}
+    assert learned.n_waiting() == 20
+
+
+def test_class_that_was_rolled_back_is_learned_again_once_a_person_has_decided(learned: Lab, say) -> None:
+    choice.roll_back(learned.repository, "head", "calls pits bridges")
+    learned.change(learning={"forget_days": 0.5})  # they wait for a person, however old they are
+    first = run_cycle(learned.site)
+    assert first.status == "nothing new"
+    assert "the head that knew it was rolled back, and nobody has decided about it since" in first.sentence
+    assert learned.states() == {"waiting": N}
+    assert learned.clusters() == {"novel-1": ("proposed", "novel-1"), "novel-2": ("proposed", "novel-2")}
+    say(learned, "name", "novel-1", "pit")
+    assert run_cycle(learned.site).sentence == "head 3 serves and knows pit (24 crops)"
+    assert learned.clusters() == {"novel-1": ("named", "pit"), "novel-2": ("proposed", "novel-2")}
+    assert run_cycle(learned.site).status == "too few"
+    assert learned.states() == {"learned": 24, "waiting": 20}
+
+
+def test_crops_that_are_taken_out_leave_the_class_and_wait_for_another(learned: Lab, say, monkeypatch) -> None:
+    gone = learned.learned_ids("novel-1")[:9]
+    say(learned, "remove", "novel-1", *(id_[-6:].rjust(32, "0") for id_ in gone))
+    cycle_dies(learned, monkeypatch, retrain, "publish_head")  # before the crops wait again
+    assert run_cycle(learned.site).status == "too few"
+    assert (learned.version, len(learned.learned_ids("novel-1")), waiting_decisions(learned)) == (3, 15, [])
+    assert (learned.states(), learned.n_waiting()) == ({"learned": 35, "waiting": 9}, 9)
+    learned.add(learned.blob(LARGE, 30, first=80_000))
+    assert run_cycle(learned.site).status == "nothing new"  # all look like novel-1, and these are none of its crops
+    assert set(gone).isdisjoint(learned.learned_ids())

@@ -4,6 +4,7 @@ table              a CSV of labels or boxes beside the images or images/: ``labe
 folder per class   <label>/<name>, with or without masks, train/ and test/: ``class_folders``
 images and masks   images/<name>, masks/<stem>.png: ``class_folders``
 COCO, YOLO         boxes: ``box_files``
+corrections        a line of JSON for what a person said of a defect: ``correction_files``
 MTD                MT_<Class>/Imgs/<stem>.jpg and .png, mtd_train_filenames.txt: Huang 2020, split of DifferNet
 SD-saliency-900    Source Images/<In|Pa|Sc>_<n>.bmp, Ground truth/<In|Pa|Sc>_<n>.png: Song 2020
 
@@ -19,6 +20,7 @@ from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch_training.data.box_files import coco_files, is_yolo, read_coco, read_yolo
 from semwatch_training.data.class_folders import images_of, read_class_folders, read_images_with_masks, subfolders
+from semwatch_training.data.correction_files import SUFFIX, read_corrections
 from semwatch_training.data.datasets import (
     MASK_FOLDERS,
     DataSet,
@@ -38,7 +40,7 @@ def read(
     """Read a data set in any of the layouts, and refuse it where test images repeat training images.
 
     Args:
-        place: the data set's top folder, or its table (CSV, or COCO's JSON).
+        place: the data set's top folder, its table (CSV, or COCO's JSON), or a file of corrections (``.jsonl``).
         labels: the defect classes that may and must occur; without them those found are taken.
         require_masks: refuse a defect without mask or box.
         allow_leakage: take it all the same.
@@ -70,6 +72,8 @@ def read_normals(folder: Path) -> list[Path]:
 
 
 def _read(place: Path) -> DataSet:
+    if place.suffix.lower() == SUFFIX and place.is_file():
+        return read_corrections(place)
     if place.is_file():
         return read_coco([place], place.parent) if place.suffix.lower() == ".json" else read_table(place)
     if not place.is_dir():

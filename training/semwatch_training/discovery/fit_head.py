@@ -50,7 +50,12 @@ class HeadFit:
 
 
 def fit_head(
-    features: NDArray[np.float32], labels: Sequence[str], fit: HeadFit, *, images: Sequence[int] | None = None
+    features: NDArray[np.float32],
+    labels: Sequence[str],
+    fit: HeadFit,
+    *,
+    images: Sequence[int] | None = None,
+    weights: NDArray[np.float64] | None = None,
 ) -> Head:
     """Fit a head on cached features.
 
@@ -62,6 +67,7 @@ def fit_head(
         labels: n class names.
         fit: how.
         images: n image numbers; crops of one image never judge each other in the calibration. None: all differ.
+        weights: (n,) how much each crop counts in the regression, over 0; None: all count alike.
 
     Raises:
         ConfigError: features that are not finite or not n rows, fewer than two classes, too few samples of a class or
@@ -76,7 +82,7 @@ def fit_head(
     # On matrices of this size a second thread of the linear algebra mostly waits, and spins while it does: beside any
     # other work on the machine a fit took nine times the processor time.
     with threadpool_limits(limits=1, user_api="blas"):
-        state = _fit_logits(features, y, fit) | _fit_p_values(features[:, : fit.frozen_width], y, groups, fit)
+        state = _fit_logits(features, y, fit, weights) | _fit_p_values(features[:, : fit.frozen_width], y, groups, fit)
     return Head(state, names, fit.frozen_width, fit.neighbours)
 
 
@@ -97,11 +103,13 @@ def _check(features: NDArray[np.float32], names: list[str], y: NDArray[np.intp],
         )
 
 
-def _fit_logits(features: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit) -> dict[str, Tensor]:
+def _fit_logits(
+    features: NDArray[np.float32], y: NDArray[np.intp], fit: HeadFit, weights: NDArray[np.float64] | None
+) -> dict[str, Tensor]:
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-3
     regression = LogisticRegression(
         C=fit.regularisation, max_iter=2000, class_weight="balanced", random_state=fit.seed
-    ).fit((features - mean) / std, y)
+    ).fit((features - mean) / std, y, sample_weight=weights)
     weight, bias = regression.coef_, regression.intercept_
     if len(weight) == 1:  # two classes: scikit-learn gives one row
         weight, bias = np.vstack((-weight, weight)) / 2, np.array((-bias[0], bias[0])) / 2

@@ -3,7 +3,7 @@
 Redis holds what waits; an entry there is gone once it is acknowledged. The archive is the memory behind it: the crops
 of a cluster that a person looks at, and the features that a new head judges again.
 
-Layout, ``user_version`` 1, ``application_id`` "SEMU":
+Layout, ``user_version`` 2, ``application_id`` "SEMU":
 
     unknowns  id            primary key: the record's own
               created_utc, source, path, sha256, page, defect_id, kind    as in the record
@@ -12,6 +12,10 @@ Layout, ``user_version`` 1, ``application_id`` "SEMU":
               state_note    why: class and head version, the record it repeats, the cluster that was rejected
               settled_utc   when it left ``waiting``
               record        the record as one packed blob (``records.pack``)
+
+    corrections  id           primary key: the correction's own
+                 added_utc    when it was added here
+                 correction   as one packed blob (``records.pack``)
 
 ``synchronous=FULL``: what ``add`` returned from survives a power cut, so it may be acknowledged in Redis. WAL: readers
 work while one writes. A local disk, not a network share.
@@ -24,7 +28,7 @@ from typing import Literal, Self, get_args
 
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.streams import records
-from semwatch.streams.records import Record
+from semwatch.streams.records import Correction, Record
 from semwatch.system.sqlite_file import Kind, SqliteFile
 
 ARCHIVE = "unknowns.sqlite"
@@ -36,6 +40,9 @@ class known before. ``duplicate``: of a record that is kept. ``rejected``: a per
 it waited too long."""
 
 _STATES: tuple[State, ...] = get_args(State)
+_CORRECTIONS = (
+    "CREATE TABLE corrections (id TEXT PRIMARY KEY NOT NULL, added_utc TEXT NOT NULL, correction BLOB NOT NULL)"
+)
 _KIND = Kind(
     noun="archive",
     application_id=0x53454D55,  # "SEMU"
@@ -48,8 +55,9 @@ _KIND = Kind(
             CHECK ((state = 'waiting') = (settled_utc IS NULL)))""",
         "CREATE INDEX unknowns_by_state ON unknowns (state, settled_utc)",
         "CREATE INDEX unknowns_by_image ON unknowns (source, path, sha256, page, defect_id, id, created_utc)",
+        _CORRECTIONS,
     ),
-    migrations={},
+    migrations={1: (_CORRECTIONS,)},
     made_by="the first `semwatch-train retrain` makes it",
     remedy="move the file and its -wal and -shm aside; the next cycle makes a new one of what still waits in Redis",
 )
@@ -98,7 +106,7 @@ class Archive:
     def settle(self, ids: Sequence[str], state: State, note: str, *, now_utc: str) -> int:
         """Set state and note of records, whatever they were before; return how many of the ids are here.
 
-        ``waiting`` takes it back: a cluster was split, and its records need a class again.
+        ``waiting`` takes it back: a head was rolled back, or a crop taken out of a class, and it needs one again.
         """
         settled_utc = None if state == "waiting" else now_utc
         with self._file.transaction() as db:
@@ -107,6 +115,12 @@ class Archive:
                 (state, note, settled_utc, json.dumps(list(ids))),
             )
         return changed.rowcount
+
+    def add_corrections(self, found: Sequence[Correction], *, now_utc: str) -> None:
+        """Keep corrections, all or none; a known id changes nothing."""
+        rows = [(one.id, now_utc, records.pack(records.encode_correction(one))) for one in found]
+        with self._file.transaction() as db:
+            db.executemany("INSERT INTO corrections VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING", rows)
 
     def prune(self, before_utc: str, *, keep: Sequence[str] = ()) -> int:
         """Delete records that were settled before that moment, never one that waits or to ``keep``; return how many.
@@ -125,6 +139,10 @@ class Archive:
     def state_of(self, ids: Sequence[str]) -> dict[str, State]:
         """Return the state of each id that is here."""
         return dict(self._file.rows(f"SELECT id, state FROM unknowns WHERE {_AMONG}", (json.dumps(list(ids)),)))
+
+    def notes_of(self, state: State) -> dict[str, str]:
+        """Return the note on each record in a state, by id."""
+        return dict(self._file.rows("SELECT id, state_note FROM unknowns WHERE state = ?", (state,)))
 
     def others_at(self, found: Sequence[Record], states: Sequence[State]) -> dict[str, str]:
         """By id of a record: another record in one of these states, of the same box on the same page of the same file.
@@ -198,6 +216,23 @@ class Archive:
             (utc, *start, *ends[0]),
         )
         return [self._decoded(id_, blob) for id_, blob in rows]
+
+    def corrections(self) -> list[Correction]:
+        """Return all corrections, oldest first.
+
+        Raises:
+            ConfigError: One of them is broken.
+        """
+        rows = self._file.rows("SELECT id, correction FROM corrections ORDER BY added_utc, id", ())
+        found = []
+        for id_, blob in rows:
+            try:
+                found.append(records.decode_correction(records.unpack(blob)))
+            except ValueError as error:
+                raise ConfigError(
+                    f"archive {self.path}: correction {id_} cannot be read ({error}); {_KIND.remedy}"
+                ) from error
+        return found
 
     def counts(self) -> dict[State, int]:
         """Count the records by state; every state is there."""

@@ -105,6 +105,8 @@ class CycleReport(_Record):
     n_claimed: Annotated[int, Field(ge=0)]
     n_duplicates: Annotated[int, Field(ge=0)]
     n_learned: Annotated[int, Field(ge=0, description="Unknowns that became training crops.")]
+    n_corrected: Annotated[int, Field(ge=0, description="Unknowns that a person's correction made crops.")] = 0
+    conflicts: tuple[str, ...] = Field(default=(), description="Defects that people contradict each other about.")
     n_bank: Annotated[int, Field(ge=0)]
     k: KRecord
     clusters: tuple[ClusterRecord, ...]
@@ -227,6 +229,8 @@ def _counts(report: CycleReport) -> list[str]:
         f"{report.n_claimed} unknowns were claimed, {report.n_duplicates} of them duplicates that were left out",
         f"{k.k} classes were estimated, between {low} and {high} with 90 % probability; {k.n_known} are known{edge}",
         f"{report.n_learned} unknowns became training crops beside {report.n_bank} of the bank",
+        f"{report.n_corrected} more by people's corrections",
+        *(f"people contradict each other: {conflict}" for conflict in report.conflicts),
         f"{report.peak_memory_mb:.0f} MB of memory at most",
     ]
 

@@ -6,8 +6,9 @@ head knows yet, once a person has split it or made it part of a class that the h
 """
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,13 +61,40 @@ class DecidedCrops:
     """Of classes that were split."""
     rejected: Mapping[str, str]
     """Class by record id, of the crops that were left out."""
+    removed: tuple[str, ...]
+    """Records that a person took out of their classes; they wait for a class again."""
     revisions: tuple[int, ...]
     """Of the decisions that are applied here."""
     is_changed: bool
     """Whether a head must be fitted anew for it."""
+    corrected: Mapping[str, str] = field(default_factory=dict)
+    """Label by record id, of unknowns that became crops by a person's correction."""
 
 
 # --- what people decided ---------------------------------------------------------------------------------------------
+
+
+def undo_rolled_back(c: Clusters, meta: Meta, withdrawn: Mapping[int, Meta | None], others: Sequence[Meta]) -> Clusters:
+    """Undo what only heads did that were taken out of service, see ``observations.rolled_back``.
+
+    A split that was rolled back is not made again: the class that it was made of is there again.
+
+    Args:
+        c: the found classes.
+        meta: of the head in service.
+        withdrawn: heads that were taken out of service, by version; None where their description cannot be read.
+        others: descriptions of the heads that were not.
+    """
+    labels = set(meta.labels)
+    ids = [k.id for k in c.clusters if k.head_version in withdrawn and not clusters.names_of(c, k) & labels]
+    stay = {revision for other in others for revision in recorded_decisions(other)}
+    gone = {revision for other in withdrawn.values() if other is not None for revision in recorded_decisions(other)}
+    undone = [d for d in c.decisions if d.kind != "split" and d.applied_utc and d.revision in gone - stay]
+    c = observations.rolled_back(c, ids, ()) if ids else c
+    # An applied merge has let go of its cluster's name, which a head before it may still know.
+    waiting = observations.rolled_back(c, (), [d.revision for d in undone]) if undone else c
+    again = [d.revision for d in undone if not _is_applied(waiting, d, meta)]
+    return observations.rolled_back(c, ids, again) if again else c
 
 
 def mark_applied(c: Clusters, meta: Meta, version: int, utc: str) -> Clusters:
@@ -95,21 +123,22 @@ def _is_applied(c: Clusters, d: Decision, meta: Meta) -> bool:
         return k.label in meta.labels and k.code in (None, meta.codes.get(k.label))
     if d.kind == "split" or clusters.names_of(c, k) & set(meta.labels):
         return False
-    return d.kind == "reject" or k.head_version is not None or clusters.label_of(c, k.id) not in meta.labels
+    return d.kind in ("reject", "remove") or k.head_version is not None or clusters.label_of(c, k.id) not in meta.labels
 
 
 def apply_decisions(base: BaseHead, c: Clusters, *, seed: int) -> DecidedCrops:
     """Apply what people decided to the crops that the head in service was fitted on."""
     names = renaming(base.meta.labels, c)
-    bank, golden = (renamed(crops, names) for crops in (base.bank, base.golden))
+    removed, waits = _removed(base, c)
+    kept, kept_golden = (_without(crops, removed) for crops in (base.bank, base.golden))
+    bank, golden = (renamed(crops, names) for crops in (kept, kept_golden))
     rejected = {
         id_: label
-        for crops in (base.bank, base.golden)
+        for crops in (kept, kept_golden)
         for id_, label in zip(crops.ids, crops.labels, strict=True)
         if id_ and names.get(label, label) is None
     }
     parts: list[Group] = []
-    waits: set[int] = set()
     for d in (d for d in clusters.pending(c) if d.kind == "split"):
         label = clusters.label_of(c, d.cluster)
         learned, proof = _of_class(bank, label), _of_class(golden, label)
@@ -121,15 +150,44 @@ def apply_decisions(base: BaseHead, c: Clusters, *, seed: int) -> DecidedCrops:
         bank, golden = head_bank.chosen(bank, ~learned), head_bank.chosen(golden, ~proof)
         names |= {old: None for old, new in names.items() if new == label}
     revisions = tuple(d.revision for d in clusters.pending(c) if d.revision not in waits)
-    is_changed = any(new != old for old, new in names.items())
-    return DecidedCrops(bank, golden, names, tuple(parts), rejected, revisions, is_changed)
+    is_changed = bool(removed) or any(new != old for old, new in names.items())
+    return DecidedCrops(bank, golden, names, tuple(parts), rejected, tuple(sorted(removed)), revisions, is_changed)
 
 
-def ids_grouped_by_person(c: Clusters, labels: Collection[str]) -> set[str]:
+def _removed(base: BaseHead, c: Clusters) -> tuple[set[str], set[int]]:
+    """Records to take out of bank and golden set, and the decisions that wait: too few crops would be left."""
+    label_of = {id_: label for crops in (base.bank, base.golden)
+                for id_, label in zip(crops.ids, crops.labels, strict=True) if id_}  # fmt: skip
+    n_left, removed, waits = Counter(base.bank.labels), set[str](), set[int]()
+    learned = set(base.bank.ids)
+    for d in (d for d in c.decisions if d.kind == "remove"):
+        own = clusters.names_of(c, clusters.find(c, d.cluster)) | {clusters.label_of(c, d.cluster)}
+        gone = {id_ for id_ in d.crops or () if label_of.get(id_) in own} - removed
+        n_gone = Counter(label_of[id_] for id_ in gone & learned)
+        if any(n_left[label] - n < MIN_PER_CLASS for label, n in n_gone.items()):
+            log.warning("%d crops stay in %s for now: fewer than %d would be left; reject it or wait for more crops",
+                        len(gone), d.cluster, MIN_PER_CLASS)  # fmt: skip
+            waits.add(d.revision)
+            continue
+        n_left -= n_gone
+        removed |= gone
+    return removed, waits
+
+
+def _without(crops: Bank, ids: Collection[str]) -> Bank:
+    return head_bank.chosen(crops, np.array([id_ not in ids for id_ in crops.ids], np.bool_)) if ids else crops
+
+
+def ids_grouped_by_person(c: Clusters, labels: Collection[str | None]) -> set[str]:
     """Ids of the unknowns that ``groups_by_person`` makes groups of."""
     return {
         id_ for k in c.clusters if k.head_version is None for id_ in k.members if _is_grouped_by_person(c, k.id, labels)
     }
+
+
+def ids_that_wait(c: Clusters, labels: Collection[str | None]) -> set[str]:
+    """Ids of unknowns that wait however long: people have decided about them, or have to after a rollback."""
+    return ids_grouped_by_person(c, labels) | {id_ for k in c.clusters if k.on_hold for id_ in k.members}
 
 
 def groups_by_person(
@@ -168,7 +226,7 @@ def groups_by_person(
     return groups, is_left, revisions
 
 
-def _is_grouped_by_person(c: Clusters, id_: str, labels: Collection[str]) -> bool:
+def _is_grouped_by_person(c: Clusters, id_: str, labels: Collection[str | None]) -> bool:
     k = clusters.find(c, id_)
     to_split = any(d.cluster == id_ and d.kind == "split" for d in clusters.pending(c))
     return to_split or (k.state == "merged" and clusters.label_of(c, id_) in labels)

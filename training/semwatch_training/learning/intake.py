@@ -3,7 +3,7 @@
 import hashlib
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,7 +18,7 @@ from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.site import Site
 from semwatch.streams import records, unknowns
-from semwatch.streams.records import Record
+from semwatch.streams.records import Correction, Record
 from semwatch.streams.unknowns import Claimed, Client, Consumer
 from semwatch.system.clock import moment_of, utc_of
 from semwatch_training.learning.archive import Archive
@@ -40,6 +40,8 @@ MAX_BYTES = 1 << 30
 
 SETTLED_FOR_GOOD: tuple[Settled, ...] = ("learned", "explained", "duplicate", "rejected")
 """States of a record that make another one of the same defect a duplicate; one that was forgotten may come again."""
+WAITS_AGAIN = "waits again"
+"""Note on a record that was put back: no duplicate of it takes its place."""
 
 Progress = Callable[[str, int, int], None]
 Settlement = tuple[Settled, str]
@@ -104,6 +106,19 @@ class Claims:
         for id_ in ids:
             self.by_id.pop(id_, None)
 
+    def put_back(self, archive: Archive, ids: Sequence[str], now_utc: str) -> None:
+        """Let records wait again that earlier cycles acknowledged.
+
+        They are queued before the archive says that they wait: a crash between leaves them queued twice, not lost.
+
+        Raises:
+            ServiceUnavailable: Redis or the disk is away; the next cycle puts them back.
+        """
+        for start in range(0, len(ids), CLAIM):
+            some = ids[start : start + CLAIM]
+            self.queue.put_back([records.encode(record) for record in archive.read_many(some)])
+            archive.settle(some, "waiting", WAITS_AGAIN, now_utc=now_utc)
+
     def give_back(self) -> None:
         """Return all that was not acknowledged; where Redis is away, it comes free by itself."""
         with suppress(ServiceUnavailable):
@@ -121,6 +136,25 @@ def consumer(client: Client, prefix: str) -> Consumer[Record]:
     return Consumer(
         client, records.UNKNOWNS, records.decode, name=learner(), prefix=prefix, max_deliveries=MAX_DELIVERIES
     )
+
+
+def take_corrections(queue: Consumer[Correction], archive: Archive, now_utc: str) -> None:
+    """Keep the corrections that wait in the archive, then let Redis forget them.
+
+    Raises:
+        ServiceUnavailable: Redis or the disk is away; what is not acknowledged comes again.
+    """
+    while batch := queue.claim(CLAIM, min_idle_s=ABANDONED_S):
+        archive.add_corrections([item.record for item in batch], now_utc=now_utc)
+        queue.ack(batch)
+
+
+def correction_queue(client: Client, prefix: str) -> Consumer[Correction]:
+    """The learner of this machine, as a reader of corrections."""
+    return Consumer(
+        client, records.CORRECTIONS, records.decode_correction, name=learner(), prefix=prefix,
+        max_deliveries=MAX_DELIVERIES,
+    )  # fmt: skip
 
 
 def connect(site: Site) -> tuple[Client, str]:
@@ -171,6 +205,7 @@ def sort_out(
     fault: Callable[[Record], str | None],
     forget_days: float,
     now_utc: str,
+    kept: Collection[str] = (),
 ) -> SortedUnknowns:
     """Keep every record in the archive, and separate fresh ones from those that need no learning.
 
@@ -185,11 +220,16 @@ def sort_out(
         fault: returns why nothing can be learned from a record, or None.
         forget_days: how long a record may wait.
         now_utc: the time.
+        kept: records that wait however long: a person has decided about them, or has to.
     """
     archive.add(found, now_utc=now_utc)
     states = archive.state_of([record.id for record in found])
     too_old = utc_of(moment_of(now_utc) - timedelta(days=forget_days))
-    known = archive.others_at([record for record in found if states[record.id] == "waiting"], SETTLED_FOR_GOOD)
+    again = {id_ for id_, note in archive.notes_of("waiting").items() if note == WAITS_AGAIN}
+    waiting = [record for record in found if states[record.id] == "waiting"]
+    known = archive.others_at([record for record in waiting if record.id not in again], SETTLED_FOR_GOOD)
+    originals = [state for state in SETTLED_FOR_GOOD if state != "duplicate"]
+    known |= archive.others_at([record for record in waiting if record.id in again], originals)
     settled: dict[str, Settlement] = {}
     fresh, unfit, seen = [], {}, set[object]()
     for record in sorted(found, key=lambda record: (record.created_utc, record.id)):
@@ -205,7 +245,7 @@ def sort_out(
             continue
         elif looks & seen:
             settled[record.id] = "duplicate", "the same place or the same pixels as another record"
-        elif record.created_utc < too_old:
+        elif record.created_utc < too_old and record.id not in kept:
             settled[record.id] = "forgotten", f"no class came of it in {forget_days:g} days"
             continue
         else:

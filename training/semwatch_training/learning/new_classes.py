@@ -1,7 +1,7 @@
 """Groups of unknowns on their way to classes: their identities over the cycles, which are learned, and their crops."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -71,27 +71,50 @@ def clustered_groups(clustered: Candidates, crops: Bank) -> list[Group]:
     return [Group(head_bank.chosen(crops, candidate.members), candidate) for candidate in clustered.classes]
 
 
-def identify(register: ClassRegister, groups: Sequence[Group], utc: str) -> tuple[Clusters, list[str]]:
-    """Give the groups their identities, those of earlier cycles where they are the same; write them down."""
+def identify(register: ClassRegister, groups: Sequence[Group], utc: str) -> tuple[Clusters, list[Group], list[str]]:
+    """Give the groups their identities, those of earlier cycles where they are the same; write them down.
+
+    Returns:
+        The found classes; the groups without crops that people took out of these classes; their identities.
+    """
+    kept: list[Group] = []
     ids: list[str] = []
-    observed = [
-        Observation(
-            members=group.ids,
-            size=len(group.ids),
-            cohesion=group.candidate.cohesion,
-            nearest_known=group.candidate.nearest_known or "",
-            nearest_distance=max(0.0, float(np.nan_to_num(group.candidate.nearest_distance))),
-            examples=group.ids[:N_EXAMPLES],
-        )
-        for group in groups
-    ]
 
     def step(c: Clusters) -> Clusters:
-        numbers = iter(range(c.next_number, c.next_number + len(observed)))
-        ids[:] = [id_ or f"{NOVEL}{next(numbers)}" for id_ in observations.matches(c, observed)]
-        return observations.observe(c, observed, utc=utc)
+        matched = observations.matches(c, [_observation(group) for group in groups])
+        pairs = [(_without_removed(c, group, id_), id_) for group, id_ in zip(groups, matched, strict=True)]
+        pairs = [(group, id_) for group, id_ in pairs if len(group.crops)]
+        numbers = iter(range(c.next_number, c.next_number + len(pairs)))
+        kept[:] = [group for group, _ in pairs]
+        ids[:] = [id_ or f"{NOVEL}{next(numbers)}" for _, id_ in pairs]
+        return observations.observe(c, [_observation(g) for g in kept], utc=utc, matched=[id_ for _, id_ in pairs])
 
-    return register.change(step), ids
+    return register.change(step), kept, ids
+
+
+def _observation(group: Group) -> Observation:
+    return Observation(
+        members=group.ids,
+        size=len(group.ids),
+        cohesion=group.candidate.cohesion,
+        nearest_known=group.candidate.nearest_known or "",
+        nearest_distance=max(0.0, float(np.nan_to_num(group.candidate.nearest_distance))),
+        examples=group.ids[:N_EXAMPLES],
+        looks=group.candidate.looks,
+    )
+
+
+def _without_removed(c: Clusters, group: Group, id_: str | None) -> Group:
+    """The group without crops that a person took out of the cluster that it is, or was merged into."""
+    if id_ is None:
+        return group
+    root = clusters.root_of(c, clusters.find(c, id_))
+    gone = clusters.removed_from(c, id_) | (clusters.removed_from(c, root.id) if isinstance(root, Cluster) else set())
+    stays = np.array([one not in gone for one in group.ids], np.bool_)
+    if stays.all():
+        return group
+    candidate = replace(group.candidate, members=group.candidate.members[stays])
+    return replace(group, crops=head_bank.chosen(group.crops, stays), candidate=candidate)
 
 
 def choose(
@@ -108,6 +131,11 @@ def choose(
         label = clusters.label_of(decided, id_)
         if label is None:
             refusals[i] = ["a person rejected it"]
+        elif held := _on_hold(decided, id_, group):
+            refusals[i] = [
+                f"{held}: the head that knew it was rolled back, and nobody has decided about it since; name, merge, "
+                f"split or reject it: `semwatch clusters show {held}`"
+            ]
         elif group.by_person or label in known:
             accepted[i] = label
         elif why := _too_little(decided, id_, recipes):
@@ -115,6 +143,14 @@ def choose(
         else:
             accepted[i] = label
     return accepted, refusals
+
+
+def _on_hold(decided: Clusters, id_: str, group: Group) -> str | None:
+    """The cluster on hold that a group is, or shares most of the crops of either with; None where there is none."""
+    for k in (k for k in decided.clusters if k.on_hold):
+        if k.id == id_ or 2 * len(set(k.members) & set(group.ids)) > min(len(k.members), len(group.ids)):
+            return k.id
+    return None
 
 
 def _too_little(decided: Clusters, id_: str, recipes: Sequence[Recipe]) -> list[str]:

@@ -5,6 +5,7 @@ that died after it had published leaves nothing to guess: the next one writes wh
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +13,21 @@ from numpy.typing import NDArray
 from semwatch.classes import clusters
 from semwatch.classes.clusters import Clusters
 from semwatch.classes.register import ClassRegister
+from semwatch.errors import ModelMismatch
+from semwatch.models import choice, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
 from semwatch_training.learning import candidates, decisions, promotion
+from semwatch_training.learning.archive import Archive
 from semwatch_training.learning.base_head import BaseHead
 from semwatch_training.learning.decisions import DECISIONS, DecidedCrops
 from semwatch_training.learning.intake import Settlement
 from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Judgement
 
+AS_OF = ", head "
+"""Between class and version in the note on a record that a head has learned."""
 REJECTED = "rejected "
 """Begins the stand-in classes that keep rejected crops from being proposed again; no head knows them."""
 
@@ -57,8 +63,11 @@ def provenance(
     }
 
 
-def record_promotion(register: ClassRegister, version: int, meta: Meta, utc: str) -> Clusters:
+def record_promotion(register: ClassRegister, repository: Path, version: int, meta: Meta, utc: str) -> Clusters:
     """Mark the clusters that a head in service has learned, and the decisions that are applied in it.
+
+    What only heads did that were taken out of service is undone first: the clusters are proposed again, and the
+    decisions wait for the next head.
 
     Call it with the register locked. The head's audit line is the daemon's, which writes it from the same description.
 
@@ -70,7 +79,12 @@ def record_promotion(register: ClassRegister, version: int, meta: Meta, utc: str
         ServiceUnavailable: Redis is away.
     """
     now = register.read()
-    after = decisions.mark_applied(now, meta, version, utc)
+    withdrawn = _withdrawn(repository)
+    others = [
+        m for v in model_repository.versions(repository, "head") if v not in withdrawn if (m := _meta(repository, v))
+    ]
+    after = decisions.undo_rolled_back(now, meta, withdrawn, others)
+    after = decisions.mark_applied(after, meta, version, utc)
     if after == now:
         return now
     after = after.model_copy(update={"revision": now.revision + 1})
@@ -78,10 +92,45 @@ def record_promotion(register: ClassRegister, version: int, meta: Meta, utc: str
     return after
 
 
+def lost(base: BaseHead, repository: Path, archive: Archive, decided: Clusters) -> list[str]:
+    """Records that count as learned though the head in service has not learned them; they must wait again.
+
+    A rollback has taken out of service the head that learned them, or a person has taken them out of their class.
+    """
+    withdrawn = {str(version) for version in _withdrawn(repository)}
+    removed_of: dict[str, set[str]] = {}
+    for k in decided.clusters:
+        own = clusters.names_of(decided, k) | {label for label in (clusters.label_of(decided, k.id),) if label}
+        for id_ in clusters.removed_from(decided, k.id):
+            removed_of.setdefault(id_, set()).update(own)
+    if not withdrawn and not removed_of:
+        return []
+    held = {*base.bank.ids, *base.golden.ids}
+    found = []
+    for id_, note in archive.notes_of("learned").items():
+        label, _, version = note.rpartition(AS_OF)
+        if id_ not in held and (version in withdrawn or label in removed_of.get(id_, ())):
+            found.append(id_)
+    return found
+
+
+def _withdrawn(repository: Path) -> dict[int, Meta | None]:
+    versions = model_repository.versions(repository, "head")
+    gone = [version for version in versions if choice.why_withdrawn(repository, "head", version) is not None]
+    return {version: _meta(repository, version) for version in gone}
+
+
+def _meta(repository: Path, version: int) -> Meta | None:
+    try:
+        return model_repository.read_meta(repository, "head", version)
+    except ModelMismatch:
+        return None  # damaged: nobody can say what it did
+
+
 def settlements(base: BaseHead, decided: Clusters) -> dict[str, Settlement]:
     """Settlements by record id: crops that the head in service was fitted or judged on, crops that people rejected."""
     known: dict[str, Settlement] = {
-        id_: ("learned", f"{label}, head {base.version}")
+        id_: ("learned", f"{label}{AS_OF}{base.version}")
         for crops in (base.bank, base.golden)
         for id_, label in zip(crops.ids, crops.labels, strict=True)
         if id_
@@ -141,9 +190,10 @@ def settlements_by_clustering(f: Findings, rejected: Bank, *, frozen_width: int)
 def settlements_by_head(f: Findings, decided_crops: DecidedCrops, version: int) -> dict[str, Settlement]:
     """Settlements by a new head; unknowns that no class came of are not among them, they stay in the queue."""
     found: dict[str, Settlement] = {id_: ("rejected", label) for id_, label in decided_crops.rejected.items()}
+    found |= {id_: ("learned", f"{label}{AS_OF}{version}") for id_, label in decided_crops.corrected.items()}
     for record, known in zip(f.records, f.clustered.known, strict=True):
         if known is not None and not known.startswith(REJECTED) and record.kind == "non-decidable":
-            found[record.id] = "explained", f"{known}, head {version}"
+            found[record.id] = "explained", f"{known}{AS_OF}{version}"
     for i, label in f.accepted.items():
-        found |= dict.fromkeys(f.groups[i].ids, ("learned", f"{label}, head {version}"))
+        found |= dict.fromkeys(f.groups[i].ids, ("learned", f"{label}{AS_OF}{version}"))
     return found

@@ -14,7 +14,9 @@ and more lose 10 points of some class of 20 to 40 golden crops. A paired sign te
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -30,9 +32,14 @@ from semwatch_training.metrics.adc_metrics import AdcFigures, adc_metrics
 
 PROOF = 2
 """Fewest golden crops that a reason may rest on."""
-LINEAGE_LOSS, STANDARD_ERRORS, CHANCE = 0.01, 2, 0.05
-"""What a head may lose against the best of its ancestors. Whether a loss is chance, a paired sign test decides at this
-level, or, where the golden set has changed since, so many standard errors."""
+STANDARD_ERRORS, CHANCE = 2, 0.05
+"""Whether a loss against the best ancestor is chance, a paired sign test decides at this level, or, where the golden
+set has changed since, so many standard errors."""
+LOOK = (
+    "look at the new classes (`semwatch clusters list`), merge, split or reject those that look like a known one, or "
+    "take the wrong crops out of them"
+)
+"""What a person can do about a refused head."""
 BEST = "best_golden_"
 """Begins the provenance keys of ``Mark``."""
 ROUNDING = 1e-9
@@ -49,6 +56,16 @@ class Answers:
     """(n, K)."""
     p_values: NDArray[np.float32]
     """(n, K) in (0, 1]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """Crops that wait in the queue and that clustering gave to known classes: no head is fitted on them."""
+
+    labels: tuple[str, ...]
+    """Of each, the known class that clustering gave it to."""
+    old: Answers
+    new: Answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +148,7 @@ def judge(
     *,
     rule: UnknownRule,
     best: Mark | None = None,
+    held: Held | None = None,
 ) -> Judgement:
     """Judge a candidate head against the head in service.
 
@@ -144,6 +162,7 @@ def judge(
         promotion: what the recipe asks for.
         rule: the recipe's unknown rule. Golden crops count as of a known process.
         best: of the ancestors of the head in service.
+        held: crops that wait; None: there are none.
 
     Raises:
         ConfigError: no golden crop, or answers that do not fit them, hold NaN or hold p-values outside 0 to 1.
@@ -159,10 +178,15 @@ def judge(
     )
     pairs = _pairs(golden.labels, before or now, now)
     reasons = [reason for change in classes for reason in _losses(change, pairs[change.label], promotion)]
+    if old is not None:
+        reasons += _emptied(golden.labels, before or (), now, old.labels, new.labels, promotion, "golden")
+    if old is not None and held is not None and len(held.labels):
+        was, becomes = _decided(held.old, rule), _decided(held.new, rule)
+        reasons += _emptied(held.labels, was, becomes, old.labels, new.labels, promotion, "waiting")
     reasons += _outside_band(golden, now, before, promotion)
     mark = _mark(golden, now)
     ancestors = [m for m in (best, None if before is None else _mark(golden, before)) if m is not None]
-    reasons += _eroded(mark, ancestors, golden.ids.count(""))
+    reasons += _eroded(mark, ancestors, golden.ids.count(""), promotion)
     return Judgement(
         classes=classes,
         unproven=tuple(sorted(known - set(golden.labels))),
@@ -198,12 +222,21 @@ def cluster_refusals(size: int, cohesion: float, cycles_seen: int, promotion: Pr
     """
     refusals = []
     if size < promotion.min_cluster_size:
-        refusals.append(f"has {size} crops; the recipe asks for {promotion.min_cluster_size}")
+        refusals.append(
+            f"has {size} crops; the recipe asks for {promotion.min_cluster_size}: wait for more, merge it, or lower "
+            f"promotion.min_cluster_size"
+        )
     # Written so that a cohesion that is not a number is refused.
     if not cohesion >= promotion.min_cohesion:
-        refusals.append(f"has a cohesion of {cohesion:.3f}; the recipe asks for {promotion.min_cohesion:g}")
+        refusals.append(
+            f"has a cohesion of {cohesion:.3f}; the recipe asks for {promotion.min_cohesion:g}: split it, take the "
+            f"wrong crops out, wait for more, or lower promotion.min_cohesion"
+        )
     if cycles_seen < promotion.min_cycles:
-        refusals.append(f"was seen in {_counted(cycles_seen, 'cycle')}; the recipe asks for {promotion.min_cycles}")
+        refusals.append(
+            f"was seen in {_counted(cycles_seen, 'cycle')}; the recipe asks for {promotion.min_cycles}: wait for the "
+            f"next one, or lower promotion.min_cycles"
+        )
     return refusals
 
 
@@ -217,7 +250,12 @@ def _verdicts(answers: Answers, golden: Bank, rule: UnknownRule, source: str) ->
     p = answers.p_values
     if not (np.isfinite(answers.logits).all() and ((p >= 0) & (p <= 1)).all()):
         raise ConfigError(f"{source} answered with logits that are not finite or p-values outside 0 to 1; fit it again")
-    return [decide(row, p, answers.labels, rule) for row, p in zip(answers.logits, p, strict=True)]
+    return _decided(answers, rule)
+
+
+def _decided(answers: Answers, rule: UnknownRule) -> list[Verdict]:
+    rows = zip(answers.logits, answers.p_values, strict=True)
+    return [decide(row, p, answers.labels, rule) for row, p in rows]
 
 
 def _figures(truth: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, Figures]:
@@ -291,8 +329,50 @@ def _losses(change: ClassChange, pairs: _Pairs, promotion: Promotion) -> list[st
 def _reason(label: str, what: str, old: float, new: float, allowed: float, counts: str) -> str:
     return (
         f"{label} would lose {100 * (old - new):.1f} points of {what} ({old:.2f} -> {new:.2f}: {counts}); "
-        f"the recipe allows {100 * allowed:.1f}"
+        f"the recipe allows {100 * allowed:.1f}: {LOOK}, or raise promotion.max_{what}_loss"
     )
+
+
+def _emptied(
+    truth: Sequence[str],
+    before: Sequence[Verdict],
+    now: Sequence[Verdict],
+    old_labels: Collection[str],
+    new_labels: Collection[str],
+    promotion: Promotion,
+    which: str,
+) -> list[str]:
+    """Reasons why a new class would take too much of a known one, by the crops that the head in service gives it.
+
+    Chance is no excuse here: a known class of few crops would be emptied before a test of significance noticed.
+
+    Args:
+        truth: class of each crop.
+        before: verdicts of the head in service.
+        now: verdicts of the candidate.
+        old_labels: classes of the head in service.
+        new_labels: classes of the candidate.
+        promotion: what the recipe asks for.
+        which: crops these are, for people.
+    """
+    fresh, reasons = set(new_labels) - set(old_labels), []
+    for label in sorted(set(truth) & set(old_labels)):
+        had = [k for k, true in enumerate(truth) if true == label and _given_to(before[k]) == label]
+        takers = Counter(taker for k in had if (taker := _given_to(now[k])) in fresh)
+        if takers.total() >= PROOF and takers.total() / len(had) > promotion.max_class_loss + ROUNDING:
+            taker, n = takers.most_common(1)[0]
+            reasons.append(
+                f"{label} would lose {takers.total()} of its {len(had)} {which} crops to new classes, {n} to {taker}; "
+                f"the recipe allows {100 * promotion.max_class_loss:.0f} %: merge it (`semwatch clusters merge {taker} "
+                f"{shlex.quote(label)}`), take the wrong crops out of it, split or reject it, or raise "
+                f"promotion.max_class_loss"
+            )
+    return reasons
+
+
+def _given_to(verdict: Verdict) -> str | None:
+    """The class that a verdict names or, where it is not sure, leans to; None where it is unknown."""
+    return verdict.nearest[0].label if verdict.kind == "non-decidable" else verdict.label
 
 
 def _outside_band(
@@ -304,7 +384,7 @@ def _outside_band(
     earlier = "" if before is None else f", the head in service {_n_unknown(golden, before)[0]}"
     return [
         f"{n_unknown} of {n} golden defects would be called unknown ({100 * n_unknown / n:.1f} %{earlier}); "
-        f"the recipe allows {100 * promotion.max_unknown_rate:.1f} %"
+        f"the recipe allows {100 * promotion.max_unknown_rate:.1f} %: {LOOK}, or raise promotion.max_unknown_rate"
     ]
 
 
@@ -319,10 +399,10 @@ def _mark(golden: Bank, verdicts: Sequence[Verdict]) -> Mark | None:
     return Mark(accuracy, int(right.sum()), np.packbits(right).tobytes().hex())
 
 
-def _eroded(mark: Mark | None, ancestors: Sequence[Mark], n: int) -> list[str]:
+def _eroded(mark: Mark | None, ancestors: Sequence[Mark], n: int, promotion: Promotion) -> list[str]:
     """The reason that n golden crops of the first head give, if they do."""
     best = max(ancestors, key=_accuracy, default=None)
-    if mark is None or best is None or best.accuracy - mark.accuracy <= LINEAGE_LOSS + ROUNDING:
+    if mark is None or best is None or best.accuracy - mark.accuracy <= promotion.max_lineage_loss + ROUNDING:
         return []
     if (paired := _discordant(best, mark)) is not None:
         if _chance_of(*paired) > CHANCE:
@@ -332,7 +412,8 @@ def _eroded(mark: Mark | None, ancestors: Sequence[Mark], n: int) -> list[str]:
     return [
         f"of the classes that the first head knew, {100 * mark.accuracy:.1f} % of the golden crops would be decided "
         f"right ({mark.n_right} of {n}, mean over classes), {100 * best.accuracy:.1f} % ({best.n_right}) by the best "
-        f"head before it; {100 * LINEAGE_LOSS:.1f} points may be lost over all cycles together"
+        f"head before it; the recipe allows {100 * promotion.max_lineage_loss:.1f} points over all cycles together: "
+        f"{LOOK}, or raise promotion.max_lineage_loss"
     ]
 
 

@@ -79,6 +79,10 @@ class ReportBuilder:
         self._judgements = tuple(cycle_report.judgement_record(recipe.name, judged) for recipe, judged in judgements)
         self._mapped = replace(bank, features=bank.features[:, :frozen_width])
 
+    def add_corrections(self, n: int, conflicts: Sequence[str]) -> None:
+        """Add how many unknowns became crops by correction, and where people contradict each other."""
+        self._fields |= {"n_corrected": n, "conflicts": tuple(conflicts)}
+
     def write(
         self,
         outcome: Literal["published", "refused", "nothing-new"],

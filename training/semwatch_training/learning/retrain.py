@@ -30,21 +30,32 @@ from semwatch.models.head_bank import Bank
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import Site
+from semwatch.streams.handoff import MAX_CONFLICTS, Handoff
 from semwatch.streams.handoff import Cycle as Ended
-from semwatch.streams.handoff import Handoff
-from semwatch.streams.records import Record
+from semwatch.streams.records import Correction, Record, encode
+from semwatch.streams.unknowns import Consumer
 from semwatch.system.clock import utc_now
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_head
 from semwatch_training.discovery.head import Head, save_head
-from semwatch_training.learning import candidates, decisions, housekeeping, intake, new_classes, outcomes, promotion
+from semwatch_training.learning import (
+    candidates,
+    corrections,
+    decisions,
+    housekeeping,
+    intake,
+    new_classes,
+    outcomes,
+    promotion,
+)
 from semwatch_training.learning.archive import ARCHIVE, Archive
 from semwatch_training.learning.base_head import BaseHead, read_base_head
+from semwatch_training.learning.corrections import Agreed
 from semwatch_training.learning.crops import images_as_numbers, labelled, with_kept_crops
 from semwatch_training.learning.decisions import DecidedCrops
 from semwatch_training.learning.housekeeping import REPORTS
 from semwatch_training.learning.intake import Claims, SortedUnknowns
 from semwatch_training.learning.new_classes import Findings
-from semwatch_training.learning.promotion import Answers, Judgement
+from semwatch_training.learning.promotion import Answers, Held, Judgement
 from semwatch_training.learning.report_builder import ReportBuilder
 from semwatch_training.publishing.export import publish_head
 
@@ -78,6 +89,8 @@ class Outcome:
     """Folder of the cycle's report."""
     reasons: tuple[str, ...] = ()
     """Why the candidate does not serve."""
+    conflicts: tuple[str, ...] = ()
+    """Defects that people contradict each other about."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +105,7 @@ class _Cycle:
     models: Embedded
     claims: Claims
     base: BaseHead
+    corrections: Consumer[Correction]
     report: ReportBuilder
     seed: int
     utc: str
@@ -129,7 +143,21 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
                 base = read_base_head(repository, models)
                 report = ReportBuilder(folder / REPORTS / utc.replace(":", ""), utc)
                 outcome = _run(
-                    _Cycle(site, recipes, archive, register, handoff, models, claims, base, report, seed, utc, progress)
+                    _Cycle(
+                        site,
+                        recipes,
+                        archive,
+                        register,
+                        handoff,
+                        models,
+                        claims,
+                        base,
+                        intake.correction_queue(client, prefix),
+                        report,
+                        seed,
+                        utc,
+                        progress,
+                    )
                 )
                 housekeeping.tidy(folder, archive, register.read(), site.learning, now_utc=utc)
                 _state_outcome(handoff, outcome, archive, utc)
@@ -142,32 +170,40 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
 def _run(c: _Cycle) -> Outcome:
     repository, wishes = c.site.models.repository, c.handoff.wishes()
     with c.register.locked():  # what a cycle that died left out
-        decided = outcomes.record_promotion(c.register, c.base.version, c.base.meta, c.utc)
+        decided = outcomes.record_promotion(c.register, repository, c.base.version, c.base.meta, c.utc)
+    c.claims.put_back(c.archive, outcomes.lost(c.base, repository, c.archive, decided), c.utc)
+    agreed = _corrections(c)
     decided_crops = decisions.apply_decisions(c.base, decided, seed=c.seed)
     with c.report.step("claim"):
         claimed = c.claims.take(c.site.learning.max_unknowns, c.progress)
-        found = _sorted_out(c, claimed, decided)
+        found = _sorted_out(c, claimed, decided, agreed)
+        corrected = [record for record in found.fresh if record.id in agreed.corrections]
+        crops = _crops(corrected, intake.features_of(corrected, c.models, c.progress))
+    decided_crops = corrections.apply(decided_crops, decided, agreed, crops)
+    fresh = [record for record in found.fresh if record.id not in decided_crops.corrected]
     n, n_needed = len(found.fresh), c.site.learning.min_unknowns
     n_needed = min(n_needed, FEW_AFTER_DRIFT) if wishes else n_needed
     is_grouped_by_person = not decisions.ids_grouped_by_person(decided, decided_crops.bank.labels).isdisjoint(
-        record.id for record in found.fresh
+        record.id for record in fresh
     )
     if n < n_needed and not decided_crops.is_changed and not is_grouped_by_person:
         return Outcome("too few", f"{n} unknowns wait, {n_needed} are needed: nothing was learned")
-    f = _find(c, found.fresh, decided, decided_crops)
+    f = _find(c, fresh, decided, decided_crops)
     c.report.add_findings(c.base, len(claimed), found, f, c.archive)
+    c.report.add_corrections(len(decided_crops.corrected), agreed.conflicts)
     if not f.accepted and not decided_crops.is_changed:
         c.handoff.answer(list(wishes))
-        return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"))
+        return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"), conflicts=agreed.conflicts)
     with c.report.step("fit"):
         bank, golden = new_classes.grown(decided_crops, f, c.seed, was_proof=set(c.base.golden.ids) - {""})
         fit = HeadFit(frozen_width=c.base.frozen_width, seed=c.seed)
-        head = fit_head(bank.features, bank.labels, fit, images=images_as_numbers(bank.images))
+        numbers, weights = images_as_numbers(bank.images), agreed.weights_of(bank)
+        head = fit_head(bank.features, bank.labels, fit, images=numbers, weights=weights)
     with c.report.step("judge"):
-        judgements = _judge(c, head, decided_crops, golden)
+        judgements = _judge(c, head, decided_crops, golden, _held(c, f, decided_crops))
     c.report.add_judgements(judgements, bank, c.base.frozen_width)
     if reasons := [f"{recipe.name}: {reason}" for recipe, judged in judgements for reason in judged.reasons]:
-        return _refused(c, head, reasons)
+        return _refused(c, head, reasons, agreed.conflicts)
     # A name that a person gives now would publish the old head: it waits until this one serves, or is given before.
     with c.register.locked(HOLD_S + c.site.learning.swap_timeout_s):
         with c.report.step("publish"):
@@ -176,33 +212,55 @@ def _run(c: _Cycle) -> Outcome:
             why_not = _serves(c, version)
         if why_not is None:
             outcomes.record_promotion(
-                c.register, version, model_repository.read_meta(repository, "head", version), c.utc
+                c.register, repository, version, model_repository.read_meta(repository, "head", version), c.utc
             )
     if why_not is not None:
         choice.withdraw(repository, "head", version, why_not)
-        return _refused(c, head, [why_not])
+        return _refused(c, head, [why_not], agreed.conflicts)
     with c.report.step("settle"):
         done = outcomes.settlements_by_head(f, decided_crops, version)
         intake.settle(c.archive, done, c.utc)
         choice.prune(repository, "head", keep=c.site.learning.keep_versions)
         c.handoff.answer(list(wishes))
+        c.claims.put_back(c.archive, [*c.archive.state_of(decided_crops.removed)], c.utc)
     report = c.report.write("published", version)
     c.claims.acknowledge(list(done))
-    return Outcome("learned", f"head {version} serves and {_learned(f)}", version, report)
+    sentence = f"head {version} serves and {_learned(f, decided_crops)}"
+    return Outcome("learned", sentence, version, report, conflicts=agreed.conflicts)
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters) -> SortedUnknowns:
+def _corrections(c: _Cycle) -> Agreed:
+    """What people corrected; crops that come along, or that were settled otherwise, wait in the queue for a class."""
+    intake.take_corrections(c.corrections, c.archive, c.utc)
+    found = c.archive.corrections()
+    agreed = corrections.agreed(found)
+    states = c.archive.state_of(list(agreed.corrections))
+    brought = {one.unknown_id: record for one in found if (record := corrections.as_record(one)) is not None}
+    new = [record for id_, record in brought.items() if id_ in agreed.corrections and id_ not in states]
+    c.claims.queue.put_back([encode(record) for record in new])
+    otherwise = [id_ for id_, state in states.items() if state in ("explained", "rejected", "forgotten")]
+    c.claims.put_back(c.archive, otherwise, c.utc)
+    return agreed
+
+
+def _sorted_out(c: _Cycle, claimed: Sequence[Record], decided: Clusters, agreed: Agreed) -> SortedUnknowns:
     """Sort records; those that need no learning or can have none leave the queue."""
+    settlements = outcomes.settlements(c.base, decided)
+    overruled = {id_ for id_ in agreed.corrections if settlements.get(id_, ("learned", ""))[0] == "rejected"}
     found = intake.sort_out(
         claimed,
         c.archive,
-        settlements=outcomes.settlements(c.base, decided),
+        settlements={id_: settled for id_, settled in settlements.items() if id_ not in overruled},
         fault=lambda record: intake.fault_of(record, c.models),
         forget_days=c.site.learning.forget_days,
         now_utc=c.utc,
+        kept={
+            *decisions.ids_that_wait(decided, decisions.renaming(c.base.meta.labels, decided).values()),
+            *agreed.corrections,
+        },
     )
     for id_, reason in found.unfit.items():
         c.claims.put_aside(id_, reason)
@@ -228,7 +286,7 @@ def _find(c: _Cycle, fresh: Sequence[Record], decided: Clusters, decided_crops: 
         groups = [*decided_crops.parts, *by_person, *new_classes.clustered_groups(clustered, left)]
     with c.report.step("identify"):
         before = decided
-        decided, ids = new_classes.identify(c.register, groups, c.utc)
+        decided, groups, ids = new_classes.identify(c.register, groups, c.utc)
         accepted, refusals = new_classes.choose(decided, ids, groups, decided_crops.bank.labels, c.recipes)
         records = [record for record, is_one in zip(fresh, is_left, strict=True) if is_one]
         f = Findings(clustered, records, groups, ids, decided, accepted, refusals, revisions)
@@ -253,32 +311,50 @@ def _rejected(c: _Cycle, decided: Clusters) -> Bank:
     return head_bank.joined(banks)
 
 
-def _judge(c: _Cycle, head: Head, decided_crops: DecidedCrops, golden: Bank) -> list[tuple[Recipe, Judgement]]:
-    """Judge the candidate on the golden set under each recipe."""
-    answer = c.models.infer("head", {"features": golden.features})
-    served = Answers(answer.meta.labels, answer.outputs["logits"], answer.outputs["p_values"])
-    with torch.no_grad():
-        logits, p_values = (values.numpy() for values in head.eval()(torch.from_numpy(golden.features)))
+def _held(c: _Cycle, f: Findings, decided_crops: DecidedCrops) -> Bank:
+    """Unknowns that clustering gave to known classes, under these."""
+    known = [one if one in decided_crops.bank.labels else None for one in f.clustered.known]
+    rows = [row for row, label in enumerate(known) if label is not None]
+    found = [f.records[row] for row in rows]
+    crops = _crops(found, intake.features_of(found, c.models, c.progress))
+    return replace(crops, labels=tuple(label for label in known if label is not None))
+
+
+def _judge(
+    c: _Cycle, head: Head, decided_crops: DecidedCrops, golden: Bank, held: Bank
+) -> list[tuple[Recipe, Judgement]]:
+    """Judge the candidate on the golden set, and on crops that wait, under each recipe."""
+
+    def answers(crops: Bank) -> tuple[Answers, Answers]:
+        answer = c.models.infer("head", {"features": crops.features})
+        served = Answers(answer.meta.labels, answer.outputs["logits"], answer.outputs["p_values"])
+        with torch.no_grad():
+            logits, p_values = (values.numpy() for values in head.eval()(torch.from_numpy(crops.features)))
+        return decisions.renamed_answers(served, decided_crops.names), Answers(head.labels, logits, p_values)
+
+    served, candidate = answers(golden)
+    waiting = Held(held.labels, *answers(held)) if len(held) else None
 
     def judged(recipe: Recipe) -> Judgement:
         return promotion.judge(
-            decisions.renamed_answers(served, decided_crops.names),
-            Answers(head.labels, logits, p_values),
+            served,
+            candidate,
             golden,
             recipe.promotion,
             rule=recipe.unknown,
             best=promotion.best_of(c.base.meta.provenance, recipe),
+            held=waiting,
         )
 
     return [(recipe, judged(recipe)) for recipe in c.recipes]
 
 
-def _refused(c: _Cycle, head: Head, reasons: Sequence[str]) -> Outcome:
+def _refused(c: _Cycle, head: Head, reasons: Sequence[str], conflicts: tuple[str, ...]) -> Outcome:
     """Keep a candidate that may not serve, with its report."""
     report = c.report.write("refused", reasons=reasons)
     save_head(head, report / CANDIDATE, encoder_form=f"encoder {c.base.meta.encoder_sha256}", provenance={})
     sentence = f"the candidate is kept and does not serve: {'; '.join(reasons)}"
-    return Outcome("refused", sentence, report=report, reasons=tuple(reasons))
+    return Outcome("refused", sentence, report=report, reasons=tuple(reasons), conflicts=conflicts)
 
 
 def _publish(
@@ -343,6 +419,7 @@ def _state_outcome(handoff: Handoff, outcome: Outcome, archive: Archive, utc: st
                 outcome=REPORTED[outcome.status],
                 version=outcome.head_version,
                 reasons=outcome.reasons,
+                conflicts=outcome.conflicts[:MAX_CONFLICTS],
                 sentence=outcome.sentence,
                 unknowns={str(state): n for state, n in archive.counts().items()},
             )
@@ -357,9 +434,11 @@ def _crops(found: Sequence[Record], features: NDArray[np.float32]) -> Bank:
     return Bank(features, ("",) * len(found), images, tuple(record.id for record in found))
 
 
-def _learned(f: Findings) -> str:
+def _learned(f: Findings, decided_crops: DecidedCrops) -> str:
     learned = ", ".join(f"{label} ({n} crops)" for label, n in f.learned.items())
-    return f"knows {learned}" if learned else "applies what people decided"
+    n = len(decided_crops.corrected)
+    known = f"knows {learned}" if learned else "applies what people decided"
+    return known + (f", {n} unknown{'s' if n > 1 else ''} by correction" if n else "")
 
 
 def _nothing_new(f: Findings) -> str:

@@ -1,0 +1,81 @@
+"""Sessions of clumsy naming, merging, splitting, rejecting, taking out and rolling back do no harm."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+import sessions
+from learning_site import make_lab
+from semwatch.streams.embedded_redis import EmbeddedRedis
+from semwatch_training.learning import candidates, cycle_report, decisions, outcomes
+from sessions import Session
+
+N_SESSIONS = int(os.environ.get("SEMWATCH_SESSIONS", "200"))
+"""Of the slow test: some ten seconds of processor time each."""
+
+
+@pytest.fixture
+def session(
+    tmp_path: Path, tiny_repository: Path, client: redis.Redis, server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], Session]:
+    """Runs the session of a seed on a site of its own."""
+    monkeypatch.setattr(cycle_report, "_png", lambda figure: b"")  # nobody looks
+    monkeypatch.setattr(candidates, "SPAN", 4)  # there are three kinds to find
+
+    def run(seed: int) -> Session:
+        client.flushall()
+        return sessions.run(make_lab(tmp_path / f"site-{seed}", tiny_repository, client, server.url), seed)
+
+    return run
+
+
+def test_session_of_merging_and_rolling_back_does_no_harm(session: Callable[[int], Session]) -> None:
+    one = session(14)
+    assert sessions.harms(one) == [], one.log
+    assert {"roll back (2, 1)", "merge novel-1", "remove novel-2", "reject novel-3"} <= set(one.log), one.log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_many_sessions_do_no_harm(session: Callable[[int], Session]) -> None:
+    found = {}
+    for seed in range(N_SESSIONS):
+        one = session(seed)
+        if harms := sessions.harms(one):
+            found[seed] = [*harms, *one.log]
+    assert found == {}
+
+
+def no_crops_come_back(*_: object) -> list[str]:
+    return []
+
+
+def nothing_is_undone(c: Any, *_: object) -> Any:
+    return c
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("owner", "name", "mistake", "seed", "harm"),
+    [
+        (outcomes, "lost", no_crops_come_back, 14, "has not learned them"),
+        (decisions, "undo_rolled_back", nothing_is_undone, 14, "counts as applied"),
+    ],
+)
+def test_planted_mistake_is_noticed(
+    session: Callable[[int], Session],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    mistake: Callable[..., Any],
+    seed: int,
+    harm: str,
+) -> None:
+    monkeypatch.setattr(owner, name, mistake)
+    one = session(seed)
+    assert any(harm in found for found in sessions.harms(one)), [*sessions.harms(one), *one.log]
