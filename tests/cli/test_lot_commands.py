@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from commands import Command, in_process, write_recipe
 from daemon import SOURCE, Site, make_site, png
 from factories import make_review, make_verdict
+from semwatch.defects import DEFECT_FREE
 from semwatch.operations import correct as correction
 from semwatch.service.lot_tables import LotTables, row_of
 from semwatch.settings.site import load_site
@@ -20,6 +22,7 @@ from semwatch.store import results
 from semwatch.store.audit import AuditLog
 from semwatch.store.corrections import Correction
 from semwatch.store.ledger import Ledger
+from semwatch.streams import records
 from semwatch.system.files import file_sha256, stamp_of
 
 UTC = "2026-03-01T08:00:00Z"
@@ -179,6 +182,29 @@ def test_confirmation_agrees_with_what_the_model_named(semwatch: Command, site: 
     ]
     (page,) = result(site, "lot7/w1/b.png").pages
     assert [one.human and one.human.label for one in page.defects] == ["particle", "scratch", "bridge"]
+
+
+def test_words_of_people_wait_for_learning_as_labels_where_there_is_a_redis(semwatch: Command, site: Site) -> None:
+    def correct(*words: object) -> None:
+        assert semwatch("correct", "lot7/a.png", *words, "--site", site.file).code == 0
+
+    correct(1, "bridge")
+    settings = yaml.safe_load(site.file.read_text())
+    site.file.write_text(yaml.safe_dump({**settings, "redis": {"url": f"unix://{site.folder}/redis.sock"}}))
+    correct(2, "bridge")
+    correct(3, "--not-a-defect")
+    correct("--missed", "10,20,30,40", "particle")
+    with Ledger(site.state / "ledger.sqlite", read_only=True) as ledger:
+        items = [item for _, item in ledger.unpublished(10)]
+    assert {item.stream for item in items} == {records.CORRECTIONS}, "nothing waits of the time without a Redis"
+    found = [records.decode_correction(records.unpack(item.payload)) for item in items]
+    boxes = [one.box_xyxy for one in result(site).pages[0].defects]
+    assert [(one.defect_id, one.label, one.was, one.box_xyxy) for one in found] == [
+        (2, "bridge", "unknown", boxes[1]),
+        (3, DEFECT_FREE, "bridge", boxes[2]),
+        (None, "particle", "", (10, 20, 40, 60)),
+    ]
+    assert all(one.sha256 == result(site).sha256 and one.path == "lot7/a.png" and one.by for one in found)
 
 
 @pytest.mark.parametrize(

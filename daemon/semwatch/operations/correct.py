@@ -1,6 +1,6 @@
 """A person's word on a result: who says what is on record first, then it stands beside the model's verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from semwatch.store import corrections, results
 from semwatch.store.corrections import Correction
 from semwatch.store.ledger import LEDGER, Ledger, OutboxItem, Work
 from semwatch.store.result_index import INDEX, open_index, stamp_of
-from semwatch.store.review_record import ReviewRecord
+from semwatch.store.review_record import DefectRecord, ReviewRecord
+from semwatch.streams import records
 from semwatch.system.clock import utc_now
 
 
@@ -60,7 +61,8 @@ def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label
             changes.extend(_change(before, one) for one in given)
             origin = {"event": "corrected", "utc": utc, "by": by, "source": before.source, "path": before.path}
             audit = {**origin, "sha256": before.sha256, "revision": before.revision, "changes": changes}
-            ledger.note(audit=audit, outbox=messages_for_learning(before, given, by=by, utc=utc))
+            messages = messages_for_learning(before, given, by=by, utc=utc) if site.redis is not None else ()
+            ledger.note(audit=audit, outbox=list(messages))
             return after
 
         after = results.change(target, edit)
@@ -72,14 +74,35 @@ def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label
 
 
 def messages_for_learning(
-    result: ReviewRecord,  # noqa: ARG001
-    given: Sequence[Correction],  # noqa: ARG001
-    *,
-    by: str,  # noqa: ARG001
-    utc: str,  # noqa: ARG001
-) -> list[OutboxItem]:
-    """What leaves for learning with people's verdicts: nothing, until the streams have a record for them."""
-    return []
+    result: ReviewRecord, given: Sequence[Correction], *, by: str, utc: str
+) -> Iterator[OutboxItem]:
+    """What leaves for learning with people's verdicts: a label of each, without its crop.
+
+    Args:
+        result: before them.
+        given: verdicts on it.
+        by: login name of the person.
+        utc: when.
+    """
+    for one in given:
+        found = None if one.defect_id is None else _defect(result, one)
+        box = one.box_xyxy if found is None else found.box_xyxy
+        assert box is not None, "of a missed defect the box is given"
+        correction = records.Correction(
+            id="",
+            corrected_utc=utc,
+            by=by,
+            source=result.source,
+            path=result.path,
+            sha256=result.sha256,
+            page=one.page,
+            box_xyxy=box,
+            label=one.label or DEFECT_FREE,
+            defect_id=one.defect_id,
+            site=result.site,
+            was="" if found is None else _called(found),
+        )
+        yield OutboxItem(*records.correction_message(correction))
 
 
 def confirmed(record: ReviewRecord, page: int | None = None) -> list[Correction]:
@@ -95,11 +118,19 @@ def confirmed(record: ReviewRecord, page: int | None = None) -> list[Correction]
 
 def _change(before: ReviewRecord, one: Correction) -> dict[str, object]:
     """One line of what changes, for people and for the audit log."""
-    page = next(page for page in before.pages if page.page == one.page)
     to = one.label or "not-a-defect"
     if one.defect_id is None:
         return {"page": one.page, "box_xyxy": one.box_xyxy, "model": None, "from": None, "to": to}
-    defect = next(defect for defect in page.defects if defect.defect_id == one.defect_id)
+    defect = _defect(before, one)
     old = None if defect.human is None else defect.human.label or "not-a-defect"
-    model = defect.verdict.label or defect.verdict.kind
-    return {"page": one.page, "defect_id": one.defect_id, "model": model, "from": old, "to": to}
+    return {"page": one.page, "defect_id": one.defect_id, "model": _called(defect), "from": old, "to": to}
+
+
+def _defect(result: ReviewRecord, one: Correction) -> DefectRecord:
+    page = next(page for page in result.pages if page.page == one.page)
+    return next(defect for defect in page.defects if defect.defect_id == one.defect_id)
+
+
+def _called(defect: DefectRecord) -> str:
+    """What the model calls it."""
+    return defect.verdict.label or defect.verdict.kind
