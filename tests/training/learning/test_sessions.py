@@ -14,8 +14,8 @@ from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch_training.learning import candidates, cycle_report, decisions, outcomes
 from sessions import Session
 
-N_SESSIONS = int(os.environ.get("SEMWATCH_SESSIONS", "200"))
-"""Of the slow test: some ten seconds of processor time each."""
+N_SESSIONS = int(os.environ.get("SEMWATCH_SESSIONS", "12"))
+"""Of the slow test: some ten seconds of processor time each. 200 say more."""
 
 
 @pytest.fixture
