@@ -141,7 +141,7 @@ def _back_again(found: Clusters, held: dict[str, str]) -> list[str]:
     back = []
     for d in (d for d in found.decisions if d.revision in done):
         own = clusters.names_of(found, clusters.find(found, d.cluster)) | {clusters.label_of(found, d.cluster)}
-        back += [id_ for id_ in d.crops or () if held.get(id_) in own]
+        back += [id_ for id_ in d.crops or () if id_ in held and held[id_] in own]
     return [f"{len(back)} crops that were taken out are back"] if back else []
 
 

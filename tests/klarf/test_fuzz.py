@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 
 import pytest
@@ -38,7 +39,7 @@ def use(document: Document) -> None:
                     edit(document, wafer, column, dict.fromkeys(ids, 7))
 
 
-def outcomes(seeds: range) -> Counter[str]:
+def outcomes(seeds: Iterable[int]) -> Counter[str]:
     found: Counter[str] = Counter()
     for seed in seeds:
         rng = random.Random(seed)
@@ -61,7 +62,7 @@ def outcomes(seeds: range) -> Counter[str]:
 
 
 def test_thousand_damaged_files_are_read_or_refused_with_a_place() -> None:
-    found = outcomes(range(1000))
+    found = outcomes([*range(1000), 2869])  # the last: half an entry of images
     assert found["refused"] == 0
     assert found["read"] > 100
     assert found["refused with a place"] > 300

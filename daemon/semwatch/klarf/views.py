@@ -377,6 +377,8 @@ def _images(defect: Defect, span: Span) -> tuple[Image, ...]:
         words = tokens[1:]
         if n is None or 2 * n != len(words):
             raise source.error(span.start, f"{len(words) // 2} as the number of images")
+    if len(words) % 2:
+        raise source.error(span.start, "a number and a kind of each image")
     return tuple(
         Image(shared, _image_number(source, number), source.text(kind))
         for number, kind in zip(words[::2], words[1::2], strict=True)

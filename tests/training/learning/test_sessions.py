@@ -42,12 +42,11 @@ def test_session_of_merging_and_rolling_back_does_no_harm(session: Callable[[int
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_many_sessions_do_no_harm(session: Callable[[int], Session]) -> None:
-    found = {}
+    found = []
     for seed in range(N_SESSIONS):
         one = session(seed)
-        if harms := sessions.harms(one):
-            found[seed] = [*harms, *one.log]
-    assert found == {}
+        found += [f"{seed}: {line}" for harm in sessions.harms(one) for line in (harm, *one.log)]
+    assert not found, "\n".join(found)
 
 
 def no_crops_come_back(*_: object) -> list[str]:
