@@ -23,8 +23,15 @@ def bank(features: np.ndarray, label: str = LABEL) -> Bank:
 
 def test_look_alikes_are_inside_and_another_kind_is_not() -> None:
     members = blob(14, 0, 0)
-    assert is_inside(blob(20, 0, 1), members).mean() > 0.8
+    assert is_inside(blob(20, 0, 1), members).mean() > 0.7
     assert not is_inside(blob(9, 60, 2), members).any()
+
+
+def test_stray_member_widens_no_range() -> None:
+    """One bridge among fourteen residues: their rejection took fifteen voids along."""
+    members = np.concatenate((blob(14, 0, 0), blob(1, 60, 5)))
+    assert is_inside(blob(20, 0, 1), members).mean() > 0.7
+    assert not is_inside(blob(15, 25, 2), members).any()
 
 
 def test_nothing_is_inside_a_class_of_one_and_nothing_asks_for_nothing() -> None:

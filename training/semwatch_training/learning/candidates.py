@@ -24,8 +24,8 @@ from semwatch_training.system.progress_bars import Progress
 
 COHESIVE = 0.05
 """Mean silhouette from which a class counts as one that stands out; the recipe's own threshold comes later."""
-SLACK = 1.25
-"""What may be farther from a class than its members are from each other, and still be one of it."""
+STRAY = 2.0
+"""A member so many times as far from its nearest as the middle one is no part of the class."""
 APART = 1.05
 """How far the halves of a group of one kind lie apart, in radii of known classes: 19 of 20 groups less (measured on
 the shipped crops, docs/learning.md)."""
@@ -145,18 +145,31 @@ def _n_cohesive(found: Candidates) -> int:
 def is_inside(features: NDArray[np.float32], members: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which features (m, D) lie within the range of a class's members (n, D): (m,).
 
-    Inside is what lies no farther from its nearest member than members do from theirs, ``SLACK`` times. A class of one
-    has no range.
+    Inside is what lies no farther from its nearest member than members do from theirs; where features are many, a
+    quarter more already lets another kind in. A member far from all others is one that clustering put there by mistake,
+    and has no part in it. A class of one has no range.
     """
     if len(members) < 2 or not len(features):
         return np.zeros(len(features), np.bool_)
-    spread = members.std(axis=0)  # of the members alone: strangers must not widen what they are measured by
-    spread = spread + 0.1 * spread.mean() + 1e-6
+    # By medians first, which a stray does not move: by deviations it would hide itself.
+    nearest = _to_nearest(members, _floored(np.median(np.abs(members - np.median(members, axis=0)), axis=0)))
+    members = members[nearest <= STRAY**2 * max(float(np.median(nearest)), 1e-9)]
+    spread = _floored(members.std(axis=0))  # of the members alone: strangers must not widen what they are measured by
+    reach = float(_to_nearest(members, spread).max())
     own, others = (np.asarray(x / spread, np.float32) for x in (members, features))
+    return np.asarray(squared_distances(others, own).min(axis=1) <= max(reach, 1e-9), np.bool_)
+
+
+def _floored(spread: NDArray[np.floating]) -> NDArray[np.float32]:
+    return np.asarray(spread + 0.1 * spread.mean() + 1e-6, np.float32)
+
+
+def _to_nearest(members: NDArray[np.float32], spread: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Squared distances (n,) of members (n, D) to the nearest other, in spreads (D,)."""
+    own = np.asarray(members / spread, np.float32)
     among = squared_distances(own, own)
     np.fill_diagonal(among, np.inf)
-    reach = float(among.min(axis=1).max())
-    return np.asarray(squared_distances(others, own).min(axis=1) <= SLACK**2 * max(reach, 1e-9), np.bool_)
+    return np.asarray(among.min(axis=1), np.float32)
 
 
 def looks_of(space: NDArray[np.float32], known: NDArray[np.float32], labels: NDArray[np.int64]) -> int:
