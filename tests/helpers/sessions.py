@@ -83,7 +83,8 @@ def harms(session: Session) -> list[str]:
         states, rejected = archive.state_of(list(session.kind_of)), archive.notes_of("rejected")
     return [
         *_lost(states, held, waits),
-        *_merges_lost(found, states, held, waits, lab.labels),
+        # What a refused head would have learned waits for one that is not.
+        *_merges_lost(found, states, held, set() if "cycle: refused" in session.log[-1] else waits, lab.labels),
         *_wrongly_rejected(session, rejected),
         *_emptied(session),
         *_back_again(found, held),
