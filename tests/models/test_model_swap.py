@@ -95,6 +95,23 @@ def test_pin_that_cannot_be_read_is_said_once_and_the_old_head_goes_on(repositor
     assert heads.next("head", 3, loads(), fits) == (None, None)
 
 
+def test_pin_that_cannot_be_read_at_a_start_lets_the_version_serve_that_did_before(repository, fits) -> None:
+    (repository / "head" / choice.PINNED).write_text("nonsense")
+    heads = ModelSwap(repository, {}, before={"head": 2})
+    assert heads.first("head", loads(), fits) == "head 2"
+    assert "must hold a version number alone" in heads.refused("head")[NO_VERSION]
+    assert heads.next("head", 2, loads(), fits) == (None, None), "it was said"
+    (repository / "head" / choice.PINNED).unlink()
+    assert heads.next("head", 2, loads(), fits) == (Swap("head", 3), "head 3")
+    (repository / "head" / choice.PINNED).write_text("nonsense")
+    for before in ({}, {"head": 9}):
+        with pytest.raises(ModelMismatch, match="must hold a version number alone"):
+            ModelSwap(repository, {}, before=before).first("head", loads(), fits)
+    (repository / "head" / "2.withdrawn").write_text("bad")
+    with pytest.raises(ModelMismatch):
+        ModelSwap(repository, {}, before={"head": 2}).first("head", loads(), fits)
+
+
 def test_it_is_known_without_loading_whether_another_version_waits(repository, fits) -> None:
     heads = ModelSwap(repository, {})
     assert heads.waits("head", 2)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -94,6 +94,7 @@ class Embedded:
     Args:
         repository: folder with detector, encoder and head.
         pins: version by model; a model without a pin serves what ``choice`` says.
+        before: version by model that served last, see ``ModelSwap``.
         threads: processor threads of one network; None for all the machine has.
         models: which to load; training asks before there is a head.
 
@@ -106,10 +107,11 @@ class Embedded:
         repository: Path,
         *,
         pins: Mapping[str, int | None] | None = None,
+        before: Mapping[str, int] = MappingProxyType({}),
         threads: int | None = None,
         models: Sequence[str] = MODELS,
     ) -> None:
-        self._repository, self._swaps = repository, ModelSwap(repository, pins or {})
+        self._repository, self._swaps = repository, ModelSwap(repository, pins or {}, before=before)
         # One network at a time has all the cores: two at once only evict each other's caches.
         self._turn = threading.Lock()
         self._threads = threads or len(os.sched_getaffinity(0))

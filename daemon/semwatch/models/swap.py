@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
@@ -42,10 +43,13 @@ class ModelSwap:
     Args:
         repository: the model repository.
         pins: version by model; a model without a pin serves what ``choice`` says.
+        before: version by model that served last; it serves again where nobody can tell which one should.
     """
 
-    def __init__(self, repository: Path, pins: Mapping[str, int | None]) -> None:
-        self._repository, self._pins = repository, pins
+    def __init__(
+        self, repository: Path, pins: Mapping[str, int | None], *, before: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        self._repository, self._pins, self._before = repository, pins, before
         self._refused: dict[str, dict[int, str]] = {}
 
     def wanted(self, model: str) -> int:
@@ -79,7 +83,7 @@ class ModelSwap:
             ModelMismatch: none can; why the wanted one cannot.
             ServiceUnavailable: the repository or the server is away.
         """
-        wanted, *deputies = choice.to_try(self._repository, model, self._pins.get(model))
+        wanted, *deputies = self._to_try(model)
         why: ModelMismatch | None = None
         for version in (wanted, *deputies):
             try:
@@ -92,6 +96,19 @@ class ModelSwap:
                 why = why or error
         assert why is not None
         raise why
+
+    def _to_try(self, model: str) -> list[int]:
+        """See ``choice.to_try``; where a pin names no version, the one that served before."""
+        try:
+            return choice.to_try(self._repository, model, self._pins.get(model))
+        except ModelMismatch as error:
+            before = self._before.get(model)
+            if before is None or before not in model_repository.versions(self._repository, model):
+                raise
+            if choice.why_withdrawn(self._repository, model, before) is not None:
+                raise
+            self._refuse(model, NO_VERSION, str(error))
+            return [before]
 
     def next(
         self, model: str, serving: int, load: Callable[[int], T | None], fits: Fits

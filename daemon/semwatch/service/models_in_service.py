@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from semwatch.errors import ConfigError, ModelMismatch
 from semwatch.line import pipeline
@@ -40,7 +41,8 @@ class ModelsInService:
     ) -> None:
         self._repository, self._state_dir, self._metrics = settings.repository, state_dir, metrics
         self._recipes = tuple(recipes)
-        self.by_pins = load_models(settings, self._recipes)
+        before, _ = serving.announced(state_dir)
+        self.by_pins = load_models(settings, self._recipes, before=before)
         self._codes: dict[int, Mapping[str, int]] = {}
         self._remember_codes()
         self._is_announced = True
@@ -168,15 +170,22 @@ def _unpinned(by_pins: Mapping[Pins, Models]) -> dict[str, Models]:
     return found
 
 
-def load_models(settings: ModelSettings, recipes: Iterable[Recipe]) -> dict[Pins, Models]:
+def load_models(
+    settings: ModelSettings, recipes: Iterable[Recipe], *, before: Mapping[str, int] = MappingProxyType({})
+) -> dict[Pins, Models]:
     """One set of networks per distinct pins: recipes that pin nothing share one.
+
+    Args:
+        settings: repository and runtime.
+        recipes: whose pins are loaded.
+        before: version by model that served last, see ``ModelSwap``.
 
     Raises:
         ModelMismatch: a model is absent or not what it should be.
         ServiceUnavailable: the Triton server is away.
         ConfigError: its client is not installed.
     """
-    loaded = {pins: _opened(settings, pins) for pins in dict.fromkeys(recipe.pins for recipe in recipes)}
+    loaded = {pins: _opened(settings, pins, before) for pins in dict.fromkeys(recipe.pins for recipe in recipes)}
     if settings.runtime == "triton":
         try:
             _refuse_two_signatures(list(loaded.values()))
@@ -203,11 +212,11 @@ def _refuse_two_signatures(loaded: Sequence[Models]) -> None:
             )
 
 
-def _opened(settings: ModelSettings, pins: Pins) -> Models:
+def _opened(settings: ModelSettings, pins: Pins, before: Mapping[str, int]) -> Models:
     if settings.runtime == "embedded":
-        return Embedded(settings.repository, pins=pins.model_dump(), threads=settings.threads)
+        return Embedded(settings.repository, pins=pins.model_dump(), before=before, threads=settings.threads)
     try:
         from semwatch.triton.client import Triton  # noqa: PLC0415 - an extra that an embedded site does not install
     except ImportError as error:
         raise ConfigError("runtime: triton needs its client: pip install 'semwatch[triton]'") from error
-    return Triton(settings.repository, pins=pins.model_dump(), **settings.triton.model_dump())
+    return Triton(settings.repository, pins=pins.model_dump(), before=before, **settings.triton.model_dump())

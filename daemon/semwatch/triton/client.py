@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from tritonclient.utils import InferenceServerException
@@ -58,6 +58,7 @@ class Triton:
         timeout_s: deadline of one answer, all its tries together.
         attempts: tries of one request while the server is away.
         pins: version by model; a model without a pin serves what ``choice`` says.
+        before: version by model that served last, see ``ModelSwap``.
         view: the folder that the server reads; None: the one beside the repository, where there is one.
         control_secret_file: holds the secret of a server that loads models for those alone who know it; None: the
             one in the view, where a server of ours (``LocalTriton``) puts its own.
@@ -77,11 +78,12 @@ class Triton:
         timeout_s: float = SETTINGS.timeout_s,
         attempts: int = SETTINGS.attempts,
         pins: Mapping[str, int | None] | None = None,
+        before: Mapping[str, int] = MappingProxyType({}),
         view: Path | None = None,
         control_secret_file: Path | None = None,
         models: Sequence[str] = MODELS,
     ) -> None:
-        self._repository, self._swaps = repository, ModelSwap(repository, pins or {})
+        self._repository, self._swaps = repository, ModelSwap(repository, pins or {}, before=before)
         self._url, self._timeout_s, self._attempts = url, timeout_s, attempts
         self._serving: dict[str, Version] = {}
         self._next_swap = 0.0
