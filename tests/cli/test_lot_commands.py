@@ -152,9 +152,9 @@ def test_words_of_people_are_kept_shown_and_measured(semwatch: Command, site: Si
 
     found = semwatch("lot", "lot7", "--site", site.file, "--json").json
     assert (found["judged"], found["corrected"], found["missed"]) == (2, 2, 1)
-    told = semwatch("logs", "lot7/a.png", "--site", site.file)
-    assert "people say 1 bridge, 1 missed particle, 1 not-a-defect" in told.words
-    assert "corrected by" in told.words
+    story = semwatch("logs", "lot7/a.png", "--site", site.file)
+    assert "people say 1 bridge, 1 missed particle, 1 not-a-defect" in story.words
+    assert "corrected by" in story.words
     measured = semwatch("quality", "--lot", "lot7", "--site", site.file, "--json").json
     assert {one["label"]: one["purity"]["count"] for one in measured["classes"]} == {"particle": 0, "bridge": 0}
     assert measured["escapes"]["count"] == 1

@@ -80,7 +80,7 @@ def parse(data: bytes, *, max_defects: int = MAX_DEFECTS) -> Document:
         raise source.error(
             source.begin, 'FileVersion 1 1, FileVersion 1 2 or Record FileRecord "1.8" as the first words'
         )
-    _ = document.lots  # what cannot be told apart is refused here, not later
+    _ = document.lots  # ids and names that stand twice are refused here, not later
     return document
 
 
