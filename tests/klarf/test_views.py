@@ -60,6 +60,21 @@ def test_na_and_columns_that_are_not_there() -> None:
         klarf.parse(FLAT.encode()).wafers[0].defects.column("ROUGHBINNUMBER")
 
 
+def test_half_an_entry_of_images_is_refused_with_its_place() -> None:
+    """Found by damage at random: a brace within a word parts it in two."""
+    text = """FileVersion 1 2;
+LotID "l";
+WaferID "w";
+DefectRecordSpec 3 DEFECTID IMAGECOUNT IMAGELIST;
+DefectList
+ 1 1 }0 30;
+EndOfFile;
+"""
+    (defect,) = klarf.parse(text.encode()).wafers[0].defects
+    with pytest.raises(klarf.KlarfError, match=r"line 6, column 6: .*a number and a kind of each image"):
+        _ = defect.images
+
+
 def test_images_of_a_multi_page_file_and_of_a_file_of_their_own() -> None:
     (wafer,) = klarf.parse(NESTED.encode()).wafers
     test, reference = wafer.defects[0].images

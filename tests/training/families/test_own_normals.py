@@ -61,8 +61,10 @@ def test_normal_image_is_judged_by_the_others_alone() -> None:
     """An outlier among the normals is near the places that it gave itself, and those do not judge it."""
     images = seen(6)
     images[0] = images[0]._replace(places=images[0].places + np.float16(20))
-    logits = own_normals.fit(images, CALIBRATION, into=OwnNormals(4, 1, 3, top_cells=3))
-    assert logits.argmax() == 0
+    normals = OwnNormals(4, 1, 3, top_cells=3)
+    logits = own_normals.fit(images, CALIBRATION, into=normals)
+    assert normals.of_place[1, 0] > 0.3, "to its own places each would be at no distance"
+    assert logits[0] > logits[1:].max() + 1
 
 
 def test_view_is_judged_and_not_learnt_from() -> None:
