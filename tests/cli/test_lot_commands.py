@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -42,7 +43,7 @@ def site(tmp_path: Path, tiny_repository: Path) -> Site:
     AuditLog(made.state / "audit.jsonl").close()
     with Ledger(made.state / "ledger.sqlite") as ledger:
         for i, name in enumerate(("lot7/a.png", "lot7/w1/b.png")):
-            file = made.put(name, png(i))
+            file = made.put(name, png(i, side=256))
             claim = ledger.claim(SOURCE, name, sha256=file_sha256(file), stamp=stamp_of(file.lstat()), now_utc=UTC)
             verdicts = [make_verdict("known", "particle"), make_verdict("unknown"), make_verdict("known", "bridge")]
             review = replace(make_review(3, source=SOURCE, path=name, verdicts=verdicts, seed=i), sha256=claim.sha256)
@@ -57,7 +58,7 @@ def site(tmp_path: Path, tiny_repository: Path) -> Site:
                 results_dir=made.results.parent, **of, reason="no image", attempts=1, size=8, quarantined_utc=UTC
             )
             ledger.quarantine(claim, "no image", audit={"event": "quarantined", **of}, now_utc=UTC)
-        file = made.put("lot8/copy.png", png(0))
+        file = made.put("lot8/copy.png", png(0, side=256))
         ledger.claim(SOURCE, "lot8/copy.png", sha256=file_sha256(file), stamp=stamp_of(file.lstat()), now_utc=UTC)
         of = {"source": SOURCE, "path": "lot8/copy.png", "sha256": file_sha256(file)}
         results.write_duplicate(
@@ -186,7 +187,8 @@ def test_confirmation_agrees_with_what_the_model_named(semwatch: Command, site: 
 
 def test_words_of_people_wait_for_learning_as_labels_where_there_is_a_redis(semwatch: Command, site: Site) -> None:
     def correct(*words: object) -> None:
-        assert semwatch("correct", "lot7/a.png", *words, "--site", site.file).code == 0
+        said = semwatch("correct", "lot7/a.png", *words, "--site", site.file, "--json")
+        assert (said.code, said.json["without_crop"]) == (0, ""), said
 
     correct(1, "bridge")
     settings = yaml.safe_load(site.file.read_text())
@@ -205,6 +207,37 @@ def test_words_of_people_wait_for_learning_as_labels_where_there_is_a_redis(semw
         (None, "particle", "", (10, 20, 40, 60)),
     ]
     assert all(one.sha256 == result(site).sha256 and one.path == "lot7/a.png" and one.by for one in found)
+    in_queue, *cut = found
+    assert in_queue.crop is None, "an unknown's crop is in the queue already"
+    for one in cut:
+        assert one.crop is not None
+        assert one.crop.max() > one.crop.min()
+        assert one.crop_xyxy is not None
+        assert one.model_versions == {"encoder": 1}
+        assert one.model_hashes["encoder"]
+        assert one.features is not None
+        assert np.isfinite(one.features).all()
+
+
+def test_word_without_the_file_it_is_about_counts_and_says_that_learning_gets_no_crop(
+    semwatch: Command, site: Site
+) -> None:
+    settings = yaml.safe_load(site.file.read_text())
+    site.file.write_text(yaml.safe_dump({**settings, "redis": {"url": f"unix://{site.folder}/redis.sock"}}))
+    image = site.drop / "lot7/a.png"
+    image.write_bytes(png(5))
+    said = semwatch("correct", "lot7/a.png", 1, "bridge", "--site", site.file)
+    assert said.code == 0
+    assert "learning gets no crop" in said.words
+    assert "other content" in said.words
+    image.unlink()
+    gone = semwatch("correct", "lot7/a.png", 3, "particle", "--site", site.file, "--json")
+    assert "is gone" in gone.json["without_crop"]
+    in_queue = semwatch("correct", "lot7/a.png", 2, "bridge", "--site", site.file, "--json")
+    assert in_queue.json["without_crop"] == ""
+    with Ledger(site.state / "ledger.sqlite", read_only=True) as ledger:
+        found = [records.decode_correction(records.unpack(item.payload)) for _, item in ledger.unpublished(10)]
+    assert [(one.defect_id, one.crop) for one in found] == [(1, None), (3, None), (2, None)]
 
 
 @pytest.mark.parametrize(

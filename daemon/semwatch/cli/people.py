@@ -59,6 +59,8 @@ def correct(
         model = f", the model says {change['model']}" if change["model"] else ""
         before = f", before {change['from']}" if change["from"] else ""
         say(f"  page {change['page']}, {what}: {change['to']}{model}{before}")
+    if done.without_crop:
+        say(f"  learning gets no crop of it: {done.without_crop}")
     if not done.changes:
         say("  there was nothing left to confirm")
 

@@ -1,12 +1,14 @@
 """A person's word on a result: who says what is on record first, then it stands beside the model's verdict."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from semwatch.defects import DEFECT_FREE
+from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ImageError
-from semwatch.operations import labels
+from semwatch.line.marked import Encoded
+from semwatch.operations import corrected_crops, labels
+from semwatch.operations.corrected_crops import Crop, Place
 from semwatch.operations.decide import login_name
 from semwatch.settings.site import Site
 from semwatch.store import corrections, results
@@ -28,6 +30,8 @@ class Corrected:
     by: str
     changes: tuple[dict[str, object], ...]
     """As in the audit log: page, defect_id or box_xyxy, model, from and to."""
+    without_crop: str = ""
+    """Why learning gets none of what needs one, or not of all; "" where it does."""
 
 
 def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label: bool = False) -> Corrected:
@@ -51,6 +55,7 @@ def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label
     if work.state == "QUARANTINED" or not target.exists():
         raise ImageError(f"there is no result of {work.source}/{work.path} to correct: `semwatch logs` says why")
     by, utc = login_name(), utc_now()
+    crops, why_not = _crops(site, work, results.read(target), given)
     changes: list[dict[str, object]] = []
     with Ledger(site.state_dir / LEDGER, exclusive=False) as ledger:
 
@@ -61,7 +66,7 @@ def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label
             changes.extend(_change(before, one) for one in given)
             origin = {"event": "corrected", "utc": utc, "by": by, "source": before.source, "path": before.path}
             audit = {**origin, "sha256": before.sha256, "revision": before.revision, "changes": changes}
-            messages = messages_for_learning(before, given, by=by, utc=utc) if site.redis is not None else ()
+            messages = messages_for_learning(before, given, crops, by=by, utc=utc) if site.redis is not None else ()
             ledger.note(audit=audit, outbox=list(messages))
             return after
 
@@ -70,17 +75,34 @@ def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label
         ledger.lot_rows.write_anew(lot)
     with open_index(site.state_dir / INDEX) as index:
         index.put(lot, [(target.name, stamp_of(target), after)])
-    return Corrected(work.source, work.path, target, by, tuple(changes))
+    return Corrected(work.source, work.path, target, by, tuple(changes), why_not)
+
+
+def _crops(
+    site: Site, work: Work, result: ReviewRecord, given: Sequence[Correction]
+) -> tuple[Mapping[Place, Crop], str]:
+    """Crops of those defects that are not in the queue with theirs: named, dismissed, or missed by the line."""
+    if site.redis is None:
+        return {}, ""
+    places = []
+    for one in given:
+        found = None if one.defect_id is None else _found(result, one)
+        if found is not None and found.verdict.kind not in records.NO_CLASSES:
+            places.append((one.page, found.box_xyxy))
+        elif one.defect_id is None and one.label is not None and one.box_xyxy is not None:
+            places.append((one.page, one.box_xyxy))
+    return corrected_crops.cut(site, work, places)
 
 
 def messages_for_learning(
-    result: ReviewRecord, given: Sequence[Correction], *, by: str, utc: str
+    result: ReviewRecord, given: Sequence[Correction], crops: Mapping[Place, Crop], *, by: str, utc: str
 ) -> Iterator[OutboxItem]:
-    """What leaves for learning with people's verdicts: a label of each, without its crop.
+    """What leaves for learning with people's verdicts: a label of each, with its crop where there is one.
 
     Args:
         result: before them.
         given: verdicts on it.
+        crops: by place.
         by: login name of the person.
         utc: when.
     """
@@ -102,7 +124,28 @@ def messages_for_learning(
             site=result.site,
             was="" if found is None else _called(found),
         )
+        if (crop := crops.get((one.page, box))) is not None:
+            correction = _with_crop(correction, *crop)
         yield OutboxItem(*records.correction_message(correction))
+
+
+def _with_crop(correction: records.Correction, seen: Encoded, page: Micrograph) -> records.Correction:
+    candidate, encoder = seen.candidate, seen.encoder
+    left, top, right, bottom = page.field_xyxy
+    x0, y0, x1, y1 = candidate.window_xyxy
+    return replace(
+        correction,
+        crop_xyxy=(x0 + left, y0 + top, x1 + left, y1 + top),
+        area_px=candidate.region.area_px,
+        field_short_px=min(right - left, bottom - top),
+        model_versions={"encoder": encoder.version},
+        model_hashes={"encoder": encoder.content_hash},
+        features=seen.features,
+        soft_mask=candidate.soft_mask,
+        crop=candidate.crop,
+        field_features=candidate.field_features,
+        region_features=candidate.region_features,
+    )
 
 
 def confirmed(record: ReviewRecord, page: int | None = None) -> list[Correction]:
@@ -127,8 +170,14 @@ def _change(before: ReviewRecord, one: Correction) -> dict[str, object]:
 
 
 def _defect(result: ReviewRecord, one: Correction) -> DefectRecord:
-    page = next(page for page in result.pages if page.page == one.page)
-    return next(defect for defect in page.defects if defect.defect_id == one.defect_id)
+    found = _found(result, one)
+    assert found is not None, "a correction of what is not there has been refused"
+    return found
+
+
+def _found(result: ReviewRecord, one: Correction) -> DefectRecord | None:
+    defects = (defect for page in result.pages if page.page == one.page for defect in page.defects)
+    return next((defect for defect in defects if defect.defect_id == one.defect_id), None)
 
 
 def _called(defect: DefectRecord) -> str:

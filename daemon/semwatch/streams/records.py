@@ -208,6 +208,10 @@ class Correction:
     """(t, t) in [0, 1], aligned with the crop; as above."""
     crop: SkipJsonSchema[NDArray[np.uint8] | None] = None
     """(S, S) gray; as above."""
+    field_features: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(D,) what the encoder was told of the whole field, where a crop comes along and it asked."""
+    region_features: SkipJsonSchema[NDArray[np.float32] | None] = None
+    """(C,) what it was told of the defect's places; as above."""
 
     @property
     def unknown_id(self) -> str:
@@ -328,7 +332,7 @@ def decode_result(fields: Mapping[bytes, bytes]) -> ResultSummary:
 
 def encode_correction(correction: Correction) -> Fields:
     """Write a correction as stream fields."""
-    arrays = {"features": correction.features, "soft_mask": correction.soft_mask}
+    arrays = {name: getattr(correction, name) for name in ("features", "soft_mask", *_OF_DETECTOR)}
     meta = _correction_type().dump_json(correction, exclude={"id", "crop", *arrays})
     fields = {b"id": correction.id.encode(), b"schema": b"%d" % SCHEMA, b"meta": meta}
     fields |= {name.encode(): values.astype("<f4").tobytes() for name, values in arrays.items() if values is not None}
@@ -351,6 +355,7 @@ def decode_correction(fields: Mapping[bytes, bytes]) -> Correction:
             "soft_mask": _square(_floats(fields, b"soft_mask")),
             "crop": _crop(_field(fields, b"crop_png")),
         }
+        arrays |= {name: _floats(fields, name.encode()) for name in _OF_DETECTOR if name.encode() in fields}
     found = _validated(_correction_type(), fields, arrays)
     if of_crop and (found.crop_xyxy is None or found.field_short_px is None):
         raise ValueError("a crop comes along without crop_xyxy or field_short_px: where it was cut is not known")

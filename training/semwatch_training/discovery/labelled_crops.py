@@ -21,9 +21,10 @@ from sklearn.metrics import f1_score
 
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
-from semwatch.line import binarization, detection, inputs
+from semwatch.line import inputs
 from semwatch.line.classification import decide
-from semwatch.line.pipeline import Candidate, cut_out, gate_threshold, search
+from semwatch.line.marked import given
+from semwatch.line.pipeline import Candidate, gate_threshold, search
 from semwatch.models import crop_store
 from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
@@ -32,8 +33,6 @@ from semwatch_training.data.datasets import MAX_SEEDS, Sample, first_with_room, 
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
 
-CELL_PX = 8
-"""Of a map at the field's own scale."""
 MIN_OVERLAP = 0.25
 """Share of the smaller of region and truth that must be common for the region to be that defect."""
 NOT_A_DEFECT = -1
@@ -217,22 +216,6 @@ def shown_defect(candidate: Candidate, masks: NDArray[np.bool_]) -> int:
     common = (masks & region).sum(axis=(1, 2))
     share = common / np.maximum(1, np.minimum(masks.sum(axis=(1, 2)), region.sum()))
     return int(share.argmax()) if share.size and share.max() >= MIN_OVERLAP else NOT_A_DEFECT
-
-
-def given(truth: NDArray[np.bool_], page: Micrograph, recipe: Recipe, models: Embedded) -> Candidate:
-    """Cut out a defect along its true mask (H, W), with the mask's own blur at the working grid as its heat.
-
-    The detector is asked only where the encoder wants to hear what it says.
-    """
-    map_hw = detection.scaled_size(truth.shape)
-    grid = binarization.grid_hw((map_hw[0] // CELL_PX, map_hw[1] // CELL_PX), grid_px=recipe.binarization.grid_px)
-    heat: NDArray[np.float32] = np.asarray(
-        cv2.resize(truth.astype(np.float32), grid[::-1], interpolation=cv2.INTER_AREA), np.float32
-    )
-    height, width = truth.shape
-    (region,) = binarization.regions(heat > 0, heat, size_hw=(height, width), merge_fraction=1.0, max_regions=1)
-    answer = detection.detect(page.field, models)[0] if inputs.listens(models.meta("encoder")) else None
-    return cut_out((region,), page, heat / heat.max(), recipe, models, answer)[0]
 
 
 def encode(candidate: Candidate, models: Embedded) -> NDArray[np.float32]:

@@ -13,12 +13,13 @@ from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
 from semwatch.line import inputs
 from semwatch.line.detection import detect
+from semwatch.line.marked import given
 from semwatch.line.scaling import resize
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data import datasets
 from semwatch_training.discovery import clustering, estimate_k
-from semwatch_training.discovery.labelled_crops import encode, given
+from semwatch_training.discovery.labelled_crops import encode
 from semwatch_training.evaluation.binarization_rules import mask_table
 from semwatch_training.evaluation.evaluate_detection import Field, of_samples
 from semwatch_training.evaluation.evaluate_discovery import labelled_half

@@ -14,12 +14,13 @@ from semwatch.defects import DEFECT_FREE, Domain, Micrograph, Verdict
 from semwatch.intake import decoding
 from semwatch.line import inputs
 from semwatch.line.classification import decide, domain_of
+from semwatch.line.marked import given
 from semwatch.line.pipeline import Candidate, search
 from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import Sample, load_mask
-from semwatch_training.discovery.labelled_crops import NOT_A_DEFECT, given, shown_defect
+from semwatch_training.discovery.labelled_crops import NOT_A_DEFECT, shown_defect
 from semwatch_training.system.progress_bars import Progress
 
 MOST_REGIONS = 3

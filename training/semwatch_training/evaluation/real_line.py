@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from semwatch.defects import Defect, PageReview, VerdictKind
 from semwatch.errors import ImageError
 from semwatch.line import detection, inputs, pipeline
+from semwatch.line.marked import given
 from semwatch.line.pipeline import Candidate
 from semwatch.models.inference import Answer, Embedded, ModelId
 from semwatch.models.model_repository import Arrays
@@ -263,7 +264,7 @@ def times_ms(seen: Sequence[Seen], models: KeptAnswers) -> tuple[list[tuple[tupl
 def _whole_field(page: PageReview, recipe: Recipe, models: KeptAnswers) -> Candidate:
     """The whole field as crop, every place of it weighing alike."""
     everywhere = np.ones(page.micrograph.field.shape, np.bool_)
-    return labelled_crops.given(everywhere, page.micrograph, recipe, models)
+    return given(everywhere, page.micrograph, recipe, models)
 
 
 def constant_images() -> list[RealImage]:

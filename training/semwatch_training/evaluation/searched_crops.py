@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from semwatch.defects import DEFECT_FREE, Micrograph
 from semwatch.errors import ConfigError
+from semwatch.line.marked import given
 from semwatch.line.pipeline import search
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data.datasets import Sample, load_gray, load_mask, synthetic_set
-from semwatch_training.discovery.labelled_crops import NOT_A_DEFECT, Crops, encode, given, shown_defect
+from semwatch_training.discovery.labelled_crops import NOT_A_DEFECT, Crops, encode, shown_defect
 from semwatch_training.metrics.uncertainty import Rate
 from semwatch_training.synthetic import STAGES
 

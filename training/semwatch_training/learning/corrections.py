@@ -88,6 +88,8 @@ def as_record(correction: Correction) -> Record | None:
         field_short_px=correction.field_short_px,
         model_hashes=dict(correction.model_hashes),
         site=correction.site,
+        field_features=correction.field_features,
+        region_features=correction.region_features,
     )
 
 
