@@ -190,7 +190,7 @@ def test_an_unknown_rule_without_a_stranger_beside_two_known_classes_is_refused(
 
 def test_strangers_far_away_are_all_told_from_known_crops() -> None:
     crops = blobs("abcd")
-    (table,), _ = unknown_rule(crops, FIT, seeds=(0, 1), significance=0.05)
+    (table, _), _ = unknown_rule(crops, FIT, seeds=(0, 1), significance=0.05)
     assert [cells[:2] for cells in table.rows] == [("a", 40), ("b", 40), ("c", 40), ("d", 40), ("all", 160)]
     for cells in table.rows:
         assert cells[2].mean > 0.999
@@ -200,22 +200,36 @@ def test_strangers_far_away_are_all_told_from_known_crops() -> None:
     assert float(false_unknown.split(" %")[0]) < 15
 
 
+def test_scores_stand_side_by_side_at_one_rate_and_a_useless_one_is_seen() -> None:
+    crops = blobs("abcd")
+    noise = np.random.default_rng(1).normal(size=(160, 6))
+    wider = replace(crops, features=np.hstack((noise, crops.features)).astype(np.float32))
+    fit = replace(FIT, frozen_width=D + 6)
+    (_, table), _ = unknown_rule(wider, fit, seeds=(0, 1), significance=0.05, crop_width=6)
+    found = {str(cells[0]): (mean(cells[1]), mean(cells[2])) for cells in table.rows}
+    assert found["p-value (ours)"] > (0.9, 0.99)
+    assert found["relative Mahalanobis"] > (0.9, 0.99)
+    assert found["p-value and relative Mahalanobis"] > (0.9, 0.99)
+    assert found["p-value (ours), crop alone"] < (0.3, 0.7), "the first six features are noise"
+    assert [mean(cells[1]) for cells in table.rows] == sorted((one[0] for one in found.values()), reverse=True)
+
+
 def test_strangers_of_the_same_look_are_not_told_apart() -> None:
-    (table,), _ = unknown_rule(blobs("abcd", distance=0.0), FIT, seeds=(0, 1), significance=0.05)
+    (table, _), _ = unknown_rule(blobs("abcd", distance=0.0), FIT, seeds=(0, 1), significance=0.05)
     assert 0.4 < table.rows[-1][2].mean < 0.6
 
 
 def test_defect_free_crops_are_never_the_strangers() -> None:
     crops = blobs("abc", each=60)
     labels = tuple(DEFECT_FREE if label == "c" else label for label in crops.labels)
-    (table,), _ = unknown_rule(replace(crops, labels=labels), FIT, seeds=(0,), significance=0.05)
+    (table, _), _ = unknown_rule(replace(crops, labels=labels), FIT, seeds=(0,), significance=0.05)
     assert [cells[0] for cells in table.rows] == ["a", "b", "all"]
 
 
 def test_nan_features_of_a_stranger_are_refused_rather_than_called_known() -> None:
     crops = blobs("abc", each=60)
     crops.features[crops.labels.index("a"), 0] = np.inf
-    with pytest.raises(ConfigError, match=r"1 of 60 rows of features hold NaN or infinity"):
+    with pytest.raises(ConfigError, match=r"1 of 117 rows of features hold NaN or infinity"):
         unknown_rule(crops, FIT, seeds=(0,), significance=0.05)
 
 
@@ -228,7 +242,7 @@ def test_crops_of_one_image_cannot_be_halved() -> None:
 def test_identical_crops_are_at_chance() -> None:
     crops = blobs("abc", each=60)
     alike = replace(crops, features=np.ones_like(crops.features))
-    (table,), _ = unknown_rule(alike, FIT, seeds=(0,), significance=0.05)
+    (table, _), _ = unknown_rule(alike, FIT, seeds=(0,), significance=0.05)
     assert table.rows[-1][2].mean == 0.5
 
 

@@ -292,6 +292,20 @@ def test_labels_that_features_tell_apart_are_told_apart_and_no_duplicate_helps()
     assert untold.rows[0][2].mean < 0.7
 
 
+def test_real_strangers_far_away_are_recognised_and_few_images_judge_none() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["BRIDGE", "CMP", "LER", "CLEAN_LAYER"], 50)
+    features = rng.normal(size=(200, 12)).astype(np.float32)
+    for k, name in enumerate(("BRIDGE", "CMP", "LER", "CLEAN_LAYER")):
+        features[labels == name, k] += 12
+    of = Labelled({real_labels.REGION: features}, labels, np.arange(200), [])
+    rule, scores = real_labels.stranger_tables(of, 12, 12, seeds=(0,))
+    assert [row[0] for row in rule.rows] == ["BRIDGE", "CMP", "LER", "all"], "clean layers are never the strangers"
+    assert all(row[1].mean > 0.9 for row in scores.rows if row[0] == "p-value (ours)")
+    few = Labelled({real_labels.REGION: features[::5]}, labels[::5], np.arange(40), [])
+    assert real_labels.stranger_tables(few, 12, 12, seeds=(0,)) == []
+
+
 def test_the_span_of_the_samples_gives_the_answers_of_all_their_features() -> None:
     rng = np.random.default_rng(0)
     labels = np.array(["a", "b"] * 10)

@@ -114,7 +114,11 @@ def unknown(source: Source, *, seeds: Sequence[int], progress: Progress) -> Resu
     """Leave each class out in turn and tell strangers from known crops."""
     crops, width, recipe = evaluation_data.crops_of(source, progress=progress)
     return evaluate_heads.unknown_rule(
-        crops, HeadFit(frozen_width=width), seeds=seeds, significance=recipe.unknown.significance
+        crops,
+        HeadFit(frozen_width=width),
+        seeds=seeds,
+        significance=recipe.unknown.significance,
+        crop_width=width - evaluation_data.width_of_field(source.repository),
     )
 
 

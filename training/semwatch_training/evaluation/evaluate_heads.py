@@ -4,6 +4,7 @@ All figures of a table are of the same crops, the same splits and the same seeds
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from semwatch.settings.recipe import UnknownRule
 from semwatch_training.discovery.fit_head import HeadFit, fit_head
 from semwatch_training.discovery.head import Head
 from semwatch_training.discovery.labelled_crops import Crops
-from semwatch_training.evaluation import plots
+from semwatch_training.evaluation import plots, unknown_scores
 from semwatch_training.evaluation.feature_map import feature_map
 from semwatch_training.evaluation.report import Cell, Result, Table
 from semwatch_training.evaluation.searched_crops import Outcome
@@ -158,21 +159,39 @@ def _fit(crops: Crops, chosen: NDArray[np.bool_], fit: HeadFit) -> Head:
 
 
 def _answers(head: Head, features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    bad = int(np.count_nonzero(~np.isfinite(features).all(axis=1)))
-    if bad:  # a head has no distance to NaN, and would call it known
-        raise ConfigError(f"{bad} of {len(features)} rows of features hold NaN or infinity; encode those crops again")
+    _check_finite(features)
     with torch.no_grad():
         logits, p_values = head(torch.from_numpy(features))
     return logits.numpy(), p_values.numpy()
 
 
+def _check_finite(features: NDArray[np.float32]) -> None:
+    bad = int(np.count_nonzero(~np.isfinite(features).all(axis=1)))
+    if bad:  # a head has no distance to NaN, and would call it known
+        raise ConfigError(f"{bad} of {len(features)} rows of features hold NaN or infinity; encode those crops again")
+
+
 # ---- the unknown rule ----
 
+ROUNDING = 1e-7
+"""A p-value of .05 in single precision is a little more than .05."""
+UNKNOWN_COLUMNS = ("left out", "crops", "AUROC unknown against known")
 
-def unknown_rule(crops: Crops, fit: HeadFit, *, seeds: Sequence[int], significance: float) -> Result:
+
+def unknown_rule(
+    crops: Crops, fit: HeadFit, *, seeds: Sequence[int], significance: float, crop_width: int | None = None
+) -> Result:
     """Leave one class out in turn; a head fitted on half of the images judges the other half and the strangers.
 
-    The score is one minus the largest p-value. Defect-free crops, where there are any, are always among the known.
+    The score is one minus the largest p-value; others stand beside it in a table of their own. Defect-free crops, where
+    there are any, are always among the known.
+
+    Args:
+        crops: labelled crops.
+        fit: how the head is fitted.
+        seeds: of the halves.
+        significance: of the recipe.
+        crop_width: leading features that are of the crop alone; None: they say nothing of the field.
 
     Raises:
         ConfigError: fewer than three classes, one unknown and two known ones are the least; features that are not
@@ -183,32 +202,75 @@ def unknown_rule(crops: Crops, fit: HeadFit, *, seeds: Sequence[int], significan
     if len(set(crops.labels)) < 3:
         raise ConfigError(f"an unknown rule needs two known classes and a stranger; these crops have only {classes}")
     rows: list[tuple[Cell, ...]] = []
-    aurocs: list[float] = []
-    false_alarms = n_judged = n_caught = n_strangers = 0
+    problems: list[_Problem] = []
     for stranger in classes:
-        of_class: list[float] = []
-        for seed in seeds:
-            known = labels != stranger
-            learnt = known & _half_of_images(crops.image_idx, seed)
-            head = _fit(crops, learnt, fit)
-            p_known, p_strange = (
-                _answers(head, crops.features[chosen])[1].max(axis=1) for chosen in (known & ~learnt, ~known)
-            )
-            of_class.append(class_metrics.unknown_auroc(1 - p_known, 1 - p_strange))
-            false_alarms += int((p_known <= significance).sum())
-            n_judged += len(p_known)
-            n_caught += int((p_strange <= significance).sum())
-            n_strangers += len(p_strange)
-        aurocs += of_class
-        rows.append((stranger, int((labels == stranger).sum()), Spread.of(of_class)))
-    rows.append(("all", len(labels), Spread.of(aurocs)))
+        of_class = [_problem(crops, fit, stranger, seed, crop_width) for seed in seeds]
+        aurocs = Spread.of(one.auroc(unknown_scores.OURS) for one in of_class)
+        rows.append((stranger, int((labels == stranger).sum()), aurocs))
+        problems += of_class
+    rows.append(("all", len(labels), Spread.of(one.auroc(unknown_scores.OURS) for one in problems)))
+    called = [1 - one.scores[unknown_scores.OURS] <= significance + ROUNDING for one in problems]
+    known, strange = (
+        np.concatenate([of[one.is_known == kind] for of, one in zip(called, problems, strict=True)])
+        for kind in (True, False)
+    )
     note = (
         f"Each class left out in turn, seeds {list(seeds)}; heads fitted on half of the known crops' images. At a "
-        f"stated rate of {significance:.0%}, known crops called unknown: {Rate.of(false_alarms, n_judged)} (crops are "
-        f"judged once per class and seed, so the interval is too narrow); strangers called unknown: "
-        f"{Rate.of(n_caught, n_strangers)}; the more the better."
+        f"stated rate of {significance:.0%}, known crops called unknown: {Rate.of(int(known.sum()), len(known))} "
+        f"(crops are judged once per class and seed, so the interval is too narrow); strangers called unknown: "
+        f"{Rate.of(int(strange.sum()), len(strange))}; the more the better."
     )
-    return [Table("Unknown rule", ("left out", "crops", "AUROC unknown against known"), tuple(rows), note)], {}
+    return [Table("Unknown rule", UNKNOWN_COLUMNS, tuple(rows), note), _score_table(problems, significance)], {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Problem:
+    """One class left out: scores of strangeness (m,) by name, and which of the m crops are of known classes."""
+
+    scores: dict[str, NDArray[np.float64]]
+    is_known: NDArray[np.bool_]
+
+    def auroc(self, name: str) -> float:
+        of = self.scores[name]
+        return class_metrics.unknown_auroc(of[self.is_known], of[~self.is_known])
+
+    def recognised(self, name: str, false_unknown: float) -> float:
+        of = self.scores[name]
+        return unknown_scores.recognised(of[self.is_known], of[~self.is_known], false_unknown)
+
+
+def _problem(crops: Crops, fit: HeadFit, stranger: str, seed: int, crop_width: int | None) -> _Problem:
+    labels = np.array(crops.labels)
+    learnt = (labels != stranger) & _half_of_images(crops.image_idx, seed)
+    head, judged = _fit(crops, learnt, fit), crops.features[~learnt]
+    is_known = labels[~learnt] != stranger
+    _check_finite(judged)
+    classes = np.unique(labels[learnt], return_inverse=True)[1]
+    scores = dict(unknown_scores.scores(head, crops.features[learnt], classes, judged))
+    scores |= unknown_scores.together(scores, is_known)
+    if crop_width is not None and crop_width < fit.frozen_width:
+        of_crop = _fit(crops, learnt, replace(fit, frozen_width=crop_width))
+        scores[f"{unknown_scores.OURS}, crop alone"] = 1 - _answers(of_crop, judged)[1].max(axis=1).astype(np.float64)
+    return _Problem(scores, is_known)
+
+
+def _score_table(problems: Sequence[_Problem], significance: float) -> Table:
+    rows: list[tuple[Cell, ...]] = [
+        (
+            name,
+            Spread.of(one.recognised(name, significance) for one in problems),
+            Spread.of(one.auroc(name) for one in problems),
+        )
+        for name in problems[0].scores
+    ]
+    rows.sort(key=lambda row: -row[1].mean if isinstance(row[1], Spread) else 0.0)
+    note = (
+        f"Each score's own threshold is the one that {significance:.0%} of the known crops of the problem exceed: all "
+        f"are compared at the same rate of false unknowns. Spread over classes and seeds. Joined scores are means of "
+        f"ranks."
+    )
+    columns = ("score", f"strangers recognised at {significance:.0%} false unknown", "AUROC")
+    return Table("Strangers by score", columns, tuple(rows), note)
 
 
 def _half_of_images(image_idx: NDArray[np.intp], seed: int) -> NDArray[np.bool_]:

@@ -97,7 +97,7 @@ def real(
         real_tables.verdict_table(seen),
         _constant_table(constant),
         real_tables.reference_table(seen),
-        *_label_tables(seen, held_seen, width, seeds, progress),
+        *_label_tables(seen, held_seen, width, evaluation_data.width_of_field(repository), seeds, progress),
         real_tables.time_table(times),
     ]
     return [table for table in tables if table is not None and table.rows], _figures(seen, engines)
@@ -180,14 +180,15 @@ def _constant_table(constant: Sequence[Seen]) -> Table:
 
 
 def _label_tables(
-    seen: Sequence[Seen], held: Sequence[Seen], width: int, seeds: Sequence[int], progress: Progress
+    seen: Sequence[Seen], held: Sequence[Seen], width: int, of_field: int, seeds: Sequence[int], progress: Progress
 ) -> list[Table]:
-    tables = []
+    tables: list[Table] = []
     eight = real_labels.labelled(seen, real_labels.EIGHT)
     if eight is not None:
         tables.append(real_labels.label_table(eight, seeds=seeds, progress=progress))
         if held and (judged := real_labels.labelled(held, sorted(set(eight.labels.tolist())))) is not None:
             tables.append(real_labels.held_table(eight, judged, seeds=seeds, progress=progress))
+        tables += real_labels.stranger_tables(eight, width, width - of_field, seeds=seeds)
     five = real_labels.labelled(seen, real_labels.FIVE)
     if five is not None:
         tables.append(real_labels.cluster_table(five, seeds=seeds))

@@ -17,6 +17,8 @@ from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
 from semwatch.line import inputs
 from semwatch.line.pipeline import gate_threshold
+from semwatch.models import choice, model_repository
+from semwatch.models.contract import FIELD_FEATURES, REGION_FEATURES
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data import data_folders, datasets
@@ -197,6 +199,13 @@ def frozen_width(models: Embedded) -> int:
     if not isinstance(width, int):
         raise ConfigError("the encoder's meta.json names no frozen_width; build the model repository again")
     return width
+
+
+def width_of_field(repository: Path) -> int:
+    """How many of the encoder's frozen features are what the detector says of field and places: the last ones."""
+    meta = model_repository.read_meta(repository, "encoder", choice.choice(repository, "encoder"))
+    asked = (meta.inputs.get(name) for name in (FIELD_FEATURES, REGION_FEATURES))
+    return sum(tensor.shape[0] for tensor in asked if tensor is not None)
 
 
 def finish(out: Path, title: str, result: Result, data: str, seeds: Sequence[int], *, as_json: bool) -> None:

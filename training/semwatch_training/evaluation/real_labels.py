@@ -1,18 +1,23 @@
 """Classes of real images from the served encoder's features: a logistic head on them, and clusters without labels."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
+from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
+from semwatch.settings.recipe import UnknownRule
 from semwatch_training.discovery import clustering
 from semwatch_training.discovery.discovery_heads import HeadSettings
-from semwatch_training.discovery.fit_head import HeadFit
+from semwatch_training.discovery.fit_head import MIN_IN_ALL, MIN_PER_CLASS, HeadFit
+from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.discovery.novel_classes import discover
-from semwatch_training.evaluation import near_duplicates, real_data, real_splits
+from semwatch_training.evaluation import evaluate_heads, near_duplicates, real_data, real_splits
 from semwatch_training.evaluation.evaluate_discovery import labelled_half
 from semwatch_training.evaluation.real_line import Seen
 from semwatch_training.evaluation.report import Cell, Table
@@ -147,6 +152,28 @@ def _drawn(of: Labelled, rng: np.random.Generator) -> NDArray[np.intp]:
         order = [*members[np.sort(first)], *np.delete(members, first)]
         chosen += order[:SHOTS]
     return np.array(chosen, np.intp)
+
+
+def stranger_tables(of: Labelled, width: int, crop_width: int, *, seeds: Sequence[int]) -> list[Table]:
+    """How many crops of a class that the head does not know are recognised as strange; each class in turn.
+
+    Args:
+        of: labelled images; clean layers are defect-free.
+        width: leading features that come from frozen networks.
+        crop_width: of these, those that are of the crop alone.
+        seeds: of the halves.
+
+    Returns:
+        No table where there are too few images for a head of half of them.
+    """
+    if len(of.labels) < 4 * MIN_IN_ALL or min(Counter(of.labels.tolist()).values()) < 4 * MIN_PER_CLASS:
+        return []
+    labels = tuple(DEFECT_FREE if name == real_data.CLEAN_LAYER else name for name in of.labels.tolist())
+    crops = Crops(of.features[REGION], labels, of.groups, np.zeros(len(labels), np.intp), {}, {})
+    fit = HeadFit(frozen_width=width)
+    significance = UnknownRule().significance
+    tables, _ = evaluate_heads.unknown_rule(crops, fit, seeds=seeds, significance=significance, crop_width=crop_width)
+    return [replace(table, title=f"{table.title}, real classes") for table in tables]
 
 
 # ---- discovery ----
