@@ -54,3 +54,8 @@ only a person can mend, such as settings, and are not tried again."""
 
 class ForeignRecord(ServiceUnavailable):
     """Redis answers, and holds what is no record of ours where one of ours should be."""
+
+
+def exit_code(error: SemwatchError) -> int:
+    """What a command ends with that meets an error of ours."""
+    return EXIT_CODES.get(type(error), 1)

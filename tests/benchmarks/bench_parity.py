@@ -18,7 +18,7 @@ from semwatch_training.discovery.head import load_head
 from semwatch_training.families.intrinsic import train_intrinsic
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, EncoderGraph, SmgVit
-from semwatch_training.publishing.build_repository import SHIPPED
+from semwatch_training.system.defaults import SHIPPED
 from semwatch_training.trunks import backbone
 
 N = 50

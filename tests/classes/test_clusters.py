@@ -156,7 +156,7 @@ def test_merges_in_a_ring_are_refused(tmp_path) -> None:
         ("cluster", "novel-8", "novel-8 was given already"),
         ("kind", "split", "decision 1 is a split with into"),
         ("kind", "reject", "decision 1 is a reject with into"),
-        ("kind", "praise", "Input should be 'name', 'merge', 'split', 'reject' or 'remove'"),
+        ("kind", "praise", "Input should be 'name', 'merge', 'split', 'reject', 'remove' or 'undo'"),
         ("into", None, "decision 1 is a merge with nothing"),
         ("by", "", r"decisions\[0\]\.by"),
     ],

@@ -227,8 +227,7 @@ def test_table_of_a_narrow_terminal_cuts_no_path_off(review, tmp_path, monkeypat
     monkeypatch.setenv("COLUMNS", "60")
     said = review(put(tmp_path / "a.png", png(1)))
     assert "…" not in said.out
-    folded = [line.split("│")[4].strip() for line in said.out.splitlines() if line.count("│") == 5]
-    assert "".join(folded) == str(tmp_path / "out/review/a.png.review.json")
+    assert str(tmp_path / "out/review/a.png.review.json") in said.out.split()
 
 
 def test_review_with_a_recipe_whose_promise_the_detector_cannot_keep_is_exit_code_2(
@@ -274,9 +273,9 @@ def test_recipe_show_gives_every_setting_with_its_meaning(semwatch, monkeypatch)
     said = semwatch("recipe", "show")
     assert said.code == 0
     assert "gate.false_alarm_rate 0.05 Share of defect-free images that may pass the gate." in said.words
-    rows = [line.split("│") for line in said.out.splitlines() if line.startswith("│")]
+    rows = [re.split(r" {2,}", line) for line in said.out.splitlines() if re.match(r"\w", line)][1:]
     assert len(rows) > 15
-    assert all(cell.strip() for row in rows for cell in row[1:4]), said.out
+    assert all(len(row) == 3 for row in rows[1:]), said.out
 
 
 def test_recipe_show_as_json_is_a_recipe_again(semwatch, tmp_path) -> None:

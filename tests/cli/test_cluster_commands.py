@@ -29,11 +29,11 @@ from semwatch.errors import ConfigError, PublishError, ServiceUnavailable
 from semwatch.models import choice, model_repository
 from semwatch.models.inference import Embedded
 from semwatch.models.relabel import relabel
-from semwatch.operations import decide
 from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import Ledger
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.handoff import Cycle, Handoff
+from semwatch.system.login import login_name
 
 Run = Callable[..., str]
 
@@ -287,15 +287,15 @@ def test_classes_that_a_cycle_holds_are_waited_for(run, site, register) -> None:
 
 def test_who_decided_is_a_login_name(monkeypatch) -> None:
     monkeypatch.setattr(os, "getlogin", lambda: "ana")
-    assert decide.login_name() == "ana"
+    assert login_name() == "ana"
 
     def no_terminal() -> str:
         raise OSError
 
     monkeypatch.setattr(os, "getlogin", no_terminal)
-    assert decide.login_name() == pwd.getpwuid(os.getuid()).pw_name
+    assert login_name() == pwd.getpwuid(os.getuid()).pw_name
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
-    assert decide.login_name() == "uid 4000000000"
+    assert login_name() == "uid 4000000000"
 
 
 def test_site_without_redis_says_what_to_add(tmp_path, tiny_repository, run) -> None:
@@ -315,7 +315,7 @@ def test_crops_are_taken_out_by_number_or_id_and_wait_for_the_next_cycle(run, si
     before = find(register.read(), "novel-1")
     other = before.members[5]
     said = run("remove", "novel-1", "2", other[:12])
-    assert f"2 crops taken out of novel-1 ({decide.login_name()}" in said
+    assert f"2 crops taken out of novel-1 ({login_name()}" in said
     after = register.read()
     k = find(after, "novel-1")
     assert set(before.members) - set(k.members) == {before.examples[1], other}

@@ -38,7 +38,7 @@ def test_show_names_lot_wafers_and_defects(semwatch: Command, flat: Path, nested
 
 
 def test_check_names_what_cannot_be_read_and_what_is_wrong(semwatch: Command, tmp_path: Path, flat: Path) -> None:
-    assert semwatch("klarf", "check", flat).words.strip() == "ok 1 files"
+    assert semwatch("klarf", "check", flat).words.strip() == "ok 1 file"
     bad = tmp_path / "bad.001"
     bad.write_text(FLAT.replace("100.5 200", "abc 200"))
     odd = tmp_path / "odd.klarf"

@@ -165,7 +165,7 @@ def test_poison_becomes_a_dead_letter_with_its_error_and_comes_back_by_requeue(
     assert (letter["stream"], letter["id"], letter["deliveries"]) == (UNKNOWNS, f"{1:032x}", 1)
     assert 0 <= letter["age_s"] < 60
     (line,) = semwatch("queue", "failed", "--site", site).out.splitlines()
-    assert line.startswith(f"unknowns  {1:032x}  1 deliveries  dead for ")
+    assert line.startswith(f"unknowns  {1:032x}  1 delivery  dead for ")
     assert line.endswith(reason)
     assert semwatch("queue", "requeue", "--site", site, "--json").json == {"unknowns": 1, "results": 0}
     assert semwatch("queue", "failed", "--site", site, "--json").json == []

@@ -26,7 +26,7 @@ from semwatch.streams import records, unknowns
 from semwatch.streams.records import Record
 from semwatch.streams.unknowns import Publisher
 from semwatch.system.clock import utc_now
-from semwatch_training.publishing.build_repository import SHIPPED
+from semwatch_training.system.defaults import SHIPPED
 
 RULE = UnknownRule()
 CROP_PX, TOKENS = 224, 16

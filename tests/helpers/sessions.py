@@ -6,7 +6,8 @@ What must never happen is found by ``harms``, whatever she decides:
 - a merge is called applied while crops of the merged cluster still wait,
 - a crop is rejected that is of another kind than all crops of the rejected cluster,
 - a class that the first head knew is taken by a new one,
-- a crop that was taken out of a cluster is a crop of its class again.
+- a crop that was taken out of a cluster is a crop of its class again,
+- a step that was taken back has not gone: a merged crop is still of the other class, a rejected one still rejected.
 """
 
 from collections import Counter
@@ -52,12 +53,18 @@ class Session:
     """Crops of each known class that no head has seen."""
     named_at_first: dict[str, int] = field(default_factory=dict)
     n_made: int = 0
+    second_thoughts: np.random.Generator | None = None
+    """Draws when she takes her last step back; None: never."""
     log: list[str] = field(default_factory=list)
 
 
-def run(lab: Lab, seed: int, *, rounds: int = 3) -> Session:
-    """One session of so many rounds: unknowns come, a cycle runs, a person decides; two cycles follow at the end."""
+def run(lab: Lab, seed: int, *, rounds: int = 3, undoes: bool = False) -> Session:
+    """One session of so many rounds: unknowns come, a cycle runs, a person decides; two cycles follow at the end.
+
+    With ``undoes`` she takes every third step back, some at once, some after the next cycle or rollback.
+    """
     session = Session(lab, np.random.default_rng(seed))
+    session.second_thoughts = np.random.default_rng(10_000 + seed) if undoes else None
     bank = lab.bank()
     session.probes = {
         label: np.stack([fresh(features_of(bank, label), session.rng) for _ in range(N_PROBES)]) for label in KNOWN
@@ -69,6 +76,7 @@ def run(lab: Lab, seed: int, *, rounds: int = 3) -> Session:
         _cycle(session)
         for _ in range(int(session.rng.integers(1, 4))):
             _person_decides(session)
+            _person_undoes(session)
     for _ in range(2):
         _cycle(session)
     return session
@@ -88,6 +96,7 @@ def harms(session: Session) -> list[str]:
         *_wrongly_rejected(session, rejected),
         *_emptied(session),
         *_back_again(found, held),
+        *_not_undone(found, held, states, rejected),
     ]
 
 
@@ -105,8 +114,8 @@ def _merges_lost(
     found: Clusters, states: Mapping[str, str], held: dict[str, str], waits: set[str], labels: Sequence[str]
 ) -> list[str]:
     lost = []
-    is_split = {d.cluster for d in found.decisions if d.kind == "split"}
-    for d in (d for d in found.decisions if d.kind == "merge" and d.applied_utc is not None):
+    is_split = {d.cluster for d in clusters.in_force(found) if d.kind == "split"}
+    for d in (d for d in clusters.in_force(found) if d.kind == "merge" and d.applied_utc is not None):
         k = clusters.find(found, d.cluster)
         of_cluster = [id_ for id_ in k.members if states.get(id_) == "waiting" and id_ in waits]
         if of_cluster and clusters.label_of(found, k.id) in labels:
@@ -138,12 +147,34 @@ def _emptied(session: Session) -> list[str]:
 
 
 def _back_again(found: Clusters, held: dict[str, str]) -> list[str]:
-    done = {d.revision for d in found.decisions if d.kind == "remove" and d.applied_utc is not None}
+    done = {d.revision for d in clusters.in_force(found) if d.kind == "remove" and d.applied_utc is not None}
     back = []
     for d in (d for d in found.decisions if d.revision in done):
         own = clusters.names_of(found, clusters.find(found, d.cluster)) | {clusters.label_of(found, d.cluster)}
         back += [id_ for id_ in d.crops or () if id_ in held and held[id_] in own]
     return [f"{len(back)} crops that were taken out are back"] if back else []
+
+
+def _not_undone(
+    found: Clusters, held: dict[str, str], states: Mapping[str, str], rejected: dict[str, str]
+) -> list[str]:
+    wrong = []
+    for d, k in clusters.taken_back(found, "merge"):
+        is_waiting = any(e.undoes == d.revision and e.applied_utc is None for e in found.decisions)
+        own = clusters.names_of(found, k) | {clusters.label_of(found, k.id)}
+        if k.state not in LIVE or is_waiting:  # rejected or merged since, or the head was refused
+            continue
+        still = [id_ for id_ in k.members if held.get(id_, k.id) not in own]
+        label = d.into if not d.into.startswith("novel-") else clusters.label_of(found, d.into)
+        of_it = [id_ for id_ in still if held[id_] in (d.into, label)]
+        if of_it:
+            wrong.append(f"{len(of_it)} crops of {k.id} are still of {d.into}, though the merge was taken back")
+    for _, k in clusters.taken_back(found, "reject"):
+        if clusters.label_of(found, k.id) is not None and (n := sum(note == k.id for note in rejected.values())):
+            wrong.append(f"{n} records are rejected with {k.id}, though that was taken back")
+        if k.state in LIVE and any(states.get(id_) == "rejected" and rejected.get(id_) == k.id for id_ in k.members):
+            wrong.append(f"crops of {k.id} are rejected, though that was taken back")
+    return wrong
 
 
 # --- what happens ----------------------------------------------------------------------------------------------------
@@ -207,6 +238,25 @@ def _person_decides(session: Session) -> None:
             session.rejected_kinds |= dict.fromkeys((other.id for other in of_class), kinds)
     except (ConfigError, PublishError) as error:
         session.log.append(f"refused: {error}")
+
+
+def _person_undoes(session: Session) -> None:
+    """Take the last step back, or the last about some cluster; what is refused is only noted."""
+    rng, found = session.second_thoughts, session.lab.found()
+    taken = clusters.in_force(found)
+    if rng is None or not taken or rng.random() > 1 / 3:
+        return
+    cluster = None if rng.random() < 0.5 else str(rng.choice([d.cluster for d in taken]))
+    try:
+        done = decide.undo(session.lab.site, cluster)
+        assert done.undone is not None
+        session.log.append(f"undo {done.undone.kind} {done.undone.cluster}")
+        if done.undone.kind == "reject":
+            parts = clusters.part_of(session.lab.found(), done.undone.cluster)
+            for id_ in (done.undone.cluster, *(k.id for k in parts)):
+                session.rejected_kinds.pop(id_, None)
+    except (ConfigError, PublishError) as error:
+        session.log.append(f"undo refused: {error}")
 
 
 def _named(session: Session) -> dict[str, Counter[str | None]]:

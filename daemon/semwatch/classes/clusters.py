@@ -6,13 +6,15 @@
     decisions      of people, oldest first; never deleted
 
 A name counts at once. What a merge, a split or a rejection means for the classes, the next cycle learns and then marks
-as applied. ``decisions`` holds the steps of people, ``observations`` those of a cycle.
+as applied. A decision that is taken back stays, beside the one that undoes it, and counts no more. ``decisions`` holds
+the steps of people, ``observations`` those of a cycle.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -26,7 +28,18 @@ from semwatch.system.files import write_whole
 FILE = "clusters.json"
 
 State = Literal["proposed", "learned", "named", "rejected", "merged"]
-DecisionKind = Literal["name", "merge", "split", "reject", "remove"]
+DecisionKind = Literal["name", "merge", "split", "reject", "remove", "undo"]
+_GIVEN: Mapping[DecisionKind, frozenset[str]] = MappingProxyType(
+    {
+        "name": frozenset({"label"}),
+        "merge": frozenset({"into"}),
+        "split": frozenset({"parts"}),
+        "reject": frozenset(),
+        "remove": frozenset({"crops"}),
+        "undo": frozenset({"undoes"}),
+    }
+)
+"""What a decision of each kind says beside its cluster."""
 LIVE: tuple[State, ...] = ("proposed", "learned", "named")
 Id = Annotated[str, Field(pattern=f"^{NOVEL}[1-9][0-9]*$")]
 RecordId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -94,6 +107,12 @@ class Decision(_Kept):
     parts: Annotated[int, Field(ge=2)] | None = None
     crops: tuple[RecordId, ...] | None = None
     """Records that are no crops of the cluster."""
+    undoes: Count | None = None
+    """Revision of the decision that counts no more."""
+    held: tuple[Id, ...] = ()
+    """Clusters that it took from hold."""
+    was: State | None = None
+    """State of the cluster before it; None in decisions of older releases."""
     applied_utc: Utc | None = None
     """When a head came to service in which it is applied; None: it waits for the next cycle."""
 
@@ -167,12 +186,16 @@ def _faulty_log(c: Clusters) -> Iterator[str]:
     if any(b <= a for a, b in pairwise((*(d.revision for d in c.decisions), c.revision + 1))):
         yield f"the decisions' revisions do not rise up to the file's own, {c.revision}"
     for d in c.decisions:
-        given = {name for name in ("label", "into", "parts", "crops") if getattr(d, name) is not None}
-        if (
-            given
-            != {"name": {"label"}, "merge": {"into"}, "split": {"parts"}, "reject": set(), "remove": {"crops"}}[d.kind]
-        ):
+        given = {name for name in ("label", "into", "parts", "crops", "undoes") if getattr(d, name) is not None}
+        if given != _GIVEN[d.kind]:
             yield f"decision {d.revision} is a {d.kind} with {', '.join(sorted(given)) or 'nothing'}"
+    by_revision = {d.revision: d for d in c.decisions}
+    for d in (d for d in c.decisions if d.undoes is not None):
+        of = by_revision.get(d.undoes or 0)
+        if of is None or of.kind == "undo" or (of.cluster, of.revision >= d.revision) != (d.cluster, False):
+            yield f"decision {d.revision} undoes {d.undoes}, which is no earlier decision about {d.cluster}"
+    undone_twice = [d.undoes for d in c.decisions if d.undoes is not None]
+    yield from (f"decision {one} is undone twice" for one in undone_twice if undone_twice.count(one) > 1)
 
 
 # --- the file, and the state on the wire ---------------------------------------------------------------------------
@@ -258,10 +281,38 @@ def find(c: Clusters, name: str) -> Cluster:
 
 def pending(c: Clusters) -> tuple[Decision, ...]:
     """Decisions that are applied in no head yet, oldest first; of clusters that are gone, merges and rejections."""
-    live = {k.id for k in c.clusters if k.state in LIVE}
+    live, undone = {k.id for k in c.clusters if k.state in LIVE}, undone_revisions(c)
     return tuple(
-        d for d in c.decisions if d.applied_utc is None and (d.kind in ("merge", "reject") or d.cluster in live)
+        d
+        for d in c.decisions
+        if d.applied_utc is None and d.revision not in undone and (d.kind in ("merge", "reject") or d.cluster in live)
     )
+
+
+def undone_revisions(c: Clusters) -> set[int]:
+    """Revisions of decisions that a person took back."""
+    return {d.undoes for d in c.decisions if d.undoes is not None}
+
+
+def in_force(c: Clusters, id_: str | None = None) -> tuple[Decision, ...]:
+    """Decisions that were not taken back, of one cluster or of all, oldest first."""
+    undone = undone_revisions(c)
+    return tuple(
+        d for d in c.decisions if d.kind != "undo" and d.revision not in undone and (id_ is None or d.cluster == id_)
+    )
+
+
+def taken_back(c: Clusters, kind: DecisionKind) -> Iterator[tuple[Decision, Cluster]]:
+    """Decisions of one kind that were taken back, with their clusters as they are now; of clusters that are there."""
+    by_id, undone = {k.id: k for k in c.clusters}, undone_revisions(c)
+    return (
+        (d, by_id[d.cluster]) for d in c.decisions if d.kind == kind and d.revision in undone and d.cluster in by_id
+    )
+
+
+def part_of(c: Clusters, id_: str) -> list[Cluster]:
+    """A cluster and all that was merged into it."""
+    return [k for k in c.clusters if isinstance(root := root_of(c, k), Cluster) and root.id == id_]
 
 
 def label_of(c: Clusters, id_: str) -> str | None:
@@ -278,21 +329,24 @@ def label_of(c: Clusters, id_: str) -> str | None:
 
 def removed_from(c: Clusters, id_: str) -> set[str]:
     """Records that a person took out of a cluster: none of them becomes its crop again."""
-    return {crop for d in c.decisions if d.kind == "remove" and d.cluster == id_ for crop in d.crops or ()}
+    return {crop for d in in_force(c, id_) if d.kind == "remove" for crop in d.crops or ()}
 
 
 def labels_in_use(c: Clusters) -> Iterator[tuple[str, str]]:
     """Names and their clusters' ids. A rejected or merged cluster keeps its name until a cycle has taken it out."""
     leaving = {d.cluster for d in pending(c)}
-    for k in c.clusters:
-        if k.label != k.id and (k.state in LIVE or (k.head_version is not None and k.id in leaving)):
-            yield k.label, k.id
+    return ((k.label, k.id) for k in c.clusters if k.label != k.id and _may_be_known(k, leaving))
+
+
+def _may_be_known(k: Cluster, leaving: Collection[str]) -> bool:
+    """Whether a head may still know it: it is a class, or no cycle has taken it out yet."""
+    return k.state in LIVE or (k.head_version is not None and k.id in leaving)
 
 
 def names_of(c: Clusters, k: Cluster) -> set[str]:
     """Labels under which a head may know a cluster: its id, its name, earlier names that no other cluster has now."""
     in_use = dict(labels_in_use(c))
-    if in_use.get(k.label) != k.id:
+    if not _may_be_known(k, {d.cluster for d in pending(c)}):
         return {k.id}
     given = {d.label for d in c.decisions if d.cluster == k.id and d.label is not None}
     return {k.id, k.label} | {label for label in given if in_use.get(label, k.id) == k.id}

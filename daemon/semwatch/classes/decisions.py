@@ -1,11 +1,14 @@
-"""People's decisions about a found class: name, merge, split, reject, remove crops. Pure functions; each is a revision.
+"""People's decisions about a found class: name, merge, split, reject, remove crops; and the way back from each.
+
+Pure functions; each makes a revision.
 
 ``name`` is a cluster's id or the name it has; ``classes`` are the labels that the head in service knows; ``by`` is the
 login name of the person who decides, ``utc`` when. What makes no sense is refused with what to do instead.
 """
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,6 +20,7 @@ from semwatch.classes.clusters import (
     DecisionKind,
     State,
     find,
+    in_force,
     labels_in_use,
     names_of,
     nearest,
@@ -59,7 +63,8 @@ def merged(c: Clusters, name: str, into: str, *, classes: Collection[str], by: s
         c = replaced(c, [target.model_copy(update={"on_hold": False})])
     into = target.id if isinstance(target, Cluster) else target
     gone = k.model_copy(update={"state": "merged", "merged_into": into})
-    return _decided(c, gone, "merge", by, utc, into=into)
+    held = (target.id,) if isinstance(target, Cluster) and target.on_hold else ()
+    return _decided(c, gone, "merge", by, utc, into=into, held=held)
 
 
 def split(c: Clusters, name: str, parts: int, *, by: str, utc: str) -> Clusters:
@@ -115,6 +120,95 @@ def removed(c: Clusters, name: str, crops: Collection[str], *, by: str, utc: str
     return _decided(c, fresh, "remove", by, utc, crops=gone)
 
 
+def undone(c: Clusters, name: str | None, *, classes: Collection[str], by: str, utc: str) -> Clusters:
+    """Take back the last decision about a cluster, or the last of all: one step; again, the one before.
+
+    A name goes back to the one before, or to the id. What was merged or rejected is a cluster of its own again; crops
+    that a head has learned or left out meanwhile wait in the queue with the next cycle. A split goes back only while
+    it waits.
+
+    Raises:
+        ConfigError: there is nothing to take back, or a later step depends on it.
+    """
+    wanted = None if name is None else find(c, name).id
+    taken = in_force(c, wanted)
+    if not taken:
+        raise ConfigError("nobody has decided anything" + (f" about {wanted}" if wanted else "") + ": nothing to undo")
+    d = taken[-1]
+    k = find(c, d.cluster)
+    if later := [e for e in in_force(c) if e.revision > d.revision and _depends(e, d)]:
+        e = later[-1]
+        raise ConfigError(
+            f"{e.cluster} was {_PAST[e.kind]} since (revision {e.revision}), and that hangs on this {d.kind}: "
+            f"`semwatch clusters undo {e.cluster}` first"
+        )
+    if d.kind == "split" and d.applied_utc is not None:
+        raise ConfigError(f"the parts of {k.id} are classes already; merge those that belong together")
+    fresh = _as_before(c, d, k, classes)
+    after = replaced(c, fresh)
+    held = [other for id_ in d.held if _may_be_held(other := find(after, id_), taken=in_force(c, id_), d=d)]
+    after = replaced(after, [other.model_copy(update={"on_hold": True}) for other in held])
+    is_served = d.kind == "name" and find(after, k.id).state != "proposed"
+    waits = is_served or (d.kind in ("merge", "reject") and d.applied_utc is not None)
+    undo = Decision(
+        revision=c.revision + 1, utc=utc, by=by, kind="undo", cluster=k.id, undoes=d.revision,
+        applied_utc=None if waits else utc,
+    )  # fmt: skip
+    return after.model_copy(update={"revision": undo.revision, "decisions": (*c.decisions, undo)})
+
+
+_PAST: Mapping[DecisionKind, str] = MappingProxyType(
+    {"name": "named", "merge": "merged", "split": "split", "reject": "rejected", "remove": "rid of crops"}
+)
+
+
+def _depends(e: Decision, d: Decision) -> bool:
+    """Whether a later decision has taken along what an earlier one made."""
+    return d.kind == "merge" and e.cluster == d.into and e.kind in ("merge", "split", "reject")
+
+
+def _as_before(c: Clusters, d: Decision, k: Cluster, classes: Collection[str]) -> list[Cluster]:
+    """The clusters that a decision changed, as they are without it."""
+    if d.kind == "name":
+        earlier = [e for e in in_force(c, k.id) if e.kind == "name" and e.revision < d.revision]
+        code = next((e.code for e in reversed(earlier) if e.code is not None), None)
+        label = earlier[-1].label if earlier and earlier[-1].label else k.id
+        return [_alive(c, k.model_copy(update={"label": label, "code": code}), classes)]
+    if d.kind == "remove" and d.applied_utc is None:
+        back = tuple(id_ for id_ in d.crops or () if id_ not in k.members)
+        return [k.model_copy(update={"members": (*k.members, *back), "size": k.size + len(back)})]
+    if d.kind not in ("merge", "reject"):
+        return []
+    fresh = [_alive(c, k.model_copy(update={"merged_into": None}), classes)]
+    target = next((other for other in c.clusters if other.id == d.into), None)
+    if target is not None and (left := tuple(id_ for id_ in target.members if id_ not in k.members)):
+        examples = tuple(id_ for id_ in target.examples if id_ not in k.members)
+        size = max(target.size - (len(target.members) - len(left)), 1)
+        fresh.append(target.model_copy(update={"members": left, "examples": examples, "size": size}))
+    return fresh
+
+
+def _alive(c: Clusters, k: Cluster, classes: Collection[str]) -> Cluster:
+    """A cluster in the state that the head in service gives it: it knows it by one of its names, or nobody does.
+
+    Raises:
+        ConfigError: another class has its name meanwhile.
+    """
+    others = {used.casefold(): id_ for used, id_ in labels_in_use(c) if id_ != k.id}
+    if k.label.casefold() in others:
+        other = others[k.label.casefold()]
+        raise ConfigError(f"{k.id} was called {k.label!r}, which is {other} now: give that one another name first")
+    proposed = k.model_copy(update={"state": "proposed", "head_version": None, "missed": 0})
+    if k.head_version is None or not names_of(replaced(c, [proposed]), proposed) & set(classes):
+        return proposed
+    state: State = "learned" if k.label == k.id else "named"
+    return k.model_copy(update={"state": state})
+
+
+def _may_be_held(k: Cluster, *, taken: Collection[Decision], d: Decision) -> bool:
+    return k.state == "proposed" and not any(e.revision > d.revision for e in taken)
+
+
 def _crop_of(k: Cluster, crop: str) -> str:
     """The record that a person means."""
     if crop.isdigit() and 1 <= int(crop) <= len(k.examples):
@@ -141,10 +235,12 @@ def _decided(
     into: str | None = None,
     parts: int | None = None,
     crops: tuple[str, ...] | None = None,
+    held: tuple[str, ...] = (),
 ) -> Clusters:
     decision = Decision(
         revision=c.revision + 1, utc=utc, by=by, kind=kind, cluster=fresh.id,
         label=label, code=code, into=into, parts=parts, crops=crops,
+        held=(*((fresh.id,) if fresh.on_hold else ()), *held), was=find(c, fresh.id).state,
     )  # fmt: skip
     decisions = (*c.decisions, decision)
     return replaced(c, [fresh.model_copy(update={"on_hold": False})]).model_copy(

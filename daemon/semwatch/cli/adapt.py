@@ -43,7 +43,7 @@ def adapt(
     settings = load_site(site)
     options = {"--site": site, "--normals": normals, "--labels": labels, "--reference": reference, "--report": report}
     given = [text for option, value in options.items() if value is not None for text in (option, str(value))]
-    outcome = _run_learning(["adapt", *given, *(["--yes"] if yes else [])])
+    outcome = _run_learning(["adapt", *given, *(["--yes"] if yes else [])], as_json=as_json)
     published = {model: outcome[model] for model in ("detector", "head") if outcome.get(model)}
     waits = not published or not serving.daemon_runs(settings.state_dir)
     why_not = None if waits else _await(settings, published)
@@ -59,7 +59,7 @@ def adapt(
         raise ServiceUnavailable(why_not)
 
 
-def _run_learning(arguments: list[str]) -> dict[str, Any]:
+def _run_learning(arguments: list[str], *, as_json: bool) -> dict[str, Any]:
     """Run `semwatch-train` on this terminal; what it says on standard output is its JSON.
 
     Raises:
@@ -72,8 +72,10 @@ def _run_learning(arguments: list[str]) -> dict[str, Any]:
         )
     command = [sys.executable, "-m", LEARNING, *arguments, "--json", "--ask"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # a person may take her time
-    if done.returncode:
-        raise typer.Exit(done.returncode)  # it has said why
+    if done.returncode:  # it has said why
+        if as_json:
+            typer.echo(done.stdout.rstrip("\n"))
+        raise typer.Exit(done.returncode)
     try:
         outcome = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

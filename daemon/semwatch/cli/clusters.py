@@ -9,7 +9,7 @@ import typer
 
 from semwatch.classes import clusters
 from semwatch.classes.clusters import LIVE, Cluster, Clusters, Decision, pending
-from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
+from semwatch.cli.options import EPILOG, JsonOption, SiteOption, counted, say, show_facts, show_table
 from semwatch.operations import decide
 from semwatch.operations.decide import Decided
 from semwatch.settings.site import load_site
@@ -40,14 +40,13 @@ def list_clusters(
     if not shown:
         say("no clusters yet: a learning cycle finds them, `semwatch-train retrain --site SITE`")
     else:
-        rows = table(
-            "id", "state", "name", "code", "size", "cohesion", "nearest class", "cycles", "looks", padding=(0, 0)
-        )
+        rows = []
         for k in shown:
             name = f"into {k.merged_into}" if k.merged_into else "" if k.label == k.id else k.label
-            rows.add_row(*map(printable, (k.id, k.state, name, _text(k.code), str(k.size), f"{k.cohesion:.2f}",
-                                          k.nearest_known, str(k.cycles), _looks(k))))  # fmt: skip
-        out.print(rows)
+            rows.append((k.id, k.state, name, _text(k.code), str(k.size), f"{k.cohesion:.2f}", k.nearest_known,
+                         str(k.cycles), _looks(k)))  # fmt: skip
+        columns = ("id", "state", "name", "code", "size", "cohesion", "nearest class", "cycles", "looks")
+        show_table(columns, rows, right=(3, 4, 5, 7, 8))
     for k in shown:
         if hint := _hint(k):
             say(f" {hint}", (f"{k.id}:", "yellow"))
@@ -70,17 +69,13 @@ def show(site: SiteOption, cluster: ClusterArgument, as_json: JsonOption = False
         extra = {"sheet": sheet, "decisions": [d.model_dump() for d in taken]}
         typer.echo(json.dumps({**k.model_dump(), **extra}))
         return
-    rows = table("", "", show_header=False, box=None)
-    for key, value in _facts(k, found).items():
-        rows.add_row(key, printable(value))
-    rows.add_row("examples", printable(sheet or "none kept"))
-    for i, id_ in enumerate(k.examples, 1):
-        rows.add_row(f"crop {i}", id_)
+    facts = {**_facts(k, found), "examples": sheet or "none kept"}
+    facts |= {f"crop {i}": id_ for i, id_ in enumerate(k.examples, 1)}
     if hint := _hint(k):
-        rows.add_row("note", printable(hint))
-    for d in taken:
-        rows.add_row("decision", printable(_in_words(d)))
-    out.print(rows)
+        facts["note"] = hint
+    if taken:
+        facts["decisions"] = "\n".join(map(_in_words, taken))
+    show_facts(facts)
 
 
 @app.command(epilog=EPILOG)
@@ -159,7 +154,7 @@ def _in_words(d: Decision) -> str:
         "merge": f"{d.cluster} is merged into {d.into}",
         "split": f"{d.cluster} is split into {d.parts}",
         "reject": f"{d.cluster} is rejected",
-        "remove": f"{len(d.crops or ())} crop{'s' if len(d.crops or ()) > 1 else ''} taken out of {d.cluster}",
+        "remove": f"{counted(len(d.crops or ()), 'crop')} taken out of {d.cluster}",
     }[d.kind]
     return f"{what} ({d.by}, {d.utc})"
 
@@ -170,13 +165,12 @@ def _facts(k: Cluster, found: Clusters) -> Mapping[str, str]:
         "state": k.state + (f" into {k.merged_into}" if k.merged_into else ""),
         "name": "none yet" if k.label == k.id else k.label,
         "code": _text(k.code),
-        "size": f"{k.size} crops, {len(k.members)} records",
+        "size": f"{counted(k.size, 'crop')}, {counted(len(k.members), 'record')}",
         "cohesion": f"{k.cohesion:.3f} (mean silhouette, -1 to 1)",
         "nearest class": f"{k.nearest_known}, at distance {k.nearest_distance:.3g}",
         "first seen": k.first_seen_utc,
         "last seen": k.last_seen_utc,
-        "seen in": f"{k.cycles} cycle{'s' if k.cycles > 1 else ''}"
-        + (f", missed in the last {k.missed}" if k.missed else ""),
+        "seen in": counted(k.cycles, "cycle") + (f", missed in the last {k.missed}" if k.missed else ""),
         "known since": "-" if k.head_version is None else f"head {k.head_version}",
         "waits": ", ".join(d.kind for d in pending(found) if d.cluster == k.id) or "-",
     }

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from semwatch.cli.options import JsonOption, out, printable, say, table
+from semwatch.cli.options import JsonOption, printable, say, show_table
 from semwatch.deployment import installation, installed_files, releases, systemctl, upgrade
 from semwatch.deployment.installation import KEPT, RECORD, Action, Record, Step
 from semwatch.deployment.installed_files import DATA, PREFIX, SETTINGS, STATE, TMPFILES, UNITS
@@ -290,12 +290,15 @@ def _show(steps: Sequence[Step], *, dry_run: bool, as_json: bool, **done: Any) -
         return
     # the preview has every file; afterwards, what was done
     listed = [step for step in steps if dry_run or step.action != "unchanged"]
-    rest = f"{len(steps) - len(listed)} more unchanged" if len(listed) < len(steps) else None
-    shown = table("would be" if dry_run else "", "file", caption=rest)
-    for step in listed:
-        words = f"{step.path}" + (f"; ours is {step.beside.name}" if step.beside else "")
-        shown.add_row(printable(_IN_WORDS.get(step.action, step.action), _LOOKS.get(step.action, "")), printable(words))
-    out.print(shown)
+    rest = f"{len(steps) - len(listed)} more unchanged" if len(listed) < len(steps) else ""
+    cells = [
+        (
+            printable(_IN_WORDS.get(step.action, step.action), _LOOKS.get(step.action, "")),
+            f"{step.path}" + (f"; ours is {step.beside.name}" if step.beside else ""),
+        )
+        for step in listed
+    ]
+    show_table(("would be" if dry_run else "", "file"), cells, note=rest)
     for name in ("models", "enabled", "ready", "put_back"):
         if done.get(name):
             say(f" {', '.join(done[name])}", (f"{name.replace('_', ' ')}:", "green"))

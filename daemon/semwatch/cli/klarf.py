@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from semwatch import klarf
-from semwatch.cli.options import EPILOG, JsonOption, out, printable, say, table
+from semwatch.cli.options import EPILOG, JsonOption, counted, say, show_table
 from semwatch.errors import ConfigError
 from semwatch.klarf import Document, KlarfError
 from semwatch.klarf.check import check as problems_of
@@ -37,12 +37,13 @@ def show(
     say(f": KLARF {document.version}{'' if document.is_complete else ', without EndOfFile'}", (file.name, "green"))
     for lot in document.lots:
         say(
-            f"lot {lot.id or '-'}: step {lot.step_id or '-'}, recipe {lot.recipe_id or '-'}, {len(lot.classes)} classes"
+            f"lot {lot.id or '-'}: step {lot.step_id or '-'}, recipe {lot.recipe_id or '-'}, "
+            f"{counted(len(lot.classes), 'class', 'classes')}"
         )
         for wafer in lot.wafers:
             orientation = wafer.orientation
             mark = f"{orientation.mark or 'mark'} at {orientation.degrees} degrees"
-            say(f"wafer {wafer.id or '-'}: slot {wafer.slot or '-'}, {mark}, {len(wafer.defects)} defects")
+            say(f"wafer {wafer.id or '-'}: slot {wafer.slot or '-'}, {mark}, {counted(len(wafer.defects), 'defect')}")
             _show_defects(wafer, n)
 
 
@@ -61,7 +62,7 @@ def check(
             place = "" if row["line"] is None else f":{row['line']}:{row['column']}"
             say(f" {row['file']}{place}: {row['text']}", (row["level"], "red" if row["level"] == "error" else "yellow"))
         if not rows:
-            say(f" {len(paths)} files", ("ok", "green"))
+            say(f" {counted(len(paths), 'file')}", ("ok", "green"))
     if has_errors:
         raise typer.Exit(1)
 
@@ -79,10 +80,7 @@ def diff(old: FileArgument, new: FileArgument, as_json: JsonOption = False) -> N
     elif not found:
         say(": " + ("byte for byte" if bytes(before) == bytes(after) else "but for spacing"), ("the same", "green"))
     else:
-        shown = table("where", "what", "old", "new")
-        for one in found:
-            shown.add_row(*(printable("-" if text is None else text) for text in one))
-        out.print(shown)
+        show_table(("where", "what", "old", "new"), [["-" if text is None else text for text in one] for one in found])
     if found:
         raise typer.Exit(1)
 
@@ -181,15 +179,16 @@ def _defect(defect: Defect) -> dict[str, Any]:
 def _show_defects(wafer: Wafer, n: int) -> None:
     if not n or not len(wafer.defects):
         return
-    shown = table("defect", "class", "die", "on wafer, um", "images")
+    rows = []
     for defect in wafer.defects[:n]:
         die, place, number = defect.die, defect.on_wafer, defect.class_number
         known = None if number is None else wafer.classes.get(number)
-        shown.add_row(
+        cells = (
             str(defect.id),
-            printable("-" if number is None else f"{number} {known.name}" if known else str(number)),
+            "-" if number is None else f"{number} {known.name}" if known else str(number),
             "-" if die is None else f"{die.x_index} {die.y_index}",
             "-" if place is None else f"{place.x_um:.3f} {place.y_um:.3f}",
-            printable(", ".join(f"{image.file or '-'} page {image.page}" for image in defect.images)),
+            ", ".join(f"{image.file or '-'} page {image.page}" for image in defect.images),
         )
-    out.print(shown)
+        rows.append(cells)
+    show_table(("defect", "class", "die", "on wafer, um", "images"), rows)

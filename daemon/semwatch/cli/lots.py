@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from semwatch.cli.options import JsonOption, SiteOption, out, printable, say, table
+from semwatch.cli.options import JsonOption, SiteOption, counted, say, show_table
 from semwatch.errors import ConfigError
 from semwatch.operations import lots, requeue
 from semwatch.operations.lots import Lot
@@ -62,9 +62,9 @@ def rereview(site: SiteOption, name: LotArgument, as_json: JsonOption = False) -
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found)))
     else:
-        say(f" {found.queued} images of {found.lot} wait to be judged again", ("ok", "green"))
+        say(f" {counted(found.queued, 'image')} of {found.lot} to be judged again", ("ok", "green"))
         if found.gone:
-            say(f"{len(found.gone)} are not in the drop folder any more and keep their results: {_some(found.gone)}")
+            say(f"not in the drop folder any more, so they keep their results: {len(found.gone)}, {_some(found.gone)}")
     if found.gone or not found.queued:
         raise typer.Exit(1)
 
@@ -83,8 +83,8 @@ def reindex(site: SiteOption, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps({**counts, "changed": changed}))
         return
-    found = f"{counts['lots']} lots, {counts['images']} images, {counts['defects']} defects"
-    say(f" {found}; {changed} files were read", ("ok", "green"))
+    found = ", ".join(counted(counts[f"{what}s"], what) for what in ("lot", "image", "defect"))
+    say(f" {found}; read: {counted(changed, 'file')}", ("ok", "green"))
 
 
 def _list(rows: list[tuple[str, int, int, int, str]], as_json: bool) -> None:
@@ -92,10 +92,8 @@ def _list(rows: list[tuple[str, int, int, int, str]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
         return
-    shown = table("lot", "images", "refused", "duplicates", "last")
-    for row in sorted(rows, key=lambda row: row[-1]):
-        shown.add_row(*(printable(str(cell)) for cell in row))
-    out.print(shown)
+    cells = [[str(cell) for cell in row] for row in sorted(rows, key=lambda row: row[-1])]
+    show_table(("lot", "images", "refused", "duplicates", "last"), cells, right=(1, 2, 3))
 
 
 def _sentences(found: Lot) -> Iterator[str]:
@@ -103,8 +101,8 @@ def _sentences(found: Lot) -> Iterator[str]:
     counts = {
         "reviewed": found.reviewed,
         "refused": found.refused,
-        "duplicates": found.duplicate,
-        "broken results": found.broken,
+        "duplicate": found.duplicate,
+        "broken": found.broken,
         "waiting": found.waiting,
     }
     of = "" if found.expected is None else f" of {found.expected} expected"
@@ -126,7 +124,7 @@ def _sentences(found: Lot) -> Iterator[str]:
         yield "worst:"
         for file in worst:
             score = "" if file.image_score is None else f", score {file.image_score:.3f}"
-            yield f"  {file.path}: {file.n_defects} defects{score}"
+            yield f"  {file.path}: {counted(file.n_defects, 'defect')}{score}"
     if found.aside:
         yield "without a result of their own:"
         for file in found.aside[:MAX_ASIDE]:

@@ -7,20 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
+from semwatch.cli.options import EPILOG, JsonOption, SiteOption, printable, say, show_table
 from semwatch.errors import ConfigError, ModelMismatch, ServiceUnavailable
 from semwatch.models import choice, model_repository
-from semwatch.operations.decide import login_name
+from semwatch.operations import golden
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site, load_site
 from semwatch.store import serving
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.system.clock import utc_now
+from semwatch.system.login import login_name
 
 app = typer.Typer(no_args_is_help=True, help="Versions of detector, encoder and head: which serve, and which shall.")
 
 ModelArgument = Annotated[str, typer.Argument(help="detector, encoder or head.")]
 ROLLBACK_TIMEOUT_S = 10.0
+LONGEST = 40
+"""Characters of one word in a cell."""
 
 
 @app.command("list", epilog=EPILOG)
@@ -31,12 +34,12 @@ def list_versions(site: SiteOption, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    shown = table("model", "version", "state", "made", "classes")
+    shown = []
     for row in rows:
         style = "green" if row["serves"] else "red" if row["withdrawn"] or row["refused"] else ""
         cells = (row["version"], row["state"], row["created_utc"], len(row["labels"]) or "")
-        shown.add_row(row["model"], *(printable(str(cell), style) for cell in cells))
-    out.print(shown)
+        shown.append([row["model"], *(printable(str(cell), style) for cell in cells)])
+    show_table(("model", "version", "state", "made", "classes"), shown, right=(1, 4))
     for row in rows:
         for what in ("withdrawn", "refused"):
             if row[what] is not None:
@@ -64,11 +67,15 @@ def list_labels(site: SiteOption, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    shown = table("label", "heads", "code")
-    for row in rows:
-        heads = ", ".join(map(str, row["heads"])) or "none knows it"
-        shown.add_row(*map(printable, (row["label"], heads, "" if row["code"] is None else str(row["code"]))))
-    out.print(shown)
+    shown = [
+        (
+            row["label"],
+            ", ".join(map(str, row["heads"])) or "none knows it",
+            "" if row["code"] is None else str(row["code"]),
+        )
+        for row in rows
+    ]
+    show_table(("label", "heads", "code"), shown, right=(2,))
 
 
 @app.command(epilog=EPILOG)
@@ -77,6 +84,7 @@ def pin(
     model: ModelArgument,
     version: Annotated[int | None, typer.Argument(help="Version to stay with.", min=1)] = None,
     release: Annotated[bool, typer.Option(help="Let the newest version serve again.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Let one version serve whatever is published, until it is released. A recipe's own pin goes before it."""
     _check_model(model)
@@ -87,7 +95,7 @@ def pin(
         model_repository.read_meta(settings.models.repository, model, version)
     _note(settings, "model released" if release else "model pinned", {"model": model, "version": version})
     choice.pin(settings.models.repository, model, version)
-    _show_outcome(settings, model)
+    _show_outcome(settings, model, as_json, pinned=version)
 
 
 @app.command(epilog=EPILOG)
@@ -95,6 +103,7 @@ def rollback(
     site: SiteOption,
     model: Annotated[str, typer.Argument(help="head, encoder or detector.")] = "head",
     reason: Annotated[str, typer.Option(help="Why; stands in the audit log and beside the version.")] = "rolled back",
+    as_json: JsonOption = False,
 ) -> None:
     """Withdraw the version that serves; the one before it serves at once, and the next publication by itself.
 
@@ -108,34 +117,75 @@ def rollback(
     is_pinned = choice.pin_of(repository, model) is not None
     _note(settings, "model rolled back", {"model": model, "from": leaving, "to": to, "reason": reason})
     choice.roll_back(repository, model, reason, refused=refused)
-    if is_pinned:
+    if as_json:
+        pass
+    elif is_pinned:
         say(f": to {model} {to}; {leaving} is not withdrawn", ("pin moved", "yellow"))
     else:
         say(f": {model} {leaving}: {reason}", ("withdrawn", "yellow"))
-    _show_outcome(settings, model)
+    _show_outcome(settings, model, as_json, **{"pinned": to} if is_pinned else {"withdrawn": leaving})
 
 
 @app.command(epilog=EPILOG)
 def diff(site: SiteOption, model: ModelArgument, old: int, new: int, as_json: JsonOption = False) -> None:
-    """Say what one version has that another has not: classes, codes, what it was made of, how it was judged."""
+    """Say what one version has that another has not: classes, codes, what it was made of; of heads, how they judge.
+
+    Accuracy and purity of a head are those on the golden set of the newer version, by the recipe of the first folder.
+    """
     _check_model(model)
-    repository = load_site(site).models.repository
+    settings = load_site(site)
+    repository = settings.models.repository
     changes = choice.difference(*(model_repository.read_meta(repository, model, version) for version in (old, new)))
+    figures, why_not = _figures(settings, old, new) if model == "head" else ([], None)
     if as_json:
-        typer.echo(json.dumps(changes))
+        typer.echo(json.dumps({**changes, "golden": figures, "not_judged": why_not}))
         return
-    shown = table("", f"{model} {old}", f"{model} {new}")
-    shown.add_row(
-        "classes only here", *(printable(", ".join(changes[key])) for key in ("classes_removed", "classes_added"))
-    )
+    rows = [("classes only here", *(", ".join(changes[key]) for key in ("classes_removed", "classes_added")))]
     for name in ("codes", "provenance"):
-        for key, pair in changes[name].items():
-            shown.add_row(
-                printable(f"{name}: {key}"), *(printable("-" if value is None else str(value)) for value in pair)
-            )
-    out.print(shown)
+        rows += [(f"{name}: {key}", *(_short(value) for value in pair)) for key, pair in changes[name].items()]
+    show_table(("", f"{model} {old}", f"{model} {new}"), rows)
+    if figures:
+        say("")
+        columns = ("class", "crops", f"accuracy {old}", str(new), f"purity {old}", str(new))
+        cells = [
+            (row["label"], str(row["crops"]), *map(_percent, (*row["accuracy"], *row["purity"]))) for row in figures
+        ]
+        show_table(columns, cells, title=f"on the golden set of head {new}", right=(1, 2, 3, 4, 5))
+    if why_not:
+        say(f" {why_not}", ("accuracy and purity are not known:", "yellow"))
     if not changes["same_encoder"] and model == "head":
-        say("the two read features of different encoders")
+        say("the two read features of different encoders" + (", each is judged on its own golden set" * bool(figures)))
+
+
+def _figures(settings: Site, old: int, new: int) -> tuple[list[dict[str, Any]], str | None]:
+    """Accuracy and purity of two heads by class, null where there is no crop to judge by; or why they are not known."""
+    rule = load_recipe(settings.folders[0].recipe).unknown
+    try:
+        before, after = golden.compare(settings.models.repository, old, new, rule)
+    except ModelMismatch as error:
+        return [], str(error)
+    rows = []
+    for label in sorted(before.keys() | after.keys()):
+        pair = [found.get(label) for found in (before, after)]
+        rows.append(
+            {
+                "label": label,
+                "crops": max(one.accuracy.n for one in pair if one),
+                "accuracy": [one and one.accuracy.value for one in pair],
+                "purity": [one and one.purity.value for one in pair],
+            }
+        )
+    return rows, None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _short(value: object) -> str:
+    """A value for a cell; what no person reads, such as which of 1,200 crops, in its first digits."""
+    text = "-" if value is None else str(value)
+    return text if len(text) <= LONGEST or " " in text else f"{text[:12]}... ({len(text)} characters)"
 
 
 def _rows(settings: Site, model: str) -> list[dict[str, Any]]:
@@ -193,17 +243,16 @@ def _note(settings: Site, event: str, about: Mapping[str, object]) -> None:
         ledger.note(audit={"event": event, "utc": utc_now(), "by": login_name(), **about})
 
 
-def _show_outcome(settings: Site, model: str) -> None:
+def _show_outcome(settings: Site, model: str, as_json: bool, **done: int | None) -> None:
     version = choice.choice(settings.models.repository, model)
-    if not serving.daemon_runs(settings.state_dir):
-        say(f": {model} {version}, once the daemon runs", ("serves", "green"))
+    runs = serving.daemon_runs(settings.state_dir)
+    serves = runs and model != "encoder"
+    if serves:
+        why_not = serving.await_version(settings.state_dir, model, version, timeout_s=ROLLBACK_TIMEOUT_S)
+        if why_not is not None:
+            raise ServiceUnavailable(why_not)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "version": version, "serves": serves, **done}))
         return
-    if model == "encoder":
-        say(
-            f": {model} {version} at the daemon's next start; encoders do not change while it runs", ("serves", "green")
-        )
-        return
-    why_not = serving.await_version(settings.state_dir, model, version, timeout_s=ROLLBACK_TIMEOUT_S)
-    if why_not is not None:
-        raise ServiceUnavailable(why_not)
-    say(f": {model} {version}", ("serves", "green"))
+    later = " at the daemon's next start; encoders do not change while it runs" if runs else ", once the daemon runs"
+    say(f": {model} {version}{'' if serves else later}", ("serves", "green"))

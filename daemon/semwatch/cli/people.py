@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from semwatch.cli.logs import find, named_places
-from semwatch.cli.options import JsonOption, SiteOption, out, printable, say, table
+from semwatch.cli.options import JsonOption, SiteOption, counted, say, show_table
 from semwatch.defects import Box
 from semwatch.errors import ConfigError
 from semwatch.operations import correct as correction
@@ -82,14 +82,12 @@ def quality_command(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found)))
         return
-    say(f"{found.n_judged} defects judged by people, {found.n_missed} missed ones added")
+    say(f"{counted(found.n_judged, 'defect')} judged by people, {found.n_missed} missed added")
     if not found.n_judged + found.n_missed:
         say("nothing is known yet: `semwatch correct` takes verdicts")
         return
-    shown = table("class", "purity", "accuracy", "escapes")
-    for one in found.classes:
-        shown.add_row(printable(one.label), *(_share(share) for share in (one.purity, one.accuracy, one.escapes)))
-    out.print(shown)
+    rows = [(one.label, _share(one.purity), _share(one.accuracy), _share(one.escapes)) for one in found.classes]
+    show_table(("class", "purity", "accuracy", "escapes"), rows)
     say(f"false alarms: {_share(found.false_alarms)}; escapes: {_share(found.escapes)}")
 
 

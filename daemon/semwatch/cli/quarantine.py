@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
+from semwatch.cli.options import EPILOG, JsonOption, SiteOption, say, show_table
 from semwatch.errors import ConfigError
 from semwatch.operations import requeue
 from semwatch.settings.site import Site, load_site
@@ -27,11 +27,8 @@ def list_files(site: SiteOption, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(work) for work in found]))
         return
-    shown = table("since", "file", "reason", "sha256")
-    for work in found:
-        cells = (work.finished_utc or "", f"{work.source}/{work.path}", work.reason or "", work.sha256[:SHOWN_DIGITS])
-        shown.add_row(*map(printable, cells))
-    out.print(shown)
+    cells = [(w.finished_utc or "", f"{w.source}/{w.path}", w.reason or "", w.sha256[:SHOWN_DIGITS]) for w in found]
+    show_table(("since", "file", "reason", "sha256"), cells)
 
 
 @app.command("requeue", epilog=EPILOG)

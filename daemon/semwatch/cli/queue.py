@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from semwatch.cli.options import EPILOG, JsonOption, SiteOption, out, printable, say, table
+from semwatch.cli.options import EPILOG, JsonOption, SiteOption, counted, say, show_table
 from semwatch.errors import ConfigError
 from semwatch.settings.site import load_site
 from semwatch.streams import queues, records, unknowns
@@ -46,18 +46,17 @@ def stats(site: SiteOption, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps({stream: dataclasses.asdict(stat) for stream, stat in found.items()}))
         return
-    figures = table("stream", "length", "pending", "dead", "oldest", "memory")
-    readers = table("stream", "group", "consumer", "pending", "idle")
+    figures, readers = [], []
     for stream, stat in found.items():
         oldest = "-" if stat.oldest_age_s is None else _in_words(stat.oldest_age_s)
         memory = "-" if stat.memory_bytes is None else f"{stat.memory_bytes / 1e6:.1f} MB"
-        figures.add_row(stream, str(stat.length), str(stat.pending), str(stat.dead), oldest, memory)
+        figures.append((stream, str(stat.length), str(stat.pending), str(stat.dead), oldest, memory))
         for reader in stat.readers:
-            names = printable(reader.group), printable(reader.name)
-            readers.add_row(stream, *names, str(reader.n_pending), _in_words(reader.idle_s))
-    out.print(figures)
-    if readers.row_count:
-        out.print(readers)
+            readers.append((stream, reader.group, reader.name, str(reader.n_pending), _in_words(reader.idle_s)))
+    show_table(("stream", "length", "pending", "dead", "oldest", "memory"), figures, right=(1, 2, 3))
+    if readers:
+        say("")
+        show_table(("stream", "group", "consumer", "pending", "idle"), readers, right=(3,))
 
 
 @app.command(epilog=EPILOG)
@@ -95,7 +94,10 @@ def failed(site: SiteOption, stream: AnyStream = None, n: Shown = 100, as_json: 
         return
     for name, one in letters:
         age = _in_words(queues.age_s(one.entry_id, now_s))
-        say(f"{name}  {_id(one) or '(no id)'}  {one.n_deliveries} deliveries  dead for {age}  {one.error}")
+        handed = counted(one.n_deliveries, "delivery", "deliveries")
+        say(f"{name}  {_id(one) or '(no id)'}  {handed}  dead for {age}  {one.error}")
+    if not n_dead:
+        say("no dead letters")
     if n_dead > len(letters):
         say(f"{n_dead - len(letters)} more; -n shows up to {MAX_SHOWN} of a stream")
 

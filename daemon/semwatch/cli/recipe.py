@@ -17,10 +17,9 @@ from semwatch.cli.options import (
     RepositoryOption,
     err,
     in_words,
-    out,
     printable,
     say,
-    table,
+    show_table,
 )
 from semwatch.errors import ConfigError
 from semwatch.line.gate_calibration import Counted, Measured
@@ -62,10 +61,8 @@ def show(
     if as_json:
         typer.echo(json.dumps({"id": settings.id, **settings.model_dump(mode="json")}))
         return
-    shown = table("setting", "value", "meaning", title=f"recipe {settings.name}, id {settings.id}")
-    for name, value, meaning in _fields(settings):
-        shown.add_row(name, printable(in_words(value)), printable(meaning))
-    out.print(shown)
+    rows = [(name, in_words(value), meaning) for name, value, meaning in _fields(settings)]
+    show_table(("setting", "value", "meaning"), rows, title=f"recipe {settings.name}, id {settings.id}")
 
 
 @app.command("calibrate", epilog=EPILOG)

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from semwatch.cli.options import EPILOG, REPOSITORY, JsonOption, RepositoryOption, in_words, out, printable, say
-from semwatch.cli.options import table as new_table
+from semwatch.cli.options import EPILOG, REPOSITORY, JsonOption, RepositoryOption, in_words, say, show_facts
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.system.notify import Notifier, watchdog_interval_s
 from semwatch.triton import background as triton_background
@@ -51,9 +50,12 @@ LOOK_AT_LOADS_S = 5.0
 
 
 @app.command(epilog=EPILOG)
-def setup(folder: FolderOption = FOLDER, target: TargetOption = "onnx-python") -> None:
+def setup(folder: FolderOption = FOLDER, target: TargetOption = "onnx-python", as_json: JsonOption = False) -> None:
     """Install NVIDIA's server from its wheel into a Python environment of its own; done once."""
     made = triton_setup.set_up(folder, target)
+    if as_json:
+        typer.echo(json.dumps({"server": triton_setup.SERVER, "venv": str(made.venv)}))
+        return
     say(f": {triton_setup.SERVER} in {made.venv}", ("installed", "green"))
 
 
@@ -84,9 +86,12 @@ def up(
 
 
 @app.command(epilog=EPILOG)
-def down(folder: FolderOption = FOLDER) -> None:
+def down(folder: FolderOption = FOLDER, as_json: JsonOption = False) -> None:
     """End the server in the background, after the answers under way."""
     did_run = triton_background.down(folder)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "did_run": did_run}))
+        return
     say(f": Triton of {folder}", ("ended" if did_run else "does not run", "green" if did_run else ""))
 
 
@@ -150,13 +155,17 @@ def make_view(
     target: TargetOption = "onnx-python",
     engines: EnginesOption = None,
     precision: PrecisionOption = "fp16",
+    as_json: JsonOption = False,
 ) -> None:
     """Make the folder that a server reads, with its config.pbtxt files: for NVIDIA's container, or to look at."""
     folder = (view or triton_view.beside(repository)).absolute()
     refused = View(folder, repository.absolute()).fill(_settings(threads, target, engines, precision))
-    for model, why in refused.items():
-        say(f": {model} is left out: {why}", ("FIX", "red"))
-    say(f": {folder}", ("made", "green"))
+    if as_json:
+        typer.echo(json.dumps({"view": str(folder), "left_out": refused}))
+    else:
+        for model, why in refused.items():
+            say(f": {model} is left out: {why}", ("FIX", "red"))
+        say(f": {folder}", ("made", "green"))
     if refused:
         raise typer.Exit(1)
 
@@ -197,7 +206,4 @@ def _show(now: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(now))
         return
-    shown = new_table(show_header=False, box=None)
-    for name, value in now.items():
-        shown.add_row(name.replace("_", " "), printable(in_words(value)))
-    out.print(shown)
+    show_facts({name.replace("_", " "): in_words(value) for name, value in now.items()})

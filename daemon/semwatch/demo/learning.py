@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from semwatch.classes.register import ClassRegister
 from semwatch.demo import one_lot
@@ -28,6 +27,7 @@ from semwatch.store.review_record import ReviewRecord
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.handoff import Handoff
 from semwatch.streams.unknowns import connect
+from semwatch.system import terminal
 
 UNSEEN = ("scratch", "residue")
 """Defect types that the demo's head does not know at first. They look like nothing that it knows; a type that does, as
@@ -37,6 +37,8 @@ STAGES = ("BEOL", "DPR")
 COMMAND_TIMEOUT_S = 300.0
 MIN_SHARE = 0.5
 """A cluster gets the name of the type that more than half of its crops show; a mixed one stays without a name."""
+REFUSED = 10
+"""What `semwatch-train retrain` ends with where its head was refused."""
 
 Reviews = Sequence[tuple[Path, ReviewRecord]]
 
@@ -102,7 +104,7 @@ def _lot(folder: Path, n: int, seed: int) -> Path:
 def _semwatch_train(*arguments: str) -> str:
     command = [sys.executable, "-m", "semwatch_training", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S)
-    if done.returncode not in (0, 1) or (done.returncode == 1 and not done.stdout):
+    if done.returncode not in (0, REFUSED):
         raise ServiceUnavailable(f"semwatch-train {arguments[0]} failed:\n{done.stderr[-2000:]}")
     return done.stdout
 
@@ -110,7 +112,7 @@ def _semwatch_train(*arguments: str) -> str:
 def _name_clusters(site: Site, redis_url: str, layout: Layout, lot: Path, console: Console) -> None:
     """Name each learned cluster by the truth of its crops, as an engineer would by looking at them."""
     truth = one_lot.truth_of(lot)
-    table = Table("cluster", "crops", "they show", "named", title="clusters")
+    rows = []
     named: dict[str, str] = {}
     with Ledger(site.state_dir / LEDGER, read_only=True) as ledger:
         path_of = {found.id: found.path for found in ledger.unknowns_since("", limit=100_000)}
@@ -127,8 +129,8 @@ def _name_clusters(site: Site, redis_url: str, layout: Layout, lot: Path, consol
             _semwatch(layout, "clusters", "name", cluster.id, label)
             named[label] = cluster.id
         looks = ", ".join(f"{name} {n}" for name, n in shown.most_common(3))
-        table.add_row(cluster.id, str(cluster.size), looks, what)
-    console.print(table)
+        rows.append((cluster.id, str(cluster.size), looks, what))
+    terminal.print_table(console, ("cluster", "crops", "they show", "named"), rows, title="clusters", right=(1,))
 
 
 def _type_of(shown: Counter[str], n_crops: int) -> str | None:
@@ -165,25 +167,17 @@ def _counts(reviews: Reviews, lot: Path) -> dict[str, Counter[str]]:
 
 
 def _show(before: Mapping[str, Counter[str]], after: Mapping[str, Counter[str]], console: Console) -> None:
-    table = Table(
-        "type",
-        "lot",
-        "images",
-        "named right",
-        "novel-n",
-        "left to people",
-        "wrong name",
-        "missed",
-        title="before, after",
-    )
+    columns = ("type", "lot", "images", "named right", "novel-n", "left to people", "wrong name", "missed")
+    rows = []
     for label in (*UNSEEN, *KNOWN):
+        style = "bold" if label in UNSEEN else ""
         for lot, counts in (("1", before), ("2", after)):
             of_type: Counter[str] = counts.get(label, Counter())
             n = of_type["images"]
             missed = n - sum(of_type[kind] for kind in ("right", "novel", "left", "wrong"))
             cells = [n, *(of_type[kind] for kind in ("right", "novel", "left", "wrong")), missed]
-            table.add_row(label, lot, *map(str, cells), style="bold" if label in UNSEEN else "")
-    console.print(table)
+            rows.append([terminal.printable(text, style) for text in (label, lot, *map(str, cells))])
+    terminal.print_table(console, columns, rows, title="before, after", right=range(1, len(columns)))
     shares = [
         sum(counts[label]["right"] for label in UNSEEN if label in counts)
         / max(1, sum(counts[label]["images"] for label in UNSEEN if label in counts))

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 
 from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.settings.site import IMAGE_SUFFIXES
@@ -24,7 +24,7 @@ from semwatch.store import audit, results
 from semwatch.store.review_record import ReviewRecord, VerdictRecord
 from semwatch.streams import unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
-from semwatch.system import files
+from semwatch.system import files, terminal
 from semwatch.triton import setup
 from semwatch.triton.server import LocalTriton
 
@@ -254,24 +254,23 @@ def truth_of(lot: Path) -> dict[str, list[str]]:
 
 
 def _show(reviews: Sequence[tuple[Path, ReviewRecord]], truth: dict[str, list[str]], console: Console) -> None:
-    columns = ["image", "image score", "gate", "verdicts"] + (["truth"] if truth else [])
-    table = Table(*columns, "ms", title="verdicts")
-    table.columns[0].no_wrap = True
+    columns = ["image", "score", "gate", "verdicts", *(["truth"] if truth else []), "ms"]
+    rows = []
     for image, record in reviews:
         page = record.pages[0]
         verdicts = _verdicts_in_a_line([defect.verdict for defect in page.defects])
         if flags := ", ".join(flag.name for flag in page.quality.flags):
             verdicts = f"{verdicts} [red]{flags}[/]" if page.quality.is_image else f"[red]no image: {flags}[/]"
-        cells = [
+        cells: list[str | Text] = [
             image.name,
             "-" if page.image_score is None else f"{page.image_score:.3f}",
             f"{page.gate_threshold:.3f}",
-            verdicts,
+            Text.from_markup(verdicts),
         ]
         if truth:
-            cells.append(", ".join(label for label in truth.get(image.name, []) if label) or "[dim]defect-free[/]")
-        table.add_row(*cells, f"{sum(record.timings_ms.values()):.0f}")
-    console.print(table)
+            cells.append(", ".join(label for label in truth.get(image.name, []) if label) or "defect-free")
+        rows.append([*cells, f"{sum(record.timings_ms.values()):.0f}"])
+    terminal.print_table(console, columns, rows, title="verdicts", right=(1, 2, len(columns) - 1))
 
 
 def _verdicts_in_a_line(verdicts: Sequence[VerdictRecord]) -> str:

@@ -9,13 +9,13 @@ from semwatch.models import choice, head_bank, model_repository
 from semwatch.models.model_repository import Meta
 
 
-def relabel(repository: Path, names: Mapping[str, str], codes: Mapping[str, int], *, utc: str) -> int | None:
+def relabel(repository: Path, names: Mapping[str, str], codes: Mapping[str, int | None], *, utc: str) -> int | None:
     """Publish the head in service with classes renamed, its bank and golden set alike.
 
     Args:
         repository: model repository.
         names: new label by old; labels that the head does not know are left out.
-        codes: fab code by new label.
+        codes: fab code by new label; None takes it away.
         utc: now.
 
     Returns:
@@ -46,14 +46,17 @@ def relabel(repository: Path, names: Mapping[str, str], codes: Mapping[str, int]
         raise PublishError(f"cannot prepare a head in {tempfile.gettempdir()}: {error}") from error
 
 
-def _renamed(meta: Meta, names: Mapping[str, str], codes: Mapping[str, int]) -> Meta:
+def _renamed(meta: Meta, names: Mapping[str, str], codes: Mapping[str, int | None]) -> Meta:
     labels = tuple(names.get(label, label) for label in meta.labels)
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise PublishError(f"the head would have two classes {twice[0]!r}; merge them instead")
-    all_codes = {names.get(label, label): code for label, code in meta.codes.items()} | dict(codes)
+    all_codes = {**{names.get(label, label): code for label, code in meta.codes.items()}, **codes}
     # Only what was renamed or is still a class: a code without a class would wait for a namesake.
     return meta.model_copy(
-        update={"labels": labels, "codes": {label: code for label, code in all_codes.items() if label in labels}}
+        update={
+            "labels": labels,
+            "codes": {label: code for label, code in all_codes.items() if label in labels and code is not None},
+        }
     )
 
 

@@ -9,7 +9,6 @@ from semwatch.errors import ImageError
 from semwatch.line.marked import Encoded
 from semwatch.operations import corrected_crops, labels
 from semwatch.operations.corrected_crops import Crop, Place
-from semwatch.operations.decide import login_name
 from semwatch.settings.site import Site
 from semwatch.store import corrections, results
 from semwatch.store.corrections import Correction
@@ -18,6 +17,7 @@ from semwatch.store.result_index import INDEX, open_index, stamp_of
 from semwatch.store.review_record import DefectRecord, ReviewRecord
 from semwatch.streams import records
 from semwatch.system.clock import utc_now
+from semwatch.system.login import login_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ where a name can be served at once, the head.
 """
 
 import os
-import pwd
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from semwatch.store import results
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.streams.handoff import Handoff
 from semwatch.system.clock import utc_now
+from semwatch.system.login import login_name
 
 SHEETS = "clusters"
 """Folder of the pictures of found classes, in the state folder."""
@@ -44,6 +44,8 @@ class Decided:
     """A sentence for people."""
     head_version: int | None = None
     """The head that serves a name already."""
+    undone: Decision | None = None
+    """What was taken back."""
 
 
 def name(site: Site, cluster: str, label: str, code: int | None = None) -> Decided:
@@ -122,6 +124,31 @@ def remove(site: Site, cluster: str, crops: Sequence[str]) -> Decided:
     )
 
 
+def undo(site: Site, cluster: str | None = None) -> Decided:
+    """Take back the last decision about a cluster, or the last of all; a name goes from the head in service at once.
+
+    Raises:
+        ConfigError, ServiceUnavailable: as ``name``; there is nothing to undo, or a later step depends on it.
+        PublishError: the head could not be published; the step is on record all the same.
+    """
+    classes = labels_in_service(site)
+
+    def step(c: Clusters, by: str, utc: str) -> Clusters:
+        return decisions.undone(c, cluster, classes=classes, by=by, utc=utc)
+
+    with _register(site) as register, register.locked():
+        after = _decide(site, register, step)
+        taken = after.decisions[-1]
+        undone = next(d for d in after.decisions if d.revision == taken.undoes)
+        if undone.kind == "name":
+            version, then = _serve_name(site, register, after)
+            return Decided(taken, then, version, undone)
+    then = "it had no effect yet, and has none"
+    if taken.applied_utc is None:
+        then = "the next cycle lets its crops wait for a class again"
+    return Decided(taken, then, None, undone)
+
+
 def found_classes(site: Site) -> Clusters:
     """The found classes, and what people decided about them.
 
@@ -174,18 +201,6 @@ def handoff_of(site: Site) -> Handoff:
     return handoff
 
 
-def login_name() -> str:
-    """Who is at the terminal, also behind sudo; without a login session, whose process this is."""
-    try:
-        return os.getlogin()
-    except OSError:
-        pass
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return f"uid {os.getuid()}"
-
-
 @contextmanager
 def _register(site: Site) -> Iterator[ClassRegister]:
     with handoff_of(site) as handoff:
@@ -212,7 +227,8 @@ def _serve_name(site: Site, register: ClassRegister, after: Clusters) -> tuple[i
     decision = after.decisions[-1]
     k = clusters.find(after, decision.cluster)
     if k.state == "proposed":
-        return None, "no head knows it yet: it gets this name in the cycle that learns it"
+        then = "it gets this name in the cycle that learns it" if decision.kind == "name" else "nothing else is changed"
+        return None, f"no head knows it yet: {then}"
     repository = site.models.repository
     pinned = choice.pin_of(repository, "head")
     if pinned is not None:
@@ -222,7 +238,7 @@ def _serve_name(site: Site, register: ClassRegister, after: Clusters) -> tuple[i
         )
     try:
         names = dict.fromkeys(names_of(after, k), k.label)
-        codes = {} if k.code is None else {k.label: k.code}
+        codes = {} if k.code is None and decision.kind == "name" else {k.label: k.code}
         version = relabel(repository, names, codes, utc=decision.utc)
     except PublishError as error:
         raise PublishError(f"{error}; the name is kept: mend this and give it again, or wait for a cycle") from error
@@ -231,6 +247,7 @@ def _serve_name(site: Site, register: ClassRegister, after: Clusters) -> tuple[i
         return None, f"head {serves} does not know this class; the next head that does has the name"
     # Earlier names too: one that met a full disk or a pin is settled by this one.
     settled = [d.revision for d in pending(after) if d.kind == "name" and d.cluster == k.id]
+    settled += [decision.revision] if decision.kind == "undo" else []
     done = observations.applied(after, settled, decision.utc)
     register.write(done.model_copy(update={"revision": after.revision + 1}))
     return serves, f"takes effect now: head {serves} serves the name{_but_pins(site, serves)}"

@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 
 from semwatch.errors import ConfigError
 from semwatch.operations import lots
-from semwatch.operations.decide import login_name
 from semwatch.settings.site import Site
 from semwatch.store.ledger import Ledger, Work
 from semwatch.store.result_index import INDEX, open_index
 from semwatch.store.review_record import printable
 from semwatch.system.clock import utc_now
+from semwatch.system.login import login_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Pins, Recipe
 from semwatch_training.adapt import adapting
 from semwatch_training.adapt.adapting import Outcome, Request
-from semwatch_training.adapt.own_detector import SHIPPED_WEIGHTS, BaseDetector, base_detector
+from semwatch_training.adapt.own_detector import BaseDetector, base_detector
 from semwatch_training.adapt.own_heads import OWN
 from semwatch_training.families.intrinsic import adapt_intrinsic, export, own_statistics
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.publishing.export import publish, publish_head
+from semwatch_training.system.defaults import SHIPPED_DETECTOR
 from semwatch_training.trunks import backbone
 from tiny_models import SHAPE, blobs, encoder_graph, exporting_once, head, intrinsic_graph
 
@@ -137,7 +138,7 @@ def test_head_knows_own_classes_under_the_names_that_it_has_for_them(made) -> No
 
 
 def test_detector_that_serves_brings_its_trunk_along(repository, tmp_path) -> None:
-    base = base_detector(repository, 1, SHIPPED_WEIGHTS, tmp_path / "no such cache")
+    base = base_detector(repository, 1, SHIPPED_DETECTOR, tmp_path / "no such cache")
     assert base.files[export.TRUNK].parent == repository / "detector" / "1"
     (tmp_path / "damaged").write_bytes(base.files[export.TRUNK].read_bytes()[:1000])
     with pytest.raises(ConfigError, match="no checkpoint of the convolutional trunk"):

@@ -16,7 +16,7 @@ from semwatch_training.discovery.head import save_head
 from semwatch_training.evaluation import evaluate_service, labelled_images
 from semwatch_training.evaluation.evaluate_service import KINDS, names_of, purity_at, refuse_synthetic
 from semwatch_training.evaluation.labelled_images import Judgement, Looked, Region
-from semwatch_training.publishing import build_repository
+from semwatch_training.system import defaults
 from tiny_models import SHAPE, encoder_graph, head
 
 LABELS = ("bridge", DEFECT_FREE, "void")
@@ -115,7 +115,7 @@ def test_head_in_service_is_judged_beside_the_shipped_one_without_masks(
     other = head(width, encoder.frozen_width, seed=1)
     other.labels = ("bridge", DEFECT_FREE, "pit")
     save_head(other, shipped / "head.safetensors", encoder_form="", provenance={})
-    monkeypatch.setattr(build_repository, "SHIPPED", shipped)
+    monkeypatch.setattr(defaults, "SHIPPED", shipped)
     recipe = Recipe.model_validate({"name": "open", "gate": {"threshold": 0.0}})
     tables, figures = evaluate_service.service(
         tmp_path / "data", repository=tiny_repository, recipe=recipe, progress=quiet

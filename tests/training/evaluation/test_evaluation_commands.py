@@ -30,8 +30,9 @@ from semwatch_training.evaluation import (
 from semwatch_training.evaluation.binarization_rules import NAMES
 from semwatch_training.evaluation.evaluation_data import Source, by_stage, crops_of, defects_only, fingerprint
 from semwatch_training.evaluation.report import Table
+from semwatch_training.families.branch import segmentation_branch
 from semwatch_training.families.branch.segmentation_branch import BranchForm
-from semwatch_training.families.intrinsic import train_intrinsic
+from semwatch_training.families.intrinsic import intrinsic_detector, train_intrinsic
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicForm
 from semwatch_training.families.memory import fit_memory, memory_detector
 from semwatch_training.families.memory.memory_detector import MemoryForm, SelfMatchingGraph, Trunks
@@ -424,7 +425,7 @@ def test_on_synthetic_fields_each_stage_is_shown_its_own_normals(weights, tmp_pa
         given.update(groups)
         return Table("Few-shot detection", ("on",), ())
 
-    monkeypatch.setattr(experiment_commands, "synthetic", drawn)
+    monkeypatch.setattr(evaluate_detection, "synthetic", drawn)
     monkeypatch.setattr(detection_experiments, "k_shot", noted)
     run("experiment", "k-shot", "synthetic", "--out", tmp_path, "--weights", weights, "--per-type", 2)
     assert list(given) == list(STAGES)
@@ -439,7 +440,7 @@ def test_binarization_on_a_folder_and_on_every_stage(folder, tiny_repository, tm
         ["stripes", rule] for rule in NAMES.values()
     ]  # fmt: skip
     assert all(row[2]["n"] == row[4]["n"] == 6 for row in table["rows"])
-    monkeypatch.setattr(experiment_commands, "synthetic", one_square)
+    monkeypatch.setattr(evaluate_detection, "synthetic", one_square)
     run("experiment", "binarization", "synthetic", "--out", tmp_path / "s", "--repository", tiny_repository)
     rows = report(tmp_path / "s")["Binarisation of score maps"]["rows"]
     assert [row[0] for row in rows] == [stage for stage in STAGES for _ in range(len(NAMES))]
@@ -522,8 +523,10 @@ def test_cross_process_keeps_runs_of_other_sizes_apart(tmp_path, monkeypatch) ->
 
 @pytest.fixture
 def small_branch(monkeypatch) -> None:
-    monkeypatch.setattr(command_line, "BranchForm", lambda width: BRANCH)
-    monkeypatch.setattr(command_line, "IntrinsicForm", lambda **form: IntrinsicForm(**form, keys=5, domain_fields=12))
+    monkeypatch.setattr(segmentation_branch, "BranchForm", lambda width: BRANCH)
+    monkeypatch.setattr(
+        intrinsic_detector, "IntrinsicForm", lambda **form: IntrinsicForm(**form, keys=5, domain_fields=12)
+    )
 
 
 def test_detector_learns_from_a_folder_and_keeps_a_quarter_for_the_gate(folder, tmp_path, small_branch) -> None:

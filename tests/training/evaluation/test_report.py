@@ -12,7 +12,7 @@ from rich.console import Console
 
 from semwatch.errors import ConfigError
 from semwatch_training.evaluation import report
-from semwatch_training.evaluation.report import Provenance, Table, as_dict, markdown, rich_table, write
+from semwatch_training.evaluation.report import Provenance, Table, as_dict, markdown, show, write
 from semwatch_training.metrics.uncertainty import Rate, Spread
 
 TABLE = Table(
@@ -69,7 +69,7 @@ def test_json_keeps_numbers_unrounded_and_undefined_ones_null() -> None:
 
 def test_console_shows_brackets_as_words_not_as_markup() -> None:
     console = Console(width=100, file=StringIO())
-    console.print(rich_table(Table("t [bold]", ("[red]",), (("[blue]x",),), note="[i]note")))
+    show(Table("t [bold]", ("[red]",), (("[blue]x",),), note="[i]note"), console)
     text = console.file.getvalue()
     assert all(words in text for words in ("t [bold]", "[red]", "[blue]x", "[i]note"))
 

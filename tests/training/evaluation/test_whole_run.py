@@ -21,7 +21,7 @@ from semwatch_training.evaluation import evaluate_commands
 from semwatch_training.evaluation import whole_run as ship
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.branch.train_branch import BranchSchedule
-from semwatch_training.families.detector_run import BranchImages
+from semwatch_training.families.branch_images import BranchImages
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicForm
 from semwatch_training.families.smg_vit import encoder_run, self_supervision, unlabelled_crops
 from semwatch_training.families.smg_vit import export as smg_vit_export

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import redis
@@ -18,22 +18,27 @@ N_SESSIONS = int(os.environ.get("SEMWATCH_SESSIONS", "12"))
 """Of the slow test: some ten seconds of processor time each. 200 say more."""
 
 
+class Run(Protocol):
+    def __call__(self, seed: int, *, undoes: bool = False) -> Session: ...
+
+
 @pytest.fixture
 def session(
     tmp_path: Path, tiny_repository: Path, client: redis.Redis, server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[int], Session]:
+) -> Run:
     """Runs the session of a seed on a site of its own."""
     monkeypatch.setattr(cycle_report, "_png", lambda figure: b"")  # nobody looks
     monkeypatch.setattr(candidates, "SPAN", 4)  # there are three kinds to find
 
-    def run(seed: int) -> Session:
+    def run(seed: int, *, undoes: bool = False) -> Session:
         client.flushall()
-        return sessions.run(make_lab(tmp_path / f"site-{seed}", tiny_repository, client, server.url), seed)
+        lab = make_lab(tmp_path / f"site-{seed}", tiny_repository, client, server.url)
+        return sessions.run(lab, seed, undoes=undoes)
 
     return run
 
 
-def test_session_of_merging_and_rolling_back_does_no_harm(session: Callable[[int], Session]) -> None:
+def test_session_of_merging_and_rolling_back_does_no_harm(session: Run) -> None:
     one = session(14)
     assert sessions.harms(one) == [], one.log
     assert {"roll back (2, 1)", "merge novel-1", "remove novel-2", "reject novel-3"} <= set(one.log), one.log
@@ -41,12 +46,24 @@ def test_session_of_merging_and_rolling_back_does_no_harm(session: Callable[[int
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_many_sessions_do_no_harm(session: Callable[[int], Session]) -> None:
+def test_many_sessions_do_no_harm(session: Run) -> None:
     found = []
     for seed in range(N_SESSIONS):
         one = session(seed)
         found += [f"{seed}: {line}" for harm in sessions.harms(one) for line in (harm, *one.log)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_many_sessions_with_second_thoughts_do_no_harm(session: Run) -> None:
+    found, undone = [], 0
+    for seed in range(N_SESSIONS):
+        one = session(seed, undoes=True)
+        undone += sum(line.startswith("undo ") for line in one.log)
+        found += [f"{seed}: {line}" for harm in sessions.harms(one) for line in (harm, *one.log)]
+    assert not found, "\n".join(found)
+    assert undone >= N_SESSIONS
 
 
 def no_crops_come_back(*_: object) -> list[str]:
@@ -67,7 +84,7 @@ def nothing_is_undone(c: Any, *_: object) -> Any:
     ],
 )
 def test_planted_mistake_is_noticed(
-    session: Callable[[int], Session],
+    session: Run,
     monkeypatch: pytest.MonkeyPatch,
     owner: Any,
     name: str,

@@ -17,7 +17,7 @@ from semwatch_training.families.memory.memory_detector import MemoryForm, Memory
 from semwatch_training.families.ni import export as ni_export
 from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
 from semwatch_training.publishing import export
-from semwatch_training.publishing.build_repository import SHIPPED
+from semwatch_training.system.defaults import SHIPPED
 from semwatch_training.trunks import backbone
 from tiny_models import TO_ONNX, convolutional, detector_graph, trunk
 

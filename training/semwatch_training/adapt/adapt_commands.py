@@ -8,10 +8,7 @@ from typing import Annotated
 import typer
 
 from semwatch.settings.fields import EXAMPLES
-from semwatch.settings.recipe import load_recipe
-from semwatch.settings.site import load_site
-from semwatch_training.adapt import adapting, own_detector
-from semwatch_training.adapt.adapting import Request
+from semwatch_training.system.defaults import SHIPPED_DETECTOR
 from semwatch_training.system.progress_bars import Bars, console
 
 
@@ -29,7 +26,7 @@ def adapt(
     seed: int = 0,
     weights: Annotated[
         Path, typer.Option(help="The detector's weights that the repository was built from.")
-    ] = own_detector.SHIPPED_WEIGHTS,
+    ] = SHIPPED_DETECTOR,
     cache: Annotated[Path, typer.Option(help="Where the converted backbones are kept.")] = Path(".cache"),
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output; asks nothing.")] = False,
     asks: Annotated[bool, typer.Option("--ask", help="Ask on standard error, with --json too.")] = False,
@@ -38,6 +35,11 @@ def adapt(
 
     The running daemon takes both over by itself.
     """
+    from semwatch.settings.recipe import load_recipe
+    from semwatch.settings.site import load_site
+    from semwatch_training.adapt import adapting, own_detector
+    from semwatch_training.adapt.adapting import Request
+
     settings = load_site(site)
     by_id = {recipe.id: recipe for recipe in (load_recipe(folder.recipe) for folder in settings.folders)}
     recipes = tuple(by_id.values())

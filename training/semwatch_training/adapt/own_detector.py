@@ -18,7 +18,6 @@ from semwatch_training.families.intrinsic import adapt_intrinsic, export, train_
 from semwatch_training.families.intrinsic.adapt_intrinsic import Adapted
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.intrinsic.train_intrinsic import FAMILY
-from semwatch_training.publishing import build_repository
 from semwatch_training.publishing.export import publish
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
@@ -155,6 +154,3 @@ def copy_version(source: Path, target: Path, model: str, version: int) -> int:
         if path.name not in (model_repository.WEIGHTS, model_repository.META)
     }
     return model_repository.publish(target, meta, folder / model_repository.WEIGHTS, beside=beside)
-
-
-SHIPPED_WEIGHTS = build_repository.SHIPPED / "detector.safetensors"

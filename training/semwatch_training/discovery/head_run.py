@@ -21,7 +21,6 @@ from semwatch_training.system.progress_bars import Progress
 
 CROPS_SUFFIX = ".crops.npz"
 """Of the shard beside a head's weights: crops of the bank, then of the golden set; see ``models.crop_store``."""
-N_IMAGES = 720
 """Synthetic images to search for labelled crops."""
 
 

@@ -37,13 +37,14 @@ from semwatch_training.engines.manifest import up_to_date
 from semwatch_training.engines.parity import Batched
 from semwatch_training.engines.tensorrt_compiler import TOOLKITS, compile_plan, load_toolkit
 from semwatch_training.publishing.export import random_inputs
+from semwatch_training.system.defaults import ENGINE_IMAGES
 from semwatch_training.system.progress_bars import Progress
 
 CONVERTER = 2
 """Raised when a conversion changes, so that old plans are compiled again."""
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}
 """Largest difference to fp32 that a converted network may show, relative to the output's largest value."""
-N_NOISE, N_IMAGES = 2, 8
+N_NOISE = 2
 
 
 class Made(NamedTuple):
@@ -62,7 +63,7 @@ def export(
     capabilities: Sequence[int] = (),
     models: Sequence[str] = MODELS,
     images: Path | None = None,
-    n_images: int = N_IMAGES,
+    n_images: int = ENGINE_IMAGES,
     progress: Progress,
 ) -> Iterator[Made]:
     """Convert, prove and compile the versions that serve; what is up to date is left alone.

@@ -1,15 +1,14 @@
 """`semwatch-train export`: published networks to ONNX of another precision, or to TensorRT plans for a fleet."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from semwatch.models.model_repository import MODELS
-from semwatch.triton import plans
-from semwatch_training.engines import build
-from semwatch_training.engines.tensorrt_compiler import parse_capabilities
+from semwatch.system import terminal
+from semwatch.system.command_line import JsonOption
+from semwatch_training.system.defaults import ENGINE_IMAGES
 from semwatch_training.system.progress_bars import Bars, console
 
 
@@ -34,8 +33,9 @@ def export(
         Path | None, typer.Option(help="Folder of your images to prove the conversion on; else synthetic ones.")
     ] = None,
     n_images: Annotated[int, typer.Option(min=1, help="How many of them; 50 where plans are run on a GPU.")] = (
-        build.N_IMAGES
+        ENGINE_IMAGES
     ),
+    as_json: JsonOption = False,
 ) -> None:
     """Compile the models that serve for your GPUs, on any machine; prove each conversion first.
 
@@ -46,7 +46,12 @@ def export(
 
     semwatch-train export --out engines --compute-capability 86,89,120
     """
-    table = Table("model", "engine", "id", "seconds", "MB", "off by", "on a GPU", title=f"engines in {out}")
+    from semwatch.models.model_repository import MODELS
+    from semwatch.triton import plans
+    from semwatch_training.engines import build
+    from semwatch_training.engines.tensorrt_compiler import parse_capabilities
+
+    rows = []
     capabilities = parse_capabilities(compute_capability)
     with Bars() as progress:
         made = list(
@@ -58,7 +63,7 @@ def export(
     for manifest, is_new in made:
         worst = max(off for row in manifest.parity for off in row.relative.values())
         size = manifest.plan_bytes or (out / manifest.folder / plans.ONNX).stat().st_size
-        table.add_row(
+        cells = (
             f"{manifest.model} {manifest.version}",
             manifest.folder.name,
             manifest.engine_id,
@@ -67,6 +72,11 @@ def export(
             f"{worst:.0e} of {manifest.tolerance:.0e}",
             manifest.gpu.split(":")[0],
         )
-    console.print(table)
+        rows.append(cells)
+    if as_json:
+        typer.echo(json.dumps([{**manifest.model_dump(mode="json"), "is_new": is_new} for manifest, is_new in made]))
+        return
+    columns = ("model", "engine", "id", "seconds", "MB", "off by", "on a GPU")
+    terminal.print_table(console, columns, rows, title=f"engines in {out}", right=(3, 4))
     for note in sorted({manifest.gpu for manifest, _ in made if manifest.gpu.startswith("skipped")}):
         console.print(f"run on a GPU: {note}", highlight=False)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from semwatch.defects import DEFECT_FREE
 from semwatch.models.inference import Embedded
@@ -19,19 +19,18 @@ from semwatch_training.evaluation import (
     evaluation_data,
     searched_crops,
 )
-from semwatch_training.evaluation.evaluation_data import CACHE, SYNTHETIC, Source
+from semwatch_training.evaluation.evaluation_data import SYNTHETIC, Source
+from semwatch_training.evaluation.options import CACHE, Unknown
 from semwatch_training.evaluation.report import Result
-from semwatch_training.publishing import build_repository
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
+from semwatch_training.system.defaults import SHIPPED
 from semwatch_training.system.progress_bars import Progress
-
-Unknown = Literal["type", "stage"]
 
 
 def detection(
     data: str,
     *,
-    weights: Path = build_repository.SHIPPED,
+    weights: Path = SHIPPED,
     seeds: Sequence[int],
     per_type: int,
     false_alarm_rate: float,

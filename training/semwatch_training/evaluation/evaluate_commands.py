@@ -7,8 +7,7 @@ import typer
 
 from semwatch.errors import ConfigError
 from semwatch.settings.recipe import Gate, Recipe, load_recipe
-from semwatch_training.evaluation import evaluate, evaluate_real, evaluate_service
-from semwatch_training.evaluation.evaluation_data import (
+from semwatch_training.evaluation.options import (
     CACHE,
     REPOSITORY,
     CacheOption,
@@ -19,11 +18,10 @@ from semwatch_training.evaluation.evaluation_data import (
     RateOption,
     RepositoryOption,
     SeedsOption,
-    Source,
+    Unknown,
     WeightsOption,
-    finish,
 )
-from semwatch_training.publishing import build_repository
+from semwatch_training.system.defaults import SHIPPED
 from semwatch_training.system.progress_bars import Bars
 
 GATE = Gate()
@@ -38,7 +36,7 @@ evaluate_app = typer.Typer(
 def detection(
     data: DataArgument,
     out: OutOption = Path("report-detection"),
-    weights: WeightsOption = build_repository.SHIPPED,
+    weights: WeightsOption = SHIPPED,
     seeds: SeedsOption = 3,
     per_type: PerTypeOption = 12,
     false_alarm_rate: RateOption = 0.01,
@@ -46,6 +44,9 @@ def detection(
     as_json: JsonOption = False,
 ) -> None:
     """Detection: image and pixel AUROC, AUPRO, F1-max, false alarms of the gate; beside the training-free engines."""
+    from semwatch_training.evaluation import evaluate
+    from semwatch_training.evaluation.evaluation_data import finish
+
     with Bars() as progress:
         result = evaluate.detection(
             data,
@@ -90,6 +91,9 @@ def classification(
 
     With --head service nothing is fitted: the head in service is judged on your labelled images, as it serves.
     """
+    from semwatch_training.evaluation import evaluate, evaluate_service
+    from semwatch_training.evaluation.evaluation_data import Source, finish
+
     if head == "service":
         folder, settings = evaluate_service.refuse_synthetic(data), load_recipe(recipe) if recipe else Recipe()
         with Bars() as progress:
@@ -118,6 +122,9 @@ def unknown(
     as_json: JsonOption = False,
 ) -> None:
     """The unknown rule: each class left out in turn; AUROC of strangers against known, false-unknown rate."""
+    from semwatch_training.evaluation import evaluate
+    from semwatch_training.evaluation.evaluation_data import Source, finish
+
     with Bars() as progress:
         result = evaluate.unknown(Source(data, repository, per_type, cache), seeds=range(seeds), progress=progress)
     finish(out, "Unknown rule", result, data, range(seeds), as_json=as_json)
@@ -128,7 +135,7 @@ def discovery(
     data: DataArgument,
     out: OutOption = Path("report-discovery"),
     unknown: Annotated[
-        evaluate.Unknown, typer.Option(help="What is unknown in turn: one defect type, or a whole process stage.")
+        Unknown, typer.Option(help="What is unknown in turn: one defect type, or a whole process stage.")
     ] = "type",
     base: Annotated[
         str | None,
@@ -148,6 +155,9 @@ def discovery(
     Without --base each class, or each process stage, is unknown in turn, cut along true masks. With --base the
     repository's detector searches the test images, all of whose classes are to be discovered.
     """
+    from semwatch_training.evaluation import evaluate
+    from semwatch_training.evaluation.evaluation_data import Source, finish
+
     source = Source(data, repository, per_type, cache)
     if base is not None and unknown != "type":
         raise ConfigError("with --base all classes of the images are unknown: leave out --unknown")
@@ -173,6 +183,9 @@ def k(
     as_json: JsonOption = False,
 ) -> None:
     """The number of classes: every rule over problems drawn from the classes at hand."""
+    from semwatch_training.evaluation import evaluate
+    from semwatch_training.evaluation.evaluation_data import Source, finish
+
     with Bars() as progress:
         result = evaluate.k(
             Source(data, repository, per_type, cache), n_problems=problems, seed=seed, progress=progress
@@ -209,6 +222,9 @@ def real(
     as_json: JsonOption = False,
 ) -> None:
     """Real SEM that nobody trained on: detection, gates, escapes, labels, discovery and time of the served models."""
+    from semwatch_training.evaluation import evaluate_real
+    from semwatch_training.evaluation.evaluation_data import finish
+
     with Bars() as progress:
         result = evaluate_real.real(
             folder,

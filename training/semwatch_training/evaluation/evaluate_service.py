@@ -25,7 +25,7 @@ from semwatch_training.evaluation.labelled_images import Judgement, Looked
 from semwatch_training.evaluation.report import Cell, Result, Table
 from semwatch_training.metrics.adc_metrics import adc_metrics, purity_contribution_curves
 from semwatch_training.metrics.uncertainty import Rate
-from semwatch_training.publishing import build_repository
+from semwatch_training.system import defaults
 from semwatch_training.system.progress_bars import Progress
 
 KINDS = ("known", "novel", "unknown", "non-decidable", "defect-free", "gate shut", "not found", "nothing found")
@@ -74,7 +74,7 @@ def _judged(
 
 def _shipped(models: Embedded) -> Head | None:
     """The shipped head, where it reads the features of the encoder in service and is not itself what serves."""
-    path = build_repository.SHIPPED / "head.safetensors"
+    path = defaults.SHIPPED / "head.safetensors"
     serving = models.meta("head")
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What evaluation and experiment commands share: their arguments, labelled crops kept on disk, and the report."""
+"""What evaluation and experiment commands share: labelled crops kept on disk, and the report."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import typer
@@ -26,29 +25,13 @@ from semwatch_training.data.datasets import DataSet, Sample
 from semwatch_training.discovery import labelled_crops
 from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.evaluation import report, searched_crops
+from semwatch_training.evaluation.options import CACHE, REPOSITORY
 from semwatch_training.evaluation.report import Provenance, Result
 from semwatch_training.evaluation.searched_crops import SearchedCrops
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
 from semwatch_training.system.progress_bars import Progress, console
 
 SYNTHETIC = "synthetic"
-REPOSITORY, CACHE = Path("model_repository"), Path(".cache")
-
-DataArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Labelled images (a folder per class, a table of labels or boxes, masks, COCO, YOLO, public sets; see "
-        "docs/training.md), or 'synthetic'."
-    ),
-]
-OutOption = Annotated[Path, typer.Option(help="Folder of the report: report.md, report.json, pictures.")]
-SeedsOption = Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ...")]
-RepositoryOption = Annotated[Path, typer.Option(help="Model repository whose models are judged.")]
-CacheOption = Annotated[Path, typer.Option(help="Where backbones, features and crops are kept.")]
-RateOption = Annotated[float, typer.Option(min=0.0001, max=0.999, help="Stated false alarm rate of the gate.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Tables as JSON on standard output.")]
-PerTypeOption = Annotated[int, typer.Option(min=2, help="Synthetic images of each defect type.")]
-WeightsOption = Annotated[Path, typer.Option(help="Folder with detector.safetensors.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +197,7 @@ def finish(out: Path, title: str, result: Result, data: str, seeds: Sequence[int
     command = shlex.join(["semwatch-train", *sys.argv[1:]])
     report.write(out, title, tables, figures, Provenance(command, tuple(seeds), Path(data).name))
     for table in tables:
-        console.print(report.rich_table(table))
+        report.show(table, console)
     console.print(f"report in {out}/report.md", highlight=False)
     if as_json:
         typer.echo(json.dumps([report.as_dict(table) for table in tables]))

@@ -5,23 +5,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
-import numpy as np
 import typer
 
 from semwatch.defects import DEFECT_FREE
 from semwatch.errors import ConfigError
-from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
-from semwatch_training.data import datasets
-from semwatch_training.discovery import estimate_k
-from semwatch_training.evaluation import crop_experiments, detection_experiments, detectors
-from semwatch_training.evaluation.evaluate_detection import Field, of_samples, synthetic
-from semwatch_training.evaluation.evaluation_data import (
+from semwatch_training.evaluation.options import (
     CACHE,
     REPOSITORY,
-    SYNTHETIC,
     CacheOption,
     DataArgument,
     JsonOption,
@@ -29,22 +22,15 @@ from semwatch_training.evaluation.evaluation_data import (
     PerTypeOption,
     RepositoryOption,
     SeedsOption,
-    Source,
     WeightsOption,
-    by_stage,
-    crops_of,
-    defects_only,
-    finish,
-    frozen_width,
-    read_folder,
 )
-from semwatch_training.families.branch.train_branch import BranchSchedule
-from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
-from semwatch_training.families.ni.train_detector import Schedule
-from semwatch_training.publishing import build_repository
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES
+from semwatch_training.system.defaults import SHIPPED
 from semwatch_training.system.progress_bars import Bars
-from semwatch_training.trunks import backbone
+
+if TYPE_CHECKING:
+    from semwatch_training.evaluation.detection_experiments import Image
+    from semwatch_training.evaluation.evaluate_detection import Field
 
 experiment_app = typer.Typer(
     no_args_is_help=True, help="The paper's experiments; each prints a table like the paper's."
@@ -65,6 +51,11 @@ def cross_process(
     as_json: JsonOption = False,
 ) -> None:
     """Train on one process stage, judge on the two others, in all three directions (the paper's table 1)."""
+    from semwatch_training.evaluation import detection_experiments
+    from semwatch_training.evaluation.evaluation_data import SYNTHETIC, finish
+    from semwatch_training.families.branch.train_branch import BranchSchedule
+    from semwatch_training.trunks import backbone
+
     if unknown := set(stage or ()) - set(STAGES):
         raise ConfigError(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     with Bars() as progress:
@@ -88,7 +79,7 @@ def cross_process(
 def k_shot(
     data: DataArgument,
     out: OutOption = Path("report-k-shot"),
-    weights: WeightsOption = build_repository.SHIPPED,
+    weights: WeightsOption = SHIPPED,
     shots: Annotated[list[int] | None, typer.Option(help="Normal images shown; repeat. Default: 1 and 4.")] = None,
     seeds: SeedsOption = 3,
     per_type: PerTypeOption = 4,
@@ -99,6 +90,9 @@ def k_shot(
 
     The rows without a normal image are support-set-free inference: the shipped detector and self-matching.
     """
+    from semwatch_training.evaluation import detection_experiments, detectors
+    from semwatch_training.evaluation.evaluation_data import finish
+
     trunks = detectors.trunks(cache)
     free = detectors.support_set_free(trunks, weights, false_alarm_rate=0.01)
     groups = _normals_and_fields(data, per_type)
@@ -127,6 +121,12 @@ def tokens(
     as_json: JsonOption = False,
 ) -> None:
     """Direct matching against reconstruction (the paper's table 4), over the number of normal tokens (figure 10)."""
+    from semwatch_training.evaluation import detection_experiments
+    from semwatch_training.evaluation.evaluation_data import finish
+    from semwatch_training.families.ni.ni_detector import DetectorForm, DetectorGraph, NIDetector
+    from semwatch_training.families.ni.train_detector import Schedule
+    from semwatch_training.trunks import backbone
+
     vit = backbone.load(cache)
     groups = _normals_and_fields(data, per_type).values()
     normals = [image for turn in zip_longest(*(images for images, _ in groups)) for image in turn if image is not None]
@@ -162,6 +162,10 @@ def binarization(
     as_json: JsonOption = False,
 ) -> None:
     """Masks from score maps: 0.5, Otsu, the paper's rule and ours; IoU with the truth and error of the count."""
+    from semwatch.models.inference import Embedded
+    from semwatch_training.evaluation import crop_experiments
+    from semwatch_training.evaluation.evaluation_data import finish
+
     fields, n = _defective_fields(data, per_type)
     with Embedded(repository, models=("detector",)) as models, Bars() as progress:
         table = crop_experiments.binarization(models, fields, n, progress=progress)
@@ -178,6 +182,12 @@ def mask_and_crop(
     as_json: JsonOption = False,
 ) -> None:
     """What crop and mask are worth to discovery (the paper's table 7)."""
+    import numpy as np
+
+    from semwatch.models.inference import Embedded
+    from semwatch_training.evaluation import crop_experiments
+    from semwatch_training.evaluation.evaluation_data import finish, frozen_width, read_folder
+
     test = [sample for sample in read_folder(data, require_masks=True).test if sample.label != DEFECT_FREE]
     drawn = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:limit]]
     with Embedded(repository, models=("detector", "encoder")) as models, Bars() as progress:
@@ -197,6 +207,10 @@ def k_per_stage(
     as_json: JsonOption = False,
 ) -> None:
     """Number of classes of each synthetic stage, the other two labelled (the paper's table 5)."""
+    from semwatch_training.discovery import estimate_k
+    from semwatch_training.evaluation import crop_experiments
+    from semwatch_training.evaluation.evaluation_data import SYNTHETIC, Source, by_stage, crops_of, defects_only, finish
+
     with Bars() as progress:
         crops, width, _ = crops_of(Source(SYNTHETIC, repository, per_type, cache), progress=progress)
     features, labels = defects_only(crops, width)
@@ -211,8 +225,12 @@ def k_per_stage(
     finish(out, "Number of classes by stage", ([table], {}), SYNTHETIC, range(seeds), as_json=as_json)
 
 
-def _defective_fields(data: str, per_type: int) -> tuple[dict[str, Iterable[Field]], int]:
+def _defective_fields(data: str, per_type: int) -> "tuple[dict[str, Iterable[Field]], int]":
     """Fields with a defect, by process stage or of the data set's test part, and how many they are."""
+    from semwatch_training.data import datasets
+    from semwatch_training.evaluation.evaluate_detection import of_samples, synthetic
+    from semwatch_training.evaluation.evaluation_data import SYNTHETIC, read_folder
+
     if data == SYNTHETIC:
         made: dict[str, Iterable[Field]] = {
             stage: synthetic(stage, n_normal=0, n_per_type=per_type, first_seed=datasets.SEED_EVALUATE)
@@ -224,8 +242,12 @@ def _defective_fields(data: str, per_type: int) -> tuple[dict[str, Iterable[Fiel
     return {data_set.name: of_samples(defects)}, len({sample.image for sample in defects})
 
 
-def _normals_and_fields(data: str, per_type: int) -> dict[str, tuple[list[detection_experiments.Image], list[Field]]]:
+def _normals_and_fields(data: str, per_type: int) -> "dict[str, tuple[list[Image], list[Field]]]":
     """Normal images to learn from, and fields to judge, by process stage or of a folder's train and test parts."""
+    from semwatch_training.data import datasets
+    from semwatch_training.evaluation.evaluate_detection import of_samples, synthetic
+    from semwatch_training.evaluation.evaluation_data import SYNTHETIC, read_folder
+
     if data == SYNTHETIC:
         return {
             stage: (

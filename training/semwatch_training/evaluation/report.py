@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.table
 from matplotlib.figure import Figure
-from rich.text import Text
+from rich.console import Console
 
 from semwatch.errors import ConfigError
+from semwatch.system import terminal
 from semwatch.system.files import write_whole
 from semwatch_training.metrics.uncertainty import Rate, Spread
 
@@ -95,14 +95,12 @@ def as_dict(table: Table) -> dict[str, Any]:
     }
 
 
-def rich_table(table: Table) -> rich.table.Table:
-    """Lay a table out for the console; words are shown as they are, never read as markup."""
-    shown = rich.table.Table(title=Text(table.title), caption=Text(table.note) if table.note else None)
-    for column, name in enumerate(table.columns):
-        shown.add_column(Text(name), justify="right" if _is_numeric(table, column) else "left")
-    for row in table.rows:
-        shown.add_row(*(Text(_words(cell)) for cell in row))
-    return shown
+def show(table: Table, console: Console) -> None:
+    """Print a table; words are shown as they are, never read as markup."""
+    rows = [[_words(cell) for cell in row] for row in table.rows]
+    numeric = [column for column in range(len(table.columns)) if _is_numeric(table, column)]
+    terminal.print_table(console, table.columns, rows, title=table.title, note=table.note, right=numeric)
+    console.print()
 
 
 def write(

@@ -28,12 +28,13 @@ from semwatch_training.evaluation.evaluation_data import SYNTHETIC
 from semwatch_training.families import detector_run
 from semwatch_training.families.branch.segmentation_branch import BranchForm
 from semwatch_training.families.branch.train_branch import BranchSchedule
-from semwatch_training.families.detector_run import BranchImages
+from semwatch_training.families.branch_images import BranchImages
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicForm
 from semwatch_training.families.smg_vit import encoder_run, self_supervision
 from semwatch_training.families.smg_vit.encoder_run import CropSource
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm
 from semwatch_training.publishing import build_repository
+from semwatch_training.system.defaults import BRANCH_STEPS, BRANCH_WIDTH, HEAD_IMAGES, MIN_NORMALS
 from semwatch_training.system.progress_bars import Bars
 
 
@@ -82,21 +83,21 @@ def plan(scale: float, *, seed: int, self_supervise: bool) -> Plan:
 
     whole = BranchImages()
     return Plan(
-        form=IntrinsicForm(branch=BranchForm(width=detector_run.WIDTH)),
+        form=IntrinsicForm(branch=BranchForm(width=BRANCH_WIDTH)),
         images=replace(
             whole,
-            n_normals=scaled(whole.n_normals, detector_run.MIN_NORMALS),
+            n_normals=scaled(whole.n_normals, MIN_NORMALS),
             n_labelled=scaled(whole.n_labelled, 8),
             n_backgrounds=scaled(whole.n_backgrounds, 2),
             n_scenes=scaled(whole.n_scenes, 8),
             held_out=scaled(whole.held_out, 100),
         ),
-        branch=BranchSchedule(steps=scaled(detector_run.STEPS, 30), seed=seed),
+        branch=BranchSchedule(steps=scaled(BRANCH_STEPS, 30), seed=seed),
         crops=CropSource(n_images=scaled(CropSource().n_images, 30)),
         encoder=self_supervision.Schedule(epochs=scaled(20, 2), batch=min(32, scaled(64, 8)), seed=seed)
         if self_supervise
         else None,
-        head_images=scaled(head_run.N_IMAGES, 180),
+        head_images=scaled(HEAD_IMAGES, 180),
         fields_per_type=scaled(12, 2),
         crops_per_type=scaled(40, 18),
         problems=scaled(60, 4),

@@ -5,7 +5,7 @@ ties to the run's settings. It uses the GPU where there is one; a checkpoint may
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -29,46 +29,20 @@ from semwatch_training.families.branch.branch_views import (
     views,
 )
 from semwatch_training.families.branch.train_branch import BranchSchedule, cache_samples, train_branch
+from semwatch_training.families.branch_images import BranchImages
 from semwatch_training.families.intrinsic import train_intrinsic
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicDetector, IntrinsicForm, IntrinsicGraph
 from semwatch_training.families.intrinsic.train_intrinsic import N_CALIBRATION, UNSEEN_KINDS
 from semwatch_training.families.ni import train_detector
 from semwatch_training.families.ni.ni_detector import DetectorForm, NIDetector
 from semwatch_training.families.ni.train_detector import Schedule
-from semwatch_training.synthetic import STAGES, render
+from semwatch_training.synthetic import render
+from semwatch_training.system.defaults import MIN_NORMALS
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import VisionTransformer
 
-MIN_NORMALS = 8
-STEPS, WIDTH = 3000, 64
-"""Of the default detector's branch."""
-
 Provenance = dict[str, str | float | int]
-
-
-@dataclass(frozen=True, slots=True)
-class BranchImages:
-    """What the default detector learns from: synthetic images, or a folder of normal ones."""
-
-    normals: Path | None = None
-    """Folder; None for synthetic fields."""
-    n_normals: int = 200
-    """Synthetic normal fields; of a folder all count that are not held out."""
-    n_labelled: int = 1800
-    """Synthetic fields with a labelled defect; none beside a folder, whose defects nobody has labelled."""
-    n_backgrounds: int = 200
-    """Procedural backgrounds of no process."""
-    n_scenes: int = 1600
-    """Scenes of no process, half of them with a true defect; none beside a folder. See ``data.world``."""
-    held_out: int = 200
-    """Normal images kept for the gate's threshold; of a folder at most a quarter."""
-    stages: tuple[str, ...] = STAGES
-
-    @property
-    def n(self) -> int:
-        """Pairs of image and mask that ``views`` makes of them."""
-        return 2 * (self.n_normals + self.n_backgrounds) + self.n_labelled + self.n_scenes
 
 
 def train_default(

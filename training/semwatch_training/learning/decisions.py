@@ -7,7 +7,7 @@ head knows yet, once a person has split it or made it part of a class that the h
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from semwatch.classes import clusters, observations
-from semwatch.classes.clusters import LIVE, Clusters, Decision
+from semwatch.classes.clusters import LIVE, Cluster, Clusters, Decision
 from semwatch.errors import ConfigError
 from semwatch.models import head_bank
 from semwatch.models.head_bank import Bank
@@ -119,8 +119,13 @@ def recorded_decisions(meta: Meta) -> list[int]:
 def _is_applied(c: Clusters, d: Decision, meta: Meta) -> bool:
     """Whether this head leaves nothing to do for a decision."""
     k = clusters.find(c, d.cluster)
-    if d.kind == "name":
+    undone = None if d.undoes is None else next(e for e in c.decisions if e.revision == d.undoes)
+    if d.kind == "name" or (undone is not None and undone.kind == "name"):
         return k.label in meta.labels and k.code in (None, meta.codes.get(k.label))
+    if undone is not None:
+        if undone.kind != "merge":
+            return True  # the cycle that reads this puts back what was rejected
+        return bool(clusters.names_of(c, k) & set(meta.labels)) or not _labels_of_target(c, undone) & set(meta.labels)
     if d.kind == "split" or clusters.names_of(c, k) & set(meta.labels):
         return False
     return d.kind in ("reject", "remove") or k.head_version is not None or clusters.label_of(c, k.id) not in meta.labels
@@ -160,9 +165,8 @@ def _removed(base: BaseHead, c: Clusters) -> tuple[set[str], set[int]]:
                 for id_, label in zip(crops.ids, crops.labels, strict=True) if id_}  # fmt: skip
     n_left, removed, waits = Counter(base.bank.labels), set[str](), set[int]()
     learned = set(base.bank.ids)
-    for d in (d for d in c.decisions if d.kind == "remove"):
-        own = clusters.names_of(c, clusters.find(c, d.cluster)) | {clusters.label_of(c, d.cluster)}
-        gone = {id_ for id_ in d.crops or () if label_of.get(id_) in own} - removed
+    for d, crops, own in _leaving(c):
+        gone = {id_ for id_ in crops if label_of.get(id_) in own} - removed
         n_gone = Counter(label_of[id_] for id_ in gone & learned)
         if any(n_left[label] - n < MIN_PER_CLASS for label, n in n_gone.items()):
             log.warning("%d crops stay in %s for now: fewer than %d would be left; reject it or wait for more crops",
@@ -172,6 +176,41 @@ def _removed(base: BaseHead, c: Clusters) -> tuple[set[str], set[int]]:
         n_left -= n_gone
         removed |= gone
     return removed, waits
+
+
+def _leaving(c: Clusters) -> Iterator[tuple[Decision, set[str], set[str]]]:
+    """Decisions that take crops out of a class, with the crops' records and the labels of that class.
+
+    A person took them out, or took back the merge that had brought them there.
+    """
+    for d in (d for d in clusters.in_force(c) if d.kind == "remove"):
+        label = clusters.label_of(c, d.cluster)
+        yield d, set(d.crops or ()), clusters.names_of(c, clusters.find(c, d.cluster)) | _given(label)
+    undo_of = {d.undoes: d for d in c.decisions if d.kind == "undo"}
+    for merge, ids, labels in unmerged(c):
+        yield undo_of[merge.revision], ids, labels
+
+
+def unmerged(c: Clusters) -> Iterator[tuple[Decision, set[str], set[str]]]:
+    """Merges that were taken back, with the records of the cluster, and the labels of the class that they are not of.
+
+    Not those that are part of that class all the same, because a person merged them again.
+    """
+    for d, k in clusters.taken_back(c, "merge"):
+        labels = _labels_of_target(c, d) - clusters.names_of(c, k) - _given(clusters.label_of(c, k.id))
+        if k.state in LIVE and labels:
+            yield d, {id_ for part in clusters.part_of(c, k.id) for id_ in part.members}, labels
+
+
+def _labels_of_target(c: Clusters, merge: Decision) -> set[str]:
+    """Labels under which a head may know what a cluster was merged into."""
+    into = str(merge.into)
+    target = next((k for k in c.clusters if k.id == into), None)
+    return {into} if target is None else clusters.names_of(c, target) | _given(clusters.label_of(c, target.id))
+
+
+def _given(label: str | None) -> set[str]:
+    return set() if label is None else {label}
 
 
 def _without(crops: Bank, ids: Collection[str]) -> Bank:
@@ -187,13 +226,22 @@ def ids_grouped_by_person(c: Clusters, labels: Collection[str | None]) -> set[st
 
 def ids_that_wait(c: Clusters, labels: Collection[str | None]) -> set[str]:
     """Ids of unknowns that wait however long: people have decided about them, or have to after a rollback."""
-    return ids_grouped_by_person(c, labels) | {id_ for k in c.clusters if k.on_hold for id_ in k.members}
+    held = {id_ for k in c.clusters if k.on_hold for id_ in k.members}
+    back = {
+        id_
+        for kind in ("merge", "reject")
+        for _, k in clusters.taken_back(c, kind)
+        if k.state == "proposed"
+        for id_ in k.members
+    }
+    return ids_grouped_by_person(c, labels) | held | back
 
 
 def groups_by_person(
     c: Clusters, crops: Bank, labels: Collection[str], *, frozen_width: int, seed: int
 ) -> tuple[list[Group], NDArray[np.bool_], list[int]]:
-    """Group unknowns as people decided: clusters that no head knows yet, merged into a known class or split.
+    """Group unknowns as people decided: clusters that no head knows yet, merged into a known class, split, or brought
+    back by a step that was undone.
 
     Args:
         c: what people decided.
@@ -214,7 +262,11 @@ def groups_by_person(
         if k.head_version is not None or not mine.any() or not _is_grouped_by_person(c, k.id, labels):
             continue
         of_cluster, split = head_bank.chosen(crops, mine), splits.get(k.id)
-        if split is None:
+        if split is None and k.state == "proposed":
+            of_before = Candidate(np.flatnonzero(mine), k.cohesion, k.nearest_known, k.nearest_distance, k.looks)
+            enough = len(of_cluster) > MIN_PER_CLASS
+            found = [Group(of_cluster, of_before, by_person=True)] if enough else []
+        elif split is None:
             label = clusters.label_of(c, k.id)
             found = [Group(of_cluster, Candidate(np.flatnonzero(mine), k.cohesion, label, 0.0), by_person=True)]
         else:
@@ -229,7 +281,15 @@ def groups_by_person(
 def _is_grouped_by_person(c: Clusters, id_: str, labels: Collection[str | None]) -> bool:
     k = clusters.find(c, id_)
     to_split = any(d.cluster == id_ and d.kind == "split" for d in clusters.pending(c))
-    return to_split or (k.state == "merged" and clusters.label_of(c, id_) in labels)
+    return to_split or (k.state == "merged" and clusters.label_of(c, id_) in labels) or _comes_back(c, k)
+
+
+def _comes_back(c: Clusters, k: Cluster) -> bool:
+    """Whether a cluster was a class until a person took it out, and was taken back."""
+    if k.state != "proposed" or k.on_hold:
+        return False
+    undone = (d for kind in ("merge", "reject") for d, of in clusters.taken_back(c, kind) if of.id == k.id)
+    return any(d.was in ("learned", "named") for d in undone)
 
 
 def _parts(learned: Bank, proof: Bank, d: Decision, frozen_width: int, seed: int) -> list[Group]:

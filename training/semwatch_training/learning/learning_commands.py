@@ -6,14 +6,11 @@ from typing import Annotated
 
 import typer
 from rich import markup
-from threadpoolctl import threadpool_limits
 
 from semwatch.errors import ConfigError
 from semwatch.settings.fields import EXAMPLES
-from semwatch.settings.site import load_site
+from semwatch.system.command_line import JsonOption
 from semwatch.system.text import escaped
-from semwatch_training.learning import refit as refitting
-from semwatch_training.learning.retrain import run_cycle
 from semwatch_training.system.progress_bars import Bars, console
 
 MARKS = {"learned": "green", "refused": "red"}
@@ -29,13 +26,18 @@ def in_markup(text: str) -> str:
 def retrain(
     site: Annotated[Path, typer.Option(help=f"Site settings; a commented example is {EXAMPLES / 'site.yaml'}.")],
     seed: int = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON for machines instead of a line.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Learn once from the unknowns that wait in Redis: find new classes, fit a head, prove it, swap it in.
 
     Made for a timer: with too few unknowns, with nothing new or beside another cycle it reports that and exits with 0.
     A candidate that is refused on the golden set does not serve; it is kept with its report, and the exit code is 10.
     """
+    from threadpoolctl import threadpool_limits
+
+    from semwatch.settings.site import load_site
+    from semwatch_training.learning.retrain import run_cycle
+
     settings = load_site(site)
     # Two threads gain nothing here, and beside the line that works on they cost four times the time.
     with Bars() as progress, threadpool_limits(limits=1):
@@ -64,8 +66,11 @@ def refit(
     ] = None,
     repository: Annotated[Path, typer.Option(help="Model repository.")] = Path("model_repository"),
     seed: int = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Fit the head in service anew from its own bank and publish it: without some classes, or for another encoder."""
+    from semwatch_training.learning import refit as refitting
+
     if not without and encoder is None:
         raise ConfigError("give a class to leave out, --without, or the version of another encoder, --encoder")
     made = refitting.refit(repository, without=without or (), encoder=encoder, seed=seed)
@@ -74,4 +79,7 @@ def refit(
         outcome.append(f"reads encoder {encoder}; both serve from the daemon's next start")
     if made.n_left_out:
         outcome.append(f"{made.n_left_out} crops that nobody kept are left out")
+    if as_json:
+        typer.echo(json.dumps({"head_version": made.version, "without": without or [], "left_out": made.n_left_out}))
+        return
     console.print(f"head {made.version} {'; '.join(outcome)}", highlight=False)

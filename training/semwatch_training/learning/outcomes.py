@@ -93,9 +93,11 @@ def record_promotion(register: ClassRegister, repository: Path, version: int, me
 
 
 def lost(base: BaseHead, repository: Path, archive: Archive, decided: Clusters) -> list[str]:
-    """Records that count as learned though the head in service has not learned them; they must wait again.
+    """Records that are settled and must wait again.
 
-    A rollback has taken out of service the head that learned them, or a person has taken them out of their class.
+    They count as learned, and a rollback has taken out of service the head that learned them, or a person has taken
+    them out of their class or taken back the merge that had brought them there. Or they were rejected, and a person has
+    taken that back.
     """
     withdrawn = {str(version) for version in _withdrawn(repository)}
     removed_of: dict[str, set[str]] = {}
@@ -103,15 +105,32 @@ def lost(base: BaseHead, repository: Path, archive: Archive, decided: Clusters) 
         own = clusters.names_of(decided, k) | {label for label in (clusters.label_of(decided, k.id),) if label}
         for id_ in clusters.removed_from(decided, k.id):
             removed_of.setdefault(id_, set()).update(own)
+    for d, ids, labels in decisions.unmerged(decided):
+        parts = clusters.part_of(decided, d.cluster)  # their notes may still say what they were before the merge
+        own = labels.union(*({part.id, part.label, *clusters.names_of(decided, part)} for part in parts))
+        for id_ in ids:
+            removed_of.setdefault(id_, set()).update(own)
+    again = _rejected_no_more(archive, decided)
     if not withdrawn and not removed_of:
-        return []
+        return again
     held = {*base.bank.ids, *base.golden.ids}
     found = []
     for id_, note in archive.notes_of("learned").items():
         label, _, version = note.rpartition(AS_OF)
         if id_ not in held and (version in withdrawn or label in removed_of.get(id_, ())):
             found.append(id_)
-    return found
+    return found + again
+
+
+def _rejected_no_more(archive: Archive, decided: Clusters) -> list[str]:
+    """Records that were rejected with a cluster, or because they look like its crops, and are not any more."""
+    notes = set[str]()
+    for _, k in clusters.taken_back(decided, "reject"):
+        if clusters.label_of(decided, k.id) is not None:
+            notes |= clusters.names_of(decided, k) | {part.id for part in clusters.part_of(decided, k.id)}
+    if not notes:
+        return []
+    return [id_ for id_, note in archive.notes_of("rejected").items() if note in notes]
 
 
 def _withdrawn(repository: Path) -> dict[int, Meta | None]:

@@ -15,7 +15,6 @@ from semwatch_training.families.exported import EncoderExport, export_of, family
 from semwatch_training.publishing.export import publish, publish_head
 from semwatch_training.trunks.backbone import Backbones
 
-SHIPPED = Path(__file__).parents[1] / "weights"
 """Folder of the weights that come with the package; MODEL_CARD.md there says how they were made."""
 ENCODER = "smg_vit"
 """Family of the encoder where no file names another."""

@@ -18,6 +18,7 @@ from semwatch_training.families.smg_vit.crop_views import cache_views
 from semwatch_training.families.smg_vit.self_supervision import Schedule
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm, SmgVit
 from semwatch_training.families.smg_vit.unlabelled_crops import Crops
+from semwatch_training.system.defaults import CROP_IMAGES
 from semwatch_training.system.progress_bars import Progress
 from semwatch_training.trunks import backbone
 
@@ -30,7 +31,7 @@ class CropSource:
     """What ``unlabelled_crops.save`` wrote."""
     images: Path | None = None
     """Searched with the repository's detector, as synthetic ones are."""
-    n_images: int = 720
+    n_images: int = CROP_IMAGES
     """To search; of a folder at most so many, drawn at random."""
 
 
