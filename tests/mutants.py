@@ -60,6 +60,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "line/detection.py": ("line/test_detection.py",),
     "line/notices.py": ("line/test_notices.py",),
     "line/pipeline.py": ("line/test_pipeline.py",),
+    **dict.fromkeys(("line/reference.py", "line/registration.py", "line/difference.py"), ("line/test_reference.py",)),
     "intake/drop_folder.py": ("intake/test_incoming.py",),
     "intake/folder_rules.py": ("intake/test_incoming.py",),
     "intake/folder_scan.py": ("intake/test_folder_scan.py",),

@@ -10,7 +10,7 @@ import tifffile
 
 from paths import DATA
 from semwatch.defects import Micrograph, Review
-from semwatch.line import pipeline, reference
+from semwatch.line import difference, pipeline, reference, registration
 from semwatch.line.pipeline import ReferenceFile
 from semwatch.models.inference import Embedded
 from semwatch.service.drift import DriftWatch
@@ -25,11 +25,11 @@ REAL = DATA / "REAL-SEM" / "inspected-and-reference"
 
 
 def differences(pair: Pair) -> np.ndarray:
-    met = reference.register(pair.inspected, pair.reference)
+    met = registration.register(pair.inspected, pair.reference)
     assert met.reason == ""
     assert met.aligned is not None
     assert met.overlap is not None
-    return reference.compare(pair.inspected, met.aligned, met.overlap)
+    return difference.compare(pair.inspected, met.aligned, met.overlap)
 
 
 def near(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -45,7 +45,7 @@ def near(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("stage", "seed"), [("BEOL", 3), ("DPR", 2), ("DEP", 4)])
 def test_shift_up_to_a_fifth_of_the_field_is_found(stage: str, seed: int, max_shift: float) -> None:
     pair = render_pair(stage, seed=seed, size_hw=(240, 288), max_shift=max_shift)
-    met = reference.register(pair.inspected, pair.reference)
+    met = registration.register(pair.inspected, pair.reference)
     assert met.reason == ""
     assert met.shift_px == pytest.approx(pair.shift_px, abs=0.8)
     assert met.overlap is not None
@@ -54,20 +54,20 @@ def test_shift_up_to_a_fifth_of_the_field_is_found(stage: str, seed: int, max_sh
 
 def test_identical_reference_has_no_difference_and_is_no_fault() -> None:
     pixels = render("BEOL", seed=1, size_hw=(200, 240)).pixels
-    met = reference.register(pixels, pixels)
+    met = registration.register(pixels, pixels)
     assert met.reason == ""
     assert met.shift_px == pytest.approx((0, 0), abs=0.1)
     assert met.correlation == pytest.approx(1, abs=0.01)
     assert met.aligned is not None
     assert met.overlap is not None
-    values = reference.compare(pixels, met.aligned, met.overlap)
+    values = difference.compare(pixels, met.aligned, met.overlap)
     assert np.isfinite(values).all()
     assert values.max() < 2
 
 
 @pytest.mark.parametrize(("stage", "seed"), [("DEP", 4), ("BEOL", 4)])
 def test_reference_of_another_place_is_refused(stage: str, seed: int) -> None:
-    met = reference.register(
+    met = registration.register(
         render(stage, seed=seed, size_hw=(240, 240)).pixels, render(stage, seed=seed + 30, size_hw=(240, 240)).pixels
     )
     assert met.reason.startswith("another place")
@@ -79,7 +79,7 @@ def test_reference_of_another_place_is_refused(stage: str, seed: int) -> None:
 def test_reference_beyond_the_limit_is_refused() -> None:
     pair = render_pair("DEP", seed=4, size_hw=(240, 288), max_shift=0.2)
     assert max(abs(pair.shift_px[0]) / 288, abs(pair.shift_px[1]) / 240) > 0.06
-    met = reference.register(pair.inspected, pair.reference, max_shift=0.02)
+    met = registration.register(pair.inspected, pair.reference, max_shift=0.02)
     assert met.reason != ""
     assert met.aligned is None
 
@@ -87,12 +87,12 @@ def test_reference_beyond_the_limit_is_refused() -> None:
 def test_reference_of_another_size_is_resampled_where_the_sides_have_one_ratio() -> None:
     pair = render_pair("DPR", seed=2, size_hw=(240, 288), max_shift=0.05)
     larger = cv2.resize(pair.reference, (576, 480), interpolation=cv2.INTER_CUBIC)
-    met = reference.register(pair.inspected, larger)
+    met = registration.register(pair.inspected, larger)
     assert met.reason == ""
     assert met.shift_px == pytest.approx(pair.shift_px, abs=0.8)
     assert met.aligned is not None
     assert met.aligned.shape == pair.inspected.shape
-    cut = reference.register(pair.inspected, pair.reference[:160])
+    cut = registration.register(pair.inspected, pair.reference[:160])
     assert cut.reason == "another size: the reference has 288 x 160 px, the image 288 x 240 px"
 
 
@@ -100,13 +100,13 @@ def test_reference_of_another_size_is_resampled_where_the_sides_have_one_ratio()
 def test_constant_images_are_refused_in_words(level: int) -> None:
     flat, field = np.full((128, 160), level, np.uint8), render("BEOL", seed=1, size_hw=(128, 160)).pixels
     for inspected, other in ((flat, flat), (flat, field), (field, flat)):
-        assert reference.register(inspected, other).reason.startswith("no texture")
+        assert registration.register(inspected, other).reason.startswith("no texture")
 
 
 def test_noise_alone_is_no_texture() -> None:
     rng = np.random.default_rng(0)
     noise = [np.clip(128 + 12 * rng.standard_normal((160, 160)), 0, 255).astype(np.uint8) for _ in range(2)]
-    assert reference.register(*noise).reason.startswith("no texture")
+    assert registration.register(*noise).reason.startswith("no texture")
 
 
 # ---- comparison ----
@@ -147,16 +147,16 @@ def test_spot_of_three_pixels_and_a_large_stain_both_show() -> None:
 
 def test_what_has_no_counterpart_is_not_judged() -> None:
     pair = render_pair("DPR", seed=8, size_hw=(240, 288), max_shift=0.2)
-    met = reference.register(pair.inspected, pair.reference)
+    met = registration.register(pair.inspected, pair.reference)
     assert met.aligned is not None
     assert met.overlap is not None
     assert not met.overlap.all()
     struck = pair.inspected.copy()
     struck[~met.overlap] = 255
-    values = reference.compare(struck, met.aligned, met.overlap)
+    values = difference.compare(struck, met.aligned, met.overlap)
     assert values.max() < RULE.threshold
     assert values.shape == (30, 36)
-    assert reference.compare(struck, met.aligned, np.zeros_like(met.overlap)).max() == 0
+    assert difference.compare(struck, met.aligned, np.zeros_like(met.overlap)).max() == 0
 
 
 def test_map_has_cells_of_eight_pixels_whatever_the_size() -> None:
@@ -297,10 +297,10 @@ def test_real_pair_has_its_three_defects_and_nothing_else() -> None:
     if not REAL.is_dir():
         pytest.skip(f"no real pair in {REAL}")
     inspected, other = (tifffile.imread(REAL / f"case2_{name}_image.tif") for name in ("inspected", "reference"))
-    met = reference.register(inspected, other)
+    met = registration.register(inspected, other)
     assert met.aligned is not None
     assert met.overlap is not None
-    values = reference.compare(inspected, met.aligned, met.overlap)
+    values = difference.compare(inspected, met.aligned, met.overlap)
     around = np.zeros(values.shape, np.bool_)
     for line in (REAL / "defect_locations.txt").read_text().splitlines()[1:]:
         x, y = (int(part) // 8 for part in line.split())

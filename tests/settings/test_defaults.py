@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from semwatch.intake import decoding
-from semwatch.line import binarization, pipeline, reference
+from semwatch.line import binarization, difference, pipeline, registration
 from semwatch.models.inference import Embedded
 from semwatch.settings import site
 from semwatch.settings.recipe import Recipe
@@ -51,8 +51,8 @@ def test_stages_follow_the_default_recipe() -> None:
 
 def test_comparison_follows_the_default_recipe() -> None:
     rule = RECIPE.reference
-    assert defaults(reference.register) == {"max_shift": rule.max_shift, "min_correlation": rule.min_correlation}
-    assert defaults(reference.compare) == {"threshold": rule.threshold}
+    assert defaults(registration.register) == {"max_shift": rule.max_shift, "min_correlation": rule.min_correlation}
+    assert defaults(difference.compare) == {"threshold": rule.threshold}
 
 
 def test_mask_figures_judge_the_rule_of_the_daemon(tiny_repository) -> None:
