@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from semwatch.settings.fields import EXAMPLES
-from semwatch.system import command_line, terminal
+from semwatch.system import command_line, terminal, text
 
 EPILOG = command_line.EPILOG
 JsonOption = command_line.JsonOption
@@ -21,12 +21,12 @@ REPOSITORY = Path("model_repository")
 out = Console()
 err = Console(stderr=True)
 printable = terminal.printable
-counted = terminal.counted
+counted = text.counted
 
 
-def say(text: str, mark: tuple[str, str] = ("", "")) -> None:
+def say(line: str, mark: tuple[str, str] = ("", "")) -> None:
     """Print a line after a coloured mark; a terminal has it wrapped between words, a file has it whole."""
-    terminal.print_line(out, text, mark)
+    terminal.print_line(out, line, mark)
 
 
 def show_table(

@@ -9,27 +9,21 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from semwatch.classes import clusters, decisions, observations
 from semwatch.classes.clusters import Clusters, Decision, names_of, pending
 from semwatch.classes.register import ClassRegister
-from semwatch.errors import ConfigError, PublishError, ServiceUnavailable
+from semwatch.errors import ConfigError, PublishError
 from semwatch.models import choice, model_repository
 from semwatch.models.relabel import relabel
 from semwatch.service.delivery import connect_handoff
 from semwatch.service.learning_side import register_of
 from semwatch.settings.recipe import load_recipe
 from semwatch.settings.site import Site
-from semwatch.store import results
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.streams.handoff import Handoff
 from semwatch.system.clock import utc_now
 from semwatch.system.login import login_name
-
-SHEETS = "clusters"
-"""Folder of the pictures of found classes, in the state folder."""
-SHEET_COLUMNS, TILE_PX = 6, 160
 
 Step = Callable[[Clusters, str, str], Clusters]
 """A decision: from the state, the login name and the time to the next state."""
@@ -56,11 +50,9 @@ def name(site: Site, cluster: str, label: str, code: int | None = None) -> Decid
         PublishError: the name is kept, but the head could not be published under it.
         ServiceUnavailable: Redis or the disk is away.
     """
-    known = labels_in_service(site)
+    step = naming(site, cluster, label, code)
     with _register(site) as register, register.locked():  # held until the head is out: no cycle publishes old names
-        after = _decide(
-            site, register, lambda c, by, utc: decisions.named(c, cluster, label, code, classes=known, by=by, utc=utc)
-        )
+        after = _decide(site, register, step)
         version, then = _serve_name(site, register, after)
     k = clusters.find(after, after.decisions[-1].cluster)
     if k.looks > 1:
@@ -77,12 +69,7 @@ def merge(site: Site, cluster: str, into: str) -> Decided:
     Raises:
         ConfigError, ServiceUnavailable: as ``name``.
     """
-    known = labels_in_service(site)
-    return _for_next_cycle(
-        site,
-        lambda c, by, utc: decisions.merged(c, cluster, into, classes=known, by=by, utc=utc),
-        "the next cycle learns the crops of both as one class",
-    )
+    return _for_next_cycle(site, merging(site, cluster, into), "the next cycle learns the crops of both as one class")
 
 
 def split(site: Site, cluster: str, parts: int) -> Decided:
@@ -91,11 +78,7 @@ def split(site: Site, cluster: str, parts: int) -> Decided:
     Raises:
         ConfigError, ServiceUnavailable: as ``name``.
     """
-    return _for_next_cycle(
-        site,
-        lambda c, by, utc: decisions.split(c, cluster, parts, by=by, utc=utc),
-        "the next cycle makes the parts; the largest keeps the id",
-    )
+    return _for_next_cycle(site, splitting(cluster, parts), "the next cycle makes the parts; the largest keeps the id")
 
 
 def reject(site: Site, cluster: str) -> Decided:
@@ -104,11 +87,7 @@ def reject(site: Site, cluster: str) -> Decided:
     Raises:
         ConfigError, ServiceUnavailable: as ``name``.
     """
-    return _for_next_cycle(
-        site,
-        lambda c, by, utc: decisions.rejected(c, cluster, by=by, utc=utc),
-        "the next cycle leaves its crops out, and no later head knows it",
-    )
+    return _for_next_cycle(site, rejecting(cluster), "the next cycle leaves its crops out, and no later head knows it")
 
 
 def remove(site: Site, cluster: str, crops: Sequence[str]) -> Decided:
@@ -118,9 +97,7 @@ def remove(site: Site, cluster: str, crops: Sequence[str]) -> Decided:
         ConfigError, ServiceUnavailable: as ``name``.
     """
     return _for_next_cycle(
-        site,
-        lambda c, by, utc: decisions.removed(c, cluster, crops, by=by, utc=utc),
-        "the next cycle leaves them out, and they wait for another class",
+        site, removing(cluster, crops), "the next cycle leaves them out, and they wait for another class"
     )
 
 
@@ -131,11 +108,7 @@ def undo(site: Site, cluster: str | None = None) -> Decided:
         ConfigError, ServiceUnavailable: as ``name``; there is nothing to undo, or a later step depends on it.
         PublishError: the head could not be published; the step is on record all the same.
     """
-    classes = labels_in_service(site)
-
-    def step(c: Clusters, by: str, utc: str) -> Clusters:
-        return decisions.undone(c, cluster, classes=classes, by=by, utc=utc)
-
+    step = undoing(site, cluster)
     with _register(site) as register, register.locked():
         after = _decide(site, register, step)
         taken = after.decisions[-1]
@@ -147,6 +120,45 @@ def undo(site: Site, cluster: str | None = None) -> Decided:
     if taken.applied_utc is None:
         then = "the next cycle lets its crops wait for a class again"
     return Decided(taken, then, None, undone)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def naming(site: Site, cluster: str, label: str, code: int | None = None) -> Step:
+    """The step of ``name``."""
+    known = labels_in_service(site)
+    return lambda c, by, utc: decisions.named(c, cluster, label, code, classes=known, by=by, utc=utc)
+
+
+def merging(site: Site, cluster: str, into: str) -> Step:
+    """The step of ``merge``."""
+    known = labels_in_service(site)
+    return lambda c, by, utc: decisions.merged(c, cluster, into, classes=known, by=by, utc=utc)
+
+
+def splitting(cluster: str, parts: int) -> Step:
+    """The step of ``split``."""
+    return lambda c, by, utc: decisions.split(c, cluster, parts, by=by, utc=utc)
+
+
+def rejecting(cluster: str) -> Step:
+    """The step of ``reject``."""
+    return lambda c, by, utc: decisions.rejected(c, cluster, by=by, utc=utc)
+
+
+def removing(cluster: str, crops: Sequence[str]) -> Step:
+    """The step of ``remove``."""
+    return lambda c, by, utc: decisions.removed(c, cluster, crops, by=by, utc=utc)
+
+
+def undoing(site: Site, cluster: str | None) -> Step:
+    """The step of ``undo``."""
+    known = labels_in_service(site)
+    return lambda c, by, utc: decisions.undone(c, cluster, classes=known, by=by, utc=utc)
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
 
 
 def found_classes(site: Site) -> Clusters:
@@ -169,24 +181,6 @@ def conflicts(site: Site) -> tuple[str, ...]:
     with handoff_of(site) as handoff:
         last = handoff.last_cycle()
     return () if last is None else last.conflicts
-
-
-def example_sheet(site: Site, cluster: str) -> Path | None:
-    """Draw the example crops of a cluster on one picture; None where there are none, or this user may not write it.
-
-    Raises:
-        ConfigError, ServiceUnavailable: as ``found_classes``.
-    """
-    with handoff_of(site) as handoff:
-        examples = handoff.examples(cluster)
-    if not examples:
-        return None
-    sheet = site.state_dir / SHEETS / f"{cluster}.png"
-    try:
-        results.contact_sheet(examples.values(), sheet, columns=SHEET_COLUMNS, tile_px=TILE_PX)
-    except ServiceUnavailable:
-        return None
-    return sheet
 
 
 def handoff_of(site: Site) -> Handoff:

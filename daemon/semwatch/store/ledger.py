@@ -407,6 +407,10 @@ class Ledger:
         """
         return unknown_features.since(self._file, utc, after, limit)
 
+    def places_of(self, ids: Sequence[str]) -> dict[str, tuple[str, str, int, int]]:
+        """Source, path as in the record, page and defect of unknowns by record id; of those that are kept."""
+        return unknown_features.places(self._file, ids)
+
     def forget_unknowns(self, before_utc: str) -> int:
         """Delete the unknowns created before that moment; return how many."""
         with self._file.transaction() as db:

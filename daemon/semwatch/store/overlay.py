@@ -45,7 +45,7 @@ GAP_PX = 8
 DIFFERENCE_GAIN = 3.0
 """How much the difference is enlarged to be seen."""
 FONT, FONT_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
-TEXT_PX, PAD_PX, GAUGE_PX = 10, 3, 100
+TEXT_PX, PAD_PX, GAUGE_PX, LINE_PX = 10, 3, 100, 18
 
 
 def draw(page: PageReview, *, caption: str = "") -> Image:
@@ -95,14 +95,32 @@ def encode_png(picture: Image) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
 
 
-def tile(pictures: Iterable[Image | None], *, columns: int, tile_px: int) -> Image:
-    """Lay pictures out in rows, each shrunk or enlarged into a square tile; None leaves its tile dark."""
-    tiles = [np.full((tile_px, tile_px, 3), STRIP, np.uint8) if p is None else _as_tile(p, tile_px) for p in pictures]
-    columns = max(1, min(columns, len(tiles)))
+def tile(
+    pictures: Iterable[Image | None], *, columns: int, tile_px: int, captions: Sequence[Sequence[str]] = ()
+) -> Image:
+    """Lay pictures out in rows, each shrunk or enlarged into a square tile; None leaves its tile dark.
+
+    With ``captions``, lines of words stand below each; what is wider than its tile is shortened.
+    """
     empty = np.full((tile_px, tile_px, 3), STRIP, np.uint8)
+    tiles = [empty if p is None else _as_tile(p, tile_px) for p in pictures]
+    if captions:
+        n_lines = max(map(len, captions))
+        tiles = [
+            np.vstack([one, _caption(lines, tile_px, n_lines)]) for one, lines in zip(tiles, captions, strict=True)
+        ]
+        empty = np.vstack([empty, _caption((), tile_px, n_lines)])
+    columns = max(1, min(columns, len(tiles)))
     tiles += [empty] * (-len(tiles) % columns or (0 if tiles else 1))
     rows = [np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
     return np.vstack(rows)
+
+
+def _caption(lines: Sequence[str], width: int, n_lines: int) -> Image:
+    strip = np.full((n_lines * LINE_PX + GAP_PX, width, 3), STRIP, np.uint8)
+    for i, text in enumerate(lines):
+        _write(strip, _shortened(text, width - 2 * PAD_PX), (PAD_PX, (i + 1) * LINE_PX - PAD_PX), GRAY if i else WHITE)
+    return strip
 
 
 def _as_tile(picture: Image, tile_px: int) -> Image:

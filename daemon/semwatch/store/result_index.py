@@ -285,6 +285,11 @@ class ResultIndex:
         where, values = _in_lots(lots)
         return dict(self._file.rows(f"SELECT label, count(*) FROM missed WHERE TRUE {where} GROUP BY label", values))
 
+    def n_labelled(self, labels: Sequence[str]) -> int:
+        """How many defects the model gave one of these labels."""
+        sql = "SELECT count(*) FROM defects WHERE label IN (SELECT value FROM json_each(?))"
+        return int(self._file.rows(sql, (json.dumps(list(labels)),))[0][0])
+
     def counts(self) -> dict[str, int]:
         """How many lots, images and defects it holds."""
         n_files = self._file.rows("SELECT count(*) FROM files WHERE outcome != 'kept'")[0][0]

@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -448,14 +448,24 @@ def _next_revision(path: Path) -> int:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def contact_sheet(pictures: Iterable[Path | bytes], out: Path, columns: int = 6, tile_px: int = 320) -> None:
+def contact_sheet(
+    pictures: Iterable[Path | bytes],
+    out: Path,
+    columns: int = 6,
+    tile_px: int = 320,
+    *,
+    captions: Sequence[Sequence[str]] = (),
+) -> None:
     """Write one PNG of many pictures, files or their content, row by row; one that cannot be read is a dark tile.
+
+    ``captions`` are lines below each picture.
 
     Raises:
         ServiceUnavailable: the disk is full or broken.
     """
     with disk(out):
-        sheet = overlay.tile((_read_picture(picture) for picture in pictures), columns=columns, tile_px=tile_px)
+        read = (_read_picture(picture) for picture in pictures)
+        sheet = overlay.tile(read, columns=columns, tile_px=tile_px, captions=captions)
         files.make_folder(out.parent)
         files.write_whole(out, overlay.encode_png(sheet))
 

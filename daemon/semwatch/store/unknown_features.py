@@ -67,6 +67,15 @@ def since(file: SqliteFile, utc: str, after: UnknownFeatures | None, limit: int)
     return [_unknown(*row) for row in rows]
 
 
+def places(file: SqliteFile, ids: Sequence[str]) -> dict[str, tuple[str, str, int, int]]:
+    """See ``Ledger.places_of``."""
+    rows = file.rows(
+        "SELECT id, source, path, page, defect_id FROM unknowns WHERE id IN (SELECT value FROM json_each(?))",
+        (json.dumps(list(ids)),),
+    )
+    return {id_: (source, path, page, defect_id) for id_, source, path, page, defect_id in rows}
+
+
 def _place(of: UnknownFeatures) -> tuple[object, ...]:
     return of.source, of.path, of.sha256, of.page, of.defect_id, of.id
 

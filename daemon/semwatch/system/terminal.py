@@ -18,15 +18,6 @@ def printable(text: str, style: str = "") -> Text:
     return Text(escaped(text, keeps_lines=True), style)
 
 
-def counted(n: int, what: str, plural: str = "") -> str:
-    """A number and what it counts.
-
-    >>> counted(1, "defect"), counted(2, "defect"), counted(0, "class", "classes")
-    ('1 defect', '2 defects', '0 classes')
-    """
-    return f"{n} {what if n == 1 else plural or what + 's'}"
-
-
 def print_line(console: Console, text: str, mark: tuple[str, str] = ("", "")) -> None:
     """Print text after a coloured mark; on a terminal its lines are wrapped at blanks, elsewhere they stay whole."""
     whole = Text.assemble(mark, printable(text))

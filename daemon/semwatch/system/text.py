@@ -38,3 +38,12 @@ def _spelled(match: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte, as the file system gives it
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def counted(n: int, what: str, plural: str = "") -> str:
+    """A number and what it counts.
+
+    >>> counted(1, "defect"), counted(2, "defect"), counted(0, "class", "classes")
+    ('1 defect', '2 defects', '0 classes')
+    """
+    return f"{n} {what if n == 1 else plural or what + 's'}"
