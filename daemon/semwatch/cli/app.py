@@ -33,6 +33,7 @@ PLACES: Mapping[str, str] = {
     "models": "models:app",
     "queue": "queue:app",
     "klarf": "klarf:app",
+    "wafer": "wafer:wafer",
     "triton": "triton:app",
 }
 """Commands, and groups of them, in the order of the help: the module of this room, and the name in it."""
