@@ -15,7 +15,7 @@ def log10_tail(k: ArrayLike, expected: ArrayLike) -> NDArray[np.float64]:
     1956).
 
     >>> log10_tail([2, 3, 10], [3, 0.1, 1]).round(2).tolist()  # exactly 0.9 of 1, 1.5e-4 and 1.1e-7
-    [0.0, -3.8, -6.94]
+    [0.0, -3.8, -6.95]
     """
     n = np.asarray(k, np.float64)
     m = np.maximum(np.asarray(expected, np.float64), 1e-300)
