@@ -16,10 +16,13 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 
-from planted_wafers import PlantedWafer, Score, planted_wafers, repeaters_of, scratches_of
+from planted_wafers import PlantedWafer, Score, planted_wafer, planted_wafers, repeaters_of, scratches_of
 
 N = int(os.environ.get("SEMWATCH_WAFERS", "200"))
 DENSITIES = (100, 300, 1000, 3000)
+DENSE = (20_000, 60_000)
+"""For repeaters alone: as many defects as bring chance repeaters."""
+N_DENSE = max(2, N // 10)
 FIRST_SEED = 5000
 """Not those that the criterion was made on."""
 Calls = list[NDArray[np.int64]]
@@ -44,6 +47,20 @@ def test_recall_and_false_calls_beside_dbscan() -> None:
     mine, theirs = (scored(wafers, "scratch", calls) for calls in ([one[1] for one in ours], scratches))
     assert mine.found > theirs.found
     assert mine.false < theirs.false
+
+
+def test_repeaters_among_so_many_that_chance_brings_some() -> None:
+    wafers = [
+        planted_wafer(FIRST_SEED + i, n_random=DENSE[i % 2], n_repeaters=2, n_scratches=0) for i in range(N_DENSE)
+    ]
+    ours = [repeaters_of(wafer) for wafer in wafers]
+    theirs, how = best(wafers, "repeater", (1.0, 2.0, 4.0), (3, 4, 5, 6), in_die_clusters)
+    print()
+    show("repeater", "semwatch", wafers, ours)
+    show("repeater", f"DBSCAN, {how}", wafers, theirs)
+    three = [in_die_clusters(wafer, 2.0, 3) for wafer in wafers]
+    show("repeater", "DBSCAN, 2 um, 3 neighbours, the best above", wafers, three)
+    assert scored(wafers, "repeater", ours).false < scored(wafers, "repeater", three).false
 
 
 def best(
@@ -77,6 +94,8 @@ def in_die_clusters(wafer: PlantedWafer, distance: float, n: int) -> Calls:
 def long_clusters(wafer: PlantedWafer, distance: float, n: int) -> Calls:
     found = []
     for rows in clusters(wafer.on_wafer_um, distance, n):
+        if len(rows) < 3:
+            continue
         wide, long = np.sqrt(np.maximum(np.linalg.eigvalsh(np.cov(wafer.on_wafer_um[rows].T)), 0))
         if long > 4 * wide:
             found.append(rows)
@@ -91,8 +110,8 @@ def scored(wafers: list[PlantedWafer], kind: str, calls: list[Calls]) -> Score:
 
 
 def show(kind: str, name: str, wafers: list[PlantedWafer], calls: list[Calls]) -> None:
-    print(f"{kind}s, {name}:")
-    for density in (*DENSITIES, None):
+    print(f"{'repeaters' if kind == 'repeater' else 'scratches'}, {name}:")
+    for density in (*dict.fromkeys(wafer.n_random for wafer in wafers), None):
         rows = [i for i, wafer in enumerate(wafers) if density in (None, wafer.n_random)]
         score = scored([wafers[i] for i in rows], kind, [calls[i] for i in rows])
         what = "all" if density is None else f"{density} random"
