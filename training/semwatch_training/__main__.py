@@ -202,6 +202,9 @@ def build(
         Path, typer.Option(help="Folder with detector.safetensors, head.safetensors, perhaps encoder.safetensors.")
     ] = SHIPPED,
     memory: Annotated[Path | None, typer.Option(help="Serve this memory in place of the detector.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Family of the encoder: smg_vit, or recame, which keeps regions for its head.")
+    ] = None,
     without_head: Annotated[bool, typer.Option(help="Only detector and encoder, to fit a head with.")] = False,
     cache: CacheOption = Path(".cache"),
     as_json: JsonOption = False,
@@ -211,7 +214,7 @@ def build(
 
     lines = []
     for line in build_repository.build(
-        repository, weights=weights, cache=cache, with_head=not without_head, memory=memory
+        repository, weights=weights, cache=cache, with_head=not without_head, memory=memory, encoder=encoder
     ):
         console.print(line, highlight=False)
         lines.append(line)

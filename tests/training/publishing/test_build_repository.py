@@ -31,7 +31,7 @@ from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.families.smg_vit.export import form_text
 from semwatch_training.families.smg_vit.smg_vit import EncoderForm
 from semwatch_training.publishing import build_repository
-from semwatch_training.publishing.build_repository import build
+from semwatch_training.publishing.build_repository import build, served_form
 from semwatch_training.system import weights_file
 from semwatch_training.trunks import backbone
 from semwatch_training.trunks.vit import TrunkShape, VisionTransformer, load_trunk
@@ -64,7 +64,7 @@ def write_head(weights: Path, *, seed: int = 0, encoder_form: str | None = None)
     save_head(fitted, weights / "head.safetensors", encoder_form=text, provenance={"seed": seed})
 
 
-def run(repository: Path, weights: Path, **options: bool | Path) -> list[str]:
+def run(repository: Path, weights: Path, **options: bool | Path | str) -> list[str]:
     return list(build(repository, weights=weights, cache=weights / "cache", **options))
 
 
@@ -133,6 +133,18 @@ def test_provenance_leads_from_a_version_to_the_file_it_was_made_from(built) -> 
     meta = model_repository.read_meta(repository, "detector", 1)
     assert meta.provenance["made_from"] == file_sha256(weights / "detector.safetensors")
     assert meta.provenance["seed"] == 0
+
+
+def test_encoder_of_another_family_is_built_by_name(tmp_path, built) -> None:
+    _, weights = built
+    repository = tmp_path / "repository"
+    assert run(repository, weights, with_head=False, encoder="recame") == SERVED[:2]
+    assert model_repository.read_meta(repository, "encoder", 1).provenance["family"] == "recame"
+    assert served_form(repository) == f"{form_text(ENCODER)} and 2 x 2 regions"
+    with pytest.raises(ConfigError, match="fitted on another encoder"):
+        run(repository, weights, encoder="recame")
+    with pytest.raises(ConfigError, match="ni is no family of encoders"):
+        run(repository, weights, with_head=False, encoder="ni")
 
 
 @pytest.mark.slow
@@ -325,19 +337,21 @@ def read(path, backbones):
 """
 
 
-def test_build_command_takes_the_memory(copied, monkeypatch) -> None:
+def test_build_command_takes_memory_and_family(copied, monkeypatch) -> None:
     repository, weights = copied
-    asked: list[tuple[Path, Path | None, bool]] = []
+    asked: list[tuple[object, ...]] = []
 
-    def noted(place: Path, *, weights: Path, cache: Path, with_head: bool, memory: Path | None) -> Iterator[str]:
-        asked.append((place, memory, with_head))
+    def noted(place: Path, *, weights: Path, cache: Path, **options: object) -> Iterator[str]:
+        asked.append((place, options))
         yield "detector 7"
 
     monkeypatch.setattr(build_repository, "build", noted)
     options = ["--repository", str(repository), "--weights", str(weights), "--memory", "m.safetensors"]
-    result = CliRunner().invoke(command_line.app, ["build", *options, "--without-head"], catch_exceptions=False)
+    options += ["--without-head", "--encoder", "recame"]
+    result = CliRunner().invoke(command_line.app, ["build", *options], catch_exceptions=False)
     assert result.exit_code == 0
-    assert asked == [(repository, Path("m.safetensors"), False)]
+    expected = {"memory": Path("m.safetensors"), "with_head": False, "encoder": "recame"}
+    assert asked == [(repository, expected)]
 
 
 # ---- fetching the backbone ----

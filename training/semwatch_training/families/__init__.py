@@ -7,6 +7,7 @@ names, in that order. An encoder's ``export.py`` also has ``form_of(provenance)`
 weights file says its family in its header (``family: <name>``), and `semwatch-train build` finds the folder by that
 word: nothing else changes, in the daemon or here. A command that trains the family is one line in ``__main__``.
 
-May import: `data`, `trunks`, `metrics` and below; families do not know each other, but `ni` carries `branch`.
+May import: `data`, `trunks`, `metrics` and below; families do not know each other, but `ni` carries `branch`, and
+`recame` the encoder of `smg_vit`.
 Start reading: `exported.py`, then the folder of a family.
 """

@@ -21,13 +21,20 @@ ENCODER = "smg_vit"
 
 
 def build(
-    repository: Path, *, weights: Path, cache: Path, with_head: bool = True, memory: Path | None = None
+    repository: Path,
+    *,
+    weights: Path,
+    cache: Path,
+    with_head: bool = True,
+    memory: Path | None = None,
+    encoder: str | None = None,
 ) -> Iterator[str]:
     """Publish detector, encoder and head unless this very content is published already; yield a line for each.
 
     Which family a file belongs to stands in its header. ``encoder.safetensors`` among the weights, if it is there, goes
     over the encoder's last layers; without it they are the trunk's own. ``memory`` is a file of another detector, such
-    as ``memory_detector.save`` writes, to serve in the place of ``detector.safetensors``.
+    as ``memory_detector.save`` writes, to serve in the place of ``detector.safetensors``. ``encoder`` is the family of
+    the encoder, None: that of its file.
 
     Raises:
         ConfigError: weights are absent, of an unknown family, or belong to another backbone or encoder.
@@ -38,7 +45,7 @@ def build(
         yield f"detector {_publish_detector(repository, weights / 'detector.safetensors', 'ni', backbones)}"
     else:
         yield f"detector {_publish_detector(repository, memory, 'memory', backbones)}"
-    encoder_version, form = _publish_encoder(repository, weights / "encoder.safetensors", backbones)
+    encoder_version, form = _publish_encoder(repository, weights / "encoder.safetensors", encoder, backbones)
     yield f"encoder {encoder_version}"
     if not with_head:
         return
@@ -46,11 +53,11 @@ def build(
     if encoder_form != form:
         raise ConfigError(f"{head_file} was fitted on another encoder ({encoder_form}); fit it again")
     # An encoder published anew wants its head published anew: a head names the encoder's weights.
-    encoder = model_repository.read_meta(repository, "encoder", encoder_version)
+    served = model_repository.read_meta(repository, "encoder", encoder_version)
     bank, golden = (_bank(head_file, name) for name in (head_bank.BANK, head_bank.GOLDEN))
     _place_crops(repository, head_file.with_suffix(CROPS_SUFFIX), bank, golden)
     sizes = f"{len(bank or ())} and {len(golden or ())} crops"
-    made_from = f"{_sha256(head_file)} with {sizes} on encoder {encoder.weights_sha256}"
+    made_from = f"{_sha256(head_file)} with {sizes} on encoder {served.weights_sha256}"
     if (version := _published(repository, "head", made_from)) is None:
         version = publish_head(
             head, repository, encoder_version=encoder_version, provenance={**provenance, "made_from": made_from},
@@ -68,11 +75,13 @@ def _publish_detector(repository: Path, path: Path, otherwise: str, backbones: B
     return publish(exported, repository, provenance={"made_from": made_from})
 
 
-def _publish_encoder(repository: Path, path: Path, backbones: Backbones) -> tuple[int, str]:
+def _publish_encoder(repository: Path, path: Path, family: str | None, backbones: Backbones) -> tuple[int, str]:
     """The encoder's version, and what a head must have been fitted on to go with it."""
     trained = path if path.is_file() else None
-    family = ENCODER if trained is None else family_of(trained, otherwise=ENCODER)
-    exported = export_of(family).read(trained, backbones)
+    export = export_of(family or family_of(path, otherwise=ENCODER))
+    if not hasattr(export, "form_of"):
+        raise ConfigError(f"{family} is no family of encoders; name {ENCODER} or another one of them")
+    exported = export.read(trained, backbones)
     made_from = hashlib.sha256(exported.form.encode()).hexdigest()
     if (version := _published(repository, "encoder", made_from)) is None:
         version = publish(exported, repository, provenance={"made_from": made_from})

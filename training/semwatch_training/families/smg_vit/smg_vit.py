@@ -115,7 +115,10 @@ class SmgVit(nn.Module):
             Pooled tokens (B, layers * C), each layer's part of unit length, after them spreads alike if the form asks
             for them, and the class token (B, C), unit length, or (B, 0) where no layer is guided.
         """
-        tokens, patches = self.frozen(images)
+        return self.of_tokens(*self.frozen(images), soft_mask)
+
+    def of_tokens(self, tokens: Tensor, patches: list[Tensor], soft_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``forward`` makes of what ``frozen`` gives."""
         pooled = [pool(layer, soft_mask) for layer in patches]
         if self.form.spread:
             pooled += [spread(layer) for layer in patches]
@@ -217,26 +220,44 @@ class EncoderGraph(nn.Module):
             field_features: (B, ``FIELD_WIDTH``) float32, see ``field_descriptor``; given just where the form asks.
             region_features: (B, ``PATCH_WIDTH``) float32, the mean of ``patch_descriptor`` over the defect; likewise.
         """
-        pooled, class_token = self.vit(normalise(crop, self.mean, self.std), soft_mask)
+        return self.with_map(crop, soft_mask, size, field_features, region_features)[0]
+
+    def with_map(
+        self,
+        crop: Tensor,
+        soft_mask: Tensor,
+        size: Tensor,
+        field_features: Tensor | None = None,
+        region_features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the last map (B, C, h, w) of the second trunk, or the last pooled layer where there is none."""
+        tokens, patches = self.vit.frozen(normalise(crop, self.mean, self.std))
+        pooled, class_token = self.vit.of_tokens(tokens, patches, soft_mask)
         # / 16: brings log2 sizes (0 to about -10) to the scale of the unit-length parts.
         of_field = [] if field_features is None else [field_features]
         if region_features is not None:
             of_field.append(functional.normalize(region_features, dim=-1))
-        return torch.cat((pooled, *self._second_parts(crop, soft_mask), size / 16, *of_field, class_token), dim=-1)
+        last_map = patches[-1].transpose(1, 2).reshape(crop.shape[0], -1, *soft_mask.shape[1:])
+        parts: list[Tensor] = []
+        if self.second is not None:
+            parts, last_map = self._second_parts(self.second, crop, soft_mask)
+        return torch.cat((pooled, *parts, size / 16, *of_field, class_token), dim=-1), last_map
 
-    def _second_parts(self, crop: Tensor, soft_mask: Tensor) -> list[Tensor]:
-        """The second trunk's maps, pooled under the mask at their own grid and averaged over turns of the crop."""
-        if self.second is None:
-            return []
+    def _second_parts(self, second: EfficientNet, crop: Tensor, soft_mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The second trunk's maps, pooled under the mask at their own grid and averaged over turns of the crop.
+
+        Beside them the last map of the crop as it lies.
+        """
         form = self.vit.form
         turns = range(0, 4, 4 // form.second_turns)
         crops, masks = (torch.cat([torch.rot90(x, k, (1, 2)) for k in turns]) for x in (crop, soft_mask))
-        parts = []
-        for features in self.second(crops, form.second_stages):
+        parts, maps = [], second(crops, form.second_stages)
+        for features in maps:
             size = features.shape[-2:]
             mask = functional.interpolate(masks.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
             tokens, mask = features.flatten(2).transpose(1, 2), mask.squeeze(1)
             parts.append(pool(tokens, mask))
             if form.second_surroundings:
                 parts.append(pool_difference(tokens, mask))
-        return [part.view(len(turns), -1, part.shape[-1]).mean(dim=0) for part in parts]
+        averaged = [part.view(len(turns), -1, part.shape[-1]).mean(dim=0) for part in parts]
+        return averaged, maps[-1][: crop.shape[0]]
