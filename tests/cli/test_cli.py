@@ -269,7 +269,7 @@ def test_recipe_check_of_an_absent_recipe_names_the_example(semwatch, tmp_path) 
 
 
 def test_recipe_show_gives_every_setting_with_its_meaning(semwatch, monkeypatch) -> None:
-    monkeypatch.setattr(options.out, "_width", 160)
+    monkeypatch.setattr(options.out, "_width", 200)
     said = semwatch("recipe", "show")
     assert said.code == 0
     assert "gate.false_alarm_rate 0.05 Share of defect-free images that may pass the gate." in said.words

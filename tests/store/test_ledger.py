@@ -376,11 +376,18 @@ def test_ledger_of_a_newer_layout_is_a_config_error(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 4.*backup"):
+    with pytest.raises(ConfigError, match=r"newer semwatch .layout 99, this one knows 5.*backup"):
         Ledger(path)
 
 
+def _without_layout_5(db: sqlite3.Connection) -> None:
+    for later in ("TABLE manifests", "TABLE manifest_files", "TABLE lot_revisions", "INDEX paths_by_match_key"):
+        db.execute(f"DROP {later}")
+    db.execute("ALTER TABLE paths DROP match_key")
+
+
 def _without_layout_4(db: sqlite3.Connection) -> None:
+    _without_layout_5(db)
     for later in ("INDEX suspects", "INDEX paths_to_look_at"):
         db.execute(f"DROP {later}")
     db.execute("DROP TABLE duplicates")
@@ -396,6 +403,16 @@ def of_layout_3(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db, db:
         _without_layout_4(db)
         db.execute("PRAGMA user_version = 3")
+
+
+def of_layout_4(path: Path) -> None:
+    """What the release before KLARFs left."""
+    with Ledger(path) as ledger:
+        finish(ledger, claim(ledger, "a.tif"), "m")
+        claim(ledger, "b.tif")
+    with closing(sqlite3.connect(path)) as db, db:
+        _without_layout_5(db)
+        db.execute("PRAGMA user_version = 4")
 
 
 def of_layout_1(path: Path) -> None:
@@ -424,7 +441,7 @@ def of_layout_2(path: Path) -> None:
         db.execute("PRAGMA user_version = 2")
 
 
-@pytest.mark.parametrize("left", [of_layout_1, of_layout_2, of_layout_3])
+@pytest.mark.parametrize("left", [of_layout_1, of_layout_2, of_layout_3, of_layout_4])
 def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: Path, left) -> None:
     left(path)
     with Ledger(path) as ledger:
@@ -434,7 +451,7 @@ def test_daemon_brings_an_older_ledger_up_to_date_and_keeps_all_it_holds(path: P
         assert ledger.note(audit={"event": "x"}, once="x")
         assert not ledger.note(audit={"event": "x"}, once="x")
     with closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (4,)
+        assert db.execute("PRAGMA user_version").fetchone() == (5,)
         migrated = layout_of(db)
     Ledger(path.with_name("new.sqlite")).close()
     with closing(sqlite3.connect(path.with_name("new.sqlite"))) as db:

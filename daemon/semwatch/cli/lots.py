@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
@@ -10,6 +10,7 @@ import typer
 from semwatch.cli.options import JsonOption, SiteOption, counted, say, show_table
 from semwatch.errors import ConfigError
 from semwatch.operations import lots, requeue
+from semwatch.operations.lot_manifests import Expected
 from semwatch.operations.lots import Lot
 from semwatch.settings.site import load_site
 from semwatch.store import result_index
@@ -31,7 +32,8 @@ def lot(
 ) -> None:
     """Show a lot at a glance, or list the lots; ends with 1 where the lot is not complete.
 
-    Complete: all that was expected has arrived, and every image is reviewed or has the content of another.
+    Complete: all that was expected has arrived, and every image is reviewed or has the content of another. Where a
+    KLARF was taken it says what is expected, and the lot is done once every defect has a verdict or a reason.
     """
     settings = load_site(site)
     if name is None:
@@ -125,12 +127,41 @@ def _sentences(found: Lot) -> Iterator[str]:
         for file in worst:
             score = "" if file.image_score is None else f", score {file.image_score:.3f}"
             yield f"  {file.path}: {counted(file.n_defects, 'defect')}{score}"
+    for klarf in found.klarfs:
+        yield from _expected(klarf)
+    if found.surplus:
+        yield f"that no KLARF names: {_named(found.surplus)}"
     if found.aside:
         yield "without a result of their own:"
         for file in found.aside[:MAX_ASIDE]:
             yield f"  {file.path}: {_why(file)}"
         if len(found.aside) > MAX_ASIDE:
             yield f"  and {len(found.aside) - MAX_ASIDE} more (--json has all)"
+
+
+def _expected(klarf: Expected) -> Iterator[str]:
+    step = "" if klarf.step_id is None else f", step {klarf.step_id}"
+    wafers = f"{'wafer' if len(klarf.wafers) == 1 else 'wafers'} {_named(klarf.wafers)}"
+    yield f"KLARF {klarf.klarf}: lot {klarf.lot_id}{step}, {wafers}, {klarf.defects} defects"
+    came = {"reviewed": klarf.reviewed, "refused": klarf.refused, "waiting": klarf.waiting, "late": len(klarf.late)}
+    what = ", ".join(f"{n} {word}" for word, n in came.items() if n) or "none"
+    yield f"  images    {klarf.arrived} of {klarf.images}: {what}"
+    if klarf.missing:
+        yield f"  missing   {len(klarf.missing)}: {_named(klarf.missing)}"
+    if klarf.late:
+        yield f"  late      {_named(klarf.late)}"
+    if klarf.done_utc is None:
+        yield f"  not done  images that have not come by {klarf.due_utc} are given up"
+        return
+    yield f"  done      {klarf.done_utc}, {klarf.verdicts} of {klarf.defects} defects with a verdict"
+    for revision in klarf.revisions:
+        yield f"  revision  {revision}"
+    for place in klarf.written:
+        yield f"  {'written ' if klarf.is_delivered else 'on its way'}  {place}"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_ASIDE]) + (f" and {len(names) - MAX_ASIDE} more" if len(names) > MAX_ASIDE else "")
 
 
 def _verdict(kind: str, label: str | None) -> str:

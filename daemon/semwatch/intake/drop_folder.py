@@ -166,6 +166,15 @@ class Incoming:
         """Hand out nothing of one folder for a while: it is away. The others go on."""
         self._waiting.hold(source, self._clock() + seconds)
 
+    def try_now(self, source: str) -> None:
+        """Let the files of a source that came back unsettled come again at once: what they waited for is there."""
+        with self._waiting.lock:
+            for path in self._waiting.paths(source):
+                file = self._waiting.get((source, path))
+                if file is not None and not file.in_flight and file.n_setbacks:
+                    self._waiting.reschedule((source, path), not_before=0.0)
+        self._news.set()
+
     def look_at(self, source: str, path: str) -> None:
         """Ask for a look at one path."""
         self._watches[source].hint(path)

@@ -3,7 +3,7 @@
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,10 @@ from semwatch.system.files import Stamp, stamp_of
 Completeness = Literal["rename", "marker", "steady"]
 
 TEMPORARY_SUFFIXES = (".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", "~")
+
+
+def _is_none(_: str) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Folder:
     """Scan every ``poll_s`` and expect no events: for network shares, which send none."""
     suffixes: tuple[str, ...]
     """Lower case; names are compared without regard to case."""
+    is_manifest: Callable[[str], bool] = _is_none
+    """Says of a name whether it is one of a KLARF, which is taken like an image."""
 
     def stamp(self, status: os.stat_result) -> Stamp:
         """What tells a state of a file in it from another. Shares may make inode numbers up anew."""
@@ -49,7 +55,7 @@ def is_temporary(name: str) -> bool:
 
 
 def walk(folder: Folder, under: str, unreadable: set[str] | None = None) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield path and status of every image file below the directory ``under`` (relative; "" for the whole folder).
+    """Yield path and status of every image or KLARF below the directory ``under`` (relative; "" for the whole folder).
 
     Directories that cannot be read are added to ``unreadable``. Raises: OSError when the folder itself cannot be read.
     """
@@ -97,8 +103,8 @@ def status_of(folder: Folder, path: str) -> os.stat_result | None:
 
 
 def is_image(folder: Folder, path: str) -> bool:
-    """Say whether a name is one of an image."""
-    return path.lower().endswith(folder.suffixes)
+    """Say whether a name is one of an image, or of a KLARF where the recipe of the folder reads them."""
+    return path.lower().endswith(folder.suffixes) or folder.is_manifest(path)
 
 
 def complete_at(folder: Folder, path: str, status: os.stat_result, now: float) -> float:

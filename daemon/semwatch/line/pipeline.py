@@ -90,6 +90,7 @@ def review(
     max_pixels: int = LIMITS.max_image_px,
     max_pages: int = LIMITS.max_pages,
     reference_file: ReferenceFile | None = None,
+    named_pages: Mapping[int, int | None] | None = None,
     decode: Decode | None = None,
 ) -> Review:
     """Review one image file.
@@ -108,6 +109,8 @@ def review(
         max_pages: of one file.
         reference_file: picture of the same place to compare with; None where the recipe names none. A file with as many
             pages gives each its own, another file its first page.
+        named_pages: the pages to review, each with the page of its reference, of ``reference_file`` where that is
+            given, else of this file; None for a page without. No mapping: every page, by the recipe's ``reference``.
         decode: what decodes; None: this process.
 
     Raises:
@@ -119,7 +122,10 @@ def review(
     with _timed(timings, "decode"):
         decoded = partial(decode or decoding.decode, max_pixels=max_pixels, max_pages=max_pages)
         micrographs = decoded(data, name=path)
-        micrographs, references = _with_references(micrographs, reference_file, recipe, decoded)
+        if named_pages is None:
+            micrographs, references = _with_references(micrographs, reference_file, recipe, decoded)
+        else:
+            micrographs, references = _as_named(micrographs, reference_file, named_pages, decoded)
     with _timed(timings, "detect"):
         compared = [reference.compared(*pair, recipe.reference) for pair in zip(micrographs, references, strict=True)]
     pairs = list(zip(micrographs, compared, strict=True))
@@ -255,6 +261,37 @@ def _with_references(
         reason = f"the file has no page {n_reference}" if not own else "the file has no page beside the reference"
         return micrographs, [(name, None, reason)] * len(micrographs)
     return others, [(name, own[0], "")] * len(others)
+
+
+def _as_named(
+    micrographs: tuple[Micrograph, ...],
+    given: ReferenceFile | None,
+    named: Mapping[int, int | None],
+    decode: Decode,
+) -> tuple[tuple[Micrograph, ...], list[tuple[str, Micrograph | None, str] | None]]:
+    """Return the pages that are named, each with its reference as ``_with_references`` has it.
+
+    Raises:
+        ImageError: the file has none of these pages.
+    """
+    chosen = tuple(page for page in micrographs if page.page in named)
+    if not chosen:
+        wanted = ", ".join(map(str, sorted(named)[:10]))
+        raise ImageError(f"its KLARF names the pages {wanted} (from 0); the file has {len(micrographs)}")
+    pool, why = micrographs, ""
+    if given is not None and any(page is not None for page in named.values()):
+        try:
+            pool, why = (given.pages or decode(given.data, name=given.name), "") if given.data else ((), given.reason)
+        except ImageError as error:
+            pool, why = (), f"the reference cannot be read: {error}"
+    by_page = {page.page: page for page in pool}
+    references: list[tuple[str, Micrograph | None, str] | None] = []
+    for page in chosen:
+        of = named[page.page]
+        name = f"page {of}" if given is None else f"{given.name}, page {of}"
+        missing = "" if of in by_page else why or f"the file has no page {of}"
+        references.append(None if of is None else (name, by_page.get(of), missing))
+    return chosen, references
 
 
 def gate_threshold(recipe: Recipe, models: Models) -> float:

@@ -67,12 +67,14 @@ def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label
             origin = {"event": "corrected", "utc": utc, "by": by, "source": before.source, "path": before.path}
             audit = {**origin, "sha256": before.sha256, "revision": before.revision, "changes": changes}
             messages = messages_for_learning(before, given, crops, by=by, utc=utc) if site.redis is not None else ()
-            ledger.note(audit=audit, outbox=list(messages))
+            # Said before and after, so that a lot with a KLARF is looked at again wherever this process ends.
+            ledger.note(audit=audit, outbox=list(messages), changed=(work.source, work.sha256))
             return after
 
         after = results.change(target, edit)
         lot = target.parent.relative_to(site.results_dir).as_posix()
         ledger.lot_rows.write_anew(lot)
+        ledger.note(audit=None, changed=(work.source, work.sha256))
     with open_index(site.state_dir / INDEX) as index:
         index.put(lot, [(target.name, stamp_of(target), after)])
     return Corrected(work.source, work.path, target, by, tuple(changes), why_not)

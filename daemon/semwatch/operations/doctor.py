@@ -24,7 +24,7 @@ from semwatch.service.delivery import connect_handoff, connect_publisher
 from semwatch.service.gate_watch import GateWatch
 from semwatch.service.models_in_service import load_models, versions_of
 from semwatch.settings.recipe import Recipe, load_recipe
-from semwatch.settings.site import DEFAULT_NAME, Folder, Site
+from semwatch.settings.site import DEFAULT_NAME, Folder, Site, check_outbox
 from semwatch.store import pause, recipes_in_use, serving
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.streams.handoff import Cycle
@@ -85,6 +85,7 @@ def examine(site: Site) -> list[Check]:
     """Check everything the daemon needs before it can work, and everything a person can mend."""
     checks = [_name_check(site), *(_folder_check(folder) for folder in site.folders)]
     checks += [_writable("results folder", site.results_dir), _writable("state folder", site.state_dir)]
+    checks += _outbox_checks(site)
     checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER), *_pause_checks(site)]
     if site.models.runtime == "triton":
         checks.append(_try("Triton", partial(_triton_in_words, site.models.triton.url)))
@@ -225,6 +226,27 @@ def _writable(name: str, folder: Path) -> Check:
     if not os.access(place, os.W_OK | os.X_OK):
         return Check(name, False, f"{place} cannot be written", "give the daemon's user write rights there")
     return Check(name, True, str(folder))
+
+
+def _outbox_checks(site: Site) -> Iterator[Check]:
+    """Whether what is written back can get where the recipes want it."""
+    for folder in site.folders:
+        name = f"KLARFs of {folder.source}"
+        recipe = _or_none(partial(load_recipe, folder.recipe))
+        if not isinstance(recipe, Recipe):
+            continue  # said by the check of the recipes
+        settings = recipe.klarf
+        try:
+            check_outbox(site.folders, settings.outbox, folder.recipe)
+        except ConfigError as error:
+            yield Check(name, False, str(error), "give another folder as klarf.outbox of the recipe")
+            continue
+        if settings.pattern is not None and settings.outbox is not None:
+            is_there = os.access(settings.outbox, os.W_OK | os.X_OK)
+            where = f"{settings.outbox}" if is_there else f"{settings.outbox} is not there, or cannot be written"
+            yield Check(
+                name, is_there, where, "" if is_there else "make it, mount it, or give the daemon's user rights"
+            )
 
 
 def _disk_check(site: Site) -> Check:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from semwatch.errors import ConfigError
 from semwatch.intake import folder_rules
+from semwatch.operations import lot_manifests
+from semwatch.operations.lot_manifests import Expected
 from semwatch.settings.site import Site
 from semwatch.store import result_index
 from semwatch.store.ledger import LEDGER, Ledger
@@ -36,7 +38,8 @@ class Lot:
     waiting: int
     """Images in the drop folder that are neither reviewed nor refused yet."""
     complete: bool
-    """All that is expected has arrived, and all that has arrived is reviewed or a duplicate."""
+    """All that is expected has arrived, and all that has arrived is reviewed or a duplicate; where KLARFs were taken,
+    they are done too."""
     first_utc: str | None
     last_utc: str | None
     pages: dict[str, int]
@@ -55,6 +58,10 @@ class Lot:
     """Of a review."""
     worst: tuple[IndexedFile, ...]
     """Images with most defects, and among these with the highest score."""
+    klarfs: tuple[Expected, ...]
+    """What its KLARFs expect and what was written back; none where none was taken."""
+    surplus: tuple[str, ...]
+    """Images that no KLARF names, where one was taken."""
     aside: tuple[IndexedFile, ...]
     """Images without a result of their own: refused with the reason, duplicates with their original, broken results."""
 
@@ -64,7 +71,7 @@ def show(site: Site, name: str, *, expected: int | None = None) -> Lot:
 
     Args:
         site: where it is.
-        name: ``lot7``, or ``source/lot7`` where several sources have one.
+        name: ``lot7``, or ``source/lot7`` where several sources have one, or the LotID of its KLARF.
         expected: how many images should come.
 
     Raises:
@@ -82,6 +89,8 @@ def show(site: Site, name: str, *, expected: int | None = None) -> Lot:
         utc = [file.utc for file in found if file.utc]
         arrived = len(found) + waiting
         is_done = arrived > 0 and not waiting and not count["refused"] and not count["broken"]
+        klarfs = lot_manifests.of_lot(site, base)
+        is_done = is_done and all(one.done_utc and not one.missing for one in klarfs)
         return Lot(
             lot=base,
             expected=expected,
@@ -101,6 +110,8 @@ def show(site: Site, name: str, *, expected: int | None = None) -> Lot:
             missed=sum(index.missed(lots).values()),
             recipes=dict(Counter(file.recipe_id for file in reviewed if file.recipe_id)),
             mean_ms=sum(times) / len(times) if times else None,
+            klarfs=tuple(klarfs),
+            surplus=lot_manifests.surplus(site, base, [file.path for file in found]) if klarfs else (),
             worst=tuple(sorted(reviewed, key=_badness)[:N_WORST]),
             aside=tuple(file for file in found if file.outcome in ("refused", "duplicate", "broken")),
         )
@@ -120,6 +131,7 @@ def find(site: Site, index: ResultIndex, name: str) -> str:
         bases = _bases(known, wanted)
     if wanted in bases:
         return wanted
+    bases = bases or lot_manifests.folders_of_lot_id(site, name)
     if len(bases) == 1:
         return bases.pop()
     if bases:

@@ -6,6 +6,7 @@ one file's: it has its own back-off and attempts, and no other file waits for it
 
 import errno
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,11 @@ def check_results(results_dir: Path) -> None:
         os.scandir(results_dir).close()
     except OSError as error:
         raise ServiceUnavailable(f"{results_dir} cannot be reached: {error.strerror}") from error
+
+
+def is_of_ledger(error: BaseException) -> bool:
+    """Whether the disk under one of our own SQLite files refused, rather than that of other files."""
+    return any(isinstance(cause, sqlite3.Error) for cause in _chain(error))
 
 
 def can_list(folder: Path) -> bool:

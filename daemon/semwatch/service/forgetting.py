@@ -13,6 +13,7 @@ from pathlib import Path
 
 from semwatch.errors import ServiceUnavailable
 from semwatch.store.ledger import Ledger
+from semwatch.store.manifests import kept_copy
 from semwatch.system.clock import utc_of
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class Forgetting:
     def _end_round(self, now: datetime, forgotten_utc: str) -> None:
         n_work = self._ledger.forget_work(forgotten_utc)
         n_notes = self._ledger.forget_notes(utc_of(now - self._keep_notes))
+        for sha256 in self._ledger.manifests.forget(forgotten_utc):
+            kept_copy(self._ledger.path.parent, sha256).unlink(missing_ok=True)
         if self._n_forgotten or n_work or n_notes:
             log.info("forgotten: %d paths, %d images, %d notes", self._n_forgotten, n_work, n_notes)
         self._next = time.monotonic() + ROUND_S

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -33,13 +34,15 @@ from semwatch.service.forgetting import Forgetting
 from semwatch.service.gate_watch import GateWatch
 from semwatch.service.late_look import LateLook
 from semwatch.service.lot_tables import LotTables
+from semwatch.service.lots_done import LotsDone
+from semwatch.service.manifests import ManifestFiles
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.service.one_file import FileWork
 from semwatch.service.recipe_edits import RecipeEdits
 from semwatch.service.references import References
 from semwatch.settings.recipe import load_recipe
-from semwatch.settings.site import Site
+from semwatch.settings.site import Site, check_outbox
 from semwatch.store import pause
 from semwatch.store.audit import AUDIT, AuditLog
 from semwatch.store.ledger import LEDGER, Ledger
@@ -76,6 +79,8 @@ class Service:
     ) -> None:
         self.site = site
         self.recipes = {folder.source: load_recipe(folder.recipe) for folder in site.folders}
+        for folder in site.folders:
+            check_outbox(site.folders, self.recipes[folder.source].klarf.outbox, folder.recipe)
         self._notifier = Notifier(environ)
         self._beat_s = watchdog_interval_s(environ) or TICK_S
         self._stop = stop or threading.Event()
@@ -127,7 +132,16 @@ class Service:
 
     def _watch_folders(self) -> None:
         site, keep = self.site, self._open
-        folders = [Folder(**folder.model_dump(exclude={"recipe"})) for folder in site.folders]
+        self._manifest_files = ManifestFiles(
+            self.ledger, self.recipes, {folder.source: folder.path for folder in site.folders}, site.state_dir
+        )
+        folders = [
+            Folder(
+                **folder.model_dump(exclude={"recipe"}),
+                is_manifest=partial(self._manifest_files.is_manifest, folder.source),
+            )
+            for folder in site.folders
+        ]
         self._incoming = keep.enter_context(
             Incoming(folders, self.ledger.settled, reconcile_s=site.reconcile_s, poll_s=site.poll_s)
         )
@@ -162,6 +176,7 @@ class Service:
             models=self._models,
             decode=self._decoders.decode,
             incoming=self._incoming,
+            manifests=self._manifest_files,
             references=References(folders, self.recipes, limits=site.limits, decode=self._decoders.decode),
             drift=self._drift,
             gates=self._gates,
@@ -172,6 +187,15 @@ class Service:
         """What follows reviews: tables, notes of duplicates, re-review, forgetting."""
         site, keep = self.site, self._open
         self._tables = LotTables(self.ledger.lot_rows, site.results_dir, self._open_index())
+        self._lots_done = LotsDone(
+            self.ledger,
+            self.recipes,
+            self._places,
+            results_dir=site.results_dir,
+            state_dir=site.state_dir,
+            site=site.name,
+            codes_of=self._codes_of,
+        )
         self._tables_thread = ThreadPoolExecutor(1, thread_name_prefix="tables")
         keep.callback(self._tables_thread.shutdown)
         self._tables_step: Future[None] | None = None
@@ -190,8 +214,7 @@ class Service:
         )
         keep.callback(self._rereview.close)
         self._has_more_to_reread = False
-        files = {folder.source: folder.recipe for folder in site.folders}
-        self._recipe_edits = RecipeEdits(files, self.recipes, self._models, self.ledger, site.state_dir)
+        self._recipe_edits = RecipeEdits(site.folders, self.recipes, self._models, self.ledger, site.state_dir)
         self._forgetting = Forgetting(
             self.ledger, self._places, keep_days=site.ledger.keep_days, reread_days=site.learning.reread_days
         )
@@ -267,11 +290,20 @@ class Service:
         self._late_look.step()
 
     def _step_tables(self) -> None:
-        """Tables and index are brought up to date in a thread of their own: however long it takes, the loop goes on."""
+        """Tables, index and lots are brought up to date in a thread of their own: however long it takes."""
         if self._tables_step is None or self._tables_step.done():
-            before, self._tables_step = self._tables_step, self._tables_thread.submit(self._tables.step)
+            before, self._tables_step = self._tables_step, self._tables_thread.submit(self._follow)
             if before is not None:
                 before.result()
+
+    def _codes_of(self, head: int | None) -> Mapping[str, int]:
+        """Codes that people gave to found classes: of the head that judged, then of the one that serves."""
+        now = self._models.codes_of_head(self._models.versions().get("head"))
+        return {**now, **self._models.codes_of_head(head)}
+
+    def _follow(self) -> None:
+        self._tables.step()
+        self._lots_done.step()
 
     def _note_fault(self, arrival: Arrival, error: BaseException) -> None:
         """Say what failed, and let wait who has to: the file, its folder, or the line."""

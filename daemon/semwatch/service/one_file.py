@@ -25,6 +25,7 @@ from semwatch.service.drift import Alarm, DriftWatch
 from semwatch.service.gate_watch import GateWatch
 from semwatch.service.late_look import look_again_utc
 from semwatch.service.lot_tables import row_of
+from semwatch.service.manifests import ManifestFiles, check_size
 from semwatch.service.metrics import Metrics
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.service.references import References
@@ -32,6 +33,7 @@ from semwatch.settings.recipe import Recipe
 from semwatch.settings.site import Site
 from semwatch.store import results
 from semwatch.store.ledger import Claim, Ledger, OutboxItem, Work
+from semwatch.store.manifests import NamedFile
 from semwatch.store.review_record import printable
 from semwatch.streams import records
 from semwatch.streams.records import Outcome
@@ -53,6 +55,7 @@ class FileWork:
         decode: bytes to pages.
         incoming: says since when a file fails.
         references: of the images.
+        manifests: KLARFs that name images.
         drift: watches scores.
         gates: watch scores too.
         publishes: whether messages leave for Redis.
@@ -69,33 +72,42 @@ class FileWork:
         decode: Decode,
         incoming: Incoming,
         references: References,
+        manifests: ManifestFiles,
         drift: DriftWatch,
         gates: GateWatch,
         publishes: bool,
     ) -> None:
         self._site, self._recipes, self._ledger, self._metrics = site, recipes, ledger, metrics
         self._models, self._decode, self._incoming, self._references = models, decode, incoming, references
+        self._manifests = manifests
         self._drift, self._gates, self._publishes = drift, gates, publishes
         self._places = {folder.source: folder.path for folder in site.folders}
 
     def process(self, arrival: Arrival) -> None:
         """Review one file, from its bytes to the ledger's commit; an error that is raised says that it waits."""
         start = time.perf_counter()
-        if self._references.waits(arrival):
+        if self._manifests.is_manifest(arrival.source, arrival.path):
+            self._take_manifest(arrival)
+            return
+        named = self._manifests.naming(arrival)
+        if self._manifests.waits(arrival, named) or (named is None and self._references.waits(arrival)):
             return  # it comes again
         data = self._read(arrival)
         if data is None:
             return
-        partner = self._references.partner_of(arrival)
+        partner = self._references.partner_of(arrival) if named is None else None
         if partner is not None:
-            self._note_reference(arrival, data, partner)
+            self._note_reference(arrival, data, f"a reference of {printable(partner)}, not reviewed by itself", partner)
+            return
+        if named is not None and not named.pages:
+            self._note_reference(arrival, data, "named by its KLARF as no image to judge, not reviewed by itself")
             return
         claim = self._claim(arrival, hashlib.sha256(data).hexdigest(), look_again_utc=look_again_utc(arrival.stamp))
         if not claim.is_mine:
             self._note_not_mine(claim)
             return
         try:
-            self._review_or_refuse(claim, arrival, data, start)
+            self._review_or_refuse(claim, arrival, data, start, named)
         except Exception as error:
             self._give_back(claim, arrival, error, len(data))
             raise
@@ -127,15 +139,26 @@ class FileWork:
         """Whether a file that can neither be read nor have its result written has been tried for long enough."""
         return self._incoming.failing_s(arrival) >= faults.PATIENCE_S and self.scope_of(arrival, error) == "file"
 
-    def _review_or_refuse(self, claim: Claim, arrival: Arrival, data: bytes, start: float) -> None:
-        if claim.attempts >= self._site.limits.max_attempts:
-            why = f"gave up after {claim.attempts} attempts that failed or ended the process"
-            self.quarantine(claim, why, len(data))
+    def _review_or_refuse(
+        self, claim: Claim, arrival: Arrival, data: bytes, start: float, named: NamedFile | None
+    ) -> None:
+        if self._is_given_up(claim, len(data)):
             return
         try:
-            self._review(claim, data, self._references.read(arrival), start)
+            if named is None:
+                self._review(claim, data, self._references.read(arrival), start)
+            else:
+                reference = self._manifests.read_reference(claim.source, named)
+                self._review(claim, data, reference, start, named.pages)
         except ImageError as error:
             self.quarantine(claim, str(error), len(data))
+
+    def _is_given_up(self, claim: Claim, size: int) -> bool:
+        """Put aside what was tried often enough."""
+        if claim.attempts < self._site.limits.max_attempts:
+            return False
+        self.quarantine(claim, f"gave up after {claim.attempts} attempts that failed or ended the process", size)
+        return True
 
     def _give_back(self, claim: Claim, arrival: Arrival, error: Exception, size: int) -> None:
         """After a failure: let the work wait, or put it aside where it failed by itself and often enough."""
@@ -159,7 +182,53 @@ class FileWork:
             look_again_utc=look_again_utc,
         )
 
-    def _note_reference(self, arrival: Arrival, data: bytes, partner: str) -> None:
+    def _take_manifest(self, arrival: Arrival) -> None:
+        """Take a KLARF as the manifest of its lot, or put it aside; its images then come at once."""
+        try:
+            check_size(arrival.size, self._recipes[arrival.source])
+        except ImageError as error:
+            self._refuse_unread(arrival, str(error))
+            return
+        data = self._read(arrival)
+        if data is None or self._manifests.is_unfinished(arrival, data):
+            return  # it comes again
+        claim = self._claim(arrival, hashlib.sha256(data).hexdigest(), look_again_utc=look_again_utc(arrival.stamp))
+        is_back = claim.outcome == "settled" and self._manifests.is_another(claim.source, claim.path, claim.sha256)
+        if not (claim.is_mine or is_back):
+            self._note_not_mine(claim)
+            return
+        try:
+            self._read_manifest(claim, data)
+        except Exception as error:
+            if claim.is_mine:
+                self._give_back(claim, arrival, error, len(data))
+            raise
+
+    def _read_manifest(self, claim: Claim, data: bytes) -> None:
+        if claim.is_mine and self._is_given_up(claim, len(data)):
+            return
+        try:
+            taken = self._manifests.read(claim.source, claim.path, claim.sha256, data)
+        except ImageError as error:
+            if claim.is_mine:
+                self.quarantine(claim, str(error), len(data))
+            return
+        now_utc = utc_now()
+        audit = {"event": "klarf", "utc": now_utc, "source": claim.source, "path": printable(claim.path),
+                 "sha256": claim.sha256, "lot": taken.new.about["lot_id"], "defects": taken.new.n_defects,
+                 "images": len(taken.new.files), "again": len(taken.new.again)}  # fmt: skip
+        if claim.is_mine:
+            self._ledger.finish(
+                claim, outbox=(), audit=audit, now_utc=now_utc, reason=taken.sentence, manifest=taken.new
+            )
+        else:  # content that was taken before, and lies there again after another
+            self._ledger.note(audit=audit, manifest=taken.new, now_utc=now_utc)
+        log.info("%s/%s: %s", claim.source, claim.path, taken.sentence, extra=self.about(claim, "klarf"))
+        self._incoming.try_now(claim.source)
+        if taken.asks_again:
+            self._incoming.look_anew()
+
+    def _note_reference(self, arrival: Arrival, data: bytes, reason: str, partner: str = "") -> None:
         """Settle a reference: it is read when its image is reviewed, and is no work of its own.
 
         Its identity is not that of its content alone: an image of the same content is still reviewed.
@@ -167,7 +236,7 @@ class FileWork:
         claim = self._claim(arrival, hashlib.sha256(b"reference\0" + data).hexdigest())
         if not claim.is_mine:
             return
-        now_utc, reason = utc_now(), f"a reference of {printable(partner)}, not reviewed by itself"
+        now_utc = utc_now()
         audit = {
             "event": "reference",
             "utc": now_utc,
@@ -180,7 +249,14 @@ class FileWork:
         self._ledger.finish(claim, outbox=(), audit=audit, now_utc=now_utc, reason=reason)
         log.info("%s/%s: %s", claim.source, claim.path, reason, extra=self.about(claim, "reference"))
 
-    def _review(self, claim: Claim, data: bytes, reference: ReferenceFile | None, start: float) -> None:
+    def _review(
+        self,
+        claim: Claim,
+        data: bytes,
+        reference: ReferenceFile | None,
+        start: float,
+        pages: Mapping[int, int | None] | None = None,
+    ) -> None:
         recipe, limits = self._recipes[claim.source], self._site.limits
         models = self._models.of(recipe)
         review = pipeline.review(
@@ -196,6 +272,7 @@ class FileWork:
             max_pixels=limits.max_image_px,
             max_pages=limits.max_pages,
             reference_file=reference,
+            named_pages=pages,
             decode=self._decode,
         )
         named = self._models.codes_of_head(review.model_versions.get("head"))

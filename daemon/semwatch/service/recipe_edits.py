@@ -6,13 +6,14 @@ refused leaves the recipe in use as it is, and is looked at again when the file 
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from semwatch.errors import ConfigError, SemwatchError
 from semwatch.line import pipeline
 from semwatch.service.models_in_service import ModelsInService
 from semwatch.settings.recipe import Recipe, load_recipe
+from semwatch.settings.site import Folder, check_outbox
 from semwatch.store import recipes_in_use
 from semwatch.store.ledger import Ledger
 from semwatch.store.recipes_in_use import InUse
@@ -30,7 +31,7 @@ class RecipeEdits:
     """What has become of the recipe files; for the one thread of the loop.
 
     Args:
-        files: recipe file by source.
+        folders: of the site; each names a recipe file.
         recipes: in use, by source; ``use`` puts new ones in.
         models: that must fit them.
         ledger: takes an audit line for each that is used.
@@ -39,13 +40,14 @@ class RecipeEdits:
 
     def __init__(
         self,
-        files: Mapping[str, Path],
+        folders: Sequence[Folder],
         recipes: dict[str, Recipe],
         models: ModelsInService,
         ledger: Ledger,
         state_dir: Path,
     ) -> None:
-        self._files, self._recipes, self._models, self._ledger = files, recipes, models, ledger
+        self._folders, self._recipes, self._models, self._ledger = folders, recipes, models, ledger
+        files = self._files = {folder.source: folder.recipe for folder in folders}
         self._state_dir = state_dir
         self._checked = {source: _stamp(file) for source, file in files.items()}
         self._seen = dict(self._checked)
@@ -89,6 +91,7 @@ class RecipeEdits:
         now = self._recipes[source]
         try:
             recipe = load_recipe(file)
+            check_outbox(self._folders, recipe.klarf.outbox, file)
             if recipe.pins != now.pins:
                 raise ConfigError(f"{file}: other models are pinned, which takes a restart of the daemon")
             pipeline.gate_threshold(recipe, self._models.of(recipe))
@@ -97,7 +100,7 @@ class RecipeEdits:
             extra = about("recipe refused", source, recipe=now.name, recipe_id=now.id)
             log.error("the edited recipe of %s is not used, %s goes on: %s", source, now.id, error, extra=extra)
             return
-        if recipe.id != now.id:
+        if recipe != now:
             self._new[source] = recipe
 
     def _say(self) -> None:

@@ -255,7 +255,8 @@ class Rereview:
         outbox = [OutboxItem(*message)] if self._publishes else []
         row = row_of(target, self._results_dir, is_new=False)
         audit = notices.audit_entry(result, target.name, before=_before(target, result))
-        if self._ledger.note(audit=audit, outbox=outbox, once=message[1], once_utc=utc_now(), row=row):
+        changed = result.source, result.sha256
+        if self._ledger.note(audit=audit, outbox=outbox, once=message[1], once_utc=utc_now(), row=row, changed=changed):
             head, extra = result.model_versions.get("head"), notices.journal_fields(result)
             log.info("%s/%s: revision %d by head %s", result.source, result.path, result.revision, head, extra=extra)
             self._on_revised(target, result)

@@ -54,6 +54,17 @@ def _name_pattern(value: str) -> str:
     return value
 
 
+def _file_patterns(value: str) -> str:
+    patterns = value.split("|")
+    if any(not one.strip("*?.") or "/" in one or "\\" in one or not one.isprintable() for one in patterns):
+        raise refusal('must be patterns of file names with | between, such as "*.klarf|*.001"')
+    return value
+
+
+def _image_type(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _suffix(value: str) -> str:
     if not re.fullmatch(r"\.[^\s/\\*?]+", value):
         raise refusal("must be the end of a file name with its dot, such as .tif")
@@ -100,6 +111,10 @@ SitePath = Annotated[Path, BeforeValidator(_absolute)]
 Name = Annotated[str, AfterValidator(_name)]
 NamePattern = Annotated[str, AfterValidator(_name_pattern)]
 """A file name with one ``*``, without its extension."""
+FilePatterns = Annotated[str, AfterValidator(_file_patterns)]
+"""Patterns of whole file names, with ``|`` between."""
+ImageType = Annotated[str, BeforeValidator(_image_type)]
+"""What a KLARF calls an image: 30, 31, Patch."""
 Suffix = Annotated[str, AfterValidator(_suffix)]
 ImageSuffix = Annotated[Suffix, AfterValidator(str.lower)]
 Label = Annotated[str, AfterValidator(_label)]

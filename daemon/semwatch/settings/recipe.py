@@ -16,6 +16,8 @@ from semwatch.settings import yaml_file
 from semwatch.settings.fields import (
     EXAMPLES,
     Count,
+    FilePatterns,
+    ImageType,
     Label,
     Levels,
     Name,
@@ -27,6 +29,7 @@ from semwatch.settings.fields import (
     Positive,
     Settings,
     Share,
+    SitePath,
     refusal,
 )
 
@@ -39,6 +42,12 @@ SelfCalibration = Literal["off", "propose", "use"]
 
 Action = Literal["flag", "quarantine"]
 """What becomes of a file with a bad page."""
+
+ImageRole = Literal["test", "reference", "ignore"]
+"""What an image that a KLARF names is."""
+
+DefectRule = Literal["nearest_centre", "nearest_coordinate", "largest", "worst"]
+"""Which of the defects that an image shows is the one that a KLARF means, see ``line.defect_rule``."""
 
 
 def load_recipe(path: Path) -> "Recipe":
@@ -161,6 +170,55 @@ class Reference(Settings):
         return self
 
 
+class Klarf(Settings):
+    """KLARF files that name the work of a lot, and the codes that are written back; off without a pattern."""
+
+    pattern: FilePatterns | None = None
+    """Names of KLARF files in the drop folder, such as "*.klarf|*.001", in any case; null: none is read."""
+    wait_s: OrZeroSeconds = 600.0
+    """Seconds that an image waits for a KLARF that names it; then it is judged without one."""
+    deadline_s: Annotated[float, Field(gt=0, le=2_592_000)] = 3600.0
+    """Seconds after the KLARF from which an image that has not come is missing, and the lot is done without it."""
+    settle_s: OrZeroSeconds = 60.0
+    """Seconds without a change after which a KLARF that does not end in EndOfFile counts as whole."""
+    max_mb: Annotated[float, Field(gt=0, le=1024)] = 64.0
+    """Largest KLARF, in megabytes; a larger one is quarantined."""
+    max_defects: Annotated[int, Field(ge=1, le=2_000_000)] = 100_000
+    """Most defects of a KLARF; one with more is quarantined."""
+    step_ids: tuple[str, ...] = ()
+    """StepIDs that this recipe is for; a KLARF of another step is quarantined. Empty: any."""
+    recipe_ids: tuple[str, ...] = ()
+    """The tool's recipes (RecipeID or SetupID) that this recipe is for, as step_ids."""
+    reference_types: tuple[ImageType, ...] = ("31",)
+    """Types of the images that are the reference of the others of their defect, as the KLARF calls them."""
+    ignored_types: tuple[ImageType, ...] = ()
+    """Types of the images that are not looked at, such as those of another detector, or with captions."""
+    order: tuple[ImageRole, ...] = ()
+    """What an image is by its place in the list of its defect, whatever its type, such as [test, reference]."""
+    defect_rule: DefectRule = "nearest_centre"
+    """Which defect of an image is the one of the KLARF, where several are found."""
+    offset_columns: tuple[str, str] = ("XOFFSET", "YOFFSET")
+    """With nearest_coordinate: columns that say where the defect lies, from the centre of its image."""
+    form: Literal["full", "partial", "none"] = "full"
+    """full: the whole file with one column changed; partial: DEFECTID and that column alone; none: no file."""
+    target_column: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "CLASSNUMBER"
+    """Column that gets the class codes; one that is not there is added."""
+    no_verdict_code: int | None = None
+    """Code of a defect without a verdict, such as one without an image; null: its cell stays as it is."""
+    extend_lookup: bool = False
+    """Add the codes that the file's table of classes lacks."""
+    outbox: SitePath | None = None
+    """Folder of the files written back, by source and folder of the lot; null: beside the results."""
+
+    @property
+    def judges_by(self) -> dict[str, object] | None:
+        """What of it decides how an image is judged, for the identity of the recipe; None where it is off."""
+        if self.pattern is None:
+            return None
+        types = {"reference_types": list(self.reference_types), "ignored_types": list(self.ignored_types)}
+        return {**types, "order": list(self.order)}
+
+
 class Crop(Settings):
     """The square window cut around a defect."""
 
@@ -247,6 +305,8 @@ class Recipe(Settings):
     """From the score map to the defect mask."""
     reference: Reference = Reference()
     """A picture of the same place of another die, to compare with."""
+    klarf: Klarf = Klarf()
+    """KLARF files that name the work of a lot, and the codes that are written back."""
     crop: Crop = Crop()
     """The square window cut around a defect."""
     domain: DomainRule = DomainRule()
@@ -269,7 +329,11 @@ class Recipe(Settings):
     def id(self) -> str:
         """Identity of the recipe: 16 hexadecimal digits over every value, defaults included.
 
-        Comments, order and spacing do not change it, nor does writing out a default; any other value does.
+        Comments, order and spacing do not change it, nor does writing out a default; any other value does, but of
+        ``klarf`` only what decides how an image is judged.
         """
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        values = self.model_dump(mode="json", exclude={"klarf"})
+        if (klarf := self.klarf.judges_by) is not None:
+            values["klarf"] = klarf
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -5,13 +5,14 @@ once each is right by itself. ``yaml_file`` reads the YAML and words the faults;
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from semwatch.errors import ConfigError
 from semwatch.settings import yaml_file
 from semwatch.settings.fields import (
     EXAMPLES,
@@ -232,6 +233,25 @@ class Site(Settings):
             details = [InitErrorDetails(type=fault, loc=at, input=None) for at, fault in faults]
             raise ValidationError.from_exception_data("Site", details)
         return self
+
+
+def check_outbox(folders: Sequence[Folder], outbox: Path | None, recipe: Path) -> None:
+    """Make sure that what is written back is not read as input.
+
+    Args:
+        folders: of the site.
+        outbox: that a recipe names, if it names one.
+        recipe: its file, for the message.
+
+    Raises:
+        ConfigError: the outbox lies in a drop folder.
+    """
+    for folder in folders:
+        if outbox is not None and _real(outbox).is_relative_to(_real(folder.path)):
+            raise ConfigError(
+                f"{recipe}: klarf.outbox lies in the drop folder {folder.path}: choose a folder outside, or what is "
+                f"written back is read as input"
+            )
 
 
 def _repeated_sources(site: Site) -> Faults:

@@ -17,9 +17,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, Self
 
-from semwatch.store import lot_rows, unknown_features
+from semwatch.store import lot_rows, manifests, unknown_features
 from semwatch.store.ledger_layout import KIND, lock_out_others
 from semwatch.store.lot_rows import LotRow, LotRows
+from semwatch.store.manifests import Delivery, Manifest, Manifests, NewManifest, match_key
+from semwatch.store.manifests import blob as _blob
+from semwatch.store.manifests import text as _text
 from semwatch.store.unknown_features import UnknownFeatures
 from semwatch.system.files import Stamp
 from semwatch.system.sqlite_file import SqliteFile
@@ -118,6 +121,7 @@ class Ledger:
             self._unlock()
             raise
         self.lot_rows = LotRows(self._file)
+        self.manifests = Manifests(self._file)
         self._data_version = 0
         self._set_columns()
         try:
@@ -219,6 +223,8 @@ class Ledger:
                 db.execute("INSERT OR IGNORE INTO duplicates VALUES (?, ?)", (source, _blob(path)))
             else:
                 db.execute("DELETE FROM duplicates WHERE source = ? AND path = ?", (source, _blob(path)))
+            if outcome in ("settled", "duplicate"):
+                manifests.touch(db, source, sha256)
         return Claim(outcome, source, sha256, path, attempts, _text(original), deaths)
 
     def finish(
@@ -231,14 +237,18 @@ class Ledger:
         unknowns: Sequence[UnknownFeatures] = (),
         row: LotRow | None = None,
         reason: str | None = None,
+        manifest: NewManifest | None = None,
     ) -> None:
         """Make the work DONE, with messages, audit line, features of unknowns and the lot's row, all or nothing.
 
-        A ``reason`` says why it was done without a review: a reference is none of its own.
+        A ``reason`` says why it was done without a review: a reference is none of its own, nor is a KLARF, which comes
+        with its ``manifest``.
         """
         with self._file.transaction() as db:
             kept = None if reason is None else _clean(reason)
             _leave(db, claim, "state = 'DONE', reason = ?, finished_utc = ?", kept, now_utc)
+            manifests.take(db, manifest, now_utc, _AGAIN)
+            manifests.touch(db, claim.source, claim.sha256)
             _add_messages(db, outbox)
             unknown_features.add(db, unknowns)
             lot_rows.add(db, row)
@@ -257,6 +267,7 @@ class Ledger:
         """Put claimed or waiting work aside for good: reason, audit line, lot's row and messages, all or nothing."""
         with self._file.transaction() as db:
             _leave(db, work, "state = 'QUARANTINED', reason = ?, finished_utc = ?", _clean(reason), now_utc)
+            manifests.touch(db, work.source, work.sha256)
             lot_rows.add(db, row)
             _add_messages(db, outbox)
             _append_audit(db, audit)
@@ -339,8 +350,14 @@ class Ledger:
         once: str | None = None,
         once_utc: str | None = None,
         row: LotRow | None = None,
+        changed: tuple[str, str] | None = None,
+        manifest: NewManifest | None = None,
+        now_utc: str = "",
     ) -> bool:
         """Take an audit line, where there is one, and messages that belong to no work in flight, all or nothing.
+
+        ``changed``, source and sha256, names a result that says something else than before. A ``manifest`` is one that
+        was taken before, and lies under its name again, at ``now_utc``.
 
         Messages whose id waits in the outbox already are left out. With ``once``, a name unique for ever, a second call
         under that name takes nothing and returns False: so a note can be repeated after a crash. With ``once_utc``, the
@@ -353,8 +370,44 @@ class Ledger:
                     return False
             _add_messages(db, outbox)
             lot_rows.add(db, row)
+            manifests.take(db, manifest, now_utc, _AGAIN)
+            if changed is not None:
+                manifests.touch(db, *changed)
             if audit is not None:
                 _append_audit(db, audit)
+        return True
+
+    def revise_lot(
+        self,
+        manifest: Manifest,
+        revision: int,
+        digest: str,
+        counts: Mapping[str, int],
+        *,
+        why: str,
+        files: Sequence[Delivery],
+        audit: Mapping[str, object],
+        now_utc: str,
+    ) -> bool:
+        """Note that a lot is done, or says something else than before, with its audit line, all or nothing.
+
+        Args:
+            manifest: of the lot, as it was looked at.
+            revision: higher than the one before.
+            digest: hash of what the lot says.
+            counts: the same in numbers.
+            why: for people.
+            files: to be put in their places; their copies are kept already.
+            audit: line of the log.
+            now_utc: the time.
+
+        Returns:
+            False where the KLARF was replaced, or the lot revised, meanwhile: nothing was noted.
+        """
+        with self._file.transaction() as db:
+            if not self.manifests.revise(db, manifest, revision, digest, counts, why, files, now_utc):
+                return False
+            _append_audit(db, audit)
         return True
 
     def unpublished(self, limit: int) -> list[tuple[int, OutboxItem]]:
@@ -607,9 +660,9 @@ def _resolve(
     before = db.execute("SELECT sha256 FROM paths WHERE source = ? AND path = ?", (source, _blob(path))).fetchone()
     db.execute(
         "INSERT OR REPLACE INTO paths"
-        " (source, path, size, mtime_ns, ctime_ns, inode, sha256, seen_utc, look_again_utc)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (source, _blob(path), *stamp, sha256, now_utc, look_again_utc),
+        " (source, path, size, mtime_ns, ctime_ns, inode, sha256, seen_utc, look_again_utc, match_key)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (source, _blob(path), *stamp, sha256, now_utc, look_again_utc, match_key(path)),
     )
     if before is not None and before[0] != sha256:
         db.execute(
@@ -641,14 +694,6 @@ def _add_messages(db: sqlite3.Connection, outbox: Sequence[OutboxItem]) -> None:
 
 def _append_audit(db: sqlite3.Connection, audit: Mapping[str, object]) -> None:
     db.execute("INSERT INTO audit (line) VALUES (?)", (json.dumps(dict(audit), allow_nan=False),))
-
-
-def _blob(path: str) -> bytes:
-    return path.encode("utf-8", "surrogateescape")
-
-
-def _text(path: bytes) -> str:
-    return path.decode("utf-8", "surrogateescape")
 
 
 def _clean(reason: str) -> str:

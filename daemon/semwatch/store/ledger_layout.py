@@ -1,6 +1,6 @@
 """The ledger's file: its tables, how older ones are brought up to date, and the lock against a second daemon.
 
-Layout, ``user_version`` 4, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
+Layout, ``user_version`` 5, ``application_id`` "SEMW". Paths are BLOBs, because file names need not be UTF-8.
 
     work     source, sha256     primary key: a content reviewed for one tool is one piece of work
              path               where the content lay when it was claimed last, relative to the drop folder
@@ -15,6 +15,7 @@ Layout, ``user_version`` 4, ``application_id`` "SEMW". Paths are BLOBs, because 
              look_again_utc     when it is to be hashed once more, NULL: never; since layout 4
              sha256             what it hashed to
              seen_utc           when it was hashed; later, when it was last found lying there still
+             match_key          what a KLARF that names it has in common with it; since layout 5
     outbox   seq, id, stream, payload    waits to be published; consumers drop ids that they know
     audit    seq, line                   waits to be appended to the audit log; ``seq`` is never used twice
     noted    id, utc                     what ``note`` has taken and must not take twice; since layout 2.
@@ -23,6 +24,7 @@ Layout, ``user_version`` 4, ``application_id`` "SEMW". Paths are BLOBs, because 
                                          what a later head judges again, see ``UnknownFeatures``; since layout 3
     duplicates source, path              with the content of others, not noted beside the results yet; since layout 4
     lot_rows seq, lot, result            what is not in the table of its lot yet, see ``lot_rows``; since layout 3
+    manifests, manifest_files, lot_revisions    KLARFs and what was written back, see ``manifests``; since layout 5
 """
 
 import fcntl
@@ -31,7 +33,7 @@ import time
 from pathlib import Path
 
 from semwatch.errors import ConfigError
-from semwatch.store import lot_rows, unknown_features
+from semwatch.store import lot_rows, manifests, unknown_features
 from semwatch.system.sqlite_file import Kind
 
 _LAYOUT_3 = (
@@ -69,6 +71,7 @@ KIND = Kind(
         "CREATE TABLE noted (id TEXT PRIMARY KEY, utc TEXT) WITHOUT ROWID",
         *_LAYOUT_3,
         *_LAYOUT_4,
+        *manifests.SCHEMA,
     ),
     migrations={
         # Some ledgers of layout 1 have the table already.
@@ -76,6 +79,7 @@ KIND = Kind(
         2: (*_LAYOUT_3, "ALTER TABLE noted ADD COLUMN utc TEXT"),
         # What had attempts then had died with the process.
         3: (*_LAYOUT_4, "UPDATE work SET deaths = attempts WHERE attempts > 0"),
+        4: manifests.SCHEMA,
     },
     made_by="the daemon makes it at its start",
     remedy="move the file and its -wal and -shm aside and start again; what still lies in the folders is reviewed anew",

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -283,8 +283,17 @@ def to_record(
         raise ImageError(f"{printable(review.path)}: the review makes no sense: {first_fault(error)}") from error
 
 
+class Judged(Protocol):
+    """A verdict, of a model or of a lot."""
+
+    @property
+    def kind(self) -> VerdictKind: ...  # noqa: D102
+    @property
+    def label(self) -> str | None: ...  # noqa: D102
+
+
 def class_code(
-    verdict: Verdict, *, class_codes: Mapping[str, int], unknown_code: int | None, non_decidable_code: int | None
+    verdict: Judged, *, class_codes: Mapping[str, int], unknown_code: int | None, non_decidable_code: int | None
 ) -> int | None:
     """The fab's code of a verdict, None where it has none.
 
