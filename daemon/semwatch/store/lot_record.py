@@ -1,5 +1,7 @@
 """The format of ``<klarf>.lot.json``: what became of every defect that a KLARF names, written with each revision."""
 
+import json
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,3 +64,16 @@ class LotRecord(_Record):
     missing: tuple[str, ...] = Field(description="Images that the KLARF names and that have not come.")
     late: tuple[str, ...] = Field(description="Images that came at due_utc or later.")
     wafers: tuple[LotWafer, ...]
+
+
+SCHEMA_PATH = Path(__file__).with_name("schemas") / "lot.schema.json"
+
+
+def schema_text() -> str:
+    """Return the published JSON schema, made from the models.
+
+    After a change of the models:
+    ``python -c 'from semwatch.store import lot_record as r; r.SCHEMA_PATH.write_text(r.schema_text())'``.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | LotRecord.model_json_schema()
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
