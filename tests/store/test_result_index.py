@@ -176,16 +176,16 @@ def test_kill_while_it_is_built_is_caught_up(folder: Path, tmp_path: Path) -> No
     program = f"""
         import os, signal
         from pathlib import Path
-        from semwatch.store import result_index
+        from semwatch.store import index_rows, result_index
         result_index.BATCH = 2
-        real, n = result_index._add, 0
+        real, n = index_rows.add, 0
         def add(*args):
             global n
             n += 1
             real(*args)
             if n == 7:  # in the middle of a transaction
                 os.kill(os.getpid(), signal.SIGKILL)
-        result_index._add = add
+        index_rows.add = add
         list(result_index.rebuild(result_index.open_index(Path({str(path)!r})), Path({str(folder)!r})))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=60, check=False)

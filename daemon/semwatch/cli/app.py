@@ -17,7 +17,7 @@ PLACES: Mapping[str, str] = {
     "lot": "lots:lot",
     "correct": "people:correct",
     "quality": "people:quality_command",
-    "rereview": "lots:rereview",
+    "rereview": "rereview:rereview",
     "reindex": "lots:reindex",
     "adapt": "adapt:adapt",
     "redis": "redis_server:redis_server",

@@ -1,4 +1,4 @@
-"""`semwatch lot`, `rereview` and `reindex`: a lot at a glance, judged once more, and the index that answers."""
+"""`semwatch lot` and `reindex`: a lot at a glance, and the index that answers."""
 
 import dataclasses
 import json
@@ -9,17 +9,15 @@ import typer
 
 from semwatch.cli.options import JsonOption, SiteOption, counted, say, show_table
 from semwatch.errors import ConfigError
-from semwatch.operations import lots, requeue
+from semwatch.operations import lots
 from semwatch.operations.lot_manifests import Expected
 from semwatch.operations.lots import Lot
 from semwatch.settings.site import load_site
 from semwatch.store import result_index
-from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.store.result_index import INDEX, IndexedFile, open_index
 
 MAX_ASIDE = 10
 """Images without a result that are shown; --json has all."""
-LotArgument = Annotated[str, typer.Argument(metavar="LOT", help="Its folder, behind its source where several fit.")]
 
 
 def lot(
@@ -47,27 +45,6 @@ def lot(
         for sentence in _sentences(found):
             say(sentence)
     if not found.complete:
-        raise typer.Exit(1)
-
-
-def rereview(site: SiteOption, name: LotArgument, as_json: JsonOption = False) -> None:
-    """Have a lot judged again under today's recipe and models; the results so far stay as earlier revisions.
-
-    The daemon does it, from the files that still lie in the drop folder. People's verdicts are carried over.
-    """
-    settings = load_site(site)
-    path = settings.state_dir / LEDGER
-    if not path.exists():
-        raise ConfigError(f"no ledger at {path}: the daemon has not run yet")
-    with Ledger(path, exclusive=False) as ledger:
-        found = requeue.review_again(settings, ledger, name)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found)))
-    else:
-        say(f" {counted(found.queued, 'image')} of {found.lot} to be judged again", ("ok", "green"))
-        if found.gone:
-            say(f"not in the drop folder any more, so they keep their results: {len(found.gone)}, {_some(found.gone)}")
-    if found.gone or not found.queued:
         raise typer.Exit(1)
 
 
@@ -172,7 +149,3 @@ def _why(file: IndexedFile) -> str:
     if file.outcome == "duplicate":
         return f"the content of {file.original}, whose result counts; `semwatch rereview` judges that one again"
     return f"refused {file.utc}: {file.reason}" if file.outcome == "refused" else "its result cannot be read"
-
-
-def _some(paths: tuple[str, ...]) -> str:
-    return ", ".join(paths[:3]) + (" and others" if len(paths) > 3 else "")

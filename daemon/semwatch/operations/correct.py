@@ -75,6 +75,7 @@ def correct(site: Site, work: Work, given: Sequence[Correction], *, is_new_label
         lot = target.parent.relative_to(site.results_dir).as_posix()
         ledger.lot_rows.write_anew(lot)
         ledger.note(audit=None, changed=(work.source, work.sha256))
+    results.show_people(target)
     with open_index(site.state_dir / INDEX) as index:
         index.put(lot, [(target.name, stamp_of(target), after)])
     return Corrected(work.source, work.path, target, by, tuple(changes), why_not)

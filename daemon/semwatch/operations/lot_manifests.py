@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from semwatch.settings.site import Site
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.store.manifests import FileState, Manifest
-from semwatch.store.review_record import printable
+from semwatch.system.text import utf8 as printable
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,13 +81,10 @@ def show(site: Site, name: str, *, expected: int | None = None) -> Lot:
     with open_index(site.state_dir / INDEX) as index:
         base = find(site, index, name)
         lots = refreshed(site, index, base)
-        found, judged = index.files(*lots), index.judged(lots)
+        count, judged = Counter(index.outcomes(*lots)), index.judged(lots)
         waiting = _waiting(site, base)
-        count = Counter(file.outcome for file in found)
-        reviewed = [file for file in found if file.outcome == "reviewed"]
-        times = [file.took_ms for file in reviewed if file.took_ms is not None]
-        utc = [file.utc for file in found if file.utc]
-        arrived = len(found) + waiting
+        first_utc, last_utc, mean_ms = index.times(*lots)
+        arrived = count.total() + waiting
         is_done = arrived > 0 and not waiting and not count["refused"] and not count["broken"]
         klarfs = lot_manifests.of_lot(site, base)
         is_done = is_done and all(one.done_utc and not one.missing for one in klarfs)
@@ -101,19 +98,19 @@ def show(site: Site, name: str, *, expected: int | None = None) -> Lot:
             broken=count["broken"],
             waiting=waiting,
             complete=is_done and (expected is None or arrived >= expected),
-            first_utc=min(utc, default=None),
-            last_utc=max(utc, default=None),
+            first_utc=first_utc,
+            last_utc=last_utc,
             pages=index.page_verdicts(*lots),
             verdicts=tuple(index.defect_counts(*lots)),
             judged=sum(n for *_, n in judged),
             corrected=sum(n for kind, label, human, n in judged if human != _named(kind, label)),
             missed=sum(index.missed(lots).values()),
-            recipes=dict(Counter(file.recipe_id for file in reviewed if file.recipe_id)),
-            mean_ms=sum(times) / len(times) if times else None,
+            recipes=index.recipes(*lots),
+            mean_ms=mean_ms,
             klarfs=tuple(klarfs),
-            surplus=lot_manifests.surplus(site, base, [file.path for file in found]) if klarfs else (),
-            worst=tuple(sorted(reviewed, key=_badness)[:N_WORST]),
-            aside=tuple(file for file in found if file.outcome in ("refused", "duplicate", "broken")),
+            surplus=lot_manifests.surplus(site, base, [file.path for file in index.files(*lots)]) if klarfs else (),
+            worst=tuple(index.worst(*lots, limit=N_WORST)),
+            aside=tuple(index.aside(*lots)),
         )
 
 
@@ -186,7 +183,3 @@ def _waiting(site: Site, base: str) -> int:
 
 def _named(kind: str, label: str | None) -> str | None:
     return None if kind == "defect-free" else label
-
-
-def _badness(file: IndexedFile) -> tuple[int, float]:
-    return -file.n_defects, -(file.image_score or 0.0)

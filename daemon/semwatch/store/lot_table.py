@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from semwatch.errors import ImageError
-from semwatch.store import results
+from semwatch.store import result_names, results
 from semwatch.store.results import AnyRecord
 from semwatch.store.review_record import (
     DefectRecord,
@@ -61,15 +61,7 @@ def names(lot_dir: Path) -> list[str]:
     """
     with results.disk(lot_dir):
         found = os.listdir(lot_dir) if lot_dir.is_dir() else []  # noqa: PTH208 - half the time of iterdir
-    return names_among(found)
-
-
-def names_among(found: Sequence[str]) -> list[str]:
-    """The same among the names of all files of a folder."""
-    by_image: dict[str, str] = {}
-    for suffix in reversed(results.IN_TABLES):  # a later one takes the place of an earlier
-        by_image |= {name.removesuffix(suffix): name for name in found if name.endswith(suffix)}
-    return [by_image[image] for image in sorted(by_image)]
+    return result_names.names_among(found)
 
 
 def _current(lot_dir: Path) -> Iterator[tuple[Path, AnyRecord]]:

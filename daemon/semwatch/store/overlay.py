@@ -14,7 +14,8 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from semwatch.defects import Box, Defect, PageReview, ScoreMap, Verdict, VerdictKind
+from semwatch.defects import Box, Defect, PageReview, ScoreMap, VerdictKind
+from semwatch.store.review_record import DefectRecord
 
 Image = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -143,14 +144,18 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 def _fit(pixels: Image) -> tuple[Image, float]:
     """Resize to the picture's size; the scale is the same for both axes."""
     H, W = pixels.shape
-    longest = max(H, W)
-    enlarged = min(-(-MIN_SIDE_PX // longest), MAX_SIDE_PX // longest)
-    scale = MAX_SIDE_PX / longest if longest > MAX_SIDE_PX else float(max(1, enlarged))
+    scale = _scale_of(H, W)
     if scale == 1:
         return pixels, scale
     size_wh = max(1, round(W * scale)), max(1, round(H * scale))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     return np.asarray(cv2.resize(pixels, size_wh, interpolation=interpolation), np.uint8), scale
+
+
+def _scale_of(H: int, W: int) -> float:
+    longest = max(H, W)
+    enlarged = min(-(-MIN_SIDE_PX // longest), MAX_SIDE_PX // longest)
+    return MAX_SIDE_PX / longest if longest > MAX_SIDE_PX else float(max(1, enlarged))
 
 
 def _scaled(box_xyxy: Box, scale: float, picture: Image) -> Box:
@@ -211,7 +216,7 @@ def _label_panels(area: Image, page: PageReview, offset: int, width: int, boxes:
                 cv2.rectangle(area, *corners, COLOURS[defect.verdict.kind], 1)
         text = _shortened(name, width - 2 * PAD_PX - 2)
         plate = left, len(area) - TEXT_PX - 2 * PAD_PX, left + _text_width(text) + 2 * PAD_PX, len(area)
-        _draw_plate(area, text, plate, GRAY)
+        draw_plate(area, text, plate, GRAY)
 
 
 def _reference_in_words(page: PageReview) -> str:
@@ -263,9 +268,9 @@ def _outline_mask(field: Image, mask: NDArray[np.bool_]) -> None:
 # --- the defects ---------------------------------------------------------------------------------------------------
 
 
-def label_of(defect: Defect) -> str:
+def label_of(defect: Defect | DefectRecord) -> str:
     """Name a defect in a few words: number, what it is, how sure."""
-    verdict: Verdict = defect.verdict
+    verdict = defect.verdict
     if verdict.kind == "unknown":
         return f"{defect.defect_id} unknown"
     if verdict.kind == "non-decidable":
@@ -278,13 +283,48 @@ def _draw_defects(area: Image, defects: Sequence[Defect], boxes: Sequence[Box]) 
     for defect, (x0, y0, x1, y1) in zip(defects, around, strict=True):
         cv2.rectangle(area, (x0, y0), (x1 - 1, y1 - 1), BLACK, 4)
         cv2.rectangle(area, (x0, y0), (x1 - 1, y1 - 1), COLOURS[defect.verdict.kind], 2)
+    for defect, plate in zip(defects, plates_of(defects, around, area), strict=True):
+        draw_plate(area, _words_of(defect, len(defects)), plate, COLOURS[defect.verdict.kind])
+
+
+def plates_of(defects: Sequence[Defect | DefectRecord], around: Sequence[Box], area: Image) -> list[Box]:
+    """Where the names of defects stand, given the boxes around them in the picture."""
     taken: list[Box] = []
     for defect, box in zip(defects, around, strict=True):
-        text = label_of(defect) if len(defects) <= MAX_NAMED else str(defect.defect_id)
-        text = _shortened(text, area.shape[1] - 2 * PAD_PX - 2)
-        plate = _place(box, _text_width(text), area.shape[:2], [*taken, *(other for other in around if other != box)])
-        taken.append(plate)
-        _draw_plate(area, text, plate, COLOURS[defect.verdict.kind])
+        others = [*taken, *(other for other in around if other != box)]
+        taken.append(place(box, _words_of(defect, len(defects)), area, others))
+    return taken
+
+
+def _words_of(defect: Defect | DefectRecord, n_defects: int) -> str:
+    return label_of(defect) if n_defects <= MAX_NAMED else str(defect.defect_id)
+
+
+def placed(picture: Image, size_hw: tuple[int, int]) -> tuple[Image, int, float] | None:
+    """Where the page of a size lies in its overlay: the part that holds it, its left edge, its scale.
+
+    None where the picture is no overlay of such a page.
+    """
+    scale = _scale_of(*size_hw)
+    H, W = size_hw if scale == 1 else (max(1, round(side * scale)) for side in size_hw)
+    offset_of = {max(width, MIN_WIDTH_PX): (max(width, MIN_WIDTH_PX) - width) // 2 for width in (3 * W + 2 * GAP_PX, W)}
+    if len(picture) != H + STRIP_PX or picture.shape[1] not in offset_of:
+        return None
+    offset = offset_of[picture.shape[1]]
+    area = picture[:H] if picture.shape[1] == max(W, MIN_WIDTH_PX) else picture[:H, : offset + W]
+    return area, offset, scale
+
+
+def scaled_box(box_xyxy: Box, scale: float, area: Image, offset: int) -> Box:
+    """The frame around a box of the page, in the picture."""
+    x0, y0, x1, y1 = _scaled(box_xyxy, scale, area[:, offset:])
+    return x0 + offset - 3, y0 - 3, x1 + offset + 3, y1 + 3
+
+
+def place(box: Box, text: str, area: Image, taken: Sequence[Box]) -> Box:
+    """Find the spot for words by a box that covers least of what is taken."""
+    text = _shortened(text, area.shape[1] - 2 * PAD_PX - 2)
+    return _place(box, _text_width(text), area.shape[:2], taken)
 
 
 def _place(box: Box, width: int, size_hw: tuple[int, ...], taken: Sequence[Box]) -> Box:
@@ -304,7 +344,9 @@ def _overlap(a: Box, b: Box) -> int:
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _draw_plate(area: Image, text: str, plate: Box, colour: Colour) -> None:
+def draw_plate(area: Image, text: str, plate: Box, colour: Colour) -> None:
+    """Write words on a plate; what is wider than the picture is shortened."""
+    text = _shortened(text, area.shape[1] - 2 * PAD_PX - 2)
     x0, y0, x1, y1 = plate
     cv2.rectangle(area, (x0 - 1, y0 - 1), (x1, y1), BLACK, 1)
     cv2.rectangle(area, (x0, y0), (x1 - 1, y1 - 1), colour, cv2.FILLED)

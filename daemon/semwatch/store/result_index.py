@@ -16,18 +16,18 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from semwatch.defects import Box
-from semwatch.errors import ConfigError, ImageError
-from semwatch.store import lot_table, results
-from semwatch.store.results import AnyRecord
-from semwatch.store.review_record import DuplicateRecord, PageRecord, ReasonRecord, ReviewRecord
+from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.store import result_names
 from semwatch.system.sqlite_file import Kind, SqliteFile
+
+if TYPE_CHECKING:
+    from semwatch.store.results import AnyRecord
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ BATCH = 500
 
 Outcome = Literal["reviewed", "refused", "duplicate", "kept", "broken"]
 
+_BY_VERDICT = "CREATE INDEX defects_by_verdict ON defects (lot, kind, label, file)"
+"""A lot at a glance is answered from it alone."""
 _KIND = Kind(
     noun="index of the results",
     application_id=0x53454D49,  # "SEMI"
@@ -59,6 +61,7 @@ _KIND = Kind(
             human_utc TEXT)""",
         "CREATE INDEX defects_by_file ON defects (file)",
         "CREATE INDEX defects_by_lot ON defects (lot, id)",
+        _BY_VERDICT,
         # With the confidence, so that what is filtered out by it is not looked up.
         "CREATE INDEX defects_by_label ON defects (label, id, confidence)",
         "CREATE INDEX defects_by_kind ON defects (kind, id, confidence)",
@@ -69,7 +72,7 @@ _KIND = Kind(
         "CREATE INDEX missed_by_file ON missed (file)",
         "CREATE INDEX missed_by_lot ON missed (lot)",
     ),
-    migrations={},
+    migrations={1: (_BY_VERDICT,)},
     made_by="the daemon makes it, and so does `semwatch reindex`",
     remedy="delete it and run `semwatch reindex`; it holds nothing that the results do not",
 )
@@ -91,7 +94,7 @@ class IndexedDefect:
     confidence: float
     nearest: str | None
     """Label of the nearest class."""
-    box_xyxy: Box
+    box_xyxy: tuple[int, int, int, int]
     area_px: int
     is_judged: bool
     """A person has given a verdict."""
@@ -160,20 +163,22 @@ class ResultIndex:
         gone = known.keys() - present.keys()
         changed = [name for name, stamp in present.items() if known.get(name) != stamp]
         for start in range(0, max(len(changed), 1), BATCH):
-            read = [(name, present[name], _read(folder / name)) for name in changed[start : start + BATCH]]
-            self.put(lot, read, gone=gone if start == 0 else ())
+            some = changed[start : start + BATCH]
+            self.put(lot, _read(folder, some, present), gone=gone if start == 0 else ())
         return len(gone) + len(changed)
 
-    def put(self, lot: str, read: Sequence[tuple[str, str, AnyRecord | None]], *, gone: Iterable[str] = ()) -> None:
+    def put(self, lot: str, read: Sequence["tuple[str, str, AnyRecord | None]"], *, gone: Iterable[str] = ()) -> None:
         """Take in files of a lot, by name, stamp and content (None: it is broken), in one transaction."""
         gone = list(gone)
         if self._is_read_only or not (read or gone):
             return
+        from semwatch.store import index_rows  # noqa: PLC0415 - see ``_read``
+
         with self._file.transaction() as db:
             for name in (*gone, *(name for name, _, _ in read)):
                 _forget(db, lot, name)
             for name, stamp, record in read:
-                _add(db, lot, name, stamp, record)
+                index_rows.add(db, lot, name, stamp, record)
 
     def forget_all_but(self, lots: Iterable[str]) -> None:
         """Forget the lots whose folders are gone."""
@@ -196,14 +201,57 @@ class ResultIndex:
 
     def files(self, *lots: str) -> list[IndexedFile]:
         """The images of lots by name; kept revisions are left out."""
+        return self._files(lots, "outcome != 'kept'", "ORDER BY lot, name")
+
+    def aside(self, *lots: str) -> list[IndexedFile]:
+        """The images of lots without a result of their own, by name: refused, duplicate, broken."""
+        return self._files(lots, "outcome IN ('refused', 'duplicate', 'broken')", "ORDER BY lot, name")
+
+    def worst(self, *lots: str, limit: int) -> list[IndexedFile]:
+        """The reviewed images of lots with most defects, and among these with the highest score."""
+        where, values = _in_lots(lots)
+        ids = self._file.rows(
+            "SELECT files.id FROM (SELECT file, count(*) AS n FROM defects"
+            f" WHERE kind != 'defect-free' {where} GROUP BY file) JOIN files ON files.id = file"
+            " ORDER BY n DESC, image_score DESC, lot, name LIMIT ?",
+            (*values, limit),
+        )
+        return [one for (id_,) in ids for one in self._files(None, f"id = {int(id_)}", "")]
+
+    def _files(self, lots: Sequence[str] | None, condition: str, order: str) -> list[IndexedFile]:
         where, values = _in_lots(lots)
         rows = self._file.rows(
             "SELECT outcome, lot, path, name, sha256, utc, recipe_id, reason, original, image_score, took_ms,"
             " (SELECT count(*) FROM defects WHERE file = files.id AND kind != 'defect-free') FROM files"
-            f" WHERE outcome != 'kept' {where} ORDER BY lot, name",
+            f" WHERE {condition} {where} {order}",
             values,
         )
         return [IndexedFile(*row) for row in rows]
+
+    def outcomes(self, *lots: str) -> dict[str, int]:
+        """Images of lots by what became of them."""
+        where, values = _in_lots(lots)
+        sql = f"SELECT outcome, count(*) FROM files WHERE outcome != 'kept' {where} GROUP BY outcome"
+        return dict(self._file.rows(sql, values))
+
+    def times(self, *lots: str) -> tuple[str | None, str | None, float | None]:
+        """When something first and last happened in lots, and the mean milliseconds of a review."""
+        where, values = _in_lots(lots)
+        (row,) = self._file.rows(
+            "SELECT min(nullif(utc, '')), max(nullif(utc, '')), avg(CASE outcome WHEN 'reviewed' THEN took_ms END)"
+            f" FROM files WHERE outcome != 'kept' {where}",
+            values,
+        )
+        return row[0], row[1], row[2]
+
+    def recipes(self, *lots: str) -> dict[str, int]:
+        """Reviewed images of lots by the id of their recipe."""
+        where, values = _in_lots(lots)
+        sql = (
+            "SELECT recipe_id, count(*) FROM files WHERE outcome = 'reviewed' AND recipe_id IS NOT NULL"
+            f" {where} GROUP BY recipe_id ORDER BY min(id)"
+        )
+        return dict(self._file.rows(sql, values))
 
     def page_verdicts(self, *lots: str) -> dict[str, int]:
         """Pages of lots by their verdict."""
@@ -357,17 +405,30 @@ def stamp_of(path: Path) -> str:
 
 def _stamps(folder: Path) -> dict[str, str]:
     """Stamps of what the table of a lot is made of, by name; nothing where there is no such folder."""
-    with results.disk(folder):
-        try:
-            with os.scandir(folder) as listing:
-                entries = {entry.name: entry for entry in listing if entry.name.endswith(results.IN_TABLES)}
-        except FileNotFoundError:
-            return {}
+    try:
+        with os.scandir(folder) as listing:
+            entries = {entry.name: entry for entry in listing if entry.name.endswith(result_names.IN_TABLES)}
         stamps = {}
-        for name in lot_table.names_among(list(entries)):
+        for name in result_names.names_among(list(entries)):
             with suppress(FileNotFoundError):  # meanwhile
                 stamps[name] = _stamp(entries[name].stat(follow_symlinks=False))
-        return stamps
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ServiceUnavailable(f"cannot read {folder}: {error.strerror or error}; mend the disk") from error
+    return stamps
+
+
+def _read(folder: Path, names: Sequence[str], stamps: Mapping[str, str]) -> "list[tuple[str, str, AnyRecord | None]]":
+    """Files of a lot by name, stamp and content; None: broken.
+
+    What reads them is loaded here alone: a person who looks at a lot of which nothing has changed does not wait for it.
+    """
+    if not names:
+        return []
+    from semwatch.store import index_rows  # noqa: PLC0415
+
+    return [(name, stamps[name], index_rows.read(folder / name)) for name in names]
 
 
 def _stamp(status: os.stat_result) -> str:
@@ -394,76 +455,9 @@ def _in_lots(lots: Sequence[str] | None) -> tuple[str, tuple[str, ...]]:
     return ("", ()) if lots is None else ("AND lot IN (SELECT value FROM json_each(?))", (json.dumps(list(lots)),))
 
 
-def _read(path: Path) -> AnyRecord | None:
-    try:
-        return results.read_any(path)
-    except ImageError as error:
-        log.warning("left out of the index: %s", error)
-        return None
-
-
 def _forget(db: sqlite3.Connection, lot: str, name: str) -> None:
     row = db.execute("SELECT id FROM files WHERE lot = ? AND name = ?", (lot, name)).fetchone()
     if row is not None:
         db.execute("DELETE FROM files WHERE id = ?", row)
         for table in ("pages", "defects", "missed"):
             db.execute(f"DELETE FROM {table} WHERE file = ?", row)
-
-
-def _add(db: sqlite3.Connection, lot: str, name: str, stamp: str, record: AnyRecord | None) -> None:
-    columns: dict[str, Any] = {"lot": lot, "name": name, "stamp": stamp, **_columns(name, record)}
-    marks = ", ".join("?" * len(columns))
-    added = db.execute(f"INSERT INTO files ({', '.join(columns)}) VALUES ({marks})", tuple(columns.values()))
-    if isinstance(record, ReviewRecord) and columns["outcome"] == "reviewed":
-        assert added.lastrowid is not None
-        for page in record.pages:
-            _add_page(db, added.lastrowid, lot, page)
-
-
-def _columns(name: str, record: AnyRecord | None) -> dict[str, Any]:
-    own: dict[str, Any]
-    match record:
-        case None:
-            image = next(name.removesuffix(end) for end in results.IN_TABLES if name.endswith(end))
-            return {"outcome": "broken", "source": "", "path": image, "sha256": "", "utc": ""}
-        case ReasonRecord():
-            own = {"outcome": "refused", "utc": record.quarantined_utc, "reason": record.reason}
-        case DuplicateRecord():
-            own = {"outcome": "duplicate", "utc": record.noted_utc, "original": record.original}
-        case ReviewRecord():
-            scores = [page.image_score for page in record.pages if page.image_score is not None]
-            own = {
-                "outcome": "reviewed" if results.is_current(Path(name), record) else "kept",
-                "utc": record.revised_utc or record.reviewed_utc,
-                "recipe": record.recipe.name,
-                "recipe_id": record.recipe.id,
-                "revision": record.revision,
-                "image_score": max(scores, default=None),
-                "took_ms": sum(record.timings_ms.values()),
-            }
-    return {"source": record.source, "path": record.path, "sha256": record.sha256, **own}
-
-
-def _add_page(db: sqlite3.Connection, file: int, lot: str, page: PageRecord) -> None:
-    quality = " ".join(flag.name for flag in page.quality.flags)
-    db.execute(
-        "INSERT INTO pages VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (file, page.page, page.verdict, page.image_score, page.gate_threshold, page.domain, quality),
-    )
-    db.executemany(
-        "INSERT INTO defects (file, lot, page, defect_id, kind, label, confidence, nearest, box, area_px, is_judged,"
-        " human_label, human_by, human_utc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (
-                file, lot, page.page, defect.defect_id, verdict.kind, verdict.label, verdict.confidence,
-                verdict.nearest[0].label if verdict.nearest else None, json.dumps(defect.box_xyxy), defect.area_px,
-                1 if human is not None else None, human and human.label, human and human.by, human and human.utc,
-            )
-            for defect in page.defects
-            for verdict, human in [(defect.verdict, defect.human)]
-        ],
-    )  # fmt: skip
-    db.executemany(
-        "INSERT INTO missed VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(file, lot, page.page, one.label, json.dumps(one.box_xyxy), one.by, one.utc) for one in page.missed],
-    )

@@ -3,6 +3,7 @@
 A result lives beside the others of its lot, in ``results_dir/<source>/<folder of the image>/``:
 
     <image>.overlay.png, page p > 0: <image>.p<p>.overlay.png    written first
+    <image>.model.overlay.png                                    the same without people's verdicts, once there are some
     <image>.review.json                                          written last: where it is, the result is whole
     <image>.r<r>.review.json                                     kept revision r, when a later head has judged again
     <image>.reason.json                                          instead of these, for an image in quarantine
@@ -33,7 +34,7 @@ from pydantic import ValidationError
 
 from semwatch.defects import Review
 from semwatch.errors import ImageError, ServiceUnavailable
-from semwatch.store import corrections, overlay
+from semwatch.store import corrections, overlay, people_overlay, result_names
 from semwatch.store.review_record import (
     SCHEMA_VERSION,
     DuplicateRecord,
@@ -50,11 +51,11 @@ from semwatch.system.faults import first_fault
 
 log = logging.getLogger(__name__)
 
-REVIEW, OVERLAY, REASON, DUPLICATE = ".review.json", ".overlay.png", ".reason.json", ".duplicate.json"
-IN_TABLES = (REVIEW, REASON, DUPLICATE)
-"""Ends of the names of what the table of a lot is made of."""
+REVIEW, OVERLAY = result_names.REVIEW, result_names.OVERLAY
+REASON, DUPLICATE = result_names.REASON, result_names.DUPLICATE
+IN_TABLES = result_names.IN_TABLES
 AnyRecord = ReviewRecord | ReasonRecord | DuplicateRecord
-_BESIDE_SUFFIX = re.compile(r"(\.p\d+)?\.overlay\.png|\.r\d+\.review\.json")
+_BESIDE_SUFFIX = re.compile(r"(\.p\d+)?(\.model)?\.overlay\.png|\.r\d+\.review\.json")
 """What goes with a review.json."""
 _LIKE_A_BYTE = re.compile(r"\\(?=x(?:[89a-f][0-9a-f]|5c))")
 """The backslash of text that looks like a byte spelled out."""
@@ -115,10 +116,13 @@ def write(
             picture = overlay.draw(page, caption=_caption(review))
             overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
             files.write_whole(overlays[-1], overlay.encode_png(picture))
+            people_overlay.of_models(overlays[-1]).unlink(missing_ok=True)
         with alone(target.parent):
             record = _after(target, record)
             _write_record(target, record)
             _remove(stem, REASON, DUPLICATE)
+        if any(page.missed or any(defect.human for defect in page.defects) for page in record.pages):
+            show_people(target)
     return ReviewPaths(target, tuple(overlays), record, is_new)
 
 
@@ -446,6 +450,19 @@ def _next_revision(path: Path) -> int:
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def show_people(path: Path) -> None:
+    """Draw what people said of a result on its overlays, beside the model's verdicts.
+
+    Raises:
+        ImageError: there is no whole result.
+        ServiceUnavailable: the disk is full or broken.
+    """
+    stem = path.with_name(path.name.removesuffix(REVIEW))
+    with disk(path), alone(path.parent):
+        for page in read(path).pages:
+            people_overlay.update(_named(stem, _overlay_suffix(page.page)), page)
 
 
 def contact_sheet(

@@ -23,6 +23,7 @@ from semwatch.defects import (
     VerdictKind,
 )
 from semwatch.errors import ImageError
+from semwatch.system import text
 from semwatch.system.faults import first_fault
 
 SCHEMA_VERSION: Final = 1
@@ -396,6 +397,5 @@ def schema_text() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
-def printable(name: str) -> str:
-    """Spell out bytes that are no UTF-8, which neither JSON nor every file system takes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+printable = text.utf8
+"""The name that records give it."""

@@ -1,6 +1,5 @@
 """What both programs do with a command line: argv -> a command -> exit code, errors in words or as JSON."""
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -26,6 +25,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON for machines inst
 
 def _show_version(is_asked: bool) -> None:
     if is_asked:
+        import importlib.metadata  # noqa: PLC0415 - it takes longer than many a command
+
         typer.echo(f"semwatch {importlib.metadata.version('semwatch')}")
         raise typer.Exit
 

@@ -47,3 +47,8 @@ def counted(n: int, what: str, plural: str = "") -> str:
     ('1 defect', '2 defects', '0 classes')
     """
     return f"{n} {what if n == 1 else plural or what + 's'}"
+
+
+def utf8(name: str) -> str:
+    """Spell out bytes that are no UTF-8, which neither JSON nor every file system takes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
