@@ -186,7 +186,7 @@ sys.argv = ["semwatch", "lot", "--help"]
 try:
     main()
 except SystemExit:
-    print([name for name in ("torch", "onnxruntime", "redis", "watchdog") if name in sys.modules])
+    print([name for name in ("torch", "onnxruntime", "redis", "watchdog", "numpy", "cv2") if name in sys.modules])
 """
     environ = {**os.environ, "PYTHONPATH": str(ROOT / "daemon")}
     done = subprocess.run(
