@@ -202,8 +202,8 @@ class Process:
         service.recipes, service.ledger = {SOURCE: Recipe()}, self.ledger
         service.metrics = Metrics([SOURCE])
         self.incoming = service._incoming = SimulatedIncoming(world, self.ledger)  # type: ignore[assignment]
-        idle = SimpleNamespace(step=lambda: None)
-        service._duplicates = service._late_look = idle  # type: ignore[assignment]
+        idle = SimpleNamespace(step=lambda: None, alarm=lambda *_: None)
+        service._duplicates = service._late_look = service._hooks = idle  # type: ignore[assignment]
         service._step_tables = idle.step  # type: ignore[method-assign]
         service._places, service._working = {SOURCE: DROP}, {}
         service._away, service._publishing, service._folders_away = Backoff(), Backoff(), {SOURCE: Backoff()}

@@ -190,6 +190,10 @@ class Incoming:
         """Return how many unsettled files wait, and for how many seconds the oldest, in flight or not, is known."""
         return self._waiting.count(self._clock())
 
+    def unsettled(self, source: str) -> list[str]:
+        """Paths of a source's files that wait or are in flight."""
+        return self._waiting.paths(source)
+
     def close(self) -> None:
         """Let ``arrivals`` return, then stop thread and observers. Files in flight may still be released."""
         self._closed.set()

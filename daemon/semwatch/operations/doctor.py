@@ -26,12 +26,15 @@ from semwatch.service.models_in_service import load_models, versions_of
 from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import DEFAULT_NAME, Folder, Site, check_outbox
 from semwatch.store import pause, recipes_in_use, serving
+from semwatch.store.hook_runs import HOOKS, HookRuns
 from semwatch.store.ledger import LEDGER, Ledger
 from semwatch.streams.handoff import Cycle
 from semwatch.system.clock import moment_of, utc_of
 
 RATE_WINDOW_S = 300
 MIN_RATE_WINDOW_S = 30
+HOOK_DAYS = 7
+"""For so long a run of a hook that was given up is said."""
 LEDGER_FIGURES = ("reviews_per_minute", "seen", "claimed", "done", "quarantined", "unpublished_records")
 
 
@@ -89,7 +92,7 @@ def examine(site: Site) -> list[Check]:
     checks += [_disk_check(site), _ledger_check(site.state_dir / LEDGER), *_pause_checks(site)]
     if site.models.runtime == "triton":
         checks.append(_try("Triton", partial(_triton_in_words, site.models.triton.url)))
-    checks += [*_model_checks(site), *_learning_checks(site), *_alarm_checks(site)]
+    checks += [*_model_checks(site), *_learning_checks(site), *_alarm_checks(site), *_hook_checks(site)]
     if site.redis is not None:
         checks.append(_redis_check(site))
     return checks
@@ -182,6 +185,29 @@ def _alarm_checks(site: Site) -> Iterator[Check]:
     for source, texts in sorted(_alarms(site).items()):
         advice = "see docs/night.md, SemwatchNoImage, SemwatchBadQuality and SemwatchDrift" if texts else ""
         yield Check(f"images of {source}", True, "; ".join(texts) or "no alarm", advice=advice)
+
+
+def _hook_checks(site: Site) -> Iterator[Check]:
+    """Whether the programs of hooks can be run, and what was given up of late."""
+    hooks = {"on_lot_done": site.hooks.on_lot_done, "on_alarm": site.hooks.on_alarm}
+    for name, argv in hooks.items():
+        if argv and not os.access(argv[0], os.X_OK):
+            remedy = f"make it a program that the daemon's user may run, or change hooks.{name} in the site settings"
+            yield Check(f"hook {name}", False, f"{argv[0]} cannot be run", remedy)
+    path = site.state_dir / HOOKS
+    if not path.exists():
+        return
+    try:
+        with HookRuns(path, read_only=True) as runs:
+            since = utc_of(datetime.now(UTC) - timedelta(days=HOOK_DAYS))
+            given_up = [run for run in runs.given_up() if run.utc >= since]
+            waiting = runs.waiting()
+    except SemwatchError as error:
+        yield Check("hooks", False, str(error), "delete it, the daemon makes it anew; what waited is not told")
+        return
+    last = "".join(f"; {run.hook} of {run.variables.get('lot') or run.utc}: {run.why}" for run in given_up[:1])
+    advice = "mend the program: what was given up is not told again" if given_up else ""
+    yield Check("hooks", True, f"{waiting} waiting, {len(given_up)} given up of late{last}", advice=advice)
 
 
 def _is_running(site: Site) -> bool | None:

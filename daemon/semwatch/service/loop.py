@@ -32,6 +32,7 @@ from semwatch.service.drift import DriftWatch
 from semwatch.service.duplicates import Duplicates
 from semwatch.service.forgetting import Forgetting
 from semwatch.service.gate_watch import GateWatch
+from semwatch.service.hooks import Hooks
 from semwatch.service.late_look import LateLook
 from semwatch.service.lot_tables import LotTables
 from semwatch.service.lots_done import LotsDone
@@ -162,6 +163,15 @@ class Service:
 
     def _prepare_file_work(self) -> None:
         site, keep = self.site, self._open
+        self._index = self._open_index()
+        self._hooks = Hooks(
+            site,
+            ledger=self.ledger,
+            index=self._index,
+            unsettled=self._incoming.unsettled,
+            metrics=self.metrics,
+        )
+        keep.callback(self._hooks.close)
         self._drift = DriftWatch.load(site.state_dir / drift.STATE)
         keep.callback(self._drift.save, site.state_dir / drift.STATE)
         self._gates = GateWatch.load(site.state_dir / gate_watch.STATE)
@@ -181,12 +191,13 @@ class Service:
             drift=self._drift,
             gates=self._gates,
             publishes=self._publisher is not None,
+            alarm=self._hooks.alarm,
         )
 
     def _start_beside_the_line(self) -> None:
         """What follows reviews: tables, notes of duplicates, re-review, forgetting."""
         site, keep = self.site, self._open
-        self._tables = LotTables(self.ledger.lot_rows, site.results_dir, self._open_index())
+        self._tables = LotTables(self.ledger.lot_rows, site.results_dir, self._index)
         self._lots_done = LotsDone(
             self.ledger,
             self.recipes,
@@ -287,6 +298,7 @@ class Service:
             self._incoming.release(arrival)
         self._duplicates.step()
         self._step_tables()
+        self._hooks.step()
         self._late_look.step()
 
     def _step_tables(self) -> None:
@@ -436,6 +448,9 @@ class Service:
         if self._has_new_recipe and not self._working:
             self._recipe_edits.use()
             self._has_new_recipe = False
+        for model in ("detector", "head"):
+            for version, why in self._models.refused(model).items():
+                self._hooks.alarm("model refused", f"{model} {version}", why)
         self._forgetting.step()
         if self.ledger.others_wrote():
             self._incoming.look_anew()  # someone took a file out of quarantine
@@ -476,6 +491,8 @@ class Service:
             # Redis and shares come back by themselves; a disk is freed, and a hang looked into, by a person.
             level = logging.WARNING if now.reason in ("Redis away", "results away") else logging.ERROR
             log.log(level, "paused: %s", now.sentence)
+        if now is not None:
+            self._hooks.alarm(f"paused: {now.reason}", self.site.name, now.sentence)
         self._pause = now
         try:
             pause.state(self.site.state_dir, now)

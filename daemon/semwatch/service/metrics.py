@@ -6,6 +6,7 @@ services from the code. An image name, a lot or an error text never becomes a la
 
 from collections.abc import Iterable
 from datetime import datetime
+from itertools import product
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -28,6 +29,10 @@ FILE_VERDICTS: tuple[str, ...] = (*SEVEREST_FIRST[:-1], NO_IMAGE, SEVEREST_FIRST
 
 SERVICES = ("line", "redis", "folder", "file")
 """What can be away or fail: models or disk, the streams, a drop folder, a file by itself."""
+
+HOOKS = ("on_lot_done", "on_alarm", "host_event")
+HOOK_OUTCOMES = ("done", "failed", "given up")
+"""Of an attempt: one that failed is tried again."""
 
 
 class Metrics:
@@ -56,6 +61,8 @@ class Metrics:
             self.swap_refused.labels(model)
         for reason in REASONS:
             self.paused.labels(reason)
+        for hook, outcome in product(HOOKS, HOOK_OUTCOMES):
+            self.hook_runs.labels(hook, outcome)
         self._endpoint: MetricsServer | None = None
 
     def observe(self, review: Review) -> None:
@@ -123,6 +130,7 @@ class Metrics:
         self.revised = counter(
             "revised_total", "Results judged again after a swap, by their severest verdict now.", "source", "verdict"
         )
+        self.hook_runs = counter("hook_runs_total", "Attempts of hooks by how they ended.", "hook", "outcome")
         self.drift_alarms = counter("drift_alarms_total", "Times a source left its reference window.", "source", "what")
 
     def _add_gauges(self) -> None:

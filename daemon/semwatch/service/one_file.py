@@ -10,7 +10,7 @@ same transaction as DONE.
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from semwatch.defects import Review
 from semwatch.errors import FileUnavailable, ImageError, ServiceUnavailable
@@ -76,7 +76,9 @@ class FileWork:
         drift: DriftWatch,
         gates: GateWatch,
         publishes: bool,
+        alarm: Callable[[str, str, str], None] = lambda _alarm, _source, _sentence: None,
     ) -> None:
+        self._alarm = alarm
         self._site, self._recipes, self._ledger, self._metrics = site, recipes, ledger, metrics
         self._models, self._decode, self._incoming, self._references = models, decode, incoming, references
         self._manifests = manifests
@@ -309,6 +311,7 @@ class FileWork:
         for alarm in self._drift.observe(review):
             self._metrics.drift_alarms.labels(alarm.source, alarm.what).inc()
             log.warning("drift: %s", alarm.sentence, extra=self.about(alarm, "drift"))
+            self._alarm(f"drift: {alarm.what}", alarm.source, alarm.sentence)
             if alarm.what in drift.OF_TOOL:
                 continue
             learning_side.wish_for_cycle(self._site, self._ledger, alarm, utc_now())
@@ -363,6 +366,7 @@ class FileWork:
         self._metrics.quarantined.labels(source=work.source).inc()
         extra = self.about(work, "quarantined")
         log.error("%s/%s quarantined: %s", work.source, work.path, reason, extra=extra)
+        self._alarm("quarantined", work.source, f"{work.source}/{work.path} quarantined: {reason}")
 
     def _messages_aside(self, work: Claim | Work, outcome: Outcome, reason: str, now_utc: str) -> list[OutboxItem]:
         """What leaves for Redis with a file that has no result of its own."""

@@ -93,6 +93,27 @@ def _redis_url(value: str) -> str:
     return value
 
 
+def _command(value: tuple[str, ...]) -> tuple[str, ...]:
+    if value and not value[0].startswith("/"):
+        raise refusal("must begin with the absolute path of a program: no shell and no PATH is asked")
+    if any("\0" in one for one in value):
+        raise refusal("holds a NUL character")
+    return value
+
+
+def placeholders(*known: str) -> AfterValidator:
+    """Refuse a command with an argument in braces that is none of these."""
+
+    def check(value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            if re.fullmatch(r"\{\w*\}", one) and one[1:-1] not in known:
+                names = ", ".join("{" + name + "}" for name in known)
+                raise refusal("has no value for {one}: use one of {names}", one=one, names=names)
+        return value
+
+    return AfterValidator(check)
+
+
 def at_least_one(value: tuple[T, ...]) -> tuple[T, ...]:
     """Refuse an empty list."""
     # Field(min_length=1) would count the items that are right, and so add a false problem to the true ones.
@@ -119,6 +140,8 @@ Suffix = Annotated[str, AfterValidator(_suffix)]
 ImageSuffix = Annotated[Suffix, AfterValidator(str.lower)]
 Label = Annotated[str, AfterValidator(_label)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+Command = Annotated[tuple[str, ...], AfterValidator(_command)]
+"""A program by its absolute path, and its arguments; empty for none."""
 Percentiles = Annotated[tuple[float, float], AfterValidator(_rising)]
 Count = Annotated[int, Field(ge=1)]
 OrZero = Annotated[int, Field(ge=0)]

@@ -16,6 +16,7 @@ from semwatch.errors import ConfigError
 from semwatch.settings import yaml_file
 from semwatch.settings.fields import (
     EXAMPLES,
+    Command,
     Count,
     ImageSuffix,
     Name,
@@ -26,6 +27,7 @@ from semwatch.settings.fields import (
     SitePath,
     Suffix,
     at_least_one,
+    placeholders,
     refusal,
 )
 from semwatch.settings.yaml_file import At
@@ -34,6 +36,13 @@ IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".i01")
 """``.i01`` is KLARF's multi-page TIFF."""
 DEFAULT_NAME = "site"
 """Of a site that nobody has named: two of them in one fab cannot be told apart."""
+
+OF_LOTS = (
+    *("site", "utc", "lot", "path", "images", "refused", "duplicates"),
+    *("lot_id", "klarf", "revision", "defects", "verdicts"),
+)
+"""What a hook is told of a lot; the second row is empty without a KLARF, the counts of images with one."""
+OF_ALARMS = ("site", "utc", "alarm", "source", "sentence")
 
 Faults = Iterator[tuple[At, PydanticCustomError]]
 
@@ -184,6 +193,26 @@ class LedgerMemory(Settings):
     later, is reviewed anew. What still lies there is remembered."""
 
 
+class Hooks(Settings):
+    """Programs of yours that the daemon runs without a shell: absolute path and arguments of each as a list."""
+
+    on_lot_done: Annotated[Command, placeholders(*OF_LOTS)] = ()
+    """When a lot is complete; {lot}, {path} of its results, {lot_id}, {klarf}, {revision}, {images}, {refused} and more
+    become what they name; []: none."""
+    on_alarm: Annotated[Command, placeholders(*OF_ALARMS)] = ()
+    """When there is an alarm; {alarm}, {source}, {sentence}, {site} and {utc} become what they name; []: none."""
+    quiet_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    """Seconds without a new image, and none waiting, after which a lot without a KLARF counts as complete."""
+    timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds after which a hook that still runs is ended, and counts as failed."""
+    attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    """Tries of one run, each later than the one before; then it is given up, which `semwatch doctor` says."""
+    retry_s: Annotated[float, Field(gt=0, le=300)] = 10.0
+    """Seconds until the second try; doubled with each further one, up to five minutes."""
+    alarm_again_s: Annotated[float, Field(ge=0)] = 3600.0
+    """Seconds for which the same alarm of the same source is not told again."""
+
+
 class MetricsEndpoint(Settings):
     """Where Prometheus reads."""
 
@@ -218,6 +247,8 @@ class Site(Settings):
     """Seconds between full scans of the drop folders."""
     poll_s: Positive = 2.0
     """Seconds between looks at a polled folder."""
+    hooks: Hooks = Hooks()
+    """Programs of yours that the daemon runs."""
     metrics: MetricsEndpoint | None = None
     """Where Prometheus reads; null: nowhere."""
 

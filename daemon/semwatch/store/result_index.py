@@ -278,6 +278,18 @@ class ResultIndex:
             " WHERE outcome != 'kept' GROUP BY lot ORDER BY lot"
         )
 
+    def arrivals(self) -> list[tuple[str, int, int, int, str]]:
+        """Of each lot the images, those refused, the duplicates, and when the last of them was new.
+
+        An image counts from its first result on: judged again, or corrected, it is no newer.
+        """
+        return self._file.rows(
+            "SELECT lot, sum(is_there), sum(refused), sum(duplicate), max(first) FROM ("
+            " SELECT lot, min(utc) AS first, max(outcome != 'kept') AS is_there, max(outcome = 'refused') AS refused,"
+            " max(outcome = 'duplicate') AS duplicate FROM files GROUP BY lot, path, sha256"
+            ") GROUP BY lot HAVING sum(is_there) > 0 ORDER BY lot"
+        )
+
     def defects(
         self,
         *,
