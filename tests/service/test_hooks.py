@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from daemon import SOURCE, Daemon, Site, make_site, png
+from klarf_lots import KLARF, RECIPE, image, klarf, name
 from semwatch.store.hook_runs import HOOKS, HookRuns
 
 PROGRAM = """#!{python} -S
@@ -33,8 +34,9 @@ def noted(log: Path) -> list[Any]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def site_with(folder: Path, repository: Path, **hooks: Any) -> Site:
-    return make_site(folder / "site", repository, hooks={"quiet_s": 2, "retry_s": 0.2, **hooks})
+def site_with(folder: Path, repository: Path, recipe: dict[str, Any] | None = None, **hooks: Any) -> Site:
+    changes = {} if recipe is None else {"recipe": recipe}
+    return make_site(folder / "site", repository, **changes, hooks={"quiet_s": 2, "retry_s": 0.2, **hooks})
 
 
 def test_lot_that_is_complete_is_told_once_with_its_values_and_not_again_after_a_restart(
@@ -61,6 +63,30 @@ def test_lot_that_is_complete_is_told_once_with_its_values_and_not_again_after_a
         daemon.wait_for(lambda: len(noted(log)) == 2)
         assert daemon.stop() == 0
     assert [arguments[0] for arguments, _ in noted(log)] == [lot, f"{SOURCE}/lot2"]
+
+
+def test_lot_with_a_klarf_is_told_when_it_is_written_and_not_for_being_quiet(
+    tmp_path: Path, tiny_repository: Path
+) -> None:
+    path, log = program(tmp_path / "hook")
+    argv = [str(path), "{lot}", "{lot_id}", "{klarf}", "{revision}", "{defects}"]
+    recipe = {**RECIPE, "klarf": {**KLARF, "target_column": "AUTOOFFSEMCLASS"}}
+    site = site_with(tmp_path, tiny_repository, recipe=recipe, on_lot_done=argv)
+    with Daemon(site) as daemon:
+        daemon.wait_ready()
+        site.put(f"lot7/{name(1)}", image(1, side=64))
+        site.put("lot7/lot7.001", klarf([1, 2]))
+        daemon.wait_for(lambda: len(site.reviews()) == 1)
+        time.sleep(6)  # longer than a lot without a KLARF is waited for
+        assert noted(log) == []
+        site.put(f"lot7/{name(2)}", image(2, side=64))
+        daemon.wait_for(lambda: noted(log))
+        assert daemon.stop() == 0
+    ((arguments, variables),) = noted(log)
+    written = site.results / "lot7/lot7.r1.001"
+    assert arguments == [f"{SOURCE}/lot7", "lot 7", str(written), "1", "2"]
+    assert written.exists()
+    assert variables["SEMWATCH_PATH"] == str(site.results / "lot7")
 
 
 def test_hook_that_hangs_holds_up_neither_the_line_nor_the_stop_and_is_told_again(
@@ -174,8 +200,8 @@ def test_memory_of_the_hooks_that_is_broken_holds_up_no_image(tmp_path: Path, ti
     ("hooks", "reason"),
     [
         ({"on_lot_done": ["lot-done"]}, "absolute path"),
-        ({"on_lot_done": ["/bin/true", "{lots}"]}, "use one of {site}, {lot}"),
-        ({"on_alarm": ["/bin/true", "{lot}"]}, "use one of {site}, {alarm}"),
+        ({"on_lot_done": ["/bin/true", "{lots}"]}, "use one of {site}, {utc}, {lot}"),
+        ({"on_alarm": ["/bin/true", "{lot}"]}, "use one of {site}, {utc}, {alarm}"),
         ({"on_lot_done": "/bin/true {lot}"}, "on_lot_done"),
         ({"attempts": 0}, "attempts"),
         ({"timeout_s": 0}, "timeout_s"),
