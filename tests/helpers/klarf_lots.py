@@ -15,7 +15,7 @@ RECIPE = {
     "non_decidable_code": 998,
 }
 """Every page is searched, and every verdict has a code but those of the head's own classes."""
-KLARF = {"pattern": "*.klarf|*.001", "deadline_s": 3600.0}
+KLARF = {"pattern": "*.klarf|*.001", "deadline_s": 3600.0, "quiet_s": 0.5}
 
 
 def image(seed: int, *, side: int = 96) -> bytes:

@@ -19,7 +19,6 @@ from service_here import running, wait_for
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lots_done, "QUIET_S", 0.5)
     monkeypatch.setattr(lots_done, "INTERVAL_S", 0.1)
 
 
@@ -112,7 +111,7 @@ def test_images_that_have_not_come_by_the_deadline_are_reasons_and_a_late_one_is
         wait_for(lambda: lot_json(site)["revision"] == 2)
         second = lot_json(site)
     assert (second["missing"], second["late"]) == (["lot7/D0003.tif"], ["lot7/D0004.tif"])
-    assert second["why"] == "1 defects say something else than in revision 1"
+    assert second["why"] == "1 defect says something else than in revision 1"
     assert set(reasons(second)) == {2, 3}
 
 

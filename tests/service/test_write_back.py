@@ -23,7 +23,6 @@ from service_here import running, wait_for
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lots_done, "QUIET_S", 0.5)
     monkeypatch.setattr(lots_done, "INTERVAL_S", 0.1)
     monkeypatch.setattr(lots_done, "RETRY_S", 0.5)
 
@@ -89,7 +88,7 @@ def test_word_of_a_person_is_a_new_revision_that_says_so(tmp_path, tiny_reposito
         correct.correct(settings, work, [Correction(0, "particle", box_xyxy=(40, 40, 50, 50))])
         wait_for(lambda: len(delivered(site)) == 2)
         assert codes(site.results / "lot7/lot7.r2.001")[1] == 10
-        assert record(site)["why"] == "1 defects say something else than in revision 1, 1 by people"
+        assert record(site)["why"] == "1 defect says something else than in revision 1, 1 by people"
         (one,) = (one for one in record(site)["wafers"][0]["defects"] if one["id"] == 1)
         assert (one["by"], one["label"], one["code"]) == ("person", "particle", 10)
         # Judged again, the word of the person stands, and nothing is written that says the same.
@@ -101,7 +100,7 @@ def test_word_of_a_person_is_a_new_revision_that_says_so(tmp_path, tiny_reposito
     audit = [json.loads(line) for line in (site.state / "audit.jsonl").read_text().splitlines()]
     assert [(one["revision"], one["why"]) for one in audit if one["event"] == "lot"] == [
         (1, "every defect has a verdict or a reason"),
-        (2, "1 defects say something else than in revision 1, 1 by people"),
+        (2, "1 defect says something else than in revision 1, 1 by people"),
     ]
 
 

@@ -247,7 +247,8 @@ def why(manifest: Manifest, before: LotRecord | None, reviewed: Sequence[Reviewe
         return "the recipe writes otherwise"
     by_people = sum(new[at][2] == "person" for at in changed)
     people = f", {by_people} by people" if by_people else ""
-    return f"{len(changed)} defects say something else than in revision {before.revision}{people}"
+    which = "1 defect says" if len(changed) == 1 else f"{len(changed)} defects say"
+    return f"{which} something else than in revision {before.revision}{people}"
 
 
 def _essence(one: LotDefect) -> tuple[str | None, str | None, str | None, int | None, str]:

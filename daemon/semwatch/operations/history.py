@@ -250,17 +250,21 @@ def _audit_in_words(event: Mapping[str, Any]) -> str:
     match event.get("event"):
         case "reviewed":
             flags = f" (quality: {_counted(event['quality'])})" if event.get("quality") else ""
-            return f"{line}, {_counted(event.get('verdicts') or {}) or 'no defect found'}{flags}"
+            line += f", {_counted(event.get('verdicts') or {}) or 'no defect found'}{flags}"
         case "revised":
             changes = [f"{c['from']} -> {c['to']}" for c in event.get("changes") or ()]
-            return f"{line} by head {event.get('head')}: {', '.join(changes) or 'its earlier revision is gone'}"
+            line += f" by head {event.get('head')}: {', '.join(changes) or 'its earlier revision is gone'}"
         case "quarantined":
-            return f"{line}: {event.get('reason')}"
+            line += f": {event.get('reason')}"
         case "corrected":
             changes = [f"{c['model'] or 'missed'} -> {c['to']}" for c in event.get("changes") or ()]
-            return f"{line} by {event.get('by')}: {', '.join(changes)}"
+            line += f" by {event.get('by')}: {', '.join(changes)}"
+        case "klarf":
+            line += f" of lot {event.get('lot')}, {event.get('defects')} defects, {event.get('images')} images"
+        case "lot":
+            line += f" {event.get('lot')}, revision {event.get('revision')}: {event.get('why')}"
         case "requeued" | "reference":
-            return f"{line} of {event['of']}" if "of" in event else f"{line} by {event.get('by')}"
+            line += f" of {event['of']}" if "of" in event else f" by {event.get('by')}"
     return line
 
 

@@ -41,8 +41,8 @@ from semwatch.system.journal import about
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-QUIET_S = 5.0
-"""A lot that was done is written anew when nothing of it has changed for so long."""
+_SHARE = 20
+"""A twentieth of the time, at most, goes into looking at a lot that is not done."""
 AGAIN_S = 5.0
 """Until the next look at a lot that waits for files which lie in their folder."""
 RETRY_S = 30.0
@@ -124,8 +124,8 @@ class LotsDone:
         if recipe is None or recipe.klarf.pattern is None:
             self._wait(manifest, RETRY_S)
             return
+        begin, now_utc = time.monotonic(), utc_now()
         states = self._ledger.manifests.files(manifest)
-        now_utc = utc_now()
         is_due = manifest.due_utc <= now_utc
         waiting, missing = self._outstanding(manifest, states, is_due=is_due)
         if waiting or (missing and not is_due and manifest.done_utc is None):
@@ -133,18 +133,19 @@ class LotsDone:
                 self._wait(manifest, AGAIN_S)
             else:
                 self._ledger.manifests.seen(manifest)
+                self._wait(manifest, _SHARE * (time.monotonic() - begin))
             return
-        if manifest.done_utc is not None and not self._is_quiet(manifest):
+        if manifest.done_utc is not None and not self._is_quiet(manifest, recipe.klarf.quiet_s):
             return
         self._write(manifest, recipe, states, now_utc)
 
-    def _is_quiet(self, manifest: Manifest) -> bool:
+    def _is_quiet(self, manifest: Manifest, quiet_s: float) -> bool:
         now = time.monotonic()
         n_changes, since = self._quiet_since.get(manifest.id, (-1, now))
         if n_changes != manifest.n_changes:
             since = now
             self._quiet_since[manifest.id] = manifest.n_changes, since
-        if now - since < QUIET_S:
+        if now - since < quiet_s:
             return False
         del self._quiet_since[manifest.id]
         return True

@@ -179,6 +179,8 @@ class Klarf(Settings):
     """Seconds that an image waits for a KLARF that names it; then it is judged without one."""
     deadline_s: Annotated[float, Field(gt=0, le=2_592_000)] = 3600.0
     """Seconds after the KLARF from which an image that has not come is missing, and the lot is done without it."""
+    quiet_s: OrZeroSeconds = 60.0
+    """Seconds without a change after which a lot that was done, and says something else since, is written again."""
     settle_s: OrZeroSeconds = 60.0
     """Seconds without a change after which a KLARF that does not end in EndOfFile counts as whole."""
     max_mb: Annotated[float, Field(gt=0, le=1024)] = 64.0
