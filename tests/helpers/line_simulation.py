@@ -32,6 +32,7 @@ from semwatch.intake.waiting import Waiting, backoff_s
 from semwatch.service import delivery, faults, loop, one_file
 from semwatch.service.delivery import Backoff
 from semwatch.service.loop import Service
+from semwatch.service.manifests import ManifestFiles
 from semwatch.service.metrics import Metrics
 from semwatch.service.one_file import FileWork
 from semwatch.settings.recipe import Recipe
@@ -218,6 +219,7 @@ class Process:
             models=none,
             decode=none,
             incoming=service._incoming,
+            manifests=ManifestFiles(self.ledger, service.recipes, service._places, world.ledger_file.parent),
             references=SimpleNamespace(waits=lambda _: False, partner_of=lambda _: None, read=lambda _: None),  # type: ignore[arg-type]
             drift=none,
             gates=none,

@@ -154,8 +154,8 @@ def test_way_back_is_refused_in_words(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.sqlite"):
         pass
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (4,)
-        db.execute("PRAGMA user_version = 5")
+        assert db.execute("PRAGMA user_version").fetchone() == (5,)
+        db.execute("PRAGMA user_version = 6")
         db.commit()
     with pytest.raises(ConfigError, match="newer"):
         Ledger(tmp_path / "ledger.sqlite")
