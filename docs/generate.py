@@ -86,7 +86,8 @@ def _setting_rows(section: dict[str, Any], schema: dict[str, Any], prefix: str) 
 
 
 def _setting_row(name: str, field: dict[str, Any], is_required: bool) -> tuple[str, str, str, str]:
-    default = "required" if is_required else f"`{_as_yaml(field.get('default'))}`"
+    absent: object = {} if _values(field) is not None else None
+    default = "required" if is_required else f"`{_as_yaml(field.get('default', absent))}`"
     return f"`{name}`", _type(field), default, field.get("description", "")
 
 
@@ -113,6 +114,8 @@ def _type(field: dict[str, Any]) -> str:
         if "prefixItems" in field:
             return f"list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0])}"
         return f"list: {_type(field['items'])}"
+    if (values := _values(field)) is not None:
+        return f"by label: {_type(values)}"
     words = {"integer": "whole number", "number": "number", "boolean": "true or false", "null": "null"}
     text = "path" if field.get("format") == "path" else words.get(field["type"], "text")
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.text import Text
 
 from semwatch.settings.fields import EXAMPLES
 from semwatch.system import command_line, terminal, text
+
+if TYPE_CHECKING:
+    from semwatch.operations.quality import Share
 
 EPILOG = command_line.EPILOG
 JsonOption = command_line.JsonOption
@@ -44,6 +47,13 @@ def show_table(
 def show_facts(facts: Mapping[str, str | Text]) -> None:
     """Print names and values, one below the other."""
     terminal.print_facts(out, facts)
+
+
+def in_share(share: "Share") -> str:
+    """A share with its count and interval."""
+    if share.value is None:
+        return "-"
+    return f"{share.value:.0%} {share.count}/{share.n} ({share.low:.0%}-{share.high:.0%})"
 
 
 def in_words(value: object) -> str:

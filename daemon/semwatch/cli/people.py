@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from semwatch.cli.logs import find, named_places
-from semwatch.cli.options import JsonOption, SiteOption, counted, say, show_table
+from semwatch.cli.options import JsonOption, SiteOption, counted, in_share, say, show_table
 from semwatch.defects import Box
 from semwatch.errors import ConfigError
 from semwatch.operations import correct as correction
 from semwatch.operations import lots, quality
-from semwatch.operations.quality import Share
 from semwatch.settings.site import Site, load_site
 from semwatch.store import results
 from semwatch.store.corrections import Correction
@@ -86,15 +85,9 @@ def quality_command(
     if not found.n_judged + found.n_missed:
         say("nothing is known yet: `semwatch correct` takes verdicts")
         return
-    rows = [(one.label, _share(one.purity), _share(one.accuracy), _share(one.escapes)) for one in found.classes]
+    rows = [(one.label, in_share(one.purity), in_share(one.accuracy), in_share(one.escapes)) for one in found.classes]
     show_table(("class", "purity", "accuracy", "escapes"), rows)
-    say(f"false alarms: {_share(found.false_alarms)}; escapes: {_share(found.escapes)}")
-
-
-def _share(share: Share) -> str:
-    if share.value is None:
-        return "-"
-    return f"{share.value:.0%} {share.count}/{share.n} ({share.low:.0%}-{share.high:.0%})"
+    say(f"false alarms: {in_share(found.false_alarms)}; escapes: {in_share(found.escapes)}")
 
 
 def _verdicts(

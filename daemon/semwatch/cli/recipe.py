@@ -1,5 +1,7 @@
-"""`semwatch recipe`: check, show and calibrate recipes."""
+"""`semwatch recipe`: check, show, calibrate and tune recipes."""
 
+import dataclasses
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,10 @@ from semwatch.cli.options import (
     JsonOption,
     RecipeOption,
     RepositoryOption,
+    SiteOption,
+    counted,
     err,
+    in_share,
     in_words,
     printable,
     say,
@@ -24,11 +29,14 @@ from semwatch.cli.options import (
 from semwatch.errors import ConfigError
 from semwatch.line.gate_calibration import Counted, Measured
 from semwatch.models.inference import Embedded
-from semwatch.operations import calibrate, labels
+from semwatch.operations import calibrate, labels, tune
 from semwatch.operations.calibrate import Calibration, Scored
+from semwatch.operations.tune import Tuning
 from semwatch.settings.recipe import Recipe, load_recipe
+from semwatch.settings.site import Site, load_site
+from semwatch.system import files
 
-app = typer.Typer(no_args_is_help=True, help="Check, show and calibrate recipes.")
+app = typer.Typer(no_args_is_help=True, help="Check, show, calibrate and tune recipes.")
 
 
 @app.command("check", epilog=EPILOG)
@@ -95,6 +103,94 @@ def calibrate_command(
     if is_refused:
         err.print(printable(f"{found.comparison}; take a threshold of the table, or give --yes"), soft_wrap=True)
         raise typer.Exit(1)
+
+
+@app.command("tune", epilog=EPILOG)
+def tune_command(
+    site: SiteOption,
+    purity: Annotated[float, typer.Option(help="Share of the defects that get a name whose name is to be right.")],
+    recipe: Annotated[Path | None, typer.Option(help="Of the site's recipes; needed where it has several.")] = None,
+    lot: Annotated[str | None, typer.Option(help="From the corrections of one lot; of all without it.")] = None,
+    golden: Annotated[
+        bool, typer.Option("--golden", help="From the golden set of the head in service, in place of corrections.")
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the proposal beside the recipe, as NAME.proposed.yaml.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Propose a threshold for each class, for a purity that you name; the recipe itself stays as it is.
+
+    Below its threshold a defect is non-decidable: a person chooses between two classes. So purity costs contribution.
+    Correct a fair sample first, and confirm what is right; `semwatch rereview` brings old results to today's head.
+    """
+    settings = load_site(site)
+    path = _recipe_of(settings, recipe)
+    rule = load_recipe(path).unknown
+    calls, n_unknown = tune.golden_calls(settings, rule) if golden else tune.corrected_calls(settings, lot)
+    found = tune.tune(calls, rule, purity, n_undecided=n_unknown)
+    text = path.read_text("utf-8")
+    made = tune.proposal(text, found.proposed) if found.proposed else text
+    target = path.with_name(f"{path.stem}.proposed{path.suffix}")
+    if write and found.proposed:
+        if target.exists():
+            raise ConfigError(f"{target} is there already: compare it, then move it aside")
+        files.write_whole(target, made.encode())
+    if as_json:
+        written = str(target) if write and found.proposed else None
+        typer.echo(json.dumps({**dataclasses.asdict(found), "proposed": found.proposed, "written": written}))
+        return
+    _show_tuning(found)
+    if not found.proposed:
+        say("nothing to propose: the thresholds stay as they are")
+    elif write:
+        say(f" {target}; look at it, then put it in the recipe's place", ("proposal:", "green"))
+    else:
+        names = str(path), str(target)
+        for line in difflib.unified_diff(text.splitlines(), made.splitlines(), *names, lineterm="", n=2):
+            say(line)
+        say("--write puts it beside the recipe")
+
+
+def _recipe_of(site: Site, recipe: Path | None) -> Path:
+    """The one recipe that is meant.
+
+    Raises:
+        ConfigError: the site has several, or not this one.
+    """
+    paths = list(dict.fromkeys(folder.recipe for folder in site.folders))
+    if recipe is None and len(paths) == 1:
+        return paths[0]
+    if recipe is None or recipe.absolute() not in paths:
+        raise ConfigError(f"--recipe: name one of the site's recipes, {', '.join(map(str, paths))}")
+    return recipe.absolute()
+
+
+def _show_tuning(found: Tuning) -> None:
+    rows = [
+        (
+            one.label,
+            f"{one.now:.3g}",
+            "" if one.threshold is None else f"{one.threshold:.4g}",
+            in_share(one.purity_now),
+            "" if one.threshold is None else in_share(one.purity),
+            "" if one.threshold is None else f"{one.kept.value:.0%}",
+        )
+        for one in found.classes
+    ]
+    columns = ("class", "now", "proposed", "purity now", "purity then", "kept")
+    show_table(columns, rows, title=f"{counted(found.n_calls, 'defect')} whose truth is known", right=(1, 2, 5))
+    for one in found.classes:
+        wrong = ", ".join(f"{label} {n}" for label, n in one.confused_with)
+        say(f" {one.readiness}" + (f" (wrong: {wrong})" if wrong else ""), (f"{one.label}:", "bold"))
+    say(f"purity: {in_share(found.purity_now)} now, {in_share(found.purity)} then")
+    say(f"contribution: {in_share(found.contribution_now)} now, {in_share(found.contribution)} then")
+    check = found.held_out
+    if check.chosen is not None and check.held_out is not None:
+        say(
+            f"chosen on half of the images: purity {check.chosen:.1%} there, {check.held_out:.1%} on the other half "
+            f"({check.low:.0%}-{check.high:.0%}); count on the second"
+        )
 
 
 def _scores(folder: Path, models: Embedded) -> list[Scored]:

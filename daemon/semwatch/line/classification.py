@@ -8,7 +8,7 @@ The rule, in the order it is applied to one defect:
 3. The head gives every class that fits less than ``1 - decide_confidence``: what looks right lies outside its own
    class's range, and what lies in range looks wrong. The two witnesses contradict each other: *unknown*.
 4. The favourite is the class to which the head gives most probability among those that fit. That probability is below
-   ``decide_confidence``: *non-decidable*.
+   ``decide_confidence``, or below what ``class_confidence`` asks for this class: *non-decidable*.
 5. The favourite is *defect-free*: the head may dismiss what the detector found only where it is its first choice among
    **all** classes, with ``dismiss_probability`` at least; else *unknown*.
 6. Else the favourite; *novel* where it was found among unknowns and no person has named it yet.
@@ -86,11 +86,11 @@ def decide(
     """Apply the unknown rule to one defect.
 
     Confidence is how much speaks for what the verdict claims. For a verdict with a label it is the head's probability
-    of that label among the classes that fit, thus never below ``decide_confidence``. For *non-decidable* it is the same
-    of the favourite, thus always below. For *unknown*, which claims that no class can be believed, it is one minus what
-    speaks for the nearest class, where both witnesses must speak: the smaller of its probability and its p-value. So it
-    is no less than the smaller of ``decide_confidence`` and ``1 - significance``, but where only the stronger proof of
-    step 5 or of an unknown process was missing.
+    of that label among the classes that fit, thus never below what the recipe asks for it (``UnknownRule.needed``). For
+    *non-decidable* it is the same of the favourite, thus always below. For *unknown*, which claims that no class can be
+    believed, it is one minus what speaks for the nearest class, where both witnesses must speak: the smaller of its
+    probability and its p-value. So it is no less than the smaller of ``decide_confidence`` and ``1 - significance``,
+    but where only the stronger proof of step 5 or of an unknown process was missing.
 
     Nearest are the classes that fit, by probability, then the others; where the verdict is *unknown*, all of them by
     the smaller of probability and p-value.
@@ -152,7 +152,7 @@ def _kind_of_favourite(
     """
     if probability[best] < 1 - rule.decide_confidence:
         return "unknown"
-    is_sure, is_dismissal = share >= rule.decide_confidence, label == DEFECT_FREE
+    is_sure, is_dismissal = share >= rule.needed(label), label == DEFECT_FREE
     if domain == "unknown process":
         is_strong = probability[best] >= rule.foreign_confidence and p_value > rule.foreign_significance
         return kind_of(label) if is_sure and is_strong and not is_dismissal else "unknown"

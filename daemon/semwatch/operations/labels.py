@@ -34,10 +34,10 @@ def of_site(site: Site) -> set[str]:
 
 
 def faults(recipe: Recipe, known: Collection[str]) -> list[str]:
-    """A sentence for each label of a class table that no model knows; none where there is no model to compare with."""
+    """A sentence for each label of a recipe that no model knows; none where there is no model to compare with."""
     return [
         f"no model knows the label {label!r}, {_near(label, known)}"
-        for label in recipe.classes
+        for label in dict.fromkeys((*recipe.classes, *recipe.unknown.class_confidence))
         if known and label not in known
     ]
 

@@ -244,12 +244,20 @@ class UnknownRule(Settings):
     """Unknown: no class has a p-value above this. It is the share of known defects that are called unknown."""
     decide_confidence: Annotated[float, Field(ge=0, le=1)] = 0.8
     """Known: the head gives a class this probability among those that fit; else non-decidable."""
+    class_confidence: Annotated[
+        Mapping[Label, Share], AfterValidator(MappingProxyType), PlainSerializer(dict[str, float])
+    ] = Field(default_factory=dict, validate_default=True)
+    """The same by class, where it is higher; `semwatch recipe tune` proposes it for a purity that you name."""
     dismiss_probability: Share = 0.9
     """Defect-free: it is the head's first choice of all classes with this probability at least; else unknown."""
     foreign_confidence: Share = 0.95
     """Known on a page of an unknown process: the class has this probability among all classes; else unknown."""
     foreign_significance: Open = 0.2
     """And its p-value is above this; else unknown."""
+
+    def needed(self, label: str) -> float:
+        """Probability among the classes that fit from which a class is named."""
+        return max(self.decide_confidence, self.class_confidence.get(label, 0.0))
 
 
 class Promotion(Settings):
@@ -313,7 +321,7 @@ class Recipe(Settings):
     """The square window cut around a defect."""
     domain: DomainRule = DomainRule()
     """Which pages are of a process whose normal images the detector knows."""
-    unknown: UnknownRule = UnknownRule()
+    unknown: UnknownRule = Field(default_factory=UnknownRule)
     """When a defect is called unknown, when non-decidable, and what a name or a dismissal must show."""
     # A read-only view, so that nothing changes the identity of a recipe in use.
     classes: Annotated[Mapping[Label, KnownClass], AfterValidator(MappingProxyType), PlainSerializer(_as_dict)] = Field(

@@ -331,6 +331,19 @@ class ResultIndex:
         )
         return [_defect_of(row) for row in rows]
 
+    def calls(self, lots: Sequence[str] | None = None) -> list[tuple[int, str, float, str | None]]:
+        """What the head favoured of defects that a person has judged, surest first: image, class, confidence, truth.
+
+        Named ones and non-decidable ones; the truth is the person's label, None for no defect.
+        """
+        where, values = _in_lots(lots)
+        return self._file.rows(
+            "SELECT file, CASE kind WHEN 'non-decidable' THEN nearest ELSE label END, confidence, human_label"
+            f" FROM defects WHERE is_judged = 1 AND kind IN ('known', 'novel', 'non-decidable') {where}"
+            " ORDER BY confidence DESC, id",
+            values,
+        )
+
     def judged(self, lots: Sequence[str] | None = None) -> list[tuple[str, str | None, str | None, int]]:
         """Defects that a person has judged: kind and label of the model, the person's label, how many."""
         where, values = _in_lots(lots)

@@ -66,7 +66,7 @@ class VerdictRecord(_Record):
     label: str | None = Field(description="Class name of a known, novel or defect-free verdict, else null.")
     confidence: Share = Field(
         description="How much speaks for what the verdict claims. With a label: its probability among the classes that "
-        "fit, never below the recipe's decide_confidence. Non-decidable: the same of the favourite, always below. "
+        "fit, never below what the recipe asks for it. Non-decidable: the same of the favourite, always below. "
         "Unknown: one minus the smaller of probability and p-value of the nearest class."
     )
     class_code: int | None = Field(description="The fab's code, where the recipe has one.")
