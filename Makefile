@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest
 # What a machine needs to boot another: then `make check` proves the deployment too.
 CAN_BOOT := $(shell [ "$$(id -u)" = 0 ] && command -v systemd-nspawn >/dev/null && command -v debootstrap)
 
-.PHONY: mutants simulate fuzz help install lock sizes models demo demo-learn triton test test-slow test-systemd lint check bench clean
+.PHONY: mutants simulate fuzz help install lock sizes models demo demo-edge demo-learn triton test test-slow test-systemd lint check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -42,6 +42,12 @@ models: $(STAMP)  ## fetch and check the backbone, build the model repository (s
 
 demo: models  ## a synthetic lot through the whole line, results on screen; ENGINE=triton runs it on a local Triton
 	$(BIN)/semwatch demo --engine $(ENGINE)
+
+demo-edge:  ## the same without torch, where the models are built already: in .cache/edge, with what a workstation gets
+	test -e $(REPO)/head/1 || { echo "no models in $(REPO): copy them there, or run make models"; exit 2; }
+	test -e .cache/edge || $(PYTHON) -m venv .cache/edge
+	.cache/edge/bin/python requirements/install.py edge
+	.cache/edge/bin/semwatch demo
 
 demo-learn: models  ## two unseen defect types become classes: a lot, a cycle, names, the next lot
 	$(BIN)/semwatch demo --learn

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from semwatch.system.command_line import EPILOG, HELP_NAMES, VersionOption
 
 PLACES: Mapping[str, str] = {
+    "init": "init:init",
     "run": "daemon:run",
     "review": "review:review",
     "demo": "demo:demo",

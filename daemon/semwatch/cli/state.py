@@ -1,11 +1,13 @@
 """`semwatch status` and `doctor`: how a site stands, and what to mend."""
 
 import json
+from collections.abc import Sequence
 
 import typer
 
 from semwatch.cli.options import JsonOption, SiteOption, in_words, say, show_facts
 from semwatch.operations import doctor
+from semwatch.operations.doctor import Check
 from semwatch.settings.site import load_site
 
 
@@ -27,10 +29,15 @@ def doctor_command(site: SiteOption, as_json: JsonOption = False) -> None:
         )
         typer.echo(json.dumps(list(rows)))
     else:
-        for check in checks:
-            mark = ("FIX", "red") if not check.ok else ("!! ", "yellow") if check.advice else ("ok ", "green")
-            say(f" {check.name}: {check.detail}", mark)
-            if more := check.advice if check.ok else check.remedy:
-                say(f"    {more}")
+        show_checks(checks)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+def show_checks(checks: Sequence[Check]) -> None:
+    """Print what was looked at, each with what to do about it."""
+    for check in checks:
+        mark = ("FIX", "red") if not check.ok else ("!! ", "yellow") if check.advice else ("ok ", "green")
+        say(f" {check.name}: {check.detail}", mark)
+        if more := check.advice if check.ok else check.remedy:
+            say(f"    {more}")
