@@ -26,7 +26,7 @@ from semwatch.errors import ImageError, ServiceUnavailable
 from semwatch.intake.info_bar import find_field
 from semwatch.intake.jpeg import jpeg_size
 from semwatch.intake.page import COPY_AGAIN, SAVE_AS, Page, PageLimits, check_size, luma
-from semwatch.intake.tiff import decode_tiff
+from semwatch.intake.tiff import HEADS, decode_tiff
 from semwatch.settings.site import Limits
 from semwatch.system import files
 
@@ -115,7 +115,7 @@ def decode(
 
 
 def _decoder(data: bytes) -> Callable[[bytes, PageLimits], Iterator[tuple[int, Page]]]:
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if data[:4] in HEADS:
         return decode_tiff
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _decode_png

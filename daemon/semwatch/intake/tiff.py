@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ _PER_SEGMENT = (273, 279, 324, 325)
 MAX_SEGMENTS = 32768
 """Strips or tiles of a page; each costs about 0.1 ms, and 8192 rows of three planes are 24576 strips."""
 MAX_TAGS = 4096
+MAX_DIRECTORIES = 500_000
+"""Pages of a file of which some are asked for."""
+HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""First bytes of a TIFF."""
 
 
 def decode_tiff(data: bytes, limits: PageLimits) -> Iterator[tuple[int, Page]]:
@@ -60,6 +64,35 @@ def decode_tiff(data: bytes, limits: PageLimits) -> Iterator[tuple[int, Page]]:
             )
         for page in pages:
             yield page.index, Page(_samples(page), *vendor_of(page))
+
+
+def only_pages(data: bytes, pages: Collection[int]) -> tuple[bytes, list[int]]:
+    """Make a TIFF of some pages of another, in their order.
+
+    Args:
+        data: the whole file.
+        pages: that are wanted, from 0; those that are not there are left out.
+
+    Returns:
+        The file, and the number that each of its pages has in the whole one.
+
+    Raises:
+        ImageError: it breaks off, its pages run in a circle, or it is no TIFF.
+    """
+    if data[:4] not in HEADS:
+        raise ImageError(f"not a TIFF, so it has one page; {COPY_AGAIN}")
+    order, big = (">" if data[:1] == b"M" else "<"), data[2:4] in (b"+\0", b"\0+")
+    count_format, offset_format, entry_bytes = ("Q", "Q", 20) if big else ("H", "I", 12)
+    offsets = _directories(data, MAX_DIRECTORIES)
+    found = [page for page in sorted(pages) if page < len(offsets)]
+    chained = bytearray(data)
+    at = 8 if big else 4
+    for page in found:
+        struct.pack_into(order + offset_format, chained, at, offsets[page])
+        n_tags = struct.unpack_from(order + count_format, data, offsets[page])[0]
+        at = offsets[page] + struct.calcsize(order + count_format) + n_tags * entry_bytes
+    struct.pack_into(order + offset_format, chained, at, 0)
+    return bytes(chained), found
 
 
 def _directories(data: bytes, max_pages: int) -> list[int]:

@@ -17,10 +17,11 @@ from semwatch.errors import FileUnavailable, ImageError, ServiceUnavailable
 from semwatch.intake import decoding
 from semwatch.intake.decoding import Decode
 from semwatch.intake.drop_folder import Arrival, Incoming
+from semwatch.intake.tiff import HEADS, only_pages
 from semwatch.line import notices, pipeline
 from semwatch.line.class_codes import class_codes
 from semwatch.line.pipeline import ReferenceFile
-from semwatch.service import drift, faults, gate_watch, learning_side, rereview
+from semwatch.service import drift, faults, gate_watch, learning_side, parts, rereview
 from semwatch.service.drift import Alarm, DriftWatch
 from semwatch.service.gate_watch import GateWatch
 from semwatch.service.late_look import look_again_utc
@@ -34,7 +35,7 @@ from semwatch.settings.site import Site
 from semwatch.store import results
 from semwatch.store.ledger import Claim, Ledger, OutboxItem, Work
 from semwatch.store.manifests import NamedFile
-from semwatch.store.review_record import printable
+from semwatch.store.review_record import ReviewRecord, printable, to_record
 from semwatch.streams import records
 from semwatch.streams.records import Outcome
 from semwatch.system.clock import utc_now
@@ -151,7 +152,10 @@ class FileWork:
                 self._review(claim, data, self._references.read(arrival), start)
             else:
                 reference = self._manifests.read_reference(claim.source, named)
-                self._review(claim, data, reference, start, named.pages)
+                if len(named.pages) > parts.PAGES and data[:4] in HEADS:
+                    self._review_in_parts(claim, data, reference, start, named)
+                else:
+                    self._review(claim, data, reference, start, named.pages)
         except ImageError as error:
             self.quarantine(claim, str(error), len(data))
 
@@ -259,24 +263,7 @@ class FileWork:
         start: float,
         pages: Mapping[int, int | None] | None = None,
     ) -> None:
-        recipe, limits = self._recipes[claim.source], self._site.limits
-        models = self._models.of(recipe)
-        review = pipeline.review(
-            data,
-            source=claim.source,
-            path=claim.path,
-            sha256=claim.sha256,
-            recipe=recipe,
-            models=models,
-            reviewed_utc=utc_now(),
-            site=self._site.name,
-            stream_threshold=self._gates.threshold(recipe, models.hashes()["detector"]),
-            max_pixels=limits.max_image_px,
-            max_pages=limits.max_pages,
-            reference_file=reference,
-            named_pages=pages,
-            decode=self._decode,
-        )
+        recipe, review = self._recipes[claim.source], self._judge(claim, data, reference, pages)
         named = self._models.codes_of_head(review.model_versions.get("head"))
         faults.check_results(self._site.results_dir)
         paths = results.write(review, results_dir=self._site.results_dir, **class_codes(recipe, named))
@@ -300,6 +287,102 @@ class FileWork:
             claim.source, claim.path, review.n_defects, _flags_in_words(review), took_ms, stages,
             dict(review.model_versions), extra=notices.journal_fields(paths.record),
         )  # fmt: skip
+
+    def _judge(
+        self, claim: Claim, data: bytes, reference: ReferenceFile | None, pages: Mapping[int, int | None] | None
+    ) -> Review:
+        recipe, limits = self._recipes[claim.source], self._site.limits
+        models = self._models.of(recipe)
+        return pipeline.review(
+            data,
+            source=claim.source,
+            path=claim.path,
+            sha256=claim.sha256,
+            recipe=recipe,
+            models=models,
+            reviewed_utc=utc_now(),
+            site=self._site.name,
+            stream_threshold=self._gates.threshold(recipe, models.hashes()["detector"]),
+            max_pixels=limits.max_image_px,
+            max_pages=limits.max_pages,
+            reference_file=reference,
+            named_pages=pages,
+            decode=self._decode,
+        )
+
+    def _review_in_parts(
+        self, claim: Claim, data: bytes, reference: ReferenceFile | None, start: float, named: NamedFile
+    ) -> None:
+        """Judge the pages that KLARFs name of a file of many, part by part; it comes again where that takes long."""
+        recipe = self._recipes[claim.source]
+        models = self._models.of(recipe)
+        _, there = only_pages(data, named.pages)
+        if not there:
+            raise ImageError(f"its KLARF names the pages {min(named.pages)} to {max(named.pages)}; the file has none")
+        planned = parts.split({page: named.pages[page] for page in there}, self._site.limits.max_pages)
+        kept = parts.KeptParts(self._site.state_dir, claim.sha256, recipe.id, planned, reference)
+        is_begun = False  # one part at least each time
+        for _ in range(pipeline.MAX_SWAPS):
+            for n, part in enumerate(planned):
+                if parts.is_by(kept.read(n), models.hashes()):
+                    continue
+                if is_begun and time.perf_counter() - start > parts.SLICE_S:
+                    self._ledger.give_back(claim, f"part {n + 1} of {len(planned)} comes next")
+                    return
+                self._review_part(claim, data, reference, part, kept, n, named)
+                is_begun = True
+            found = [one for n in range(len(planned)) if (one := kept.read(n)) and parts.is_by(one, models.hashes())]
+            if len(found) == len(planned):
+                break
+        else:
+            raise ServiceUnavailable("a model changed again and again within one file")
+        self._finish_parts(claim, parts.joined(found))
+        kept.forget()
+        log.info("%s/%s: %d parts, %.0f s", claim.source, claim.path, len(planned), time.perf_counter() - start)
+
+    def _review_part(
+        self,
+        claim: Claim,
+        data: bytes,
+        reference: ReferenceFile | None,
+        part: parts.Pages,
+        kept: parts.KeptParts,
+        n: int,
+        named: NamedFile,
+    ) -> None:
+        """Judge one part: its pictures, records and features are where they belong before it is kept."""
+        recipe, is_own = self._recipes[claim.source], named.reference is None
+        wanted = {*part, *(page for page in part.values() if page is not None and is_own)}
+        some, numbers = only_pages(data, wanted)
+        pages = parts.as_numbered(part, numbers, own_references=is_own)
+        review = parts.renumbered(self._judge(claim, some, reference, pages), numbers, own_references=is_own)
+        codes = class_codes(recipe, self._models.codes_of_head(review.model_versions.get("head")))
+        faults.check_results(self._site.results_dir)
+        record = to_record(review, **codes)
+        results.write_overlays(review, results_dir=self._site.results_dir)
+        found = records.records(review)
+        messages = notices.messages(found, record)[:-1] if self._publishes else []  # the summary is of the whole file
+        self._ledger.progress(
+            claim,
+            outbox=[OutboxItem(*message) for message in messages],
+            unknowns=rereview.features_of(found) if self._site.learning.reread_days > 0 else (),
+        )
+        kept.keep(n, record)
+        self._metrics.observe(review)
+        self._watch_drift(review)
+        self._watch_gate(review, claim)
+
+    def _finish_parts(self, claim: Claim, joined: ReviewRecord) -> None:
+        results_dir = self._site.results_dir
+        is_new = not results.review_path(results_dir, claim.source, claim.path).exists()
+        place, record = results.write_record(joined, results_dir=results_dir, source=claim.source, path=claim.path)
+        self._ledger.finish(
+            claim,
+            outbox=[OutboxItem(*notices.summary_message(record))] if self._publishes else [],
+            audit=notices.audit_entry(record, place.name),
+            now_utc=record.reviewed_utc,
+            row=row_of(place, results_dir, is_new=is_new),
+        )
 
     def about(self, it: Arrival | Claim | Work | Alarm, event: str) -> dict[str, dict[str, str]]:
         """The journal's fields of a file, or of a drop folder."""

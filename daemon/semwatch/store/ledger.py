@@ -303,6 +303,16 @@ class Ledger:
         with self._file.transaction() as db:
             _leave(db, claim, f"state = 'SEEN', reason = ?, attempts = attempts + {is_attempt:d}", _clean(reason))
 
+    def progress(self, claim: Claim, *, outbox: Sequence[OutboxItem], unknowns: Sequence[UnknownFeatures] = ()) -> None:
+        """Note that a part of claimed work is done, with its messages and features; tries that failed count no more.
+
+        After a crash a part may be done once more: its messages have the same ids, and consumers drop them.
+        """
+        with self._file.transaction() as db:
+            _leave(db, claim, "attempts = 0, deaths = 0")
+            _add_messages(db, outbox)
+            unknown_features.add(db, unknowns)
+
     def requeue(self, source: str, sha256: str, *, audit: Mapping[str, object]) -> bool:
         """Let quarantined work wait again with no attempts counted; False where nothing such is in quarantine.
 

@@ -105,25 +105,51 @@ def write(
         ServiceUnavailable: the disk is full or broken.
     """
     record = to_record(review, class_codes, unknown_code, non_decidable_code)
+    overlays, is_new = write_overlays(review, results_dir=results_dir)
+    target, record = write_record(record, results_dir=results_dir, source=review.source, path=review.path)
+    return ReviewPaths(target, overlays, record, is_new)
+
+
+def write_overlays(review: Review, *, results_dir: Path) -> tuple[tuple[Path, ...], bool]:
+    """Write the pictures of a review, in the order of its pages; ``write_record`` must follow.
+
+    Returns:
+        Where they are, and whether nothing lay under this name before.
+
+    Raises:
+        ImageError, ServiceUnavailable: as ``write``.
+    """
     stem = _stem(results_dir, review.source, review.path)
     target = _named(stem, REVIEW)
     with disk(target):
         files.make_folder(stem.parent)
         overlays: list[Path] = []
         with alone(target.parent):
-            is_new = _make_room(stem, record.sha256)
+            is_new = _make_room(stem, review.sha256)
         for page in review.pages:
             picture = overlay.draw(page, caption=_caption(review))
             overlays.append(_named(stem, _overlay_suffix(page.micrograph.page)))
             files.write_whole(overlays[-1], overlay.encode_png(picture))
             people_overlay.of_models(overlays[-1]).unlink(missing_ok=True)
+    return tuple(overlays), is_new
+
+
+def write_record(record: ReviewRecord, *, results_dir: Path, source: str, path: str) -> tuple[Path, ReviewRecord]:
+    """Write the JSON of a review as it follows the one before, see ``write``; return where, and what it holds.
+
+    Raises:
+        ImageError, ServiceUnavailable: as ``write``.
+    """
+    stem = _stem(results_dir, source, path)
+    target = _named(stem, REVIEW)
+    with disk(target):
         with alone(target.parent):
             record = _after(target, record)
             _write_record(target, record)
             _remove(stem, REASON, DUPLICATE)
         if any(page.missed or any(defect.human for defect in page.defects) for page in record.pages):
             show_people(target)
-    return ReviewPaths(target, tuple(overlays), record, is_new)
+    return target, record
 
 
 def read(path: Path) -> ReviewRecord:
