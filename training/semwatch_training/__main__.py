@@ -24,6 +24,7 @@ from semwatch_training.system.defaults import (
     HEAD_IMAGES,
     MIN_NORMALS,
     SHIPPED,
+    HeadFamily,
 )
 from semwatch_training.system.progress_bars import Bars, console
 
@@ -176,18 +177,22 @@ def head(
     out: Annotated[Path, typer.Option(help="Where the head (safetensors) goes.")],
     repository: RepositoryOption = REPOSITORY,
     n_images: Annotated[int, typer.Option(min=60, help="Synthetic images to search for labelled crops.")] = HEAD_IMAGES,
+    family: Annotated[
+        HeadFamily, typer.Option(help="Of the logits: linear, or recame for classes of a long tail.")
+    ] = "linear",
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit the default head: search synthetic images with the repository's detector, label, encode, fit, calibrate."""
     from semwatch_training.discovery import head_run
-    from semwatch_training.publishing import build_repository
+    from semwatch_training.publishing import build_repository, head_families
 
     served = build_repository.served_form(repository)
     with Bars() as progress:
         fitted, crops, report = head_run.fit_default(
-            repository, out, encoder_form=served, n_images=n_images, seed=seed, progress=progress
-        )
+            repository, out, encoder_form=served, n_images=n_images, seed=seed, progress=progress,
+            classify_of=lambda encoder: head_families.classify(family, encoder, seed=seed),
+        )  # fmt: skip
     for label in sorted(crops.n_planted):
         console.print(f"  {label:14} planted {crops.n_planted[label]:4}  found {crops.n_found.get(label, 0):4}")
     console.print(report)

@@ -1,7 +1,7 @@
 """From normal and labelled images to models that serve, with tiny networks: one whole run, and what it refuses."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -14,14 +14,15 @@ from semwatch.line import detection
 from semwatch.models import head_bank, model_repository
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Pins, Recipe
-from semwatch_training.adapt import adapting
+from semwatch_training.adapt import adapting, own_heads
 from semwatch_training.adapt.adapting import Outcome, Request
 from semwatch_training.adapt.own_detector import BaseDetector, base_detector
-from semwatch_training.adapt.own_heads import OWN
+from semwatch_training.adapt.own_heads import OWN, Option
 from semwatch_training.families.intrinsic import adapt_intrinsic, export, own_statistics
 from semwatch_training.families.intrinsic.intrinsic_detector import IntrinsicGraph
 from semwatch_training.families.smg_vit import export as smg_vit_export
 from semwatch_training.publishing.export import publish, publish_head
+from semwatch_training.publishing.head_families import family_of
 from semwatch_training.system.defaults import SHIPPED_DETECTOR
 from semwatch_training.trunks import backbone
 from tiny_models import SHAPE, blobs, encoder_graph, exporting_once, head, intrinsic_graph
@@ -73,11 +74,13 @@ def make_repository(folder: Path) -> Path:
     return folder
 
 
-def run(top: Path, *, yes: bool, labels: Path | None = None, recipe: Recipe = RECIPE) -> Outcome:
+def run(
+    top: Path, *, yes: bool, labels: Path | None = None, recipe: Recipe = RECIPE, tries_recame: bool = False
+) -> Outcome:
     trunk = top / "trunk"
     trunk.write_bytes(b"a trunk")
     load = lambda _: BaseDetector(detector(), "tiny", {export.TRUNK: trunk})  # noqa: E731
-    request = Request(top / "models", (recipe,), top / "normals", labels)
+    request = Request(top / "models", (recipe,), top / "normals", labels, tries_recame=tries_recame)
     return adapting.adapt(request, load, report=top / "report", ask=lambda: yes, progress=lambda *_: None)
 
 
@@ -179,6 +182,27 @@ def test_nothing_is_published_without_a_yes_and_one_normal_is_taken(tmp_path, ch
     assert model_repository.versions(tmp_path / "models", "detector") == [1]
     assert any("1 normal image cannot promise" in note and "fewer than 3" in note for note in outcome.notes)
     assert (tmp_path / "report" / "report.md").is_file()
+
+
+@pytest.mark.slow
+def test_heads_of_another_family_are_judged_beside_the_others_where_asked_for(tmp_path, cheap, monkeypatch) -> None:
+    make_images(tmp_path)
+    repository = make_repository(tmp_path / "models")
+    shown: list[str] = []
+
+    def last(found: Sequence[Option]) -> Option:
+        shown.extend(option.name for option in found)
+        return next(option for option in found if option.name == "known and own classes, ReCAME-Net")
+
+    monkeypatch.setattr(own_heads, "best", last)
+    outcome = run(tmp_path, yes=True, labels=tmp_path / "labels", tries_recame=True)
+    assert outcome.head == 2
+    assert "known and own classes" in shown
+    meta = model_repository.read_meta(repository, "head", 2)
+    assert family_of(meta) == "recame"
+    assert "bar" in meta.labels
+    with Embedded(repository) as models:
+        assert models.versions()["head"] == 2
 
 
 def test_recipe_that_pins_a_detector_is_refused_before_anything_slow(tmp_path) -> None:

@@ -23,6 +23,9 @@ def adapt(
     ] = None,
     report: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report-adapt"),
     yes: Annotated[bool, typer.Option("--yes", help="Publish without asking.")] = False,
+    recame: Annotated[
+        bool, typer.Option("--recame", help="Judge heads of ReCAME-Net's family too; the best head is taken.")
+    ] = False,
     seed: int = 0,
     weights: Annotated[
         Path, typer.Option(help="The detector's weights that the repository was built from.")
@@ -43,7 +46,7 @@ def adapt(
     settings = load_site(site)
     by_id = {recipe.id: recipe for recipe in (load_recipe(folder.recipe) for folder in settings.folders)}
     recipes = tuple(by_id.values())
-    request = Request(settings.models.repository, recipes, normals, labels, reference, seed)
+    request = Request(settings.models.repository, recipes, normals, labels, reference, recame, seed)
     adapting.remove_report(report)
     with Bars() as progress:
 

@@ -33,6 +33,7 @@ from semwatch_training.evaluation.evaluate_service import names_of
 from semwatch_training.evaluation.labelled_images import Looked
 from semwatch_training.learning import outcomes
 from semwatch_training.learning.base_head import BaseHead, read_base_head
+from semwatch_training.publishing import head_families
 from semwatch_training.publishing.export import publish_head
 from semwatch_training.system.progress_bars import Progress
 
@@ -52,6 +53,8 @@ class Request:
     normals: Path
     labels: Path | None = None
     reference: str | None = None
+    tries_recame: bool = False
+    """Whether heads of ReCAME-Net's family are judged too, where the head in service is of another."""
     seed: int = 0
 
 
@@ -133,7 +136,7 @@ def _judged_and_published(
         base = read_base_head(trial, models)
         names = names_of([sample.label for sample in images.labelled], labels)
         same_head = labelled_images.renamed(labelled_images.judge(looked, head, labels, recipe, threshold), names)
-        found, crops, why = _options(images, base, looked, names, recipe, threshold, models, request.seed, progress)
+        found, crops, why = _options(images, base, looked, names, recipe, threshold, models, request, progress)
     chosen = own_heads.best(found) if found else None
     notes = [
         *images.notes,
@@ -190,15 +193,22 @@ def _options(
     recipe: Recipe,
     threshold: float,
     models: Embedded,
-    seed: int,
+    request: Request,
     progress: Progress,
 ) -> tuple[list[Option], OwnCrops | None, list[str]]:
     """Ways to fit a head on the labels, and why there is none where there are labels."""
     if not any(sample.label != DEFECT_FREE for sample in images.labelled):
         return [], None, []
     crops = own_heads.own_crops(looked, names, models)
+    families = [head_families.family_of(base.meta)]
+    if request.tries_recame and head_families.RECAME not in families:
+        families.append(head_families.RECAME)
+    encoder = models.meta("encoder")
+    classify = {family: head_families.classify(family, encoder, seed=request.seed) for family in families}
     try:
-        found = own_heads.options(base, crops, looked, names, recipe, threshold, seed=seed, progress=progress)
+        found = own_heads.options(
+            base, crops, looked, names, recipe, threshold, families=classify, seed=request.seed, progress=progress
+        )
     except ConfigError as error:
         return [], None, [f"the head stays as it is: {error}"]
     return found, crops, []
@@ -210,8 +220,8 @@ def _publish_head(request: Request, base: BaseHead, chosen: Option, crops: OwnCr
     kept, apart = _set_apart(own, request.seed)
     bank = head_bank.joined([chosen.base, kept])
     golden = own_heads.without_images(base.golden, own)
-    golden = head_bank.joined([golden, apart]) if chosen.name == own_heads.BOTH else _golden_of_own(apart, kept)
-    head = own_heads.fit(bank, base.frozen_width, seed=request.seed)
+    golden = head_bank.joined([golden, apart]) if chosen.keeps_known else _golden_of_own(apart, kept)
+    head = own_heads.fit(bank, base.frozen_width, seed=request.seed, classify=chosen.classify)
     provenance: dict[str, str | float | int] = {
         **outcomes.lineage(base.meta),
         "parent": choice.choice(request.repository, "head"),

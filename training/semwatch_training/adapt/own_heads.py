@@ -7,6 +7,7 @@ its like.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from semwatch.models.crop_store import KeptCrop
 from semwatch.models.head_bank import Bank
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
-from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_head
+from semwatch_training.discovery.fit_head import MIN_PER_CLASS, FitClassifier, HeadFit, fit_head
 from semwatch_training.discovery.head import Head
 from semwatch_training.evaluation import labelled_images, near_duplicates, real_splits
 from semwatch_training.evaluation.evaluate_service import as_function
@@ -32,6 +33,8 @@ from semwatch_training.system.progress_bars import Progress
 OWN = "own "
 """Begins the names of a user's images in a bank; the rest is of the file's content."""
 BOTH, ALONE = "known and own classes", "own classes alone"
+OF_FAMILY: Mapping[str, str] = MappingProxyType({"linear": "", "recame": ", ReCAME-Net"})
+"""Ends the name of an option whose logits are of this family."""
 FOLDS = 4
 TURNED_UP_TO = 400
 """Crops of own images; while there are no more, each is learnt four ways round."""
@@ -57,6 +60,10 @@ class Option:
     """What it is fitted on beside the own crops."""
     judged: tuple[Judgement, ...]
     """One for each looked-at image."""
+    classify: FitClassifier | None = None
+    """What fits its logits, see ``fit_head``."""
+    keeps_known: bool = True
+    """Whether it is fitted on what the head in service knows as well."""
 
     @property
     def n_right(self) -> int:
@@ -117,10 +124,11 @@ def options(
     recipe: Recipe,
     threshold: float,
     *,
+    families: Mapping[str, FitClassifier | None],
     seed: int,
     progress: Progress,
 ) -> list[Option]:
-    """Both ways to fit a head, judged; one that has too little to be fitted on is left out.
+    """Both ways to fit a head of each family, judged; one that has too little to be fitted on is left out.
 
     Raises:
         ConfigError: neither can be fitted, and why.
@@ -130,21 +138,25 @@ def options(
     folds = real_splits.folds_of(truth, groups, n_folds=min(FOLDS, len(set(groups.tolist()))), seed=seed)
     known = without_images(base.bank, own.bank)
     found, why = [], ""
-    for number, (name, bank) in enumerate(((BOTH, known), (ALONE, head_bank.empty(known.features.shape[1])))):
+    alone = head_bank.empty(known.features.shape[1])
+    ways = [(family, name, bank) for family in families for name, bank in ((BOTH, known), (ALONE, alone))]
+    for number, (family, name, bank) in enumerate(ways):
+        classify = families[family]
         judged: dict[int, Judgement] = {}
         try:
             for step, fold in enumerate(np.unique(folds)):
                 held_out = np.flatnonzero(folds == fold)
                 rows = head_bank.chosen(own.bank, ~np.isin(own.looked_idx, held_out))
-                head = fit(_enough(head_bank.joined([bank, rows])), base.frozen_width, seed=seed)
+                head = fit(_enough(head_bank.joined([bank, rows])), base.frozen_width, seed=seed, classify=classify)
                 some = [looked[k] for k in held_out.tolist()]
                 verdicts = labelled_images.judge(some, as_function(head), head.labels, recipe, threshold)
                 judged |= dict(zip(held_out.tolist(), labelled_images.renamed(verdicts, dict(names)), strict=True))
-                progress("heads judged", number * len(np.unique(folds)) + step + 1, 2 * len(np.unique(folds)))
+                progress("heads judged", number * len(np.unique(folds)) + step + 1, len(ways) * len(np.unique(folds)))
         except ConfigError as error:
             why = why or str(error)
             continue
-        found.append(Option(name, bank, tuple(judged[k] for k in range(len(looked)))))
+        of_all = tuple(judged[k] for k in range(len(looked)))
+        found.append(Option(name + OF_FAMILY[family], bank, of_all, classify, name == BOTH))
     if not found:
         raise ConfigError(f"no head can be fitted on these labels: {why}")
     return found
@@ -155,14 +167,14 @@ def best(found: Sequence[Option]) -> Option:
     return max(found, key=lambda option: option.n_right)
 
 
-def fit(bank: Bank, frozen_width: int, *, seed: int) -> Head:
-    """Fit a head on a bank.
+def fit(bank: Bank, frozen_width: int, *, seed: int, classify: FitClassifier | None = None) -> Head:
+    """Fit a head on a bank; ``classify``: see ``fit_head``.
 
     Raises:
         ConfigError: see ``fit_head``.
     """
     settings = HeadFit(frozen_width=frozen_width, seed=seed)
-    return fit_head(bank.features, bank.labels, settings, images=images_as_numbers(bank.images))
+    return fit_head(bank.features, bank.labels, settings, images=images_as_numbers(bank.images), classify=classify)
 
 
 def _enough(bank: Bank) -> Bank:

@@ -3,7 +3,7 @@
 Source: cross-conformal prediction (Vovk 2015); within-class whitening (Mahalanobis++, arXiv 2505.18032).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from semwatch.errors import ConfigError
-from semwatch_training.discovery.head import Head, class_scores, project, ranges_of
+from semwatch_training.discovery.head import Classifier, Head, class_scores, project, ranges_of
 
 MIN_PER_CLASS = 5
 """With fewer, a fold's metric knows too little of the class to judge its held-out samples."""
@@ -23,6 +23,10 @@ MIN_IN_ALL = 40
 """The smallest p-value lies between 1 / (n + 1) and 2 / (n + 1): this many let it fall under 0.05."""
 PRINCIPAL_SAMPLES = 2000
 """At most so many give the principal directions: what 10,000 would add is not worth their minute."""
+
+
+FitClassifier = Callable[[NDArray[np.float32], NDArray[np.intp], int, NDArray[np.float64] | None], Classifier]
+"""Features (n, D), class numbers (n,), how many classes, weights (n,) or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +60,20 @@ def fit_head(
     *,
     images: Sequence[int] | None = None,
     weights: NDArray[np.float64] | None = None,
+    classify: FitClassifier | None = None,
 ) -> Head:
     """Fit a head on cached features.
 
-    Logits: multinomial logistic regression on standardised features. P-values: the samples themselves in a space
-    whitened within classes, with cross-conformal calibration.
+    Logits: multinomial logistic regression on standardised features, or another family's. P-values: the samples
+    themselves in a space whitened within classes, with cross-conformal calibration.
 
     Args:
         features: (n, D).
         labels: n class names.
         fit: how.
         images: n image numbers; crops of one image never judge each other in the calibration. None: all differ.
-        weights: (n,) how much each crop counts in the regression, over 0; None: all count alike.
+        weights: (n,) how much each crop counts in the logits, over 0; None: all count alike.
+        classify: what fits the logits of another family; None: the regression.
 
     Raises:
         ConfigError: features that are not finite or not n rows, fewer than two classes, too few samples of a class or
@@ -82,8 +88,11 @@ def fit_head(
     # On matrices of this size a second thread of the linear algebra mostly waits, and spins while it does: beside any
     # other work on the machine a fit took nine times the processor time.
     with threadpool_limits(limits=1, user_api="blas"):
-        state = _fit_logits(features, y, fit, weights) | _fit_p_values(features[:, : fit.frozen_width], y, groups, fit)
-    return Head(state, names, fit.frozen_width, fit.neighbours)
+        state = _fit_p_values(features[:, : fit.frozen_width], y, groups, fit)
+        classifier = None if classify is None else classify(features, y, len(names), weights)
+        if classifier is None:
+            state = _fit_logits(features, y, fit, weights) | state
+    return Head(state, names, fit.frozen_width, fit.neighbours, classifier)
 
 
 def _check(features: NDArray[np.float32], names: list[str], y: NDArray[np.intp], groups: NDArray[np.intp]) -> None:

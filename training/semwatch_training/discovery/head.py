@@ -15,8 +15,10 @@ Source: cross-conformal prediction (Vovk 2015); within-class whitening and unit 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +26,52 @@ from torch.nn import functional
 
 from semwatch_training.system import weights_file
 
+ReadClassifier = Callable[[str, Mapping[str, Tensor]], "Classifier"]
+"""A family's classifier of what it said of itself, and of its tensors."""
+
 EXACT = ("calibration", "feature_mean", "feature_std", "frozen_mean", "projection", "centre", "n_stored")
 """Kept in fp32 on disk: whitening multiplies small differences."""
 
 
-class Head(nn.Module):
-    """K classes over D features: ``forward(features) -> (logits, p_values)``."""
+LINEAR = "linear"
+"""Family of a head whose logits are a logistic regression's."""
+_CLASSIFIER = "classifier."
+"""Begins the names of another family's tensors."""
 
-    def __init__(self, state: "dict[str, Tensor]", labels: Sequence[str], frozen_width: int, neighbours: int) -> None:
+
+class Classifier(Protocol):
+    """Another family's logits: a module of (B, D) features to (B, K)."""
+
+    family: str
+
+    @property
+    def width(self) -> int:
+        """D."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits."""
+
+    def described(self) -> str:
+        """What makes it again, its tensors aside."""
+
+
+class Head(nn.Module):
+    """K classes over D features: ``forward(features) -> (logits, p_values)``.
+
+    Logits are linear, or those of a classifier of another family; p-values are the same for all.
+    """
+
+    def __init__(
+        self,
+        state: "dict[str, Tensor]",
+        labels: Sequence[str],
+        frozen_width: int,
+        neighbours: int,
+        classifier: Classifier | None = None,
+    ) -> None:
         super().__init__()
         self.labels, self.frozen_width, self.neighbours = tuple(labels), frozen_width, neighbours
+        self.classifier = classifier
         for name, value in state.items():
             self.register_buffer(name, value)
         self.ranges = ranges_of(state["n_stored"])
@@ -45,12 +83,25 @@ class Head(nn.Module):
             Logits (B, K) and p-values (B, K) in (0, 1].
         """
         buffer = dict(self.named_buffers())
-        standard = (features - buffer["feature_mean"]) / buffer["feature_std"]
-        logits = standard @ buffer["weight"].T + buffer["bias"]
+        if self.classifier is None:
+            standard = (features - buffer["feature_mean"]) / buffer["feature_std"]
+            logits = standard @ buffer["weight"].T + buffer["bias"]
+        else:
+            logits = self.classifier(features)
         scores = class_scores(
             project(features[:, : self.frozen_width], buffer), buffer["stored"], self.ranges, self.neighbours
         )
         return logits, p_values(scores, buffer["calibration"])
+
+    @property
+    def width(self) -> int:
+        """Of the features that its logits read."""
+        return len(self.get_buffer("feature_mean")) if self.classifier is None else self.classifier.width
+
+    @property
+    def family(self) -> str:
+        """Of its logits."""
+        return LINEAR if self.classifier is None else self.classifier.family
 
 
 def project(frozen: Tensor, buffer: "dict[str, Tensor]") -> Tensor:
@@ -111,7 +162,7 @@ def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
 
 def save_head(head: Head, path: Path, *, encoder_form: str, provenance: dict[str, str | float | int]) -> None:
     """Write a head as safetensors (fp16, what needs it in fp32) with labels, encoder form, provenance."""
-    state = {name: value if name in EXACT else value.half() for name, value in head.state_dict().items()}
+    state = {name: value if _is_exact(name, value) else value.half() for name, value in head.state_dict().items()}
     header = {
         "labels": json.dumps(head.labels),
         "frozen_width": str(head.frozen_width),
@@ -119,18 +170,37 @@ def save_head(head: Head, path: Path, *, encoder_form: str, provenance: dict[str
         "encoder_form": encoder_form,
         "provenance": json.dumps(provenance),
     }
+    if head.classifier is not None:
+        header |= {"family": head.family, "classifier": head.classifier.described()}
     weights_file.write(path, state, header)
 
 
-def load_head(path: Path) -> tuple[Head, str, dict[str, str | float | int]]:
+def _is_exact(name: str, value: Tensor) -> bool:
+    return name in EXACT or (name.startswith(_CLASSIFIER) and value.ndim == 1)
+
+
+def load_head(
+    path: Path, classifiers: Mapping[str, ReadClassifier] = MappingProxyType({})
+) -> tuple[Head, str, dict[str, str | float | int]]:
     """Read what ``save_head`` wrote: the head in fp32, the form of the encoder it belongs to, its provenance.
 
+    Args:
+        path: of the weights.
+        classifiers: how the logits of other families are read.
+
     Raises:
-        ConfigError: the file is absent or holds no head.
+        ConfigError: the file is absent, holds no head, or one of a family that is not among these.
     """
     state, header = weights_file.read(path, what="head")
     try:
-        head = Head(state, json.loads(header["labels"]), int(header["frozen_width"]), int(header["neighbours"]))
+        classifier = None
+        if (family := header.get("family", LINEAR)) != LINEAR:
+            if family not in classifiers:
+                raise ValueError(f"its family is {family}")
+            own = {key.removeprefix(_CLASSIFIER): state.pop(key) for key in [*state] if key.startswith(_CLASSIFIER)}
+            classifier = classifiers[family](header["classifier"], own)
+        sizes = int(header["frozen_width"]), int(header["neighbours"])
+        head = Head(state, json.loads(header["labels"]), *sizes, classifier)
         return head.eval(), header["encoder_form"], json.loads(header["provenance"])
     except (KeyError, ValueError) as error:
         raise weights_file.not_ours(path, "head", error) from error

@@ -1,7 +1,7 @@
 """The default head in one call: search synthetic images, label what is found, encode, fit, calibrate, write."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ from semwatch.models import crop_store, head_bank
 from semwatch.models.crop_store import CropRef, KeptCrop
 from semwatch.models.head_bank import Bank
 from semwatch.models.inference import Embedded
+from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
 from semwatch.system import files
 from semwatch_training.data import datasets
 from semwatch_training.discovery import labelled_crops
-from semwatch_training.discovery.fit_head import HeadFit, fit_head
+from semwatch_training.discovery.fit_head import FitClassifier, HeadFit, fit_head
 from semwatch_training.discovery.head import Head, save_head
 from semwatch_training.discovery.labelled_crops import Crops
 from semwatch_training.system.progress_bars import Progress
@@ -33,7 +34,14 @@ class FittedHead(NamedTuple):
 
 
 def fit_default(
-    repository: Path, out: Path, *, encoder_form: str, n_images: int, seed: int, progress: Progress
+    repository: Path,
+    out: Path,
+    *,
+    encoder_form: str,
+    n_images: int,
+    seed: int,
+    classify_of: Callable[[Meta], FitClassifier | None] = lambda _: None,
+    progress: Progress,
 ) -> FittedHead:
     """Fit a head on what the repository's detector finds in synthetic images, and write it.
 
@@ -46,6 +54,7 @@ def fit_default(
         encoder_form: what the head is tied to, see ``build_repository.served_form``.
         n_images: to search.
         seed: of hold-out and fit.
+        classify_of: what fits the logits on the features of this encoder, see ``fit_head``.
         progress: called after every image.
 
     Raises:
@@ -53,14 +62,15 @@ def fit_default(
         ModelMismatch: the repository lacks detector or encoder.
     """
     with Embedded(repository, models=("detector", "encoder")) as models:
+        classify = classify_of(models.meta("encoder"))
         frozen_width = models.meta("encoder").provenance.get("frozen_width")
         if not isinstance(frozen_width, int):
             raise ConfigError("the encoder's meta.json names no frozen_width; build the model repository again")
         crops = _crops(models, out, n_images, datasets.SEED_HEAD, progress)
         golden = _crops(models, out, n_images, datasets.SEED_GOLDEN, progress)
     fit = HeadFit(frozen_width=frozen_width, seed=seed)
-    report = labelled_crops.hold_out_report(crops, fit)
-    fitted = fit_head(crops.features, crops.labels, fit, images=crops.image_idx.tolist())
+    report = labelled_crops.hold_out_report(crops, fit, classify=classify)
+    fitted = fit_head(crops.features, crops.labels, fit, images=crops.image_idx.tolist(), classify=classify)
     refs = _write_shard((*crops.views, *golden.views), out.with_suffix(CROPS_SUFFIX))
     n = len(crops.views)
     head_bank.write(as_bank(crops, refs[:n]), out.with_suffix(f".{head_bank.BANK}"))

@@ -30,7 +30,7 @@ from semwatch.models.crop_store import KeptCrop
 from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe, UnknownRule
 from semwatch_training.data.datasets import MAX_SEEDS, Sample, first_with_room, load_gray, load_mask, synthetic_set
-from semwatch_training.discovery.fit_head import HeadFit, fit_head
+from semwatch_training.discovery.fit_head import FitClassifier, HeadFit, fit_head
 from semwatch_training.synthetic import DEFECT_TYPES, STAGES, SyntheticMicrograph
 
 MIN_OVERLAP = 0.25
@@ -252,8 +252,10 @@ def load(path: Path) -> Crops:
         )
 
 
-def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[str, float | int]:
-    """Fit on three quarters of the images and judge the crops of the rest.
+def hold_out_report(
+    crops: Crops, fit: HeadFit, *, share: float = 0.25, classify: FitClassifier | None = None
+) -> dict[str, float | int]:
+    """Fit on three quarters of the images and judge the crops of the rest; ``classify``: see ``fit_head``.
 
     Returns:
         Accuracy of the logits alone, macro-F1, and what the default unknown rule does to true members:
@@ -264,7 +266,11 @@ def hold_out_report(crops: Crops, fit: HeadFit, *, share: float = 0.25) -> dict[
     held_out = np.isin(crops.image_idx, rng.choice(images, int(share * len(images)), replace=False))
     labels = np.array(crops.labels)
     head = fit_head(
-        crops.features[~held_out], labels[~held_out].tolist(), fit, images=crops.image_idx[~held_out].tolist()
+        crops.features[~held_out],
+        labels[~held_out].tolist(),
+        fit,
+        images=crops.image_idx[~held_out].tolist(),
+        classify=classify,
     )
     with torch.no_grad():
         logits, p_values = (x.numpy() for x in head(torch.from_numpy(crops.features[held_out])))

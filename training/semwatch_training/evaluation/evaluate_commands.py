@@ -194,6 +194,33 @@ def k(
 
 
 @evaluate_app.command()
+def longtail(
+    data: Annotated[
+        list[str],
+        typer.Argument(help="Labelled images, joined: folders (docs/training.md), or 'synthetic'."),
+    ],
+    out: OutOption = Path("report-longtail"),
+    repository: RepositoryOption = REPOSITORY,
+    tail: Annotated[
+        list[str] | None, typer.Option(help='10:1, 50:1, 100:1 or "Carinthia\'s shape"; repeat. Default: all.')
+    ] = None,
+    per_type: PerTypeOption = 40,
+    most: Annotated[int, typer.Option(min=8, help="Images of a class of a folder; of more, so many are drawn.")] = 150,
+    seeds: SeedsOption = 3,
+    cache: CacheOption = CACHE,
+    as_json: JsonOption = False,
+) -> None:
+    """Long tails: ReCAME-Net whole and without each part, beside cross entropy, balanced softmax and others."""
+    from semwatch_training.evaluation import evaluate_longtail
+    from semwatch_training.evaluation.evaluation_data import Source, finish
+
+    sources = [Source(one, repository, per_type, cache) for one in data]
+    with Bars() as progress:
+        result = evaluate_longtail.of_sources(sources, most=most, tails=tail, seeds=range(seeds), progress=progress)
+    finish(out, "Long tails", result, " and ".join(Path(one).name for one in data), range(seeds), as_json=as_json)
+
+
+@evaluate_app.command()
 def real(
     folder: Annotated[
         Path,

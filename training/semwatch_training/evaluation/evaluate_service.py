@@ -19,12 +19,13 @@ from semwatch.models.inference import Embedded
 from semwatch.settings.recipe import Recipe
 from semwatch_training.data import data_folders
 from semwatch_training.data.datasets import distinct
-from semwatch_training.discovery.head import Head, load_head
+from semwatch_training.discovery.head import Head
 from semwatch_training.evaluation import labelled_images, plots
 from semwatch_training.evaluation.labelled_images import Judgement, Looked
 from semwatch_training.evaluation.report import Cell, Result, Table
 from semwatch_training.metrics.adc_metrics import adc_metrics, purity_contribution_curves
 from semwatch_training.metrics.uncertainty import Rate
+from semwatch_training.publishing.head_families import load_head
 from semwatch_training.system import defaults
 from semwatch_training.system.progress_bars import Progress
 
@@ -81,7 +82,7 @@ def _shipped(models: Embedded) -> Head | None:
     head, _, _ = load_head(path)
     width = serving.inputs["features"].shape[0]
     is_same = set(serving.labels) == set(head.labels) and "parent" not in serving.provenance
-    return None if is_same or int(head.get_buffer("feature_mean").shape[0]) != width else head
+    return None if is_same or head.width != width else head
 
 
 def as_function(head: Head) -> labelled_images.Head:

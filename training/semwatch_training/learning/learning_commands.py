@@ -11,6 +11,7 @@ from semwatch.errors import ConfigError
 from semwatch.settings.fields import EXAMPLES
 from semwatch.system.command_line import JsonOption
 from semwatch.system.text import escaped
+from semwatch_training.system.defaults import HeadFamily
 from semwatch_training.system.progress_bars import Bars, console
 
 MARKS = {"learned": "green", "refused": "red"}
@@ -64,17 +65,25 @@ def refit(
     encoder: Annotated[
         int | None, typer.Option(min=1, help="Version of another encoder, which looks at the kept crops again.")
     ] = None,
+    family: Annotated[
+        HeadFamily | None, typer.Option(help="Family of the new head's logits; without it that of the head in service.")
+    ] = None,
     repository: Annotated[Path, typer.Option(help="Model repository.")] = Path("model_repository"),
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit the head in service anew from its own bank and publish it: without some classes, or for another encoder."""
+    """Fit the head in service anew from its own bank and publish it: without some classes, otherwise, for another
+    encoder."""
     from semwatch_training.learning import refit as refitting
 
-    if not without and encoder is None:
-        raise ConfigError("give a class to leave out, --without, or the version of another encoder, --encoder")
-    made = refitting.refit(repository, without=without or (), encoder=encoder, seed=seed)
+    if not without and encoder is None and family is None:
+        raise ConfigError(
+            "give a class to leave out, --without, the version of another encoder, --encoder, or a --family of heads"
+        )
+    made = refitting.refit(repository, without=without or (), encoder=encoder, family=family, seed=seed)
     outcome = [f"knows nothing of {', '.join(without)}"] if without else []
+    if family is not None:
+        outcome.append(f"is of the family {family}")
     if encoder is not None:
         outcome.append(f"reads encoder {encoder}; both serve from the daemon's next start")
     if made.n_left_out:

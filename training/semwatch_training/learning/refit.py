@@ -27,6 +27,7 @@ from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_hea
 from semwatch_training.learning import outcomes
 from semwatch_training.learning.crops import images_as_numbers
 from semwatch_training.learning.intake import EMBED_BATCH, LARGEST
+from semwatch_training.publishing import head_families
 from semwatch_training.publishing.export import publish_head
 
 
@@ -39,18 +40,26 @@ class Refit(NamedTuple):
     """Crops of bank and golden set that nobody kept, of the classes that the new head knows."""
 
 
-def refit(repository: Path, *, without: Sequence[str] = (), encoder: int | None = None, seed: int = 0) -> Refit:
+def refit(
+    repository: Path,
+    *,
+    without: Sequence[str] = (),
+    encoder: int | None = None,
+    family: str | None = None,
+    seed: int = 0,
+) -> Refit:
     """Fit the head in service again from its bank and publish it.
 
     Args:
         repository: model repository.
         without: classes to leave out.
         encoder: version whose features the new head reads; None: the one that the head in service was fitted on.
+        family: of the new head's logits; None: that of the head in service.
         seed: of the fit.
 
     Raises:
-        ConfigError: a class that the head does not know, too little is left to fit a head on, or an encoder that needs
-            more than a kept crop has.
+        ConfigError: no such family, a class that the head does not know, too little is left to fit a head on, or an
+            encoder that needs more than a kept crop has.
         ModelMismatch: the head brings no bank or golden set, or there is no such encoder.
         PublishError: the repository cannot take it.
     """
@@ -61,14 +70,20 @@ def refit(repository: Path, *, without: Sequence[str] = (), encoder: int | None 
     folder = repository / "head" / str(base)
     bank, golden = (_without(head_bank.read(folder / name), without) for name in (head_bank.BANK, head_bank.GOLDEN))
     version = _encoder_of(repository, meta) if encoder is None else encoder
-    width = _frozen_width(model_repository.read_meta(repository, "encoder", version), version)
+    looks = model_repository.read_meta(repository, "encoder", version)
+    width = _frozen_width(looks, version)
+    classify = head_families.classify(family or head_families.family_of(meta), looks, seed=seed)
     n_before = len(bank) + len(golden)
     if encoder is not None:
         with Embedded(repository, pins={"encoder": encoder}, models=("encoder",)) as models:
             bank, golden = (encoded_again(crops, repository, models) for crops in (bank, golden))
         _refuse_lost_classes(bank, golden, [label for label in meta.labels if label not in without])
     head = fit_head(
-        bank.features, bank.labels, HeadFit(frozen_width=width, seed=seed), images=images_as_numbers(bank.images)
+        bank.features,
+        bank.labels,
+        HeadFit(frozen_width=width, seed=seed),
+        images=images_as_numbers(bank.images),
+        classify=classify,
     )
     made: dict[str, str | int] = {"parent": base, "without": ", ".join(without)}
     published = publish_head(

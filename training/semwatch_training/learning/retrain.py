@@ -57,6 +57,7 @@ from semwatch_training.learning.intake import Claims, SortedUnknowns
 from semwatch_training.learning.new_classes import Findings
 from semwatch_training.learning.promotion import Answers, Held, Judgement
 from semwatch_training.learning.report_builder import ReportBuilder
+from semwatch_training.publishing import head_families
 from semwatch_training.publishing.export import publish_head
 
 LOCK, CANDIDATE = "retrain.lock", "head.safetensors"
@@ -196,9 +197,7 @@ def _run(c: _Cycle) -> Outcome:
         return Outcome("nothing new", _nothing_new(f), report=c.report.write("nothing-new"), conflicts=agreed.conflicts)
     with c.report.step("fit"):
         bank, golden = new_classes.grown(decided_crops, f, c.seed, was_proof=set(c.base.golden.ids) - {""})
-        fit = HeadFit(frozen_width=c.base.frozen_width, seed=c.seed)
-        numbers, weights = images_as_numbers(bank.images), agreed.weights_of(bank)
-        head = fit_head(bank.features, bank.labels, fit, images=numbers, weights=weights)
+        head = _fitted(c, bank, agreed)
     with c.report.step("judge"):
         judgements = _judge(c, head, decided_crops, golden, _held(c, f, decided_crops))
     c.report.add_judgements(judgements, bank, c.base.frozen_width)
@@ -318,6 +317,14 @@ def _held(c: _Cycle, f: Findings, decided_crops: DecidedCrops) -> Bank:
     found = [f.records[row] for row in rows]
     crops = _crops(found, intake.features_of(found, c.models, c.progress))
     return replace(crops, labels=tuple(label for label in known if label is not None))
+
+
+def _fitted(c: _Cycle, bank: Bank, agreed: Agreed) -> Head:
+    """A head of the family that serves."""
+    classify = head_families.classify(head_families.family_of(c.base.meta), c.models.meta("encoder"), seed=c.seed)
+    fit = HeadFit(frozen_width=c.base.frozen_width, seed=c.seed)
+    numbers, weights = images_as_numbers(bank.images), agreed.weights_of(bank)
+    return fit_head(bank.features, bank.labels, fit, images=numbers, weights=weights, classify=classify)
 
 
 def _judge(

@@ -9,10 +9,10 @@ from semwatch.errors import ConfigError
 from semwatch.models import crop_store, head_bank, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.system import files
-from semwatch_training.discovery.head import load_head
 from semwatch_training.discovery.head_run import CROPS_SUFFIX
 from semwatch_training.families.exported import EncoderExport, export_of, family_of
 from semwatch_training.publishing.export import publish, publish_head
+from semwatch_training.publishing.head_families import load_head
 from semwatch_training.trunks.backbone import Backbones
 
 """Folder of the weights that come with the package; MODEL_CARD.md there says how they were made."""

@@ -26,6 +26,7 @@ from semwatch.models.model_repository import OPEN, Arrays, Meta, Tensor
 from semwatch.system.clock import utc_now
 from semwatch_training.discovery.head import Head
 from semwatch_training.families.exported import Exported, Provenance
+from semwatch_training.publishing import head_families
 
 OPSET = 20
 MAX_RELATIVE_DIFFERENCE = 1e-3
@@ -98,7 +99,7 @@ def publish_head(
         labels=head.labels,
         codes={label: code for label, code in codes.items() if label in head.labels},
         encoder_sha256=encoder.weights_sha256,
-        provenance=provenance,
+        provenance={**provenance, **head_families.provenance_of(head)},
     )
     shown = golden if golden is not None and len(golden) else bank
     probe = None if shown is None else {"features": shown.features[:: max(1, len(shown) // N_PROBE)][:N_PROBE]}

@@ -6,7 +6,7 @@ Source: ReCAME-Net (arXiv 2510.19463): balanced softmax on all and on hard categ
 metric loss; weights of the terms as in its code, but where the reason stands beside them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -45,7 +45,7 @@ class Schedule:
     """Weight of mutual distillation, on all and on hard categories."""
     is_teacher_detached: bool = True
     metric: Metric = "contrastive"
-    contrastive: float = 0.1
+    contrastive: float = 0.5
     """Weight of the supervised contrastive loss."""
     epochs: int = 40
     batch: int = 64
@@ -131,6 +131,26 @@ def distil(
     return student.eval().requires_grad_(False)
 
 
+def tuned(
+    network: RecameNet,
+    features: NDArray[np.float32],
+    y: NDArray[np.intp],
+    schedule: Schedule,
+    moves: Callable[[str], bool],
+) -> RecameNet:
+    """Train a network on, in place, only the parameters that ``moves`` says by their names.
+
+    Raises:
+        ConfigError: see ``fit``.
+    """
+    crops = _checked(features, y, network.n_classes, None)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(moves(name))
+    with threadpool_limits(limits=1), _seeded(schedule.seed):
+        _train(network, crops, schedule)
+    return network.eval().requires_grad_(False)
+
+
 def _checked(
     features: NDArray[np.float32], y: NDArray[np.intp], n_classes: int, weights: NDArray[np.float64] | None
 ) -> Crops:
@@ -179,7 +199,10 @@ def _standardise(network: RecameNet, features: Tensor) -> None:
 
 def _train(network: RecameNet, crops: Crops, schedule: Schedule, teacher: RecameNet | None = None) -> None:
     optimiser = torch.optim.AdamW(
-        network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
+        [p for p in network.parameters() if p.requires_grad],
+        lr=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        fused=True,
     )
     n = len(crops.y)
     n_steps = schedule.epochs * -(-n // schedule.batch)
