@@ -18,7 +18,7 @@ from semwatch_training.evaluation.report import Table
 from semwatch_training.families.recame.network import NO_REGIONS, Regions
 
 REGIONS = Regions(3, 2)
-PLAIN, K = 12, 9
+PLAIN, K = 14, 12
 
 
 def crops(n: int = 16) -> Joined:
@@ -97,7 +97,7 @@ def test_tables_have_a_row_for_each_way(monkeypatch) -> None:
 def test_too_few_classes_unknown_tails_and_sets_given_twice_are_refused(tmp_path) -> None:
     given = crops()
     few = replace(given, groups=np.zeros_like(given.groups))
-    with pytest.raises(ConfigError, match="6 classes of 4 unlike images; these have 0"):
+    with pytest.raises(ConfigError, match="12 classes of 4 unlike images; these have 0"):
         longtail(few, REGIONS, tails=["10:1"], seeds=(0,), progress=quiet)
     with pytest.raises(ConfigError, match=r"no tail is called 7:1; choose from 10:1, 50:1"):
         longtail(given, REGIONS, tails=["7:1"], seeds=(0,), progress=quiet)

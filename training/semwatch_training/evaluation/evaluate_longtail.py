@@ -35,6 +35,8 @@ TAILS: Mapping[str, float] = {"10:1": 10.0, "50:1": 50.0, "100:1": 100.0}
 CONTRIBUTION = 0.9
 N_LOOKS = 3
 """Looks of a planted class of few."""
+MIN_CLASSES = 3 * (N_LOOKS + 1)
+"""A third of them are few: the looks of one planted class, and one that hides in the largest."""
 TIMED = 256
 
 
@@ -88,7 +90,7 @@ def longtail(
     """Judge every way on every tail, and some on classes of planted clusters.
 
     Raises:
-        ConfigError: fewer than six classes of two groups or more, or a tail that nobody knows.
+        ConfigError: fewer than twelve classes of four groups or more, or a tail that nobody knows.
     """
     crops = _usable(crops)
     if strangers := sorted(set(tails) - {*TAILS, CARINTHIA}):
@@ -101,8 +103,8 @@ def _usable(crops: Joined) -> Joined:
     """Without classes that cannot be both learnt and judged."""
     names = np.unique(crops.labels)
     kept = [name for name in names if len(np.unique(crops.groups[crops.labels == name])) >= FOLDS]
-    if len(kept) < 2 * N_LOOKS:
-        raise ConfigError(f"long tails need {2 * N_LOOKS} classes of {FOLDS} unlike images; these have {len(kept)}")
+    if len(kept) < MIN_CLASSES:
+        raise ConfigError(f"long tails need {MIN_CLASSES} classes of {FOLDS} unlike images; these have {len(kept)}")
     rows = np.isin(crops.labels, kept)
     return Joined(crops.features[rows], crops.labels[rows], crops.groups[rows])
 

@@ -78,7 +78,7 @@ def refit(
 
     if not without and encoder is None and family is None:
         raise ConfigError(
-            "give a class to leave out, --without, the version of another encoder, --encoder, or a --family of heads"
+            "give a class to leave out, --without, or the version of another encoder, --encoder, or a --family of heads"
         )
     made = refitting.refit(repository, without=without or (), encoder=encoder, family=family, seed=seed)
     outcome = [f"knows nothing of {', '.join(without)}"] if without else []
