@@ -36,14 +36,14 @@ def attention(side: int = 2) -> RegionalAttention:
     return RegionalAttention(4, side, 2)
 
 
-def crops(counts: tuple[int, ...] = (60, 20, 6), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def crops(counts: tuple[int, ...] = (60, 20, 6), seed: int = 0, shift: float = 4) -> tuple[np.ndarray, np.ndarray]:
     """Classes told apart by a plain feature each, and by which channel of their regions is bright, anywhere."""
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(len(counts)), counts)
     features = rng.normal(size=(len(y), PLAIN + REGIONS.width)).astype(np.float32)
-    features[np.arange(len(y)), y] += 4
+    features[np.arange(len(y)), y] += shift
     grid = features[:, PLAIN:].reshape(len(y), 2, 4, 4)
-    grid[np.arange(len(y)), :, y, rng.integers(0, 4, len(y))] += 4
+    grid[np.arange(len(y)), :, y, rng.integers(0, 4, len(y))] += shift
     return features, y
 
 
@@ -140,8 +140,8 @@ def test_long_tail_is_learnt(regions: Regions, metric) -> None:
 
 
 def test_balanced_softmax_gives_the_rare_class_more_than_cross_entropy_does() -> None:
-    features, y = crops((150, 20, 4))
-    fresh, truth = crops((40, 40, 40), seed=1)
+    features, y = crops((150, 20, 4), shift=2.5)
+    fresh, truth = crops((40, 40, 40), seed=1, shift=2.5)
 
     def rare(**changes) -> float:
         network = fit(features, y, 3, regions=REGIONS, form=FORM, schedule=replace(SHORT, **changes))
