@@ -119,10 +119,20 @@ def test_process_exits_3_where_there_are_no_models(tmp_path) -> None:
 
 def test_process_exits_4_where_the_disk_refuses(tmp_path, tiny_repository) -> None:
     put(tmp_path / "a.png", png(1))
-    put(tmp_path / "out", b"a file where a folder should be")
+    put(tmp_path / "out" / "review", b"a file where a folder should be")
     said = spawn("review", "a.png", "--repository", tiny_repository, "--out", "out", cwd=tmp_path)
     assert said.code == 4
     assert re.fullmatch(r"ServiceUnavailable: cannot write out/review/\S+: .*\n", said.err)
+
+
+def test_results_that_should_go_into_a_file_are_a_wrong_argument(tmp_path, tiny_repository) -> None:
+    said = spawn(
+        "review", put(tmp_path / "a.png", png(1)), "--repository", tiny_repository, "--out", "a.png", cwd=tmp_path
+    )
+    assert (said.code, said.err) == (
+        2,
+        "ConfigError: --out a.png is no folder: name one, it is made where it is not there\n",
+    )
 
 
 # --- review --------------------------------------------------------------------------------------------------------

@@ -340,3 +340,16 @@ def test_requeue_of_nothing_is_refused(semwatch: Command, site: Site) -> None:
     assert "nothing in quarantine fits 'lot9'" in semwatch("quarantine", "requeue", "lot9", "--site", site.file).words
     assert semwatch("quarantine", "requeue", "--site", site.file).code == 2
     assert UTC in semwatch("quarantine", "list", "--site", site.file).words
+
+
+def test_purity_that_is_surely_below_the_asked_one_ends_with_1(semwatch: Command, site: Site) -> None:
+    for i in range(3):
+        semwatch("correct", "lot7/a.png", i + 1, "--not-a-defect", "--site", site.file)
+    said = semwatch("quality", "--site", site.file, "--at-least", 0.5)
+    assert (said.code, "purity below" in said.words) == (0, False), "one of each class proves nothing"
+    said = semwatch("quality", "--site", site.file, "--at-least", 0.99)
+    assert (said.code, "purity below 99%: bridge, particle" in said.words) == (1, True)
+    assert semwatch("quality", "--site", site.file, "--at-least", 0.99, "--json").json["impure"] == [
+        "bridge",
+        "particle",
+    ]

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 EPILOG = command_line.EPILOG
 JsonOption = command_line.JsonOption
-SiteOption = Annotated[Path, typer.Option(help=f"Site settings; a commented example is {EXAMPLES / 'site.yaml'}.")]
+SiteOption = Annotated[
+    Path,
+    typer.Option(envvar="SEMWATCH_SITE", help=f"Site settings; a commented example is {EXAMPLES / 'site.yaml'}."),
+]
 RecipeOption = Annotated[Path | None, typer.Option(help="Recipe; the built-in defaults without it.")]
 RepositoryOption = Annotated[Path, typer.Option(help="Model repository.")]
 REPOSITORY = Path("model_repository")

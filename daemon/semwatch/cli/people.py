@@ -13,6 +13,7 @@ from semwatch.defects import Box
 from semwatch.errors import ConfigError
 from semwatch.operations import correct as correction
 from semwatch.operations import lots, quality
+from semwatch.operations.quality import Quality
 from semwatch.settings.site import Site, load_site
 from semwatch.store import results
 from semwatch.store.corrections import Correction
@@ -67,6 +68,9 @@ def correct(
 def quality_command(
     site: SiteOption,
     lot: Annotated[str | None, typer.Option(help="Of one lot; of all without it.")] = None,
+    at_least: Annotated[
+        float | None, typer.Option(min=0, max=1, help="End with 1 where the purity of a class is surely below this.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show purity, accuracy and escapes per class, from the defects that people have judged.
@@ -78,9 +82,18 @@ def quality_command(
     with open_index(settings.state_dir / INDEX) as index:
         chosen = None if lot is None else lots.refreshed(settings, index, lots.find(settings, index, lot))
         found = quality.measure(index, chosen)
+    impure = [one.label for one in found.classes if at_least is not None and one.purity.high < at_least]
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found)))
-        return
+        typer.echo(json.dumps({**dataclasses.asdict(found), "impure": impure}))
+    else:
+        _show_quality(found)
+        if impure:
+            say(f" {', '.join(impure)}", (f"purity below {at_least:.0%}:", "red"))
+    if impure:
+        raise typer.Exit(1)
+
+
+def _show_quality(found: Quality) -> None:
     say(f"{counted(found.n_judged, 'defect')} judged by people, {found.n_missed} missed added")
     if not found.n_judged + found.n_missed:
         say("nothing is known yet: `semwatch correct` takes verdicts")

@@ -220,7 +220,8 @@ def _unknown_line(record: Record) -> str:
 
 def _result_line(summary: ResultSummary) -> str:
     scores = " ".join(f"{score:.3f}" for score in summary.image_scores)
-    found = {**summary.n_by_kind, **summary.n_by_label}
+    named = ("known", "novel")  # those stand there by their labels
+    found = {**{kind: n for kind, n in summary.n_by_kind.items() if kind not in named}, **summary.n_by_label}
     counts = ", ".join(f"{n} {name}" for name, n in found.items()) or "no defects"
     if summary.n_by_quality:
         counts += "; quality: " + ", ".join(f"{n} {name}" for name, n in summary.n_by_quality.items())

@@ -47,6 +47,8 @@ def review(
 ) -> None:
     """Review files once, by the same line as the daemon. Needs neither Redis nor a site."""
     settings = load_recipe(recipe) if recipe else Recipe()
+    if results_dir.exists() and not results_dir.is_dir():
+        raise ConfigError(f"--out {results_dir} is no folder: name one, it is made where it is not there")
     files = image_files(paths)
     if reference is not None and len(files) > 1:
         raise ConfigError("--reference is of one image: name one, or give the recipe a reference.pattern for many")

@@ -25,7 +25,10 @@ def in_markup(text: str) -> str:
 
 
 def retrain(
-    site: Annotated[Path, typer.Option(help=f"Site settings; a commented example is {EXAMPLES / 'site.yaml'}.")],
+    site: Annotated[
+        Path,
+        typer.Option(envvar="SEMWATCH_SITE", help=f"Site settings; a commented example is {EXAMPLES / 'site.yaml'}."),
+    ],
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:
