@@ -242,12 +242,17 @@ def described() -> dict[str, list[str]]:
         wanted[path.name] = list(schema["properties"])
         for part, of in schema.get("$defs", {}).items():
             wanted[f"{path.name}#{part}"] = list(of["properties"])
+    # A doubtful crop is described by what it has beside an unknown.
+    del wanted["doubtful.schema.json#Neighbour"]
+    wanted["doubtful.schema.json"] = [
+        k for k in wanted["doubtful.schema.json"] if k not in wanted["unknown.schema.json"]
+    ]
     return wanted
 
 
 def test_there_is_a_table_for_every_published_object() -> None:
     assert field_tables().keys() == described().keys()
-    assert sum(mark.endswith(".schema.json") for mark in described()) == 5
+    assert sum(mark.endswith(".schema.json") for mark in described()) == 6
 
 
 @pytest.mark.parametrize("mark", sorted(described()))

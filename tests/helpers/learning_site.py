@@ -23,7 +23,7 @@ from semwatch.settings.recipe import UnknownRule
 from semwatch.settings.site import Site, load_site
 from semwatch.store.ledger import Ledger
 from semwatch.streams.handoff import Handoff, Wish, wish_message
-from semwatch.streams.records import UNKNOWNS, Fields, Record, decode, encode, pack
+from semwatch.streams.records import DOUBTFUL, NAMED, UNKNOWNS, Fields, Record, decode, encode, pack
 from semwatch.streams.unknowns import Consumer, Publisher
 from semwatch_training.learning.archive import ARCHIVE, Archive
 
@@ -109,7 +109,9 @@ class Lab:
         return [unknown(start + i, axis, width=self.width, **changes) for i in range(n)]
 
     def add(self, found: Sequence[Record]) -> None:
-        Publisher(self.client).publish([(UNKNOWNS, r.id, pack(encode(r))) for r in found])
+        """Queue records, each in the stream of its kind."""
+        streams = [(DOUBTFUL if r.kind in NAMED else UNKNOWNS, r) for r in found]
+        Publisher(self.client).publish([(stream, r.id, pack(encode(r))) for stream, r in streams])
 
     def recipe(self, **values: Any) -> None:
         (self.folder / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, **values}))

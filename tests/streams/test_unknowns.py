@@ -28,6 +28,7 @@ from semwatch.errors import ConfigError, ServiceUnavailable
 from semwatch.streams import unknowns
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.streams.records import (
+    DOUBTFUL,
     RESULTS,
     UNKNOWNS,
     Fields,
@@ -333,7 +334,9 @@ def test_meta_may_gain_keys_within_a_schema() -> None:
 def test_published_schemas_describe_what_is_written() -> None:
     review = make_review(2, verdicts=[UNKNOWN])
     schemas = json_schemas()
-    written = {UNKNOWNS: encode(records(review)[0]), RESULTS: result_summary(review)}
+    unknown = records(review)[0]
+    named = replace(unknown, kind="known", label="pit")
+    written = {UNKNOWNS: encode(unknown), DOUBTFUL: encode(named), RESULTS: result_summary(review)}
     for stream, fields in written.items():
         jsonschema.Draft202012Validator.check_schema(schemas[stream])
         jsonschema.validate(json.loads(fields[b"meta"]), schemas[stream])

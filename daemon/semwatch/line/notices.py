@@ -16,10 +16,11 @@ Place = tuple[int, int]
 """Page and ``defect_id``."""
 
 
-def messages(found: Sequence[Record], result: ReviewRecord) -> list[Message]:
-    """All that a first review gives to Redis, ready for the outbox: records of its unknowns, then its summary."""
-    unknowns = [(records.UNKNOWNS, record.id, records.pack(records.encode(record))) for record in found]
-    return [*unknowns, summary_message(result)]
+def messages(found: Sequence[Record], result: ReviewRecord, doubtful: Sequence[Record] = ()) -> list[Message]:
+    """All that a first review gives to Redis, ready for the outbox: unknowns, doubtful crops, then its summary."""
+    streams = ((records.UNKNOWNS, found), (records.DOUBTFUL, doubtful))
+    made = [(stream, one.id, records.pack(records.encode(one))) for stream, of in streams for one in of]
+    return [*made, summary_message(result)]
 
 
 def summary_message(result: ReviewRecord) -> Message:

@@ -268,7 +268,8 @@ class FileWork:
         faults.check_results(self._site.results_dir)
         paths = results.write(review, results_dir=self._site.results_dir, **class_codes(recipe, named))
         found = records.records(review)
-        messages = notices.messages(found, paths.record) if self._publishes else []
+        doubtful = records.doubtful(review, recipe.unknown.doubtful_significance)
+        messages = notices.messages(found, paths.record, doubtful) if self._publishes else []
         self._ledger.finish(
             claim,
             outbox=[OutboxItem(*message) for message in messages],

@@ -254,6 +254,9 @@ class UnknownRule(Settings):
     """Known on a page of an unknown process: the class has this probability among all classes; else unknown."""
     foreign_significance: Open = 0.2
     """And its p-value is above this; else unknown."""
+    doubtful_significance: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Defects that are named with a p-value up to this go to learning too, which looks for new classes among them;
+    about this share of known defects does. 0: none."""
 
     def needed(self, label: str) -> float:
         """Probability among the classes that fit from which a class is named."""

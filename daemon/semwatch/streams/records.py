@@ -36,13 +36,17 @@ from pydantic.json_schema import SkipJsonSchema
 from semwatch.defects import Box, Defect, Domain, Neighbour, PageReview, Review
 
 UNKNOWNS = "unknowns"
+DOUBTFUL = "doubtful"
 RESULTS = "results"
 CORRECTIONS = "corrections"
 NO_CLASSES = ("unknown", "non-decidable")
 """Verdicts: no label says these."""
+NAMED = ("known", "novel")
+"""Verdicts that a doubtful crop may have."""
 SCHEMA = 1
 SCHEMA_PATHS = {
     UNKNOWNS: Path(__file__).with_name("schemas") / "unknown.schema.json",
+    DOUBTFUL: Path(__file__).with_name("schemas") / "doubtful.schema.json",
     RESULTS: Path(__file__).with_name("schemas") / "result_summary.schema.json",
     CORRECTIONS: Path(__file__).with_name("schemas") / "correction.schema.json",
 }
@@ -94,7 +98,7 @@ class Record:
     image_score: float
     """The page's raw score."""
     peak_score: float
-    kind: Literal["unknown", "non-decidable"]
+    kind: Literal["unknown", "non-decidable", "known", "novel"]  # the last two of doubtful crops alone
     nearest: tuple[Neighbour, ...]
     recipe_name: str
     recipe_id: str
@@ -117,6 +121,8 @@ class Record:
     """(D,) what the encoder was told of the whole field; None where it did not ask, and in old records."""
     region_features: SkipJsonSchema[NDArray[np.float32] | None] = None
     """(C,) what it was told of the defect's places; as above."""
+    label: Annotated[str, Field(max_length=64)] = ""
+    """What a doubtful crop was called; of the others empty."""
 
 
 Outcome = Literal["reviewed", "refused", "duplicate"]
@@ -221,12 +227,22 @@ class Correction:
 
 def records(review: Review) -> list[Record]:
     """Make a record of every unknown and every non-decidable defect."""
-    wanted = ("unknown", "non-decidable")
-    return [_record(review, p, d) for p in review.pages for d in p.defects if d.verdict.kind in wanted]
+    return [_record(review, p, d) for p in review.pages for d in p.defects if d.verdict.kind in NO_CLASSES]
+
+
+def doubtful(review: Review, significance: float) -> list[Record]:
+    """Make a record of every named defect whose p-value under its name is up to ``significance``: to learn from."""
+    return [
+        _record(review, page, defect)
+        for page in review.pages
+        for defect in page.defects
+        if defect.verdict.kind in NAMED
+        and any(n.label == defect.verdict.label and n.p_value <= significance for n in defect.verdict.nearest)
+    ]
 
 
 def _record(review: Review, page: PageReview, defect: Defect) -> Record:
-    assert defect.verdict.kind in ("unknown", "non-decidable")
+    assert defect.verdict.kind != "defect-free"
     assert page.score_map is not None, "a page without an image has no defects"
     page_no = page.micrograph.page
     x0, y0, x1, y1 = page.micrograph.field_xyxy
@@ -259,6 +275,7 @@ def _record(review: Review, page: PageReview, defect: Defect) -> Record:
         domain=page.domain,
         field_features=defect.field_features,
         region_features=defect.region_features,
+        label=(defect.verdict.label or "") if defect.verdict.kind in NAMED else "",
     )
 
 
@@ -271,7 +288,8 @@ def is_by(record: Record, model: str, version: int, content_hash: str) -> bool:
 def encode(record: Record) -> Fields:
     """Write a record as stream fields."""
     _, png = cv2.imencode(".png", record.crop)
-    meta = _record_type().dump_json(record, exclude={"id", "features", "soft_mask", "crop", *_OF_DETECTOR})
+    own = {"id", "features", "soft_mask", "crop", *_OF_DETECTOR}
+    meta = _record_type().dump_json(record, exclude=own if record.label else own | {"label"})
     of_detector = {name: getattr(record, name) for name in _OF_DETECTOR}
     return {
         b"id": record.id.encode(),
@@ -285,7 +303,31 @@ def encode(record: Record) -> Fields:
 
 
 def decode(fields: Mapping[bytes, bytes]) -> Record:
-    """Read a record; nothing in it is trusted.
+    """Read a record of an unknown; nothing in it is trusted.
+
+    Raises:
+        ValueError: Not a record of this schema; the message says plainly why.
+    """
+    record = decode_either(fields)
+    if record.kind not in NO_CLASSES or record.label:
+        raise ValueError(f"kind is {record.kind} and label {record.label[:40]!r}: no unknown")
+    return record
+
+
+def decode_doubtful(fields: Mapping[bytes, bytes]) -> Record:
+    """Read a record of a doubtful crop; nothing in it is trusted.
+
+    Raises:
+        ValueError: Not a record of this schema; the message says plainly why.
+    """
+    record = decode_either(fields)
+    if record.kind not in NAMED or not record.label or not record.label.isprintable():
+        raise ValueError(f"kind is {record.kind} and label {record.label[:40]!r}: no doubtful crop")
+    return record
+
+
+def decode_either(fields: Mapping[bytes, bytes]) -> Record:
+    """Read a record of either stream, as learning keeps it; nothing in it is trusted.
 
     Raises:
         ValueError: Not a record of this schema; the message says plainly why.
@@ -400,7 +442,7 @@ def parsed_line(line: str) -> Correction:
 def fault_of(stream: str, fields: Mapping[bytes, bytes]) -> str | None:
     """Why an entry is none of its stream by the format; None where it is sound, or the stream is not one of these."""
     readers: Mapping[str, Callable[[Mapping[bytes, bytes]], object]] = {
-        UNKNOWNS: decode, RESULTS: decode_result, CORRECTIONS: decode_correction,
+        UNKNOWNS: decode, DOUBTFUL: decode_doubtful, RESULTS: decode_result, CORRECTIONS: decode_correction,
     }  # fmt: skip
     reader = readers.get(stream)
     if reader is None:
@@ -454,9 +496,10 @@ def unpack(blob: bytes) -> Fields:
 
 
 def json_schemas() -> dict[str, dict[str, Any]]:
-    """Describe the ``meta`` JSON of either stream as JSON Schema, by stream name."""
+    """Describe the ``meta`` JSON of each stream as JSON Schema, by stream name."""
     kinds: dict[str, TypeAdapter[Any]] = {
         UNKNOWNS: _record_type(),
+        DOUBTFUL: _record_type(),
         RESULTS: _summary_type(),
         CORRECTIONS: _correction_type(),
     }
@@ -465,6 +508,10 @@ def json_schemas() -> dict[str, dict[str, Any]]:
         del schema["properties"]["id"]  # a field of its own beside meta
         schema["required"].remove("id")
         schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    del schemas[UNKNOWNS]["properties"]["label"]
+    for stream, kinds_of in ((UNKNOWNS, NO_CLASSES), (DOUBTFUL, NAMED)):
+        schemas[stream]["properties"]["kind"]["enum"] = list(kinds_of)
+    schemas[DOUBTFUL]["required"].append("label")
     return schemas
 
 

@@ -36,11 +36,13 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from semwatch.errors import ConfigError, SemwatchError, ServiceUnavailable
-from semwatch.streams.records import RESULTS, UNKNOWNS, Fields, Message, fault_of, unpack
+from semwatch.streams.records import DOUBTFUL, RESULTS, UNKNOWNS, Fields, Message, fault_of, unpack
 
 logger = logging.getLogger(__name__)
 
 SENT_TTL_S = 3 * 24 * 3600
+MOST = {DOUBTFUL: 1000}
+"""Entries that a stream keeps, the oldest go first: of doubtful crops learning needs the newest, some 50 MB."""
 LEARNERS = "learners"
 """The group that learning reads with."""
 PREFIX, TIMEOUT_S = "semwatch", 5.0
@@ -175,7 +177,11 @@ def redis_key(prefix: str, *parts: str) -> str:
 # 50,000, and a server that restarted knows no script.
 _ADD = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
-redis.call('XADD', KEYS[1], '*', unpack(ARGV, 2))
+if ARGV[2] == '' then
+  redis.call('XADD', KEYS[1], '*', unpack(ARGV, 3))
+else
+  redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[2], '*', unpack(ARGV, 3))
+end
 redis.call('SET', KEYS[2], '1', 'EX', ARGV[1])
 return 1
 """
@@ -236,7 +242,7 @@ class Publisher:
             for (stream, id_, _), pairs in zip(batch, fields, strict=True):
                 flat = [part for item in pairs.items() for part in item]
                 keys = redis_key(self._prefix, stream), redis_key(self._prefix, "sent", id_)
-                pipe.eval(_ADD, 2, *keys, self._sent_ttl_s, *flat)
+                pipe.eval(_ADD, 2, *keys, self._sent_ttl_s, MOST.get(stream, ""), *flat)
             for answer in pipe.execute(raise_on_error=False):
                 if isinstance(answer, Exception):
                     raise answer

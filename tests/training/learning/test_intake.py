@@ -42,7 +42,7 @@ def record(i: int, **changes: Any) -> Record:
 
 
 def claims_of(client: redis.Redis) -> Claims:
-    return Claims(intake.consumer(client, "semwatch"))
+    return intake.claims(client, "semwatch")
 
 
 # --- claimed ---------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ class Archive:
 
     def _decoded(self, id_: str, blob: bytes) -> Record:
         try:
-            return records.decode(records.unpack(blob))
+            return records.decode_either(records.unpack(blob))
         except ValueError as error:
             raise ConfigError(f"archive {self.path}: record {id_} cannot be read ({error}); {_KIND.remedy}") from error
 

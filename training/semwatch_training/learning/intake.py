@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,9 @@ ABANDONED_S = 3600.0
 ACK_ATTEMPTS, ACK_PAUSE_S = 5, 1.0
 """An acknowledgement outlasts a restart of Redis."""
 EMBED_BATCH = 16
+DOUBTFUL_CLAIMED, MOST_DOUBTFUL = 2000, 200
+"""Doubtful crops that one cycle claims, and those that it learns from: fewer than half of the crops among which classes
+are sought, so that they do not hide the unknowns."""
 LARGEST = float(np.finfo(np.float16).max)
 """Of a feature: a bank keeps them in half precision."""
 MAX_BYTES = 1 << 30
@@ -44,6 +48,7 @@ WAITS_AGAIN = "waits again"
 """Note on a record that was put back: no duplicate of it takes its place."""
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 Settlement = tuple[Settled, str]
 """State that a record is settled in, and a note on it."""
 
@@ -55,30 +60,49 @@ Settlement = tuple[Settled, str]
 class Claims:
     """Records that this cycle has claimed; those that are not acknowledged go back."""
 
-    queue: Consumer[Record]
+    unknowns: Consumer[Record]
+    doubtful: Consumer[Record]
     by_id: dict[str, list[Claimed[Record]]] = field(default_factory=dict)
     """By record id; one record may have two entries, which are settled together."""
 
     def take(self, n: int, progress: Progress) -> list[Record]:
-        """Claim up to n entries, those of a cycle that died first; return their records, each once.
+        """Claim up to n unknowns, those of a cycle that died first; return their records, each once.
 
         Fewer come where they hold more than ``MAX_BYTES``; the next cycle takes the rest.
 
         Raises:
             ServiceUnavailable: Redis is away; the next cycle takes them again.
         """
+        self._claim(self.unknowns, n, progress)
+        return [items[0].record for items in self.by_id.values()]
+
+    def take_doubtful(self, progress: Progress) -> list[Record]:
+        """Claim the doubtful crops that wait and return those ``MOST_DOUBTFUL`` that fit their names least.
+
+        The others leave the queue: the line named them, and learning needs no more. So does one whose unknown waits.
+
+        Raises:
+            ServiceUnavailable: Redis is away; the next cycle takes them again.
+        """
+        unknown = set(self.by_id)
+        self._claim(self.doubtful, DOUBTFUL_CLAIMED, progress)
+        found = [items[0].record for id_, items in self.by_id.items() if id_ not in unknown]
+        found.sort(key=_fit)
+        self._acknowledge_items([item for one in found[MOST_DOUBTFUL:] for item in self.by_id.pop(one.id)])
+        return found[:MOST_DOUBTFUL]
+
+    def _claim(self, queue: Consumer[Record], n: int, progress: Progress) -> None:
         n_held = n_bytes = 0
         while (
             n_held < n
             and n_bytes < MAX_BYTES
-            and (batch := self.queue.claim(min(CLAIM, n - n_held), min_idle_s=ABANDONED_S))
+            and (batch := queue.claim(min(CLAIM, n - n_held), min_idle_s=ABANDONED_S))
         ):
             for item in batch:
                 self.by_id.setdefault(item.record.id, []).append(item)
                 n_bytes += item.record.crop.nbytes + item.record.features.nbytes + item.record.soft_mask.nbytes
             n_held += len(batch)
             progress("claimed", n_held, n_held)
-        return [items[0].record for items in self.by_id.values()]
 
     def put_aside(self, id_: str, reason: str) -> None:
         """Make a record a dead letter; where Redis is too full for one, it goes back.
@@ -86,7 +110,7 @@ class Claims:
         Raises:
             ServiceUnavailable: Redis is away.
         """
-        self.by_id[id_] = [item for item in self.by_id[id_] if not self.queue.dead_letter(item, reason)]
+        self.by_id[id_] = [item for item in self.by_id[id_] if not self._queue_of(item).dead_letter(item, reason)]
 
     def acknowledge(self, ids: Sequence[str]) -> None:
         """Acknowledge these records; those that are not claimed here are passed over.
@@ -94,17 +118,20 @@ class Claims:
         Raises:
             ServiceUnavailable: Redis stayed away; the next cycle acknowledges them and learns nothing twice.
         """
-        done = [item for id_ in ids for item in self.by_id.get(id_, ())]
+        self._acknowledge_items([item for id_ in ids for item in self.by_id.get(id_, ())])
+        for id_ in ids:
+            self.by_id.pop(id_, None)
+
+    def _acknowledge_items(self, done: Sequence[Claimed[Record]]) -> None:
         for attempt in range(1, ACK_ATTEMPTS + 1):
             try:
-                _in_batches(self.queue.ack, done)
-                break
+                for queue, items in self._by_queue(done):
+                    _in_batches(queue.ack, items)
+                return
             except ServiceUnavailable:
                 if attempt == ACK_ATTEMPTS:
                     raise
                 time.sleep(ACK_PAUSE_S * attempt)
-        for id_ in ids:
-            self.by_id.pop(id_, None)
 
     def put_back(self, archive: Archive, ids: Sequence[str], now_utc: str) -> None:
         """Let records wait again that earlier cycles acknowledged.
@@ -116,14 +143,39 @@ class Claims:
         """
         for start in range(0, len(ids), CLAIM):
             some = ids[start : start + CLAIM]
-            self.queue.put_back([records.encode(record) for record in archive.read_many(some)])
+            self.queue_again(archive.read_many(some))
             archive.settle(some, "waiting", WAITS_AGAIN, now_utc=now_utc)
 
     def give_back(self) -> None:
         """Return all that was not acknowledged; where Redis is away, it comes free by itself."""
         with suppress(ServiceUnavailable):
-            _in_batches(self.queue.give_back, [item for items in self.by_id.values() for item in items])
+            for queue, claimed in self._by_queue([item for items in self.by_id.values() for item in items]):
+                _in_batches(queue.give_back, claimed)
         self.by_id = {}
+
+    def queue_again(self, found: Sequence[Record]) -> None:
+        """Put records into the queues that they are of.
+
+        Raises:
+            ServiceUnavailable: Redis is away.
+        """
+        for queue, is_named in ((self.unknowns, False), (self.doubtful, True)):
+            if some := [records.encode(one) for one in found if (one.kind in records.NAMED) is is_named]:
+                queue.put_back(some)
+
+    def _by_queue(self, items: Sequence[Claimed[Record]]) -> tuple[tuple[Consumer[Record], list[Claimed[Record]]], ...]:
+        return tuple(
+            (queue, [item for item in items if self._queue_of(item) is queue])
+            for queue in (self.unknowns, self.doubtful)
+        )
+
+    def _queue_of(self, item: Claimed[Record]) -> Consumer[Record]:
+        return self.doubtful if item.record.kind in records.NAMED else self.unknowns
+
+
+def _fit(record: Record) -> float:
+    """The p-value of a doubtful crop under its name."""
+    return min((one.p_value for one in record.nearest if one.label == record.label), default=1.0)
 
 
 def learner() -> str:
@@ -131,10 +183,11 @@ def learner() -> str:
     return f"retrain-{socket.gethostname()}"
 
 
-def consumer(client: Client, prefix: str) -> Consumer[Record]:
-    """The learner of this machine."""
-    return Consumer(
-        client, records.UNKNOWNS, records.decode, name=learner(), prefix=prefix, max_deliveries=MAX_DELIVERIES
+def claims(client: Client, prefix: str) -> Claims:
+    """The learner of this machine, with nothing claimed."""
+    return Claims(
+        _consumer(client, prefix, records.UNKNOWNS, records.decode),
+        _consumer(client, prefix, records.DOUBTFUL, records.decode_doubtful),
     )
 
 
@@ -151,10 +204,11 @@ def take_corrections(queue: Consumer[Correction], archive: Archive, now_utc: str
 
 def correction_queue(client: Client, prefix: str) -> Consumer[Correction]:
     """The learner of this machine, as a reader of corrections."""
-    return Consumer(
-        client, records.CORRECTIONS, records.decode_correction, name=learner(), prefix=prefix,
-        max_deliveries=MAX_DELIVERIES,
-    )  # fmt: skip
+    return _consumer(client, prefix, records.CORRECTIONS, records.decode_correction)
+
+
+def _consumer(client: Client, prefix: str, stream: str, decode: Callable[[Mapping[bytes, bytes]], T]) -> Consumer[T]:
+    return Consumer(client, stream, decode, name=learner(), prefix=prefix, max_deliveries=MAX_DELIVERIES)
 
 
 def connect(site: Site) -> tuple[Client, str]:

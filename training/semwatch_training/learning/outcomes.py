@@ -18,6 +18,7 @@ from semwatch.models import choice, model_repository
 from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
+from semwatch.streams.records import NAMED
 from semwatch_training.learning import candidates, decisions, promotion
 from semwatch_training.learning.archive import Archive
 from semwatch_training.learning.base_head import BaseHead
@@ -186,7 +187,8 @@ def _in_range(features: NDArray[np.float32], rejected: Bank, label: str, frozen_
 
 
 def settlements_by_clustering(f: Findings, rejected: Bank, *, frozen_width: int) -> dict[str, Settlement]:
-    """Settlements of the records that clustering put beside what people rejected, within its own range.
+    """Settlements of what clustering explains: records beside what people rejected, within its own range, and
+    doubtful crops that it gives to a known class too.
 
     Args:
         f: what was found; ``inside_rejected`` was applied.
@@ -198,6 +200,9 @@ def settlements_by_clustering(f: Findings, rejected: Bank, *, frozen_width: int)
         for record, known in zip(f.records, f.clustered.known, strict=True)
         if known is not None and known.startswith(REJECTED)
     }
+    for record, known in zip(f.records, f.clustered.known, strict=True):
+        if record.kind in NAMED and known is not None and not known.startswith(REJECTED):
+            found[record.id] = "explained", f"{known}, named so by the line and by clustering"
     for i, group in enumerate(f.groups):
         if f.is_rejected(i):
             inside = _in_range(group.crops.features, rejected, REJECTED + f.ids[i], frozen_width)

@@ -32,7 +32,7 @@ from semwatch.settings.recipe import Recipe, load_recipe
 from semwatch.settings.site import Site
 from semwatch.streams.handoff import MAX_CONFLICTS, Handoff
 from semwatch.streams.handoff import Cycle as Ended
-from semwatch.streams.records import Correction, Record, encode
+from semwatch.streams.records import NO_CLASSES, Correction, Record
 from semwatch.streams.unknowns import Consumer
 from semwatch.system.clock import utc_now
 from semwatch_training.discovery.fit_head import MIN_PER_CLASS, HeadFit, fit_head
@@ -134,7 +134,7 @@ def run_cycle(site: Site, *, seed: int = 0, progress: Progress = lambda *_: None
             return Outcome("busy", "another cycle is running: this one leaves it alone")
         recipes = _recipes(site)
         client, prefix = intake.connect(site)
-        claims, handoff = Claims(intake.consumer(client, prefix)), Handoff(client, prefix=prefix)
+        claims, handoff = intake.claims(client, prefix), Handoff(client, prefix=prefix)
         register = ClassRegister(handoff, folder, owner=intake.learner())
         try:
             with (
@@ -177,12 +177,13 @@ def _run(c: _Cycle) -> Outcome:
     decided_crops = decisions.apply_decisions(c.base, decided, seed=c.seed)
     with c.report.step("claim"):
         claimed = c.claims.take(c.site.learning.max_unknowns, c.progress)
+        claimed += c.claims.take_doubtful(c.progress)
         found = _sorted_out(c, claimed, decided, agreed)
         corrected = [record for record in found.fresh if record.id in agreed.corrections]
         crops = _crops(corrected, intake.features_of(corrected, c.models, c.progress))
     decided_crops = corrections.apply(decided_crops, decided, agreed, crops)
     fresh = [record for record in found.fresh if record.id not in decided_crops.corrected]
-    n, n_needed = len(found.fresh), c.site.learning.min_unknowns
+    n, n_needed = sum(one.kind in NO_CLASSES for one in found.fresh), c.site.learning.min_unknowns
     n_needed = min(n_needed, FEW_AFTER_DRIFT) if wishes else n_needed
     is_grouped_by_person = not decisions.ids_grouped_by_person(decided, decided_crops.bank.labels).isdisjoint(
         record.id for record in fresh
@@ -239,7 +240,7 @@ def _corrections(c: _Cycle) -> Agreed:
     states = c.archive.state_of(list(agreed.corrections))
     brought = {one.unknown_id: record for one in found if (record := corrections.as_record(one)) is not None}
     new = [record for id_, record in brought.items() if id_ in agreed.corrections and id_ not in states]
-    c.claims.queue.put_back([encode(record) for record in new])
+    c.claims.queue_again(new)
     otherwise = [id_ for id_, state in states.items() if state in ("explained", "rejected", "forgotten")]
     c.claims.put_back(c.archive, otherwise, c.utc)
     return agreed
