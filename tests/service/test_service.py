@@ -17,6 +17,7 @@ import redis
 from daemon import SOURCE, Daemon, Site, make_site, png
 from semwatch.models import model_repository
 from semwatch.store import audit
+from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.system import child_server
 
@@ -91,6 +92,28 @@ def test_one_file_gives_result_overlay_table_records_and_audit_line(tmp_path, ti
     assert client.xlen("semwatch:unknowns") == n_unexplained
     report = audit.verify(site.state / "audit.jsonl", expected_last_seq=1)
     assert report.ok
+
+
+def test_named_defects_of_little_support_go_to_learning_with_their_names(tmp_path, tiny_repository, server) -> None:
+    rule = {"significance": 1e-6, "decide_confidence": 0.5, "doubtful_significance": 0.9}
+    recipe = {"name": "test", "gate": {"threshold": 0.0}, "unknown": rule}
+    site = make_site(tmp_path / "site", tiny_repository, redis_url=server.url, recipe=recipe)
+    with Daemon(site) as daemon:
+        daemon.wait_ready()
+        for index in range(4):
+            site.put(f"lot1/{index}.png", png(index))
+        daemon.wait_for(lambda: daemon.log().count(" defects, ") == 4)
+        assert daemon.stop() == 0
+    verdicts = [
+        defect["verdict"]
+        for file in site.reviews()
+        for page in json.loads(file.read_text())["pages"]
+        for defect in page["defects"]
+    ]
+    doubtful = [v["label"] for v in verdicts if v["kind"] == "known" and v["nearest"][0]["p_value"] <= 0.9]
+    entries = redis.Redis.from_url(server.url).xrange("semwatch:doubtful")
+    assert doubtful
+    assert sorted(records.decode_doubtful(fields).label for _, fields in entries) == sorted(doubtful)
 
 
 def test_the_drop_folder_is_only_read(worked) -> None:
