@@ -49,6 +49,7 @@ def test_recall_and_false_calls_beside_dbscan() -> None:
     assert mine.false < theirs.false
 
 
+@pytest.mark.timeout(1800)
 def test_repeaters_among_so_many_that_chance_brings_some() -> None:
     wafers = [
         planted_wafer(FIRST_SEED + i, n_random=DENSE[i % 2], n_repeaters=2, n_scratches=0) for i in range(N_DENSE)

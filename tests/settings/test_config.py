@@ -15,7 +15,7 @@ from semwatch.errors import ConfigError
 from semwatch.settings import yaml_file
 from semwatch.settings.fields import EXAMPLES
 from semwatch.settings.recipe import KnownClass, Recipe, load_recipe
-from semwatch.settings.site import Folder, Limits, MetricsEndpoint, Models, Redis, Site, load_site
+from semwatch.settings.site import Folder, HostEvent, Limits, MetricsEndpoint, Models, Redis, Site, load_site
 
 SITE = """\
 folders:
@@ -731,6 +731,7 @@ def test_example_site_shows_every_setting_with_its_default(write: Write) -> None
         state_dir=site.state_dir,
         models=site.models,
         redis=redis,
+        host_event=HostEvent(),
         metrics=MetricsEndpoint(),
     )
     assert all_set(site) == all_keys(Site)

@@ -1,5 +1,6 @@
 """How a site stands: ``status`` for a glance, ``examine`` for what to fix. Reads only; safe beside a running daemon."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -194,6 +195,8 @@ def _hook_checks(site: Site) -> Iterator[Check]:
         if argv and not os.access(argv[0], os.X_OK):
             remedy = f"make it a program that the daemon's user may run, or change hooks.{name} in the site settings"
             yield Check(f"hook {name}", False, f"{argv[0]} cannot be run", remedy)
+    if site.host_event is not None and importlib.util.find_spec("secsgem") is None:
+        yield Check("host event", False, "secsgem is not installed", "pip install 'semwatch[secsgem]'")
     path = site.state_dir / HOOKS
     if not path.exists():
         return

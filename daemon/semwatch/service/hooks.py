@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from semwatch.errors import ConfigError, ServiceUnavailable
+from semwatch.service import host_event
 from semwatch.service.metrics import Metrics
 from semwatch.service.quiet_lots import QuietLots
 from semwatch.settings.site import OF_LOTS, Site
@@ -50,7 +51,6 @@ class Hooks:
         ledger: that knows the lots that have a KLARF.
         index: of the results; None: there is none, and no lot without a KLARF is announced.
         unsettled: paths of a source's images that wait or are in flight.
-        ways: how a hook that is no command is told, by its name.
     """
 
     def __init__(
@@ -61,15 +61,18 @@ class Hooks:
         index: ResultIndex | None,
         unsettled: Callable[[str], list[str]],
         metrics: Metrics,
-        ways: Mapping[str, Callable[[Mapping[str, str]], commands.Ended]] | None = None,
     ) -> None:
         self._site, self._settings, self._metrics = site, site.hooks, metrics
         self._stop = threading.Event()
-        self._ways = dict(ways or {})
+        self._ways: dict[str, Callable[[Mapping[str, str]], commands.Ended]] = {}
+        self._attempts = {"on_lot_done": site.hooks.attempts, "on_alarm": site.hooks.attempts}
         commands_given = {"on_lot_done": site.hooks.on_lot_done, "on_alarm": site.hooks.on_alarm}
         for name, argv in commands_given.items():
             if argv:
                 self._ways[name] = _command(argv, site.hooks, self._stop, site.state_dir)
+        if site.host_event is not None:
+            self._ways["host_event"] = host_event.way(site.host_event, self._stop, site.state_dir)
+            self._attempts["host_event"] = site.host_event.attempts
         self._of_lots = [name for name in self._ways if name != "on_alarm"]
         self._ledger, self._index, self._unsettled = ledger, index, unsettled
         self._news: queue.Queue[News] = queue.Queue(MAX_NEWS)
@@ -224,7 +227,7 @@ class Hooks:
             runs.end(run, "done", ended.why)
             outcome = "done"
             log.info("%s: %s, %.1f s%s", about, ended.why, took_s, output)
-        elif attempts >= self._settings.attempts:
+        elif attempts >= self._attempts[run.hook]:
             runs.end(run, "given up", ended.why)
             outcome = "given up"
             log.error("%s is given up after %d attempts: %s%s", about, attempts, ended.why, output)

@@ -213,6 +213,27 @@ class Hooks(Settings):
     """Seconds for which the same alarm of the same source is not told again."""
 
 
+class HostEvent(Settings):
+    """The fab's host, told of each lot that is complete by an S6F11 over HSMS; needs `semwatch[secsgem]`."""
+
+    mode: Literal["active", "passive"] = "active"
+    """active: the host listens; passive: it connects to this machine, while there is a report."""
+    address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Of the host; with passive the one to listen on."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 5000
+    """TCP port of it."""
+    device_id: Annotated[int, Field(ge=0, le=32767)] = 0
+    """Session id of HSMS."""
+    ceid: Count = 1
+    """Of the collection event."""
+    rptid: Count = 1
+    """Of its report."""
+    timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    """Seconds until the host answers, and again until it acknowledges."""
+    attempts: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Tries of one report, with the waits of hooks.retry_s between; then it is given up."""
+
+
 class MetricsEndpoint(Settings):
     """Where Prometheus reads."""
 
@@ -249,6 +270,8 @@ class Site(Settings):
     """Seconds between looks at a polled folder."""
     hooks: Hooks = Hooks()
     """Programs of yours that the daemon runs."""
+    host_event: HostEvent | None = None
+    """The fab's host, told of each lot that is complete; null: none."""
     metrics: MetricsEndpoint | None = None
     """Where Prometheus reads; null: nowhere."""
 

@@ -10,6 +10,7 @@ from semwatch.wafer.cells import Cells
 from semwatch.wafer.chance import ALPHA, log10_tail
 
 MIN_DIES = 3
+"""Fewer are never called."""
 _AROUND = 8
 """The density of defects near a place is counted within so many tolerances."""
 
@@ -37,7 +38,6 @@ def find_repeaters(
     *,
     die_area_um2: float,
     tolerance_um: float = 2.0,
-    min_dies: int = MIN_DIES,
     alpha: float = ALPHA,
 ) -> list[Repeater]:
     """Places of the die on which more dies have a defect than chance would bring, the surest first.
@@ -51,10 +51,9 @@ def find_repeaters(
         in_die_um: (N, 2) places, from the origin of each die.
         dies: (N,) which die each lies on; dies of several wafers have different numbers.
         tolerance_um: how far a defect may lie from the place.
-        min_dies: fewer are never called.
     """
     n = len(in_die_um)
-    if n < min_dies:
+    if n < MIN_DIES:
         return []
     cells = Cells(in_die_um, tolerance_um * _AROUND)
     by_die = np.bincount(np.unique(dies, return_inverse=True)[1])
@@ -65,7 +64,7 @@ def find_repeaters(
     for i in sorted(range(n), key=lambda i: tested[i][1]):
         n_dies, log_p = tested[i] if not found else _tested(cells, dies, i, tolerance_um, by_chance, free)
         log_chance = log_p + log10(n)
-        if not free[i] or n_dies < min_dies or log_chance >= log10(alpha):
+        if not free[i] or n_dies < MIN_DIES or log_chance >= log10(alpha):
             continue
         rows, distance = cells.near(in_die_um[i])
         middle = in_die_um[rows[(distance <= tolerance_um) & free[rows]]].mean(0)
@@ -85,9 +84,12 @@ def _tested(
     by_chance: float,
     free: NDArray[np.bool_],
 ) -> tuple[int, float]:
-    """On how many dies something lies within the tolerance of defect ``i``, and log10 of the chance of that."""
+    """On how many dies something lies near defect ``i``, and log10 of the chance of that; of too few 0."""
     rows, distance = cells.near(cells.points[i])
-    n_dies = len(np.unique(dies[rows[(distance <= tolerance_um) & free[rows]]]))
+    inside = rows[(distance <= tolerance_um) & free[rows]]
+    if len(inside) < MIN_DIES:
+        return len(inside), 0.0
+    n_dies = len(np.unique(dies[inside]))
     n_around = np.count_nonzero((distance > tolerance_um) & (distance <= _AROUND * tolerance_um) & free[rows])
     expected = max(by_chance, n_around / (_AROUND**2 - 1))
     return n_dies, float(log10_tail(n_dies - 1, expected))
