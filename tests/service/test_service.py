@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import redis
 
+import tiny_models
 from daemon import SOURCE, Daemon, Site, make_site, png
 from semwatch.models import model_repository
 from semwatch.store import audit
 from semwatch.streams import records
 from semwatch.streams.embedded_redis import EmbeddedRedis
 from semwatch.system import child_server
+from semwatch_training.publishing.export import publish_head
 
 
 @pytest.fixture
@@ -95,9 +97,14 @@ def test_one_file_gives_result_overlay_table_records_and_audit_line(tmp_path, ti
 
 
 def test_named_defects_of_little_support_go_to_learning_with_their_names(tmp_path, tiny_repository, server) -> None:
+    models = shutil.copytree(tiny_repository, tmp_path / "models")
+    width = model_repository.read_meta(models, "encoder", 1).outputs["features"].shape[0]
+    sure, crops = tiny_models.head(width, tiny_models.encoder_graph().frozen_width), tiny_models.blobs(width)
+    sure.get_buffer("weight").mul_(100)  # the tiny head gives every class about a third
+    publish_head(sure, models, encoder_version=1, provenance={}, bank=crops, golden=crops)
     rule = {"significance": 1e-6, "decide_confidence": 0.5, "doubtful_significance": 0.9}
     recipe = {"name": "test", "gate": {"threshold": 0.0}, "unknown": rule}
-    site = make_site(tmp_path / "site", tiny_repository, redis_url=server.url, recipe=recipe)
+    site = make_site(tmp_path / "site", models, redis_url=server.url, recipe=recipe)
     with Daemon(site) as daemon:
         daemon.wait_ready()
         for index in range(4):
@@ -112,7 +119,7 @@ def test_named_defects_of_little_support_go_to_learning_with_their_names(tmp_pat
     ]
     doubtful = [v["label"] for v in verdicts if v["kind"] == "known" and v["nearest"][0]["p_value"] <= 0.9]
     entries = redis.Redis.from_url(server.url).xrange("semwatch:doubtful")
-    assert doubtful
+    assert doubtful, verdicts
     assert sorted(records.decode_doubtful(fields).label for _, fields in entries) == sorted(doubtful)
 
 
