@@ -35,6 +35,8 @@ HIDDEN = (5, 6, 7)
 """Axes of the kinds that the first head does not know."""
 KNOWN = ("bridge", "particle")
 N_PROBES = 30
+UNDOES = 0.6
+"""How often a person with second thoughts takes a step back."""
 EMPTIED = 0.5
 """A known class that loses more of its crops than this to new ones is emptied."""
 
@@ -61,7 +63,7 @@ class Session:
 def run(lab: Lab, seed: int, *, rounds: int = 3, undoes: bool = False) -> Session:
     """One session of so many rounds: unknowns come, a cycle runs, a person decides; two cycles follow at the end.
 
-    With ``undoes`` she takes every third step back, some at once, some after the next cycle or rollback.
+    With ``undoes`` she takes more than every second step back, some at once, some after the next cycle or rollback.
     """
     session = Session(lab, np.random.default_rng(seed))
     session.second_thoughts = np.random.default_rng(10_000 + seed) if undoes else None
@@ -244,7 +246,7 @@ def _person_undoes(session: Session) -> None:
     """Take the last step back, or the last about some cluster; what is refused is only noted."""
     rng, found = session.second_thoughts, session.lab.found()
     taken = clusters.in_force(found)
-    if rng is None or not taken or rng.random() > 1 / 3:
+    if rng is None or not taken or rng.random() > UNDOES:
         return
     cluster = None if rng.random() < 0.5 else str(rng.choice([d.cluster for d in taken]))
     try:
