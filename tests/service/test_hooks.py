@@ -1,7 +1,6 @@
 """Hooks in a running daemon: real programs, told of lots and alarms, once each, whatever hangs, fails or dies."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -56,7 +55,7 @@ def test_lot_that_is_complete_is_told_once_with_its_values_and_not_again_after_a
     ((arguments, variables),) = noted(log)
     lot = f"{SOURCE}/lot; touch x"
     assert arguments == [lot, str(site.folder / "results" / lot), "4", "1", "as {lot} is"]
-    assert variables["SEMWATCH_LOT"] == lot
+    assert variables["SEMWATCH_HOOK_LOT"] == lot
     with Daemon(site) as daemon:
         daemon.wait_ready()
         site.put("lot2/9.png", png(9))
@@ -86,7 +85,7 @@ def test_lot_with_a_klarf_is_told_when_it_is_written_and_not_for_being_quiet(
     written = site.results / "lot7/lot7.r1.001"
     assert arguments == [f"{SOURCE}/lot7", "lot 7", str(written), "1", "2"]
     assert written.exists()
-    assert variables["SEMWATCH_PATH"] == str(site.results / "lot7")
+    assert variables["SEMWATCH_HOOK_PATH"] == str(site.results / "lot7")
 
 
 def test_hook_that_hangs_holds_up_neither_the_line_nor_the_stop_and_is_told_again(
@@ -169,7 +168,7 @@ def test_alarms_are_told_with_their_sentence_and_the_same_one_not_again_for_a_wh
     ((arguments, variables),) = noted(log)
     assert arguments[:2] == ["quarantined", SOURCE]
     assert "bad" in arguments[2]
-    assert variables["SEMWATCH_ALARM"] == "quarantined"
+    assert variables["SEMWATCH_HOOK_ALARM"] == "quarantined"
 
 
 def test_pause_is_an_alarm(tmp_path: Path, tiny_repository: Path) -> None:
@@ -222,4 +221,3 @@ def test_site_without_hooks_keeps_no_memory_of_them(tmp_path: Path, tiny_reposit
         daemon.wait_ready()
         assert daemon.stop() == 0
     assert not (site.state / HOOKS).exists()
-    assert os.environ.get("SEMWATCH_HOOK") is None

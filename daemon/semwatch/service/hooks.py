@@ -246,7 +246,7 @@ def _command(
 
     def run(variables: Mapping[str, str]) -> commands.Ended:
         filled = [variables[one[1:-1]] if one[:1] == "{" and one[1:-1] in variables else one for one in argv]
-        environ = {f"SEMWATCH_{name.upper()}": value for name, value in variables.items()}
+        environ = {f"SEMWATCH_HOOK_{name.upper()}": value for name, value in variables.items()}
         return commands.run(filled, environ, timeout_s=settings.timeout_s, stop=stop, cwd=str(cwd))
 
     return run

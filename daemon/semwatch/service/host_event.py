@@ -29,7 +29,7 @@ def way(settings: HostEvent, stop: Event, cwd: Path) -> Callable[[Mapping[str, s
 
     def send(variables: Mapping[str, str]) -> commands.Ended:
         argv = [sys.executable, "-m", "semwatch.service.host_event", settings.model_dump_json()]
-        environ = {f"SEMWATCH_{name.upper()}": value for name, value in variables.items()}
+        environ = {f"SEMWATCH_HOOK_{name.upper()}": value for name, value in variables.items()}
         return commands.run(argv, environ, timeout_s=settings.timeout_s + _GRACE_S, stop=stop, cwd=str(cwd))
 
     return send
@@ -70,7 +70,7 @@ def report(settings: Mapping[str, Any], values: Mapping[str, str]) -> str:
 
 def main(argv: list[str]) -> None:
     """Send one report and leave the process, whatever threads are left."""
-    values = {name: os.environ.get(f"SEMWATCH_{name.upper()}", "") for name in REPORTED}
+    values = {name: os.environ.get(f"SEMWATCH_HOOK_{name.upper()}", "") for name in REPORTED}
     why = report(json.loads(argv[0]), values)
     sys.stdout.write(f"{why or 'acknowledged'}\n")
     sys.stdout.flush()
