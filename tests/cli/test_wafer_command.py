@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from commands import Command
+from daemon import Daemon, make_site
+from klarf_lots import KLARF, RECIPE, image, klarf, name
 from planted_wafers import klarf_of, planted_wafer
 
 
@@ -75,3 +77,22 @@ def test_wafer_without_a_finding_says_so(semwatch: Command, tmp_path: Path) -> N
     path = tmp_path / "a.001"
     path.write_text(klarf_of(planted_wafer(5, n_random=30, n_repeaters=0, n_scratches=0)))
     assert "nothing that random defects would not explain" in semwatch("wafer", path).words
+
+
+def test_lot_of_a_site_is_shown_from_the_klarf_that_was_written_back(
+    semwatch: Command, tmp_path: Path, tiny_repository: Path
+) -> None:
+    recipe = {**RECIPE, "klarf": {**KLARF, "target_column": "AUTOOFFSEMCLASS"}}
+    site = make_site(tmp_path / "site", tiny_repository, recipe=recipe)
+    with Daemon(site) as daemon:
+        daemon.wait_ready()
+        site.put(f"lot7/{name(1)}", image(1, side=64))
+        site.put("lot7/lot7.001", klarf([1]))
+        daemon.wait_for((site.results / "lot7/lot7.r1.001").exists)
+        assert daemon.stop() == 0
+    for lot in ("lot7", "lot 7"):  # by its folder, and by its LotID
+        said = semwatch("wafer", lot, "--site", site.file, "--class-column", "AUTOOFFSEMCLASS", "--json")
+        assert [one["file"] for one in said.json["wafers"]] == [str(site.results / "lot7/lot7.r1.001")]
+    assert semwatch("wafer", "lot8", "--site", site.file).code == 2
+    said = semwatch("wafer", "lot7")
+    assert "a lot by its name needs --site" in said.words

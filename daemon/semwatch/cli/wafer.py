@@ -7,14 +7,21 @@ from typing import Annotated
 import typer
 
 from semwatch.cli.options import JsonOption, counted, say, show_table
+from semwatch.errors import ConfigError
 from semwatch.operations import wafers
 from semwatch.operations.wafers import WaferReport
+from semwatch.settings.site import load_site
 from semwatch.wafer.drawing import labelled
 from semwatch.wafer.signatures import Signature
 
 
 def wafer(
-    paths: Annotated[list[Path], typer.Argument(help="KLARF files, or a lot's folder that holds some.", exists=True)],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="KLARF|FOLDER|LOT...", help="KLARFs, folders of some, lots of a site.")
+    ],
+    site: Annotated[
+        Path | None, typer.Option(envvar="SEMWATCH_SITE", help="Site settings, for lots by their name or LotID.")
+    ] = None,
     folder: Annotated[Path, typer.Option("--out", file_okay=False, help="Where pictures go.")] = Path(),
     svg: Annotated[bool, typer.Option("--svg", help="Draw a wafer map of each wafer as SVG.")] = False,
     png: Annotated[bool, typer.Option("--png", help="The same as PNG.")] = False,
@@ -32,7 +39,9 @@ def wafer(
 
     Nothing is called that random defects would make more than once on a hundred wafers.
     """
-    maps = wafers.read_maps(paths, edge_exclusion_um=edge_exclusion * 1000, class_column=class_column.upper())
+    maps = wafers.read_maps(
+        _files(paths, site), edge_exclusion_um=edge_exclusion * 1000, class_column=class_column.upper()
+    )
     reports = wafers.report(maps, tolerance_um=tolerance)
     formats = [name for name, is_asked in (("svg", svg or (stack and not png)), ("png", png)) if is_asked]
     written = wafers.write_pictures(reports, folder, formats=formats, has_stack=stack, tolerance_um=tolerance)
@@ -45,6 +54,19 @@ def wafer(
         _show(one)
     for path in written:
         say(f" {path}", ("wrote", "green"))
+
+
+def _files(paths: list[Path], site: Path | None) -> list[Path]:
+    """What to read: what is there under its name, else a lot's KLARFs."""
+    found = []
+    for path in paths:
+        if path.exists():
+            found.append(path)
+        elif site is None:
+            raise ConfigError(f"there is no {path}; a lot by its name needs --site")
+        else:
+            found += wafers.klarfs_of_lot(load_site(site), str(path))
+    return found
 
 
 def _show(one: WaferReport) -> None:

@@ -11,6 +11,10 @@ import numpy as np
 from semwatch import klarf
 from semwatch.errors import ConfigError
 from semwatch.klarf import KlarfError
+from semwatch.operations import lot_manifests, lots
+from semwatch.settings.site import Site
+from semwatch.store.lot_record import LOT_JSON
+from semwatch.store.result_index import INDEX, open_index
 from semwatch.system import files
 from semwatch.wafer import map_files
 from semwatch.wafer.drawing import draw_stack, draw_wafer, labelled
@@ -98,6 +102,30 @@ def read_maps(
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if not found:
         raise ConfigError(f"no wafer in {', '.join(map(str, paths))}: name a KLARF, or a folder that holds some")
+    return found
+
+
+def klarfs_of_lot(site: Site, name: str) -> list[Path]:
+    """The KLARFs of a lot: what was last written back of each, with its classes, else the one in the drop folder.
+
+    Args:
+        name: its folder, ``source/folder``, or the LotID of its KLARF.
+
+    Raises:
+        ConfigError: there is no such lot, or it has no KLARF.
+    """
+    bases = lot_manifests.folders_of_lot_id(site, name)
+    if not bases:
+        with open_index(site.state_dir / INDEX) as index:
+            bases = {lots.find(site, index, name)}
+    folders = {folder.source: folder.path for folder in site.folders}
+    found = []
+    for base in sorted(bases):
+        for one in lot_manifests.of_lot(site, base):
+            written = [Path(place) for place in one.written if not place.endswith(LOT_JSON) and Path(place).exists()]
+            found += written or [folders[base.partition("/")[0]] / one.klarf]
+    if not found:
+        raise ConfigError(f"lot {name} has no KLARF that the daemon has taken; see docs/lots.md, or name a file")
     return found
 
 
