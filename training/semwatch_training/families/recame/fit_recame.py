@@ -175,8 +175,8 @@ def _checked(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Torch's own random numbers begin anew within, and are left as they were."""
-    with torch.random.fork_rng(devices=()):
+    """Torch's own random numbers begin anew within, and are left as they were; gradients flow whatever was set."""
+    with torch.random.fork_rng(devices=()), torch.enable_grad():
         torch.manual_seed(seed)
         yield
 
