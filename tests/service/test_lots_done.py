@@ -1,9 +1,9 @@
 """KLARFs as manifests of lots, and what is written back, by the whole daemon on real files."""
 
 import json
-import os
 import re
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from daemon import Site, make_site
 from klarf_lots import KLARF, RECIPE, image, klarf, name
 from semwatch import klarf as library
 from semwatch.service import lots_done
-from semwatch.store.ledger import LEDGER, Ledger
+from semwatch.system.clock import moment_of
 from service_here import running, wait_for
 
 
@@ -126,23 +126,23 @@ def test_klarf_whose_images_never_come_is_done_at_its_deadline_with_a_reason_for
     assert set(reasons(lot_json(site))) == {1, 2}
 
 
-def test_image_that_lies_there_at_the_deadline_and_waits_is_waited_for(tmp_path, tiny_repository) -> None:
+def test_image_that_lies_there_at_the_deadline_is_waited_for_but_not_for_ever(tmp_path, tiny_repository) -> None:
     """After a stop of hours the deadline of a lot may be over before its images have been looked at."""
-    site = site_with(tmp_path, tiny_repository, deadline_s=0.2)
+    recipe = {**RECIPE, "klarf": {**KLARF, "deadline_s": 2.0}}
+    site = make_site(
+        tmp_path / "site", tiny_repository, recipe=recipe, watched={"completeness": "marker", "steady_s": 0.1}
+    )
     with running(site):
+        site.put(f"lot7/{name(1)}", image(1))  # whole once its marker is there
         site.put("lot7/lot7.001", klarf([1]))
+        site.put("lot7/lot7.001.done", b"")
         wait_for(lambda: revisions(site) == ["lot7.r1.001"])
-        with Ledger(site.state / LEDGER, read_only=True) as ledger:
-            assert [one.path for one in ledger.manifests.to_look_at("9999")] == []
-    (site.drop / "lot7").mkdir(exist_ok=True)
-    for defect in range(10, 22):
-        site.put(f"lot8/{name(defect)}", image(defect))
-    site.put("lot8/lot8.001", klarf(range(10, 22), lot="lot 8"))
-    os.utime(site.drop / "lot8/lot8.001", (1, 1))  # the oldest: it comes first, its images long after the deadline
-    with running(site):
-        wait_for((site.results / "lot8/lot8.r1.001").exists)
-    assert lot_json(site, "lot8/lot8.001")["missing"] == []
-    assert reasons(lot_json(site, "lot8/lot8.001")) == {}
+        first = lot_json(site)
+        assert "has not come, or not whole" in reasons(first)[1]
+        assert moment_of(first["written_utc"]) - moment_of(first["due_utc"]) >= timedelta(seconds=1)
+        site.put(f"lot7/{name(1)}.done", b"")
+        wait_for(lambda: len(revisions(site)) == 2)
+        wait_for(lambda: reasons(lot_json(site)) == {})
 
 
 # --- which comes first -----------------------------------------------------------------------------------------------

@@ -184,3 +184,14 @@ def test_lot_names_what_is_expected_missing_and_surplus(tmp_path, tiny_repositor
     assert first.done_utc
     assert first.is_delivered
     assert (second.arrived, second.missing, second.done_utc) == (1, (f"lot7/{name(30)}",), None)
+
+
+def test_copies_that_a_dead_process_left_go_at_the_next_start(tmp_path, tiny_repository) -> None:
+    site = site_with(tmp_path, tiny_repository)
+    (site.state / KEPT).mkdir(parents=True)
+    left, other = site.state / KEPT / "7.r2.1", site.state / KEPT / "7.r2.txt"
+    for path in (left, other):
+        path.write_bytes(b"x")
+    with running(site):
+        wait_for(lambda: not left.exists())
+    assert other.exists()

@@ -1,9 +1,10 @@
 """Lots whose KLARF named their work: when one is done, what is written back, and later revisions of it.
 
 A lot is done when every defect of its KLARF has a verdict or a stated reason: each image that is named was judged, was
-refused, or had not come by the deadline. What arrived in time and still waits for its review is waited for. A lot that
-is done is looked at again when a result of it changes: another image, a re-review, a person's word. Where it then says
-something else, and nothing of it waits, that is the next revision.
+refused, or had not come by the deadline. What arrived in time and still waits for its review is waited for, until
+nothing of the lot has changed for as long again. A lot that is done is looked at again when a result of it changes:
+another image, a re-review, a person's word. Where it then says something else, and nothing of it waits, that is the
+next revision.
 
 Crash safety: what a revision holds is kept in the state folder first; then the ledger takes it, in one transaction with
 its audit line; then it is put into its place, again after a crash, with the same bytes under the same name; then the
@@ -14,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -48,6 +50,8 @@ AGAIN_S = 5.0
 RETRY_S = 30.0
 """Until the next try at what a disk or a share refused."""
 BUG_S = 600.0
+_COPY = re.compile(r"\d+\.r\d+\.\d+")
+"""Names of what is on its way, in the folder ``KEPT``."""
 
 
 class LotsDone:
@@ -77,6 +81,7 @@ class LotsDone:
         self._ledger, self._recipes, self._folders = ledger, recipes, folders
         self._results_dir, self._state_dir, self._site, self._codes_of = results_dir, state_dir, site, codes_of
         self._next = 0.0
+        self._is_tidy = False
         self._not_before: dict[str, float] = {}
         self._quiet_since: dict[int, tuple[int, float]] = {}
         """By manifest, its count of changes, and since when it stands."""
@@ -93,6 +98,8 @@ class LotsDone:
         self._next = now + INTERVAL_S
         if not os.access(self._results_dir, os.X_OK):  # a share that is away
             return
+        if not self._is_tidy:
+            self._tidy()
         for manifest in self._ledger.manifests.to_look_at(utc_now()):
             self._safely(f"lot {manifest.id}", partial(self._look_at, manifest))
         for revision in self._ledger.manifests.to_deliver():
@@ -114,6 +121,14 @@ class LotsDone:
             log.exception("%s: this is a bug", what)
             self._not_before[what] = time.monotonic() + BUG_S
 
+    def _tidy(self) -> None:
+        """Once after a start: remove copies of what was delivered, or never decided, when the process died."""
+        wanted = {one.kept for revision in self._ledger.manifests.to_deliver() for one in revision.files}
+        for place in (self._state_dir / KEPT).glob("*.r*.*"):
+            if _COPY.fullmatch(place.name) and place.name not in wanted:
+                place.unlink(missing_ok=True)
+        self._is_tidy = True
+
     def _wait(self, manifest: Manifest, seconds: float) -> None:
         self._not_before[f"lot {manifest.id}"] = time.monotonic() + seconds
 
@@ -128,14 +143,16 @@ class LotsDone:
         states = self._ledger.manifests.files(manifest)
         is_due = manifest.due_utc <= now_utc
         waiting, missing = self._outstanding(manifest, states, is_due=is_due)
-        if waiting or (missing and not is_due and manifest.done_utc is None):
-            if is_due or manifest.done_utc is not None:
+        is_late = is_due or manifest.done_utc is not None
+        is_stuck = bool(waiting) and is_late and self._is_quiet(manifest, recipe.klarf.deadline_s)
+        if not is_stuck and (waiting or (missing and not is_late)):
+            if is_late:
                 self._wait(manifest, AGAIN_S)
             else:
                 self._ledger.manifests.seen(manifest)
                 self._wait(manifest, _SHARE * (time.monotonic() - begin))
             return
-        if manifest.done_utc is not None and not self._is_quiet(manifest, recipe.klarf.quiet_s):
+        if manifest.done_utc is not None and not is_stuck and not self._is_quiet(manifest, recipe.klarf.quiet_s):
             return
         self._write(manifest, recipe, states, now_utc)
 
@@ -237,11 +254,11 @@ class LotsDone:
     def _outcome(self, source: str, one: FileState) -> ReviewRecord | str:
         """The result of an image, or why there is none."""
         if one.path is None or one.sha256 is None:
-            return f"the image {one.file.name} has not come"
+            return f"the image {one.file.name} has not come, or not whole"
         if one.state == "QUARANTINED":
             return f"the image {one.file.name} was refused: {one.reason}"
         if one.state != "DONE":
-            return f"the image {one.file.name} was taken away before it was judged"
+            return f"the image {one.file.name} was taken away, or waits to be judged"
         if one.reason is not None:
             return f"the image {one.file.name} was not judged: {one.reason}"
         path = results.review_path(self._results_dir, source, one.original or one.path)
