@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -50,6 +51,8 @@ AGAIN_S = 5.0
 RETRY_S = 30.0
 """Until the next try at what a disk or a share refused."""
 BUG_S = 600.0
+OLD_PARTS_S = 7 * 86_400.0
+"""Parts of files (``parts``) that nobody went on with for so long are removed."""
 _COPY = re.compile(r"\d+\.r\d+\.\d+")
 """Names of what is on its way, in the folder ``KEPT``."""
 
@@ -127,6 +130,9 @@ class LotsDone:
         for place in (self._state_dir / KEPT).glob("*.r*.*"):
             if _COPY.fullmatch(place.name) and place.name not in wanted:
                 place.unlink(missing_ok=True)
+        for folder in (self._state_dir / KEPT / "parts").glob("*"):
+            if time.time() - folder.stat().st_mtime > OLD_PARTS_S:
+                shutil.rmtree(folder, ignore_errors=True)
         self._is_tidy = True
 
     def _wait(self, manifest: Manifest, seconds: float) -> None:
