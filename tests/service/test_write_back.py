@@ -195,3 +195,20 @@ def test_copies_that_a_dead_process_left_go_at_the_next_start(tmp_path, tiny_rep
     with running(site):
         wait_for(lambda: not left.exists())
     assert other.exists()
+
+
+def test_journal_names_lot_step_and_wafer_of_an_image_that_a_klarf_names(
+    tmp_path: Path, tiny_repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = site_with(tmp_path, tiny_repository, wait_s=1.0)
+    drop_lot(site, 1)
+    site.put("other/x.tif", image(9))
+    with caplog.at_level("INFO"), running(site):
+        wait_for(lambda: len(site.reviews()) == 2)
+    entries = [record.journal for record in caplog.records if hasattr(record, "journal")]
+    (named,) = [one for one in entries if one.get("EVENT") == "reviewed" and one["IMAGE"] == f"lot7/{name(1)}"]
+    assert {key: named[key] for key in ("LOT_ID", "STEP", "WAFER", "SLOT")} == {
+        "LOT_ID": "lot 7", "STEP": "M1", "WAFER": "w1", "SLOT": "3",
+    }  # fmt: skip
+    (other,) = [one for one in entries if one.get("EVENT") == "reviewed" and one["IMAGE"] == "other/x.tif"]
+    assert "WAFER" not in other

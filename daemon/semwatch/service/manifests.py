@@ -78,6 +78,17 @@ class ManifestFiles:
             return None
         return manifest.merged(self._ledger.manifests.naming(arrival.source, arrival.path))
 
+    def place_of(self, source: str, path: str) -> dict[str, str]:
+        """The journal's fields of an image that a KLARF names: lot, step, and the wafer where there is one alone."""
+        if self._recipes[source].klarf.pattern is None:
+            return {}
+        about = self._ledger.manifests.about_naming(source, path)
+        wafers = about.get("wafers", ())
+        (wafer,) = wafers if len(wafers) == 1 else ({},)
+        place = {"LOT_ID": about.get("lot_id"), "STEP": about.get("step_id"), "WAFER": wafer.get("id")}
+        place["SLOT"] = wafer.get("slot")
+        return {name: str(value) for name, value in place.items() if value is not None}
+
     def waits(self, arrival: Arrival, named: NamedFile | None) -> bool:
         """Say whether an image still waits for a KLARF that names it, or for the file of its references."""
         recipe = self._recipes[arrival.source]

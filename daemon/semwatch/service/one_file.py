@@ -283,10 +283,12 @@ class FileWork:
         self._watch_gate(review, claim)
         took_ms = (time.perf_counter() - start) * 1000
         stages = " ".join(f"{stage}={ms:.0f}" for stage, ms in review.timings_ms.items())
+        extra = notices.journal_fields(paths.record)
+        extra["journal"] |= self._manifests.place_of(claim.source, claim.path)
         log.info(
             "%s/%s: %d defects%s, %.0f ms (%s), models %s",
             claim.source, claim.path, review.n_defects, _flags_in_words(review), took_ms, stages,
-            dict(review.model_versions), extra=notices.journal_fields(paths.record),
+            dict(review.model_versions), extra=extra,
         )  # fmt: skip
 
     def _judge(

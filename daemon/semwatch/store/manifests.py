@@ -184,6 +184,15 @@ class Manifests:
         )
         return [_named(*row) for row in rows]
 
+    def about_naming(self, source: str, path: str) -> Mapping[str, Any]:
+        """What the newest KLARF that names a file says of its lot and its wafers; nothing where none does."""
+        rows = self._file.rows(
+            "SELECT about FROM manifest_files JOIN manifests ON id = manifest"
+            " WHERE match_key = ? AND source = ? ORDER BY taken_utc DESC, id DESC LIMIT 1",
+            (match_key(path), source),
+        )
+        return json.loads(rows[0][0]) if rows else {}
+
     def arrived(self, source: str, name: str) -> str | None:
         """Path of a whole file that a KLARF calls so; None where none has been seen. The same spelling goes first."""
         rows = self._file.rows(

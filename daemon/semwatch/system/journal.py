@@ -9,9 +9,11 @@
     RECIPE, RECIPE_ID
     VERDICTS    defects by verdict kind: ``known=2 unknown=1``; ``defect-free`` without any
     MODELS      version by model: ``detector=1 encoder=1 head=3``
+    LOT_ID, STEP, WAFER, SLOT   of a reviewed image that a KLARF names, as the KLARF says them; WAFER and SLOT where it
+                has one wafer alone
 
-Which of the later ones an entry has is the caller's: see ``about``. There is no WAFER: nothing that semwatch reads says
-which folder, if any, is a wafer. Bytes of a file name that are not UTF-8 stand as ``\\xNN``, as in results.
+Which of the later ones an entry has is the caller's: see ``about``. Bytes of a file name that are not UTF-8 stand as
+``\\xNN``, as in results.
 
 Priorities: err (3) is for what a person must act on, warning (4) for what mends itself, info (6) for one line a file.
 
