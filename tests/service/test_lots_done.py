@@ -12,7 +12,9 @@ import pytest
 from daemon import Site, make_site
 from klarf_lots import KLARF, RECIPE, image, klarf, name
 from semwatch import klarf as library
+from semwatch.operations import lots
 from semwatch.service import lots_done
+from semwatch.settings.site import load_site
 from semwatch.system.clock import moment_of
 from service_here import running, wait_for
 
@@ -255,3 +257,16 @@ def test_images_that_are_each_other_s_reference_are_both_judged(tmp_path, tiny_r
     pages = json.loads(review.read_text())["pages"]
     assert [(page["page"], page["reference"]["name"]) for page in pages] == [(0, "page 1"), (1, "page 0")]
     assert reasons(lot_json(site)) == {}
+
+
+def test_klarf_that_is_mended_under_its_name_leaves_no_reason_behind(tmp_path, tiny_repository) -> None:
+    site = site_with(tmp_path, tiny_repository)
+    with running(site):
+        site.put("lot7/lot7.001", klarf([1, 1]))
+        wait_for(site.reasons)
+        site.put(f"lot7/{name(1)}", image(1))
+        site.put("lot7/lot7.001", klarf([1]))
+        wait_for(lambda: revisions(site) == ["lot7.r1.001"])
+        found = lots.show(load_site(site.file), "lot7")
+    assert site.reasons() == {}
+    assert (found.refused, found.surplus, found.complete) == (0, (), True)

@@ -86,7 +86,8 @@ def surplus(site: Site, base: str, paths: Iterable[str]) -> tuple[str, ...]:
     """
     source = base.partition("/")[0]
     with Ledger(site.state_dir / LEDGER, read_only=True) as ledger:
-        return tuple(path for path in paths if not ledger.manifests.naming(source, path))
+        known = ledger.manifests
+        return tuple(path for path in paths if not (known.naming(source, path) or known.of(source, path)))
 
 
 def _expected(ledger: Ledger, manifest: Manifest) -> Expected:

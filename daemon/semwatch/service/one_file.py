@@ -34,6 +34,7 @@ from semwatch.settings.recipe import Recipe
 from semwatch.settings.site import Site
 from semwatch.store import results
 from semwatch.store.ledger import Claim, Ledger, OutboxItem, Work
+from semwatch.store.lot_rows import LotRow
 from semwatch.store.manifests import NamedFile
 from semwatch.store.review_record import ReviewRecord, printable, to_record
 from semwatch.streams import records
@@ -224,8 +225,11 @@ class FileWork:
                  "sha256": claim.sha256, "lot": taken.new.about["lot_id"], "defects": taken.new.n_defects,
                  "images": len(taken.new.files), "again": len(taken.new.again)}  # fmt: skip
         if claim.is_mine:
+            cleared = results.remove_aside(self._site.results_dir, claim.source, claim.path)  # of one refused before
+            lot = None if cleared is None else cleared.relative_to(self._site.results_dir).as_posix()
+            row = None if lot is None else LotRow(lot, None)
             self._ledger.finish(
-                claim, outbox=(), audit=audit, now_utc=now_utc, reason=taken.sentence, manifest=taken.new
+                claim, outbox=(), audit=audit, now_utc=now_utc, reason=taken.sentence, manifest=taken.new, row=row
             )
         else:  # content that was taken before, and lies there again after another
             self._ledger.note(audit=audit, manifest=taken.new, now_utc=now_utc)

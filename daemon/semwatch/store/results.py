@@ -303,6 +303,21 @@ def write_duplicate(
     return _write_aside(_stem(results_dir, source, path), DUPLICATE, record)
 
 
+def remove_aside(results_dir: Path, source: str, path: str) -> Path | None:
+    """Remove a reason or a duplicate's note of a file that is in order now; return the folder where one lay.
+
+    Raises:
+        ImageError: the path leads out of ``results_dir``.
+        ServiceUnavailable: the disk is broken.
+    """
+    stem = _stem(results_dir, source, path)
+    there = [place for suffix in _ASIDE if (place := _named(stem, suffix)).exists()]
+    with disk(stem):
+        for place in there:
+            place.unlink(missing_ok=True)
+    return stem.parent if there else None
+
+
 def _write_aside(stem: Path, suffix: str, record: ReasonRecord | DuplicateRecord) -> tuple[Path, bool]:
     """Write what stands instead of a result: of one image there is one of the three."""
     target = _named(stem, suffix)
