@@ -13,6 +13,7 @@ from semwatch_training.families.recame.fit_recame import Schedule, distil, fit
 from semwatch_training.families.recame.network import (
     NO_REGIONS,
     CosineHead,
+    Expert,
     RecameForm,
     RecameNet,
     RegionalAttention,
@@ -97,6 +98,18 @@ def test_cosine_head_does_not_see_lengths() -> None:
 
 
 # ---- network ----
+
+
+def test_expert_reads_of_a_map_what_the_attention_leaves_of_it() -> None:
+    torch.manual_seed(2)
+    expert, x, plain = Expert(PLAIN, REGIONS, 3, FORM), maps(), torch.randn(3, PLAIN)
+    assert expert.attention is not None
+    gated = expert.attention(x).mean(dim=(2, 3))
+    expected = functional.relu(expert.embed(torch.cat((plain, gated), dim=1)))
+    assert torch.allclose(expert.embedding(plain, *region_pool(x, 2)), expected, atol=1e-6)
+    without = Expert(PLAIN, REGIONS, 3, replace(FORM, attention=False))
+    expected = functional.relu(without.embed(torch.cat((plain, x.mean(dim=(2, 3))), dim=1)))
+    assert torch.allclose(without.embedding(plain, *region_pool(x, 2)), expected, atol=1e-6)
 
 
 def test_experts_answer_is_the_mean_of_their_logits() -> None:
