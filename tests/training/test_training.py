@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -449,9 +450,9 @@ def toy_crops(n_images: int = 60, per_image: int = 3) -> Crops:
 def test_hold_out_keeps_the_crops_of_an_image_together(monkeypatch) -> None:
     fitted_on: list[np.ndarray] = []
 
-    def noted(features: np.ndarray, labels: list[str], fit: HeadFit, *, images: list[int]) -> Head:
+    def noted(features: np.ndarray, labels: list[str], fit: HeadFit, **options: Any) -> Head:
         fitted_on.append(features[:, -1].astype(int))
-        return fit_head(features, labels, fit, images=images)
+        return fit_head(features, labels, fit, **options)
 
     monkeypatch.setattr(labelled_crops, "fit_head", noted)
     report = hold_out_report(toy_crops(), HeadFit(frozen_width=10, components=6))

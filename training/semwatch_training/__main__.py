@@ -159,13 +159,13 @@ def encoder(
     """
     from semwatch_training.families.smg_vit import self_supervision
     from semwatch_training.families.smg_vit.encoder_run import CropSource, train_encoder
-    from semwatch_training.families.smg_vit.smg_vit import EncoderForm
+    from semwatch_training.families.smg_vit.export import default_form
 
     schedule = self_supervision.Schedule(epochs=epochs, batch=batch, seed=seed)
     source = CropSource(crops, images, n_images)
     with Bars() as progress:
         last = train_encoder(
-            out, EncoderForm(), source, schedule,
+            out, default_form(), source, schedule,
             repository=repository, cache=cache, n_views=n_views, progress=progress,
         )  # fmt: skip
     console.print(f"encoder written to {out}; loss {last['loss']:.4f}, spread of features {last['feature_std']:.3f}")

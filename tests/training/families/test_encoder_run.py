@@ -54,8 +54,7 @@ def tiny_backbone() -> Iterator[None]:
         patch.setattr(backbone, "load", lambda cache: trunk())
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(build_repository, "_publish_detector", lambda *_, **__: 1)  # not what is tested, and slow
-        for module in (smg_vit_export, command_line):
-            patch.setattr(module, "EncoderForm", lambda: ENCODER)
+        patch.setattr(smg_vit_export, "EncoderForm", lambda: ENCODER)
         yield
 
 

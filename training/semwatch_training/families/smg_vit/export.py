@@ -56,6 +56,11 @@ def read(path: Path | None, backbones: Backbones) -> Exported:
     return exported(graph, provenance=provenance, form=form_of(provenance))
 
 
+def default_form() -> EncoderForm:
+    """The form that is built and trained where nobody asks for another."""
+    return EncoderForm()
+
+
 def form_of(provenance: Provenance) -> str:
     """See ``exported.EncoderExport.form_of``."""
     return form_text(EncoderForm(), trained=str(provenance.get(TRAINED, "")))
