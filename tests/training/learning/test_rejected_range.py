@@ -41,9 +41,23 @@ def test_nothing_is_inside_a_class_of_one_and_nothing_asks_for_nothing() -> None
 
 def test_unknowns_beyond_the_range_are_left_in_the_queue() -> None:
     """The nine scratches of the trial: clustering had nothing nearer than the rejected cluster for them."""
-    features = np.concatenate((blob(14, 0, 1), blob(9, 60, 2), blob(2, 0, 3)))
+    features = np.concatenate((blob(14, 0, 1), blob(9, 60, 2), blob(2, 30, 3)))
     known = [LABEL] * 23 + ["bridge", None]
     found = outcomes.inside_rejected(known, features, bank(blob(14, 0, 0)), frozen_width=WIDTH)
     assert found[14:23] == (None,) * 9
     assert found[:14].count(LABEL) >= 11
     assert found[23:] == ("bridge", None)
+
+
+def test_unknown_inside_the_range_that_lies_nearer_to_what_waits_is_not_taken_along() -> None:
+    """One crop of another kind went with a rejection, though thirty of its kind waited."""
+    strange = blob(30, 3, 4)
+    features = np.concatenate((blob(14, 0, 1), strange))
+    rejected = bank(blob(14, 0, 0))
+    alone = outcomes.inside_rejected([LABEL] * 44, features, rejected, frozen_width=WIDTH)
+    wrong = np.flatnonzero([one == LABEL for one in alone[14:]])
+    assert len(wrong), "the two kinds overlap"
+    known = [LABEL] * 14 + [LABEL if k == wrong[0] else None for k in range(30)]
+    found = outcomes.inside_rejected(known, features, rejected, frozen_width=WIDTH)
+    assert found[14 + wrong[0]] is None
+    assert found[:14].count(LABEL) >= 8

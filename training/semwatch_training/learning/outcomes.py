@@ -19,6 +19,7 @@ from semwatch.models.head_bank import Bank
 from semwatch.models.model_repository import Meta
 from semwatch.settings.recipe import Recipe
 from semwatch.streams.records import NAMED
+from semwatch_training.discovery.clustering import squared_distances
 from semwatch_training.learning import candidates, decisions, promotion
 from semwatch_training.learning.archive import Archive
 from semwatch_training.learning.base_head import BaseHead
@@ -164,7 +165,8 @@ def inside_rejected(
 ) -> tuple[str | None, ...]:
     """The known class of each unknown (m,); None where it is a rejected one in whose range the unknown does not lie.
 
-    Clustering gives every unknown to something: a rejection must not take along what merely lies nearest to it.
+    Clustering gives every unknown to something: a rejection must not take along what merely lies nearest to it, nor
+    what lies nearer to an unknown that was not rejected.
 
     Args:
         known: what clustering said.
@@ -176,6 +178,8 @@ def inside_rejected(
     for label in set(rejected.labels):
         rows = [i for i, one in enumerate(known) if one == label]
         inside = _in_range(features[rows], rejected, label, frozen_width)
+        others = features[[one != label for one in known]]
+        inside &= _nearer(features[rows], rejected, label, others, frozen_width)
         for i, is_one in zip(rows, inside, strict=True):
             found[i] = label if is_one else None
     return tuple(found)
@@ -184,6 +188,18 @@ def inside_rejected(
 def _in_range(features: NDArray[np.float32], rejected: Bank, label: str, frozen_width: int) -> NDArray[np.bool_]:
     members = rejected.features[[one == label for one in rejected.labels]]
     return candidates.is_inside(features[:, :frozen_width], members[:, :frozen_width])
+
+
+def _nearer(
+    features: NDArray[np.float32], rejected: Bank, label: str, others: NDArray[np.float32], frozen_width: int
+) -> NDArray[np.bool_]:
+    """Which features (m, D) lie nearer to a rejected crop than to any of the others (n, D): (m,)."""
+    if not len(features) or not len(others):
+        return np.ones(len(features), np.bool_)
+    members = rejected.features[[one == label for one in rejected.labels]]
+    mine, own, strange = (rows[:, :frozen_width] for rows in (features, members, others))
+    to_own, to_others = (squared_distances(mine, rows).min(axis=1) for rows in (own, strange))
+    return np.asarray(to_own < to_others, np.bool_)
 
 
 def settlements_by_clustering(f: Findings, rejected: Bank, *, frozen_width: int) -> dict[str, Settlement]:
