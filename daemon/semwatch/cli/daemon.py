@@ -1,4 +1,4 @@
-"""`semwatch run`: the daemon, until it is told to stop."""
+"""`semwatch run`: the daemon, until a signal stops it."""
 
 import logging
 import os

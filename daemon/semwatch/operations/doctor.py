@@ -206,10 +206,10 @@ def _hook_checks(site: Site) -> Iterator[Check]:
             given_up = [run for run in runs.given_up() if run.utc >= since]
             waiting = runs.waiting()
     except SemwatchError as error:
-        yield Check("hooks", False, str(error), "delete it, the daemon makes it anew; what waited is not told")
+        yield Check("hooks", False, str(error), "delete it, the daemon makes it anew; runs that waited are lost")
         return
     last = "".join(f"; {run.hook} of {run.variables.get('lot') or run.utc}: {run.why}" for run in given_up[:1])
-    advice = "mend the program: what was given up is not told again" if given_up else ""
+    advice = "mend the program: what was given up is not run again" if given_up else ""
     yield Check("hooks", True, f"{waiting} waiting, {len(given_up)} given up of late{last}", advice=advice)
 
 

@@ -94,7 +94,7 @@ class Hooks:
                 before.result()
 
     def alarm(self, alarm: str, source: str, sentence: str) -> None:
-        """Tell the hook of alarms, unless the same alarm of the same source was told a while ago."""
+        """Run the hook of alarms, unless it was run for the same alarm of the same source a while ago."""
         if "on_alarm" not in self._ways:
             return
         key, now = (alarm, source), time.monotonic()
@@ -105,7 +105,7 @@ class Hooks:
         try:
             self._news.put_nowait(News(alarm, source, sentence))
         except queue.Full:
-            log.warning("an alarm is not told to its hook, too many wait: %s", sentence)
+            log.warning("the hook of an alarm is not run, too many wait: %s", sentence)
 
     def close(self) -> None:
         """End what runs; it is run again after the next start."""

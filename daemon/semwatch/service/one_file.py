@@ -10,7 +10,7 @@ same transaction as DONE.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from semwatch.defects import Review
 from semwatch.errors import FileUnavailable, ImageError, ServiceUnavailable
@@ -38,7 +38,7 @@ from semwatch.store.lot_rows import LotRow
 from semwatch.store.manifests import NamedFile
 from semwatch.store.review_record import ReviewRecord, printable, to_record
 from semwatch.streams import records
-from semwatch.streams.records import Outcome
+from semwatch.streams.records import Outcome, Record
 from semwatch.system.clock import utc_now
 from semwatch.system.journal import about
 
@@ -272,11 +272,9 @@ class FileWork:
         faults.check_results(self._site.results_dir)
         paths = results.write(review, results_dir=self._site.results_dir, **class_codes(recipe, named))
         found = records.records(review)
-        doubtful = records.doubtful(review, recipe.unknown.doubtful_significance)
-        messages = notices.messages(found, paths.record, doubtful) if self._publishes else []
         self._ledger.finish(
             claim,
-            outbox=[OutboxItem(*message) for message in messages],
+            outbox=self._outbox(review, paths.record, found),
             audit=notices.audit_entry(paths.record, paths.json.name),
             now_utc=review.reviewed_utc,
             unknowns=rereview.features_of(found) if self._site.learning.reread_days > 0 else (),
@@ -294,6 +292,13 @@ class FileWork:
             claim.source, claim.path, review.n_defects, _flags_in_words(review), took_ms, stages,
             dict(review.model_versions), extra=extra,
         )  # fmt: skip
+
+    def _outbox(self, review: Review, record: ReviewRecord, found: Sequence[Record]) -> list[OutboxItem]:
+        """What a review gives to Redis: unknowns, doubtful crops, then its summary; nothing where there is none."""
+        if not self._publishes:
+            return []
+        doubtful = records.doubtful(review, self._recipes[review.source].unknown.doubtful_significance)
+        return [OutboxItem(*message) for message in notices.messages(found, record, doubtful)]
 
     def _judge(
         self, claim: Claim, data: bytes, reference: ReferenceFile | None, pages: Mapping[int, int | None] | None
@@ -368,10 +373,9 @@ class FileWork:
         record = to_record(review, **codes)
         results.write_overlays(review, results_dir=self._site.results_dir)
         found = records.records(review)
-        messages = notices.messages(found, record)[:-1] if self._publishes else []  # the summary is of the whole file
         self._ledger.progress(
             claim,
-            outbox=[OutboxItem(*message) for message in messages],
+            outbox=self._outbox(review, record, found)[:-1],  # the summary is of the whole file
             unknowns=rereview.features_of(found) if self._site.learning.reread_days > 0 else (),
         )
         kept.keep(n, record)

@@ -41,7 +41,7 @@ OF_LOTS = (
     *("site", "utc", "lot", "path", "images", "refused", "duplicates"),
     *("lot_id", "klarf", "revision", "defects", "verdicts"),
 )
-"""What a hook is told of a lot; the second row is empty without a KLARF, the counts of images with one."""
+"""Variables that a hook gets of a lot; the second row is empty without a KLARF, the counts of images with one."""
 OF_ALARMS = ("site", "utc", "alarm", "source", "sentence")
 
 Faults = Iterator[tuple[At, PydanticCustomError]]
@@ -210,11 +210,11 @@ class Hooks(Settings):
     retry_s: Annotated[float, Field(gt=0, le=300)] = 10.0
     """Seconds until the second try; doubled with each further one, up to five minutes."""
     alarm_again_s: Annotated[float, Field(ge=0)] = 3600.0
-    """Seconds for which the same alarm of the same source is not told again."""
+    """Seconds for which the same alarm of the same source runs no hook again."""
 
 
 class HostEvent(Settings):
-    """The fab's host, told of each lot that is complete by an S6F11 over HSMS; needs `semwatch[secsgem]`."""
+    """The fab's host, which gets an S6F11 over HSMS for each lot that is complete; needs `semwatch[secsgem]`."""
 
     mode: Literal["active", "passive"] = "active"
     """active: the host listens; passive: it connects to this machine, while there is a report."""
@@ -271,7 +271,7 @@ class Site(Settings):
     hooks: Hooks = Hooks()
     """Programs of yours that the daemon runs."""
     host_event: HostEvent | None = None
-    """The fab's host, told of each lot that is complete; null: none."""
+    """The fab's host, which gets an event for each lot that is complete; null: none."""
     metrics: MetricsEndpoint | None = None
     """Where Prometheus reads; null: nowhere."""
 

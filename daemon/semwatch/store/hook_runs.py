@@ -45,7 +45,7 @@ _KIND = Kind(
 
 @dataclass(frozen=True, slots=True)
 class HookRun:
-    """One thing that a hook is to be told."""
+    """One run of a hook."""
 
     id: int
     hook: str
@@ -97,7 +97,7 @@ class HookRuns:
         return dict(self._file.rows("SELECT lot, held FROM lots"))
 
     def announce(self, lot: str, held: str, hooks: Sequence[str], variables: Mapping[str, str], utc: str) -> None:
-        """Let hooks be told of a lot, and remember that they will be."""
+        """Keep the runs of hooks for a lot, and that it was announced."""
         with self._file.transaction() as db:
             db.execute("INSERT OR REPLACE INTO lots VALUES (?, ?)", (lot, held))
             for hook in hooks:
@@ -110,14 +110,14 @@ class HookRuns:
     def announce_revision(
         self, number: int, key: str, hooks: Sequence[str], variables: Mapping[str, str], utc: str
     ) -> None:
-        """Let hooks be told of a revision of a lot, and remember that they will be."""
+        """Keep the runs of hooks for a revision of a lot, and that it was announced."""
         with self._file.transaction() as db:
             db.execute("UPDATE since SET revision = ?", (number,))
             for hook in hooks:
                 self._add(db, hook, key, variables, utc)
 
     def add(self, hook: str, key: str, variables: Mapping[str, str], utc: str) -> None:
-        """Let a hook be told of something; what has its key already is left as it is."""
+        """Keep a run of a hook; one of the same key is left as it is."""
         with self._file.transaction() as db:
             self._add(db, hook, key, variables, utc)
 

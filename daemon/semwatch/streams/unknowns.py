@@ -241,7 +241,9 @@ class Publisher:
         with self._client.pipeline(transaction=False) as pipe:
             for (stream, id_, _), pairs in zip(batch, fields, strict=True):
                 flat = [part for item in pairs.items() for part in item]
-                keys = redis_key(self._prefix, stream), redis_key(self._prefix, "sent", id_)
+                # An unknown may have been a doubtful crop before, under the same id: it must come all the same.
+                mark = ("sent", stream, id_) if stream == DOUBTFUL else ("sent", id_)
+                keys = redis_key(self._prefix, stream), redis_key(self._prefix, *mark)
                 pipe.eval(_ADD, 2, *keys, self._sent_ttl_s, MOST.get(stream, ""), *flat)
             for answer in pipe.execute(raise_on_error=False):
                 if isinstance(answer, Exception):

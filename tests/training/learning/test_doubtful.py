@@ -119,3 +119,29 @@ def test_doubtful_crop_that_waits_again_goes_back_into_its_own_stream(lab: Lab) 
         intake.claims(lab.client, "semwatch").put_back(archive, [one.id], "2026-03-02T00:00:00Z")
     assert (n_in(lab), lab.n_waiting()) == (1, 0)
     assert Publisher(lab.client).depths()["unknowns"].length == 0
+
+
+def test_defect_that_was_doubtful_first_comes_as_an_unknown_all_the_same(lab: Lab) -> None:
+    """Judged again under another recipe or head, the line may not name it any more: its id is the same."""
+    (one,) = doubtful(lab, NEW, 1)
+    unknown_now = replace(one, kind="unknown", label="")
+    lab.add([one, unknown_now, unknown_now, one])
+    assert (n_in(lab), lab.n_waiting()) == (1, 1)
+    claims = intake.claims(lab.client, "semwatch")
+    assert [r.kind for r in claims.take(10, quiet)] == ["unknown"]
+    assert claims.take_doubtful(quiet) == []
+    claims.acknowledge([one.id])
+    assert (n_in(lab), lab.n_waiting()) == (0, 0), "both entries are settled together"
+
+
+def test_explained_doubtful_crop_waits_again_as_an_unknown_and_nothing_else_does(lab: Lab) -> None:
+    first, second = doubtful(lab, NEW, 2)
+    with Archive(lab.learning / ARCHIVE) as archive:
+        archive.add([first, second], now_utc="2026-03-01T00:00:00Z")
+        archive.settle([first.id], "explained", "bridge", now_utc="2026-03-01T00:00:00Z")
+        archive.settle([second.id], "learned", "novel-1", now_utc="2026-03-01T00:00:00Z")
+        archive.add([first, second], now_utc="2026-03-02T00:00:00Z")
+        assert archive.state_of([first.id, second.id]) == {first.id: "explained", second.id: "learned"}
+        archive.add([replace(r, kind="unknown", label="") for r in (first, second)], now_utc="2026-03-03T00:00:00Z")
+        assert archive.state_of([first.id, second.id]) == {first.id: "waiting", second.id: "learned"}
+        assert archive.read(first.id).kind == "unknown"

@@ -93,12 +93,18 @@ class Archive:
     # --- what is written -------------------------------------------------------------------------------------------
 
     def add(self, found: Sequence[Record], *, now_utc: str) -> int:
-        """Keep records as ``waiting``, all or none; return how many were new. A known id changes nothing."""
+        """Keep records as ``waiting``, all or none; return how many were new.
+
+        A known id changes nothing, but that a doubtful crop which was explained waits again where it comes as an
+        unknown: a later look could not name it any more.
+        """
         rows = [(*_place(r), r.created_utc, r.kind, now_utc, records.pack(records.encode(r))) for r in found]
         with self._file.transaction() as db:
             added = db.executemany(
                 f"INSERT INTO unknowns ({_PLACE}, created_utc, kind, added_utc, record)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET kind = excluded.kind,"
+                " record = excluded.record, state = 'waiting', state_note = '', settled_utc = NULL"
+                " WHERE state = 'explained' AND kind IN ('known', 'novel') AND excluded.kind NOT IN ('known', 'novel')",
                 rows,
             )
         return max(added.rowcount, 0)

@@ -79,7 +79,8 @@ class Claims:
     def take_doubtful(self, progress: Progress) -> list[Record]:
         """Claim the doubtful crops that wait and return those ``MOST_DOUBTFUL`` that fit their names least.
 
-        The others leave the queue: the line named them, and learning needs no more. So does one whose unknown waits.
+        The others leave the queue: the line named them, and learning needs no more. One that waits as an unknown too is
+        settled with that.
 
         Raises:
             ServiceUnavailable: Redis is away; the next cycle takes them again.
