@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import redis
 
 from daemon import Daemon, Site, make_site
 from image_files import tiff
@@ -93,6 +94,21 @@ def test_file_with_more_pages_than_the_limit_is_judged_in_parts_and_comes_again(
         site.put("lot9/lot9.001", klarf)
         wait_for(lambda: delivered(site))
     check(site)
+
+
+def test_file_in_parts_gives_its_unknowns_and_one_summary(tmp_path, tiny_repository, server) -> None:
+    klarf, images = lot_of_one_file()
+    site = site_of(tmp_path, tiny_repository, redis_url=server.url)
+    client = redis.Redis.from_url(server.url)
+    client.flushall()
+    with running(site):
+        site.put("lot9/LOT9.I01", images)
+        site.put("lot9/lot9.001", klarf)
+        wait_for(lambda: delivered(site) and client.xlen("semwatch:results") == 1)
+    (review,) = site.reviews()
+    kinds = [one["verdict"]["kind"] for page in json.loads(review.read_text())["pages"] for one in page["defects"]]
+    n_unknown = sum(kind in ("unknown", "non-decidable") for kind in kinds)
+    assert client.xlen("semwatch:unknowns") == n_unknown > 0
 
 
 @pytest.mark.timeout(600)
