@@ -109,6 +109,8 @@ def test_file_in_parts_gives_its_unknowns_and_one_summary(tmp_path, tiny_reposit
     kinds = [one["verdict"]["kind"] for page in json.loads(review.read_text())["pages"] for one in page["defects"]]
     n_unknown = sum(kind in ("unknown", "non-decidable") for kind in kinds)
     assert client.xlen("semwatch:unknowns") == n_unknown > 0
+    ((_, fields),) = client.xrange("semwatch:results")
+    assert json.loads(fields[b"meta"])["n_defects"] == len(kinds), "the summary is of the whole file, not of a part"
 
 
 @pytest.mark.timeout(600)
